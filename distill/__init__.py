@@ -1,0 +1,24 @@
+"""Distillation: losses, the frozen teacher, the module that pairs it with a student.
+
+Names are loaded on first use: losses need torch only, and ``import distill`` nothing at all.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill import losses
+    from distill.module import DistillModule
+    from distill.teacher import Teacher
+
+__all__ = ["DistillModule", "Teacher", "losses"]
+
+_HOME = {"DistillModule": "distill.module", "Teacher": "distill.teacher"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("distill.losses")
+    if name not in _HOME:
+        raise AttributeError(f"module 'distill' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,31 @@
+"""Pruning: masks, what decides them, and the hunt for lottery tickets.
+
+Names are loaded on first use: masks and criteria need torch only, and ``import prune`` nothing at all.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prune.callbacks import GradualPruning, KeepMasked
+    from prune.masks import Masks
+    from prune.pruner import Pruner
+    from prune.rewind import RewindPoint
+    from prune.ticket import hunt
+
+__all__ = ["GradualPruning", "KeepMasked", "Masks", "Pruner", "RewindPoint", "hunt"]
+
+_HOME = {
+    "GradualPruning": "prune.callbacks",
+    "KeepMasked": "prune.callbacks",
+    "Masks": "prune.masks",
+    "Pruner": "prune.pruner",
+    "RewindPoint": "prune.rewind",
+    "hunt": "prune.ticket",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prune' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,261 @@
+"""How many weights each layer keeps, counted from the layer's original size at every level.
+
+All keep at least one weight per layer (a layer with none cuts the network in two) unless told not to, warn
+when that made a difference, and give counts that fall with the density, so that levels nest.
+"""
+
+import math
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+from torch import Tensor
+
+from prune.schedule import check_density, kept
+from prune.structure import keep_top_k
+
+
+class Allocation(Protocol):
+    """Divides a density over layers."""
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] = (),
+    ) -> dict[str, int]:
+        """Parameter name -> number of weights to keep."""
+        ...
+
+
+@dataclass(frozen=True)
+class Global:
+    """All weights compete; the total is exactly ``kept(all weights, density)``.
+
+    A layer of small weights can lose everything that way (layer collapse), so every layer keeps at least its
+    floor, and the other layers give up the difference. The floor follows the density: an absolute share (say
+    1% of a layer) would be impossible below that density and would flatten the allocation long before.
+
+    Attributes:
+        floor: the least that a layer keeps. A float is a share of what the layer would keep if all had the
+            same density, rounded up: the default 0.1 lets no layer become more than ten times sparser than
+            the network. An int is a number of weights. Either way at least one weight, except that 0 turns
+            the floor off. A layer is never asked for more than it has left in ``within``.
+
+    References: Frankle and Carbin, 2019, arXiv:1803.03635, section 4 (global pruning of deep networks);
+    Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467 (layer collapse).
+    """
+
+    floor: int | float = 0.1
+
+    def __post_init__(self):
+        share = isinstance(self.floor, float)
+        if isinstance(self.floor, bool) or not (0 <= self.floor <= 1 if share else self.floor >= 0):
+            raise ValueError(
+                f"floor is {self.floor!r}: give a float from 0 to 1 (share of a layer's fair part) or an int "
+                "from 0 up (number of weights)"
+            )
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] = (),
+    ) -> dict[str, int]:
+        """Counts of the global top k, with layers below their floor lifted to it; ``outputs`` plays no part.
+
+        Raises:
+            ValueError: if the floors together exceed the total, or ``within`` has less left than that total.
+        """
+        sizes, left = _sizes(scores), _left(scores, within)
+        total = kept(sum(sizes.values()), density)
+        _check_total(total, density, left)
+        floors = {name: min(self._floor_of(size, density), left[name]) for name, size in sizes.items()}
+        if sum(floors.values()) > total:
+            raise ValueError(
+                f"density {density} keeps {total} weights, but the floor {self.floor!r} asks for "
+                f"{sum(floors.values())} over {len(floors)} layers: raise the density or lower the floor"
+            )
+        lifted: dict[str, int] = {}
+        while True:
+            free = {name: score for name, score in scores.items() if name not in lifted}
+            chosen = keep_top_k(free, total - sum(lifted.values()), within)
+            counts = {name: int(mask.sum()) for name, mask in chosen.items()}
+            short = {name: floors[name] for name, count in counts.items() if count < floors[name]}
+            if not short:
+                break
+            for name, floor in short.items():
+                _warn(f"'{name}' would have kept {counts[name]} of {sizes[name]} weights; it keeps {floor}")
+            lifted |= short
+        counts |= lifted
+        for name, count in counts.items():
+            if count == 0:
+                _warn(f"'{name}' keeps none of its {sizes[name]} weights, so nothing passes through it")
+        return {name: counts[name] for name in scores}
+
+    def _floor_of(self, size: int, density: float) -> int:
+        if self.floor == 0:
+            return 0
+        if isinstance(self.floor, int):
+            return min(self.floor, size)
+        return max(1, math.ceil(Fraction(repr(float(self.floor))) * kept(size, density)))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same density in every layer, and exactly ``kept(all weights, density)`` in total.
+
+    Rounding every layer by itself would miss the total by up to half a weight per layer, so the places are
+    divided like seats in a parliament (Webster: count = size * x, halves up, with the one x that gives the
+    total; ties go to the first layer). Every layer is within about one weight of its own ``kept``, and counts
+    never grow as the density falls.
+    """
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] = (),
+    ) -> dict[str, int]:
+        """Counts proportional to the layers' sizes; ``outputs`` plays no part.
+
+        Raises:
+            ValueError: if there are fewer places than layers, or ``within`` has less left in a layer than its
+                count.
+        """
+        sizes, left = _sizes(scores), _left(scores, within)
+        everything = sum(sizes.values())
+        total = kept(everything, density)
+        _check_total(total, density, left)
+        if total < len(sizes):
+            raise ValueError(
+                f"density {density} keeps {total} weights, too few for one in each of {len(sizes)} layers: "
+                "raise the density"
+            )
+        fair = {name: (2 * size * total + everything) // (2 * everything) for name, size in sizes.items()}
+        counts = {name: max(1, count) for name, count in fair.items()}
+        index = {name: position for position, name in enumerate(sizes)}
+        while (missing := total - sum(counts.values())) != 0:
+            # A layer's j-th place has priority size / (2j - 1); the highest priorities are taken.
+            step = 1 if missing > 0 else 0
+            movable = [n for n in sizes if (counts[n] < sizes[n] if step else counts[n] > 1)]
+            rank = {n: (Fraction(sizes[n], 2 * (counts[n] + step) - 1), -index[n]) for n in movable}
+            if step:
+                counts[max(movable, key=rank.__getitem__)] += 1
+            else:
+                counts[min(movable, key=rank.__getitem__)] -= 1
+        _warn_of_rescue(sizes, fair)
+        _check_room(counts, left, density)
+        return counts
+
+
+@dataclass(frozen=True)
+class LayerwiseAsPaper:
+    """Every layer pruned to the density, the output layer at its own slower rate.
+
+    A round prunes a share ``rate`` = p of every layer and ``output_rate`` * p of the output layer. After n
+    rounds
+
+        density = (1 - p)^n,    output density = (1 - output_rate * p)^n,    n = log(density) / log(1 - p)
+
+    where n need not be whole. Each layer keeps ``kept(size, its density)``; the total is the sum of these, so
+    the whole network is slightly denser than ``density``, as in the paper (LeNet-300-100 at rate 0.2: 51.3%,
+    21.1%, 3.6%).
+
+    Attributes:
+        output_rate: the output layer's rate over the others', from 0 (left dense) to 1 (like the others).
+        rate: the share pruned per round, in (0, 1); give the schedule's own.
+
+    Reference: Frankle and Carbin, 2019, arXiv:1803.03635, section 2.
+    """
+
+    output_rate: float = 0.5
+    rate: float = 0.2
+
+    def __post_init__(self):
+        if not 0 <= self.output_rate <= 1:
+            raise ValueError(f"output_rate is {self.output_rate!r}: give the share of the rate, from 0 to 1")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate is {self.rate!r}: give the share pruned per round, above 0 and below 1")
+
+    def output_density(self, density: float) -> float:
+        """The output layer's density when the other layers are at ``density``."""
+        rounds = math.log(check_density(density)) / math.log1p(-self.rate)
+        if abs(rounds - round(rounds)) < 1e-9:
+            rounds = round(rounds)  # whole rounds are computed exactly, as `geometric` does
+        slowed = Fraction(repr(float(self.output_rate))) * Fraction(repr(float(self.rate)))
+        return float((1 - slowed) ** rounds)
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] = (),
+    ) -> dict[str, int]:
+        """Counts layer by layer; ``outputs`` names the output layers, by default the last of ``scores``.
+
+        Raises:
+            ValueError: if ``within`` has less left in a layer than its count, or an output is not among the
+                scores.
+        """
+        sizes = _sizes(scores)
+        slow = set(outputs) or {list(sizes)[-1]}
+        if not slow <= sizes.keys():
+            raise ValueError(f"outputs {sorted(slow - sizes.keys())} are not among the scores: {list(sizes)}")
+        fair = {n: kept(s, self.output_density(density) if n in slow else density) for n, s in sizes.items()}
+        counts = {name: max(1, count) for name, count in fair.items()}
+        _warn_of_rescue(sizes, fair)
+        _check_room(counts, _left(scores, within), density)
+        return counts
+
+
+ALLOCATIONS = {"global": Global, "uniform": Uniform, "layerwise": LayerwiseAsPaper}
+
+
+def _sizes(scores: Mapping[str, Tensor]) -> dict[str, int]:
+    if not scores:
+        raise ValueError("there are no layers to divide the density over: give at least one tensor of scores")
+    return {name: score.numel() for name, score in scores.items()}
+
+
+def _left(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> dict[str, int]:
+    return _sizes(scores) if within is None else {name: int(within[name].sum()) for name in scores}
+
+
+def _check_total(total: int, density: float, left: Mapping[str, int]) -> None:
+    if total == 0:
+        raise ValueError(f"density {density} keeps none of the weights: raise it")
+    if total > (room := sum(left.values())):
+        raise ValueError(
+            f"density {density} keeps {total} weights, but `within` has only {room} left and pruned weights "
+            "never come back: give a density at most that of `within`"
+        )
+
+
+def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: float) -> None:
+    for name, count in counts.items():
+        if count > left[name]:
+            raise ValueError(
+                f"density {density} keeps {count} weights of '{name}', but `within` has only {left[name]} "
+                "left and pruned weights never come back: lower it, or use the allocation that made `within`"
+            )
+
+
+def _warn_of_rescue(sizes: Mapping[str, int], fair: Mapping[str, int]) -> None:
+    for name, count in fair.items():
+        if count == 0:
+            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"layer collapse: {what}", stacklevel=4)

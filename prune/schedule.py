@@ -1,0 +1,86 @@
+"""How dense each level is, and how many weights a density keeps.
+
+A density is read as the decimal that it was written as (its ``repr``) and computed with exactly: in binary,
+0.07 of 100 is above 7 and 0.29 of 100 below 29, so a ceiling would keep 8 and a floor 28.
+"""
+
+import math
+from fractions import Fraction
+
+
+def check_density(density: float) -> Fraction:
+    """The density as the decimal it was written as.
+
+    Raises:
+        ValueError: unless 0 < density <= 1.
+    """
+    if not 0 < density <= 1:  # also refuses NaN
+        raise ValueError(f"density is {density!r}: give the share of weights to keep, above 0 and at most 1")
+    return Fraction(repr(float(density)))
+
+
+def kept(total: int, density: float) -> int:
+    """Number of weights that ``density`` keeps out of ``total``: the one definition of "exactly k".
+
+    k = floor(total * density + 1/2), in exact arithmetic: halves always go up. Python's ``round`` would send
+    them to the even neighbour, and a chain of levels with them. k never grows when the density falls, and is
+    ``total`` at density 1.
+
+    Args:
+        total: the *original* number of weights, at every level; never the number that the last level left.
+        density: share to keep, in (0, 1].
+
+    Raises:
+        ValueError: if ``density`` is outside (0, 1] or ``total`` is negative.
+    """
+    if total < 0:
+        raise ValueError(f"total is {total}, but it counts weights: give the original number, 0 or more")
+    return math.floor(total * check_density(density) + Fraction(1, 2))
+
+
+def geometric(rate: float, levels: int) -> list[float]:
+    """Densities of iterative pruning that removes a share ``rate`` of what is left at every level.
+
+    density[level] = (1 - rate) ** level for level = 0 (dense) to ``levels``, so the list is indexed by level
+    and has ``levels + 1`` entries. Each is computed from the first and rounded once.
+
+    Args:
+        rate: share removed per level, in [0, 1); 0 prunes nothing, the control for rewinding.
+        levels: how many times to prune, 0 or more.
+
+    Raises:
+        ValueError: if either is out of range, or a density would be too small for a float.
+
+    Reference: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635.
+    """
+    if levels < 0:
+        raise ValueError(f"levels is {levels}, but it counts prunings: give 0 or more")
+    left = 1 - _check_rate(rate)
+    densities = [float(left**level) for level in range(levels + 1)]
+    if densities[-1] == 0:
+        raise ValueError(f"{levels} levels at rate {rate} leave nothing: give fewer levels or a lower rate")
+    return densities
+
+
+def levels_to(density: float, rate: float) -> int:
+    """Number of levels until ``density`` is reached: the smallest n with (1 - rate) ** n <= density.
+
+    The comparison forgives one part in 10^9 of a level, so a density that came out of ``geometric`` finds its
+    own level.
+
+    Raises:
+        ValueError: if ``density`` is outside (0, 1], ``rate`` outside [0, 1), or the rate is 0 and the
+            density below 1.
+    """
+    check_density(density)
+    if not _check_rate(rate):
+        if density < 1:
+            raise ValueError(f"a rate of 0 never reaches density {density}: give a rate above 0")
+        return 0
+    return max(0, math.ceil(math.log(density) / math.log1p(-rate) - 1e-9))
+
+
+def _check_rate(rate: float) -> Fraction:
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate is {rate!r}: give the share pruned per level, from 0 to below 1")
+    return Fraction(repr(float(rate)))

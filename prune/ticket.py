@@ -1,0 +1,183 @@
+"""The hunt for lottery tickets: train, prune the smallest weights, rewind, train again.
+
+A level is a folder: its network and mask as a compact checkpoint, and a record without which it does not exist.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+
+from prune.callbacks import KeepMasked
+from prune.masks import Masks
+from prune.pruner import Pruner
+from prune.rewind import RewindPoint
+from prune.schedule import geometric, levels_to
+from workbench import artifact, records
+from workbench.arguments import rebuild
+from workbench.duration import Duration
+from workbench.files import sha256
+from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of
+from workbench.source import Source
+from workbench.tasks import Task
+from workbench.training import barrier, module_for, rank, save_network, train
+
+
+def hunt(
+    start: Source | None = None,
+    model: nn.Module | None = None,
+    data: LightningDataModule | None = None,
+    task: Task | None = None,
+    density: float | None = None,
+    levels: int | None = None,
+    rate: float = 0.2,
+    rewind: Duration = Duration(1, "ep"),  # noqa: B008 - frozen
+    criterion: Literal["magnitude", "random"] = "magnitude",
+    allocation: Literal["global", "uniform", "layerwise"] = "global",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    tolerance: float = 0.01,
+    optimizer: OptimizerCallable | None = None,
+    lr_scheduler: LRSchedulerCallable | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    seed_everything: int | None = None,
+    checkpoint: Duration = Duration(1, "ep"),  # noqa: B008 - frozen
+    out: Path = Path("runs/hunt"),
+) -> dict[str, Any]:
+    """Hunt a lottery ticket: iterative magnitude pruning with rewinding (Frankle & Carbin 2019, Frankle et al. 2020).
+
+    Level 0 trains dense and keeps the rewind point on its way. Every further level prunes the last one's weights and
+    trains what is left from the rewind point to the end, with weights, optimizer, schedulers, counters, random state
+    and data order as they were there. With `start` at a `distill` stage, every level has its teacher.
+
+    Args:
+        start: A fit or distill stage: train what it trained, with its data, trainer and seed, unless given here.
+        model: Instead of `start`: a network, or a LightningModule of your own.
+        data: The data module.
+        task: Loss and metrics of a plain `model`.
+        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. Or give `levels`.
+        levels: How many times to prune.
+        rate: Share of the remaining weights pruned at each level.
+        rewind: Where each level starts: 0it is the initial weights, 2ep the end of the second epoch, 500it a step.
+        criterion: What a weight is worth: its magnitude, or a random number (the control).
+        allocation: Compare weights over the whole network, or prune each layer alike, or as in the lottery paper.
+        include: Name patterns of the weights to prune; all Linear and Conv weights by default.
+        exclude: Name patterns of weights to leave alone.
+        tolerance: Validation score that a level may lose on the dense network and still count as a winning ticket.
+        optimizer: For a plain `model`; AdamW at 1e-3 by default.
+        lr_scheduler: For a plain `model`; stepped once an epoch, constant by default.
+        trainer: Arguments of Lightning's Trainer for each level.
+        seed_everything: Seed of the initial weights, the data order and everything random in training.
+        checkpoint: How often the checkpoint that a stopped level resumes from is written, e.g. 1ep or 500it.
+        out: The stage's folder, given by the recipe.
+
+    Returns:
+        The levels, and metrics, history and size of the last one, for the record.
+    """
+    if (density is None) == (levels is None):
+        raise ValueError("give density (e.g. 0.1) or levels (e.g. 10), and only one of them")
+    densities = geometric(rate, levels if levels is not None else levels_to(density or 1.0, rate))
+    module, data, trainer, seed = _subject(
+        start, data, trainer, seed_everything, model=model, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler
+    )
+    network = network_of(module)
+    pruner = Pruner(criterion, "unstructured", allocation, include=include, exclude=exclude, seed=seed)
+    settings = [densities, str(rewind), criterion, allocation, include, exclude, seed]
+    key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
+    point = out / "checkpoints" / "rewind.ckpt"
+    masks = pruner(network, 1.0)
+    done: list[dict[str, Any]] = []
+    for level, target in enumerate(densities):
+        folder = out / f"level_{level:02d}"
+        record = _finished(folder, key)
+        if record is None:
+            began = time.monotonic()
+            if level:
+                _check_point(point, done[0])
+                network.load_state_dict(artifact.tensors(out / f"level_{level - 1:02d}"))
+                masks = pruner(network, target, within=masks)
+            keeper = KeepMasked(masks) if level else RewindPoint(rewind, point)
+            result = train(
+                module,
+                data,
+                trainer=trainer,
+                seed=seed,
+                out=folder,
+                checkpoint=checkpoint,
+                start=point if level else None,
+                callbacks=[keeper],
+                part=(level, len(densities), f"level {level}, density {target:.1%}"),
+            )
+            masks.apply(network)
+            save_network(module, data, folder, result, masks)
+            record = {
+                **result,
+                "level": level,
+                "status": "finished",
+                "fingerprint": key,
+                "density": masks.density,
+                "layers": {name: list(count) for name, count in masks.counts().items()},
+                "mask_hash": masks.hash(),
+                "seconds": round(time.monotonic() - began, 3),
+                "rewind": {"to": str(rewind), "sha256": sha256(point)},
+            }
+            if rank() == 0:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                records.write(folder, record)
+            barrier()
+        masks = Masks(artifact.masks(folder))
+        done.append(record)
+    network.load_state_dict(artifact.tensors(folder))
+    last = {name: done[-1][name] for name in ("metrics", "monitor", "history")}
+    save_network(module, data, out, last, masks)
+    seconds = round(sum(record["seconds"] for record in done), 3)
+    return {**last, "levels": done, "winning": _winning(done, tolerance), "seconds": seconds}
+
+
+def _subject(
+    start: Source | None,
+    data: LightningDataModule | None,
+    trainer: Mapping[str, Any] | None,
+    seed: int | None,
+    **plain: Any,
+) -> tuple[LightningModule, LightningDataModule, Mapping[str, Any] | None, int]:
+    """What is trained, on what, how, with which seed: of the stage ``start``, or as given."""
+    if start is None:
+        if plain["model"] is None or data is None:
+            raise ValueError("nothing to hunt in: give start (a fit or distill stage), or model and data")
+        return module_for(data=data, **plain), data, trainer, seed or 0
+    if given := [name for name, value in plain.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} is given beside start, which brings its own: give one or the other")
+    module, made = rebuild(Path(start), {} if seed is None else {"seed_everything": seed})
+    return module, data or made["data"], {**made["trainer"], **(trainer or {})}, made["seed_everything"]
+
+
+def _finished(folder: Path, key: str) -> dict[str, Any] | None:
+    """The record of a whole level of this hunt, or None.
+
+    Raises:
+        ValueError: If the level belongs to another hunt.
+    """
+    record = records.finished(folder)
+    if record is not None and record.get("fingerprint") != key:
+        raise ValueError(f"{folder} is a level of another hunt: choose another out, or move it aside")
+    return record
+
+
+def _check_point(point: Path, first: Mapping[str, Any]) -> None:
+    """Refuse a rewind point that is not the one level 0 kept."""
+    if not point.is_file() or sha256(point) != first["rewind"]["sha256"]:
+        state = "was altered" if point.is_file() else "is missing"
+        raise ValueError(f"the rewind point {point} {state}: move level_00 aside to train it anew, levels are kept")
+
+
+def _winning(levels: Sequence[Mapping[str, Any]], tolerance: float) -> int:
+    """The sparsest level whose validation score is within ``tolerance`` of the dense network's."""
+    name, mode = levels[0]["monitor"]
+    sign = 1 if mode == "max" else -1
+    scores = [sign * level["metrics"].get(f"val/{name}", float("-inf")) for level in levels]
+    return max(level for level, score in enumerate(scores) if score >= scores[0] - tolerance or level == 0)

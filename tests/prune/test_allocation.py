@@ -1,0 +1,218 @@
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prune.allocation import ALLOCATIONS, Allocation, Global, LayerwiseAsPaper, Uniform
+from prune.schedule import geometric, kept
+from prune.structure import Unstructured, keep_top_k
+
+LENET = {"fc1": 784 * 300, "fc2": 300 * 100, "out": 100 * 10}
+
+
+def scores_of(sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+
+
+layer_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=6).map(
+    lambda sizes: {f"p{i}": size for i, size in enumerate(sizes)}
+)
+
+
+def enough(sizes: dict[str, int]) -> st.SearchStrategy[float]:
+    """Densities with a place for each layer."""
+    return st.floats(min_value=(len(sizes) + 0.5) / (sum(sizes.values()) + 1), max_value=1)
+
+
+@settings(deadline=None)
+@given(layer_sizes, st.data(), st.integers(0, 5))
+@pytest.mark.parametrize("allocation", [Global(), Uniform(), Global(floor=0)], ids=str)
+def test_total_is_exactly_k(allocation: Allocation, sizes: dict[str, int], data: st.DataObject, seed: int):
+    density = data.draw(enough(sizes))
+    k = kept(sum(sizes.values()), density)
+    if k < len(sizes):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = allocation(scores_of(sizes, seed), density)
+    assert sum(counts.values()) == k
+    assert list(counts) == list(sizes)
+    least = 0 if allocation == Global(floor=0) else 1
+    assert all(least <= count <= sizes[name] for name, count in counts.items())
+
+
+@settings(deadline=None, max_examples=40)
+@given(layer_sizes, st.floats(0.05, 0.6), st.integers(0, 5))
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_levels_nest(name: str, sizes: dict[str, int], rate: float, seed: int):
+    """Even with new scores at every level, each level's counts fit into what the last one left."""
+    allocation = LayerwiseAsPaper(rate=rate) if name == "layerwise" else ALLOCATIONS[name]()
+    within = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for level, density in enumerate(geometric(rate, 6)[1:]):
+            if kept(sum(sizes.values()), density) < len(sizes):
+                return
+            scores = scores_of(sizes, seed + level)
+            masks = Unstructured()(scores, allocation(scores, density, within=within), within)
+            if within is not None:
+                assert all(bool((~masks[n] | within[n]).all()) for n in sizes)
+            within = masks
+
+
+def test_global_without_a_weak_layer_is_the_global_top_k():
+    scores = scores_of({"a": 300, "b": 500})
+    assert Global()(scores, 0.2) == {n: int(m.sum()) for n, m in keep_top_k(scores, 160).items()}
+
+
+def collapsing() -> dict[str, Tensor]:
+    """The second layer's scores are scaled so that nothing in it is among the top fifth."""
+    scores = scores_of({"a": 400, "weak": 300, "c": 300})
+    return scores | {"weak": scores["weak"] * 0.2}
+
+
+def test_floor_holds_a_collapsing_layer_and_says_so():
+    """Pitfall 7: at 80% global, a layer scaled by 0.2 kept 0 weights."""
+    scores = collapsing()
+    assert int(keep_top_k(scores, 200)["weak"].sum()) == 0
+    with pytest.warns(
+        UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300 weights; it keeps 6"
+    ):
+        counts = Global()(scores, 0.2)
+    rest = keep_top_k({n: scores[n] for n in ("a", "c")}, 194)
+    assert counts == {"a": int(rest["a"].sum()), "weak": 6, "c": int(rest["c"].sum())}
+
+
+@pytest.mark.parametrize(("floor", "weak"), [(1, 1), (50, 50), (0.5, 30), (0.9, 54), (0.0001, 1)])
+def test_floor_as_number_or_share_of_the_fair_part(floor: float, weak: int):
+    with pytest.warns(UserWarning, match="'weak'"):
+        counts = Global(floor)(collapsing(), 0.2)
+    assert counts["weak"] == weak
+    assert sum(counts.values()) == 200
+
+
+@pytest.mark.parametrize("floor", [0, 0.0])
+def test_without_a_floor_a_dead_layer_is_still_reported(floor: float):
+    with pytest.warns(UserWarning, match="'weak' keeps none of its 300 weights"):
+        assert Global(floor)(collapsing(), 0.2)["weak"] == 0
+
+
+def test_lifting_one_layer_may_push_another_below_its_floor():
+    scores = {
+        "strong": torch.full((6,), 9.0),
+        "middle": torch.tensor([5.0, 4.0, 0.0]),
+        "weak": torch.tensor([1.0, 1.0, 1.0]),
+    }
+    assert [int(m.sum()) for m in keep_top_k(scores, 8).values()] == [6, 2, 0]
+    with pytest.warns(UserWarning, match="layer collapse") as caught:
+        counts = Global(2)(scores, 8 / 12)
+    assert counts == {"strong": 4, "middle": 2, "weak": 2}
+    assert [str(w.message).split("'")[1] for w in caught] == ["weak", "middle"]
+
+
+def test_floor_asks_for_no_more_than_is_left():
+    scores = scores_of({"a": 10, "b": 10})
+    within = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True] + [False] * 9)}
+    scores["b"][0] = 0
+    with pytest.warns(UserWarning, match="'b' would have kept 0"):
+        assert Global(5)(scores, 0.4, within=within) == {"a": 7, "b": 1}
+    within["b"][0] = False
+    with pytest.warns(UserWarning, match="'b' keeps none"):
+        assert Global(5)(scores, 0.4, within=within) == {"a": 8, "b": 0}
+
+
+def test_impossible_totals():
+    scores = scores_of({"a": 10, "b": 10})
+    with pytest.raises(ValueError, match="floor 5 asks for 10 over 2 layers"):
+        Global(5)(scores, 0.4)
+    with pytest.raises(ValueError, match="keeps none"):
+        Global()(scores, 0.01)
+    with pytest.raises(ValueError, match="too few for one in each of 2"):
+        Uniform()(scores, 0.05)
+    within = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True] + [False] * 9)}
+    with pytest.raises(ValueError, match="only 11 left"):
+        Global()(scores, 0.7, within=within)
+    for allocation in (Uniform(), LayerwiseAsPaper()):
+        with pytest.raises(ValueError, match=r"of 'b', but `within` has only 1"):
+            allocation(scores, 0.4, within=within)
+    for allocation in (Global(), Uniform(), LayerwiseAsPaper()):
+        with pytest.raises(ValueError, match="no layers"):
+            allocation({}, 0.5)
+
+
+@pytest.mark.parametrize("floor", [-1, 1.5, -0.1, float("nan"), True])
+def test_bad_floor(floor: float):
+    with pytest.raises(ValueError, match="floor is"):
+        Global(floor)
+
+
+@settings(deadline=None)
+@given(layer_sizes, st.data())
+def test_uniform_is_the_webster_apportionment(sizes: dict[str, int], data: st.DataObject):
+    density = data.draw(enough(sizes))
+    k = kept(sum(sizes.values()), density)
+    if k < len(sizes):
+        return
+    # Oracle: one place to each layer, then place by place to the highest size / (2 places + 1).
+    expected = dict.fromkeys(sizes, 1)
+    for _ in range(k - len(sizes)):
+        open_ = [n for n in sizes if expected[n] < sizes[n]]
+        best = max(open_, key=lambda n: sizes[n] / (2 * expected[n] + 1))
+        expected[best] += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Uniform()(scores_of(sizes), density) == expected
+
+
+def test_uniform_is_within_one_weight_of_the_density():
+    counts = Uniform()(scores_of({f"p{i}": 25 for i in range(8)}), 0.1)
+    assert sorted(counts.values()) == [2, 2, 2, 2, 3, 3, 3, 3]  # each alone would round 2.5 up: 24, not 20
+    assert list(counts.values()) == [3, 3, 3, 3, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), LayerwiseAsPaper(output_rate=1)], ids=str)
+def test_a_layer_too_small_for_the_density_keeps_one(allocation: Allocation):
+    scores = scores_of({"big": 96, "tiny": 4, "out": 100})
+    with pytest.warns(UserWarning, match="'tiny' would have kept 0 of 4"):
+        counts = allocation(scores, 0.1)
+    assert counts["tiny"] == 1
+
+
+@pytest.mark.parametrize(("rounds", "percent"), [(3, 51.3), (7, 21.1), (12, 7.0), (15, 3.6), (18, 1.9)])
+def test_layerwise_reproduces_the_paper(rounds: int, percent: float):
+    """The percentages left that Frankle and Carbin 2019 give for LeNet-300-100 at 20% per round."""
+    density = geometric(0.2, rounds)[rounds]
+    counts = LayerwiseAsPaper()(scores_of(LENET), density)
+    assert counts == {
+        "fc1": kept(LENET["fc1"], density),
+        "fc2": kept(LENET["fc2"], density),
+        "out": kept(LENET["out"], geometric(0.1, rounds)[rounds]),
+    }
+    assert round(100 * sum(counts.values()) / sum(LENET.values()), 1) == percent
+
+
+def test_output_density_between_its_ends():
+    assert LayerwiseAsPaper().output_density(1.0) == 1.0
+    assert LayerwiseAsPaper().output_density(0.8**2) == 0.81
+    assert LayerwiseAsPaper(output_rate=0).output_density(0.01) == 1.0
+    assert LayerwiseAsPaper(output_rate=1).output_density(0.37) == pytest.approx(0.37)
+    halfway = LayerwiseAsPaper().output_density(0.8**2.5)
+    assert halfway == pytest.approx(0.9**2.5)
+
+
+def test_outputs_are_the_last_layer_or_those_named():
+    scores = scores_of({"a": 100, "b": 100, "c": 100})
+    assert LayerwiseAsPaper()(scores, 0.8) == {"a": 80, "b": 80, "c": 90}
+    assert LayerwiseAsPaper()(scores, 0.8, outputs=["a", "b"]) == {"a": 90, "b": 90, "c": 80}
+    with pytest.raises(ValueError, match="'d'"):
+        LayerwiseAsPaper()(scores, 0.8, outputs=["d"])
+
+
+@pytest.mark.parametrize("fields", [{"output_rate": -0.1}, {"output_rate": 1.1}, {"rate": 0}, {"rate": 1}])
+def test_bad_rates(fields: dict[str, float]):
+    with pytest.raises(ValueError, match="rate is"):
+        LayerwiseAsPaper(**fields)

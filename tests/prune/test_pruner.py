@@ -1,0 +1,389 @@
+import math
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from prune.allocation import ALLOCATIONS, Global, LayerwiseAsPaper, Uniform
+from prune.criteria import CRITERIA, Criterion
+from prune.masks import Masks
+from prune.pruner import Pruner, prunable
+from prune.schedule import geometric, kept
+from prune.structure import Unstructured
+
+
+class Small(nn.Module):
+    """One of each thing that scope has an opinion on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.up = nn.ConvTranspose1d(3, 2, 4)
+        self.norm = nn.BatchNorm2d(3)
+        self.layer_norm = nn.LayerNorm(8)
+        self.bilinear = nn.Bilinear(2, 2, 2)
+        self.body = nn.ModuleDict({"in": nn.Linear(8, 6), "out": nn.Linear(6, 4)})
+        self.decoder = nn.Linear(8, 11)
+
+
+SCOPE = ["conv.weight", "up.weight", "body.in.weight", "body.out.weight", "decoder.weight"]
+
+
+def mlp(*sizes: int) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
+def quiet(pruner: Pruner, model: nn.Module, density: float, within: Masks | None = None) -> Masks:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pruner(model, density, within)
+
+
+def test_the_promised_call():
+    model = mlp(20, 30, 10)
+    masks = Pruner(criterion="magnitude", structure="unstructured", allocation="global")(model, density=0.5)
+    assert isinstance(masks, Masks)
+    assert masks.density == 0.5
+
+
+def test_agrees_with_a_sort_of_all_weights():
+    model = mlp(20, 30, 10)
+    masks = Pruner()(model, 0.3)
+    ranked = sorted(
+        (-abs(value), name, index)
+        for name in ("0.weight", "1.weight")
+        for index, value in enumerate(model.get_parameter(name).flatten().tolist())
+    )
+    expected = {(name, index) for _, name, index in ranked[: kept(900, 0.3)]}
+    found = {(n, i) for n, m in masks.items() for i, on in enumerate(m.flatten().tolist()) if on}
+    assert found == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("density", [0.001, 0.25, 0.5, 0.999])
+def test_exactly_k_in_any_precision(dtype: torch.dtype, density: float):
+    """Pitfall 5."""
+    model = mlp(100, 100, 50).to(dtype)
+    masks = quiet(Pruner(), model, density)
+    assert sum(count for count, _ in masks.counts().values()) == kept(15_000, density)
+
+
+def test_equal_weights_are_kept_by_index():
+    """Pitfall 5: of 8 tied weights, half are kept, the first ones."""
+    model = nn.Linear(4, 2)
+    nn.init.constant_(model.weight, -0.5)
+    assert Pruner()(model, 0.5)["weight"].tolist() == [[True] * 4, [False] * 4]
+
+
+def test_the_model_is_left_as_it_is():
+    model = Small()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    quiet(Pruner(), model, 0.2)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Levels
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 100), st.floats(0.05, 0.55))
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_levels_are_nested_and_counted_from_the_original(
+    criterion: str, allocation: str, seed: int, rate: float
+):
+    model = mlp(5, 7, 6, 3)
+    spec = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
+    pruner = Pruner(criterion, allocation=spec, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    within = None
+    for density in geometric(rate, 4)[1:]:
+        for parameter in model.parameters():  # as if trained: pruned weights would win if they were looked at
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        if within is not None:
+            for name, mask in within.items():
+                model.get_parameter(name).data[~mask] = 100.0
+        masks = quiet(pruner, model, density, within)
+        if allocation == "layerwise":
+            expected = [(kept(n, density), n) for _, n in list(masks.counts().values())[:-1]]
+            assert list(masks.counts().values())[:-1] == expected
+        else:
+            assert sum(count for count, _ in masks.counts().values()) == kept(95, density)
+        assert within is None or masks.is_subset(within)
+        within = masks
+
+
+def test_density_one_keeps_everything_that_is_left():
+    model = mlp(6, 5, 4)
+    assert Pruner()(model, 1.0) == Masks.ones(prunable(model))
+    half = Pruner()(model, 0.5)
+    assert Pruner(allocation="uniform")(model, 1, within=half) == half
+
+
+def test_pruned_weights_never_come_back():
+    model = mlp(6, 5, 4)
+    half = Pruner()(model, 0.5)
+    assert Pruner()(model, 0.5, within=half) == half
+    with pytest.raises(ValueError, match="pruned weights never come back"):
+        Pruner()(model, 0.6, within=half)
+
+
+def test_within_must_be_for_the_same_parameters():
+    model = mlp(6, 5, 4)
+    for density in (1.0, 0.5):
+        with pytest.raises(ValueError, match=r"differ in \['1.weight'\]"):
+            Pruner()(model, density, within=Pruner(exclude="1.*")(model, 1.0))
+        with pytest.raises(ValueError, match=r"'0.weight' of shape \(5, 7\), the weight \(5, 6\)"):
+            Pruner()(model, density, within=Masks.ones(prunable(mlp(7, 5, 4))))
+
+
+@pytest.mark.parametrize("density", [0, -1, 1.01, math.nan])
+def test_density_out_of_range(density: float):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        Pruner()(mlp(3, 3), density)
+
+
+def test_a_density_that_keeps_nothing():
+    with pytest.raises(ValueError, match="keeps none of the weights"):
+        Pruner()(mlp(3, 3), 0.01)
+
+
+def test_layer_collapse_is_prevented_and_reported():
+    """Pitfall 7: at 80% global, a layer scaled down keeps nothing without a floor."""
+    model = mlp(30, 30, 30, 30)
+    model[1].weight.data *= 0.01
+    with pytest.warns(
+        UserWarning, match=r"layer collapse: '1\.weight' would have kept 0 of 900 weights; it keeps 18"
+    ):
+        masks = Pruner()(model, 0.2)
+    assert masks.counts()["1.weight"] == (18, 900)
+    assert sum(count for count, _ in masks.counts().values()) == 540
+
+
+# Scope
+
+
+def test_scope_is_weights_of_linear_and_conv():
+    """Pitfall 6: never norms, biases, embeddings."""
+    assert list(prunable(Small())) == SCOPE
+    masks = quiet(Pruner(), Small(), 0.5)
+    assert list(masks) == SCOPE
+
+
+def test_conv1d_of_transformers_is_known_by_name():
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4))
+
+    assert list(prunable(nn.Sequential(Conv1D(), nn.LayerNorm(4)))) == ["0.weight"]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same-object", "same-memory"])
+def test_a_decoder_tied_to_its_embedding_is_left_alone(copied: bool):
+    """Pitfall 6, in both ways of tying."""
+    model = Small()
+    model.decoder.weight = nn.Parameter(model.embed.weight.data) if copied else model.embed.weight
+    assert list(prunable(model)) == SCOPE[:-1]
+    assert "decoder.weight" not in quiet(Pruner(), model, 0.5)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same-object", "same-memory"])
+def test_a_weight_shared_by_layers_is_pruned_once(copied: bool):
+    model = mlp(5, 5, 5, 5)
+    model[2].weight = nn.Parameter(model[0].weight.data) if copied else model[0].weight
+    masks = Pruner()(model, 0.5)
+    assert list(masks) == ["0.weight", "1.weight"]
+    assert masks.density == 25 / 50
+    assert list(prunable(model, include="2.weight")) == ["0.weight"]
+    assert list(prunable(model, exclude="2.weight")) == ["1.weight"]
+
+
+def test_a_layer_used_twice_is_pruned_once():
+    layer = nn.Linear(4, 4)
+    assert list(prunable(nn.Sequential(layer, nn.ReLU(), layer))) == ["0.weight"]
+
+
+def test_weights_that_share_only_part_of_their_memory():
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 3), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(model[0].weight.data[:3])
+    with pytest.raises(ValueError, match=r"\['0.weight', '1.weight'\] share only part"):
+        Pruner()(model, 0.5)
+    assert list(prunable(model, exclude="1.weight")) == ["2.weight"]
+
+
+def test_include_and_exclude():
+    model = Small()
+    assert list(prunable(model, include="body.*")) == ["body.in.weight", "body.out.weight"]
+    assert list(prunable(model, include=["up.*", "conv.weight"])) == ["conv.weight", "up.weight"]
+    assert list(prunable(model, include="*", exclude=["decoder*", "*.bias"])) == SCOPE[:-1]
+    masks = quiet(Pruner(include="body.*", exclude="*.out.*"), model, 0.5)
+    assert masks.counts() == {"body.in.weight": (24, 48)}
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    """Pitfall 6."""
+    with pytest.raises(ValueError, match=r"include pattern 'decodre.weight' .*nearest: \['decoder.weight'"):
+        Pruner(include=["body.*", "decodre.weight"])(Small(), 0.5)
+    with pytest.raises(ValueError, match=r"exclude pattern 'Embed.*' .*nearest: \['embed.weight'"):
+        Pruner(exclude="Embed.*")(Small(), 0.5)
+    with pytest.raises(ValueError, match=r"include pattern 'norm.weight' matches none of the 5 names"):
+        Pruner(include="norm.weight")(Small(), 0.5)
+    with pytest.raises(ValueError, match=r"output pattern 'head.*'"):
+        Pruner(allocation="layerwise", output="head.*")(Small(), 0.5)
+    with pytest.raises(ValueError, match="leave no weight to prune"):
+        Pruner(include="body.*", exclude="body.*")(Small(), 0.5)
+    with pytest.raises(ValueError, match="no Linear or Conv weight"):
+        Pruner()(nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)), 0.5)
+    with pytest.raises(ValueError, match="leave no weight to prune"):
+        prunable(Small(), include=[])
+
+
+def test_output_layer_is_the_last_or_the_one_named():
+    """Pitfall 6: the output layer has its own rate."""
+    model = mlp(10, 10, 10, 10)
+    assert [k for k, _ in Pruner(allocation="layerwise")(model, 0.8).counts().values()] == [80, 80, 90]
+    first = Pruner(allocation="layerwise", output="0.*")(model, 0.8)
+    assert [k for k, _ in first.counts().values()] == [90, 80, 80]
+
+
+# Weights that cannot be ranked
+
+
+def test_nan_and_infinite_weights_are_refused_by_name():
+    for bad in (math.nan, math.inf, -math.inf):
+        model = mlp(3, 3, 3)
+        model[1].weight.data[0, 0] = bad
+        with pytest.raises(ValueError, match=r"'1\.weight' has 1 NaN or infinite values of 9"):
+            Pruner("random")(model, 0.5)
+
+
+def replaced(weight: Tensor) -> nn.Module:
+    model = mlp(4, 4)
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def test_weights_without_plain_values_are_refused():
+    cases = [
+        (mlp(4, 4).to("meta"), "'0.weight' is on the meta device"),
+        (replaced(torch.eye(4).to_sparse()), r"'0.weight' is stored as torch.sparse_coo"),
+        (replaced(torch.ones(4, 4, dtype=torch.int8)), r"'0.weight' is of type torch.int8"),
+        (replaced(torch.ones(4, 4, dtype=torch.complex64)), "torch.complex64"),
+        (nn.Sequential(nn.LazyLinear(3)), "'0.weight' is a UninitializedParameter"),
+    ]
+    for model, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Pruner()(model, 0.5)
+
+
+def test_distributed_weights_are_refused(tmp_path: Path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard = distribute_tensor(torch.eye(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"'0\.weight' is a DTensor, not a plain parameter"):
+            Pruner()(replaced(shard), 0.5)
+    finally:
+        dist.destroy_process_group()
+
+
+# Names and instances
+
+
+def test_instances_do_what_their_names_do():
+    model = mlp(8, 8, 8)
+    named = Pruner("magnitude", "unstructured", "uniform")(model, 0.3)
+    assert Pruner(CRITERIA["magnitude"], Unstructured(), Uniform())(model, 0.3) == named
+    assert Pruner(allocation=Global(floor=0))(model, 0.3) == Pruner()(model, 0.3)
+
+
+def test_a_criterion_of_ones_own():
+    def smallest(weight: Tensor) -> Tensor:
+        return -weight.abs()
+
+    model = mlp(8, 8)
+    small = Pruner(Criterion("smallest", smallest))(model, 0.5)
+    assert not (small & Pruner()(model, 0.5))["0.weight"].any()
+    bad = Criterion("nan", lambda weight: weight * math.nan)
+    with pytest.raises(ValueError, match=r"scores of '0\.weight' are NaN"):
+        Pruner(bad)(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("axis", "given_", "meant"),
+    [
+        ("criterion", "magnitud", "magnitude"),
+        ("structure", "Unstructured", "unstructured"),
+        ("allocation", "layer-wise", "layerwise"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(axis: str, given_: str, meant: str):
+    with pytest.raises(ValueError, match=f"unknown {axis} '{given_}': did you mean '{meant}'"):
+        Pruner(**{axis: given_})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "axis", [{"criterion": abs}, {"criterion": Criterion}, {"structure": 3}, {"allocation": Global}], ids=str
+)
+def test_neither_a_name_nor_an_instance(axis: dict[str, Any]):
+    with pytest.raises(TypeError, match="or an instance"):
+        Pruner(**axis)
+
+
+def test_a_criterion_that_needs_data_is_refused():
+    with pytest.raises(ValueError, match="'saliency' needs data"):
+        Pruner(Criterion("saliency", torch.abs, needs_data=True))
+
+
+def test_repr_shows_every_choice():
+    shown = repr(Pruner("random", allocation=Global(floor=2), exclude="head.*", seed=5))
+    assert "criterion='random'" in shown
+    assert "allocation=Global(floor=2)" in shown
+    assert "exclude=('head.*',)" in shown
+    assert "seed=5" in shown
+
+
+# Random pruning, the control
+
+
+def test_random_depends_on_the_seed_and_the_names_only():
+    """Pitfall 12: the random-mask control can be drawn again from its seed."""
+    model, trained = mlp(9, 9, 9), mlp(9, 9, 9)
+    trained[0].weight.data.mul_(7)
+    masks = Pruner("random", seed=1)(model, 0.4)
+    torch.rand(3)
+    assert masks.hash() == Pruner("random", seed=1)(trained, 0.4).hash()
+    assert masks != Pruner("random", seed=2)(model, 0.4)
+    assert not torch.equal(masks["0.weight"], masks["1.weight"])
+    assert masks.density == kept(162, 0.4) / 162
+    alone = Pruner("random", seed=1, allocation="uniform", exclude="0.*")(model, 0.4)
+    both = Pruner("random", seed=1, allocation="uniform")(model, 0.4)
+    assert torch.equal(alone["1.weight"], both["1.weight"])
+
+
+def test_another_process_draws_the_same_and_needs_torch_only():
+    code = """if True:
+        import sys, torch
+        from prune.pruner import Pruner
+        heavy = [m for m in ("lightning", "transformers", "workbench", "scipy") if m in sys.modules]
+        print(heavy, Pruner("random", seed=3)(torch.nn.Linear(9, 5), 0.4).hash())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", Pruner("random", seed=3)(nn.Linear(9, 5), 0.4).hash()]

@@ -1,0 +1,203 @@
+import importlib
+import json
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from workbench.activations import gain, names
+from workbench.data import Digits
+from workbench.models import MLP, LeNet5, LeNet300
+
+CASES = [
+    (
+        MLP,
+        {
+            "in_features": 12,
+            "hidden": [7, 5],
+            "classes": 3,
+            "activation": "relu",
+            "norm": "none",
+            "init": "he",
+        },
+        (12,),
+    ),
+    (
+        MLP,
+        {
+            "in_features": 12,
+            "hidden": [7],
+            "classes": 3,
+            "activation": "silu",
+            "norm": "layer",
+            "init": "own",
+        },
+        (3, 4),
+    ),
+    (
+        MLP,
+        {
+            "in_features": 12,
+            "hidden": [7],
+            "classes": 3,
+            "activation": "gelu",
+            "norm": "batch",
+            "init": "own",
+        },
+        (1, 3, 4),
+    ),
+    (MLP, {"in_features": 12, "hidden": [], "classes": 3}, (12,)),
+    (
+        LeNet5,
+        {"in_channels": 1, "classes": 4, "activation": "tanh", "image_size": 28, "init": "own"},
+        (1, 28, 28),
+    ),
+    (
+        LeNet5,
+        {"in_channels": 3, "classes": 4, "activation": "gelu", "image_size": 32, "init": "he"},
+        (3, 32, 32),
+    ),
+    (LeNet5, {"in_channels": 1, "classes": 4, "activation": "relu", "image_size": 8}, (1, 8, 8)),
+]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("cls", "arguments", "shape"), CASES)
+def test_model_from_its_own_init_args(cls, arguments, shape):
+    torch.manual_seed(0)
+    model = cls(**arguments).eval()
+    assert arguments.items() <= model.init_args.items()
+    again = cls(**json.loads(json.dumps(model.init_args))).eval()
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(5, *shape)
+    assert model(x).shape == (5, arguments["classes"])
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(cls(**arguments).eval()(x), model(x))
+
+
+@pytest.mark.parametrize(("cls", "arguments", "shape"), CASES)
+def test_model_from_a_config(cls, arguments, shape):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=nn.Module)
+    path = f"workbench.models.{cls.__name__}"
+    parsed = parser.parse_object({"model": {"class_path": path, "init_args": arguments}})
+    model = parser.instantiate(parsed).model
+    assert type(model) is cls
+    assert arguments.items() <= model.init_args.items()
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_activation_learns(name):
+    """One batch is learnt by heart: gradients reach every weight."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 8), torch.arange(16) % 4
+    model = MLP(8, [32, 32], 4, activation=name)
+    before = nn.functional.cross_entropy(model(x), y).item()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert nn.functional.cross_entropy(model(x), y).item() < 0.5 * before
+
+
+@pytest.mark.parametrize("cls", [MLP, LeNet5])
+def test_digits_are_learnt(cls):
+    torch.manual_seed(0)
+    data = Digits(image=cls is LeNet5)
+    model = LeNet5(image_size=8) if cls is LeNet5 else MLP()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    train, (test,) = data.train_dataloader(), Digits(360, image=cls is LeNet5).test_dataloader()
+    for _ in range(8):
+        for x, y in train:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert (model(test[0]).argmax(1) == test[1]).float().mean() > 0.94
+
+
+def test_mlp_layers_in_order():
+    layers = [type(m).__name__ for m in MLP(4, [3, 2], norm="layer", activation="silu").layers]
+    assert layers == ["Linear", "LayerNorm", "SiLU", "Linear", "LayerNorm", "SiLU", "Linear"]
+    layers = [type(m).__name__ for m in MLP(4, [3], norm="batch", activation="relu").layers]
+    assert layers == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [type(m).__name__ for m in MLP(4, []).layers] == ["Linear"]
+
+
+def test_init_is_that_of_the_activation():
+    torch.manual_seed(0)
+    deviations = [
+        float(m.weight.detach().std() * m.in_features**0.5)
+        for m in MLP(400, [400, 400], 400).layers
+        if hasattr(m, "weight")
+    ]
+    assert deviations == pytest.approx([1.0, gain("gelu"), 1.0], rel=0.02)
+    torch.manual_seed(0)
+    he = MLP(400, [400, 400], 400, init="he").layers
+    assert float(he[2].weight.detach().std() * 20) == pytest.approx(2**0.5, rel=0.02)
+
+
+def test_init_args_do_not_alias_the_argument():
+    hidden = [3, 4]
+    model = MLP(2, hidden)
+    hidden.append(5)
+    assert model.init_args["hidden"] == [3, 4]
+
+
+def test_classic_sizes():
+    assert parameters(LeNet5()) == parameters(LeNet5(image_size=32)) == 61_706
+    assert parameters(LeNet300()) == 266_610
+    assert LeNet300("relu").init_args["hidden"] == [300, 100]
+    assert LeNet300()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("size", range(8, 41))
+def test_lenet_fits_every_size(size):
+    model = LeNet5(image_size=size)
+    assert model(torch.zeros(1, 1, size, size)).shape == (1, 10)
+
+
+def test_lenet_is_smooth_but_for_its_activation():
+    assert not [m for m in LeNet5().modules() if isinstance(m, nn.MaxPool2d)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "message"),
+    [
+        (MLP, {"in_features": 0}, "in_features=0"),
+        (MLP, {"hidden": [3, 0]}, r"hidden=\[3, 0\]"),
+        (MLP, {"classes": -1}, "classes=-1"),
+        (MLP, {"norm": "group"}, "norm='group': use one of none, layer, batch"),
+        (MLP, {"init": "kaiming"}, "init='kaiming': use one of own, he"),
+        (MLP, {"activation": "gleu"}, "Did you mean .*'gelu'"),
+        (LeNet5, {"image_size": 7}, "image_size=7: LeNet5 needs at least 8"),
+        (LeNet5, {"in_channels": 0}, "in_channels=0"),
+        (LeNet5, {"classes": 0}, "classes=0"),
+        (LeNet5, {"init": "x"}, "init='x'"),
+        (LeNet5, {"activation": "swish"}, "Did you mean 'silu'"),
+    ],
+)
+def test_wrong_arguments_are_named(cls, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**arguments)
+
+
+@pytest.mark.parametrize(("cls", "arguments", "shape"), CASES)
+def test_several_models_run_as_one(cls, arguments, shape):
+    models = [cls(**arguments).eval() for _ in range(3)]
+    stacked, buffers = stack_module_state(models)
+    x = torch.randn(4, *shape)
+    together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(stacked, buffers)
+    for one, model in zip(together, models):
+        torch.testing.assert_close(one, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_exports_exist():
+    package = importlib.import_module("workbench.models")
+    assert all(hasattr(package, name) for name in package.__all__)

@@ -1,0 +1,27 @@
+"""The bench both crafts stand at: models, data, tasks, training, the run on disk.
+
+Names are loaded on first use, so that listing recipes or printing help imports neither torch nor lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.activations import swap_activation
+    from workbench.artifact import load, save
+    from workbench.module import TaskModule
+
+__all__ = ["TaskModule", "load", "save", "swap_activation"]
+
+_HOME = {
+    "TaskModule": "workbench.module",
+    "load": "workbench.artifact",
+    "save": "workbench.artifact",
+    "swap_activation": "workbench.activations",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,170 @@
+"""Callbacks that make a stopped training go on as if it had not stopped: random state, history, checkpoints."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from workbench import progress
+from workbench.duration import Duration
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of python, numpy, torch and this process's CUDA device."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators where :func:`random_state` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - the global one
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Continuation(Callback):
+    """Stores in every checkpoint what Lightning leaves out, and restores it: each rank's random state, and the step
+    that a plateau scheduler takes after the epoch's checkpoint has been written.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random state of all ranks. Called on every rank."""
+        states: list[Any] = [random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        pending = []
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            for config in trainer.lr_scheduler_configs:
+                due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
+                value = trainer.callback_metrics.get(config.monitor or "") if config.reduce_on_plateau else None
+                pending.append(float(value) if due and value is not None else None)
+        checkpoint["continuation"] = {"random": states, "plateau": pending}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored state until training starts."""
+        self._loaded = checkpoint.get("continuation")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore; in the middle of an epoch this is the last hook before a batch is fetched."""
+        if self._loaded is None:
+            return
+        if len(self._loaded["random"]) == trainer.world_size:
+            set_random_state(self._loaded["random"][trainer.global_rank])
+        for config, value in zip(trainer.lr_scheduler_configs, self._loaded["plateau"]):
+            if value is not None:
+                config.scheduler.step(value)  # type: ignore[call-arg]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore again at the start of an epoch: the module's own start hook may have drawn numbers."""
+        if self._loaded is not None and len(self._loaded["random"]) == trainer.world_size:
+            set_random_state(self._loaded["random"][trainer.global_rank])
+        self._loaded = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Nothing is left to restore once a batch has been fetched."""
+        self._loaded = None
+
+
+class History(Callback):
+    """One row of metrics an epoch, kept across checkpoints: ``{"epoch", "step", "train/loss", "val/...", ...}``."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that this epoch has validation metrics of its own."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch's row and tell the progress bar."""
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        for name, value in trainer.callback_metrics.items():
+            if isinstance(value, Tensor) and (self._validated or not name.startswith("val")):
+                row[name] = float(value)
+        self._validated = False
+        self.rows.append(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": list(self.rows)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The rows up to the checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+
+class Resumable(Checkpoint):
+    """Keeps the newest checkpoint at one path, replaced atomically every so often.
+
+    Args:
+        path: The file.
+        every: Epochs, or optimizer steps for epochs that are long.
+    """
+
+    def __init__(self, path: Path, every: Duration) -> None:
+        self.path, self.every = path, every
+        self._last = -1
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save in the middle of an epoch, where asked for in steps."""
+        step = trainer.global_step
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.every.unit == "it" and step != self._last and step % self.every.value == 0 and not last:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of an epoch."""
+        if self.every.unit == "it" or (trainer.current_epoch + 1) % self.every.value == 0:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._last = trainer.global_step
+        trainer.save_checkpoint(self.path)
+
+
+class ShowProgress(Callback):
+    """Moves the recipe's bar for the stage one step a batch.
+
+    Args:
+        part: Which of ``parts`` equally long trainings this is, from 0.
+        parts: How many the stage has, e.g. the levels of a hunt.
+        label: What this part is.
+    """
+
+    def __init__(self, part: int = 0, parts: int = 1, label: str = "") -> None:
+        self.part, self.parts, self.label = part, parts, label
+        self._shown = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Show the batches done of all parts, at most ten times a second."""
+        if time.monotonic() - self._shown < 0.1 or not trainer.is_global_zero:
+            return
+        self._shown = time.monotonic()
+        total = trainer.num_training_batches * (trainer.max_epochs or 0)
+        if trainer.max_steps > 0:
+            total = trainer.max_steps * trainer.accumulate_grad_batches
+        if 0 < total < float("inf"):
+            done = self.part * total + trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            progress.show(int(done), int(total * self.parts), self.label)

@@ -1,0 +1,22 @@
+"""Data sets as Lightning data modules, imported when they are first touched."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.data.digits import Digits
+    from workbench.data.images import IDXImages
+
+__all__ = ["Digits", "IDXImages"]
+
+_HOME = {"Digits": "workbench.data.digits", "IDXImages": "workbench.data.images"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""Models with a pluggable activation; each records in ``init_args`` what it was built with."""
+
+from workbench.models.lenet import LeNet5
+from workbench.models.mlp import MLP, LeNet300
+
+__all__ = ["MLP", "LeNet5", "LeNet300"]

@@ -1,0 +1,116 @@
+"""Data order as a pure function of seed and epoch, and a loader that can start anywhere in it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+
+class EpochOrder(Sampler[int]):
+    """Indices of one rank for one epoch: the permutation of (seed, epoch), or 0..n-1 when not shuffled.
+
+    Ranks take turns, so that batch i of all ranks together is the same samples as batch i of one rank whose batch is
+    as large as theirs together. The tail wraps round to the front, so that every rank has equally many.
+
+    Args:
+        size: Samples in the data set.
+        seed: Of the order.
+        shuffle: Permute, anew every epoch.
+        rank: Of this process, 0..world - 1.
+        world: Number of processes.
+    """
+
+    def __init__(self, size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1) -> None:
+        self.size, self.seed, self.shuffle, self.rank, self.world = size, seed, shuffle, rank, world
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.world)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = order[torch.randperm(self.size, generator=stream(self.seed, self.epoch))]
+        padded = order.repeat(-(-len(self) * self.world // max(self.size, 1)))[: len(self) * self.world]
+        return iter(padded[self.rank :: self.world][self.skip :].tolist())
+
+
+class OrderedLoader(DataLoader):
+    """A DataLoader over an :class:`EpochOrder` that knows its place in the epoch and can start from it.
+
+    Lightning stores ``state_dict`` in its checkpoints, so training resumes in the middle of an epoch with the batches
+    that had not been seen yet. The loader's own generator is a function of (seed, epoch) too: making an iterator does
+    not move torch's global generator.
+    """
+
+    def __init__(self, dataset: Any, order: EpochOrder, batch_size: int, drop_last: bool, **options: Any) -> None:
+        batches = BatchSampler(order, batch_size, drop_last)
+        super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
+        self._order = order
+        self._samples = batch_size
+        self._seen = 0
+        self._start = {"epoch": 0, "seen": 0}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: this runs at the first batch, after Lightning has told the order its epoch.
+        self._seen = self._start["seen"] if self._start["epoch"] == self._order.epoch else 0
+        self._start = {"epoch": 0, "seen": 0}
+        self._order.skip = self._seen * self._samples
+        self.generator.manual_seed(stream(self._order.seed, self._order.epoch).initial_seed())  # type: ignore[union-attr]
+        for batch in super().__iter__():
+            self._seen += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been handed out."""
+        return {"epoch": self._order.epoch, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start that epoch after that many batches; any other epoch starts at its beginning."""
+        self._start = {"epoch": int(state["epoch"]), "seen": int(state["seen"])}
+
+
+def stream(seed: int, epoch: int) -> torch.Generator:
+    """A CPU generator that belongs to (seed, epoch) alone."""
+    # An odd multiplier keeps neighbouring seeds' epochs apart: (0, 1) and (1, 0) must not share an order.
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+
+
+def ordered(loader: Any, seed: int, rank: int = 0, world: int = 1) -> Any:
+    """``loader`` with its order made a function of (seed, epoch) and split over the ranks.
+
+    A DataLoader with a plain random or sequential sampler is rebuilt over the same data set; anything else (an iterable
+    data set, a sampler or batch sampler of the user's own) is returned as it is, and then resumes at epoch boundaries
+    only, to which Lightning's own rules apply.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return loader
+    plain = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if not plain or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    if isinstance(loader.sampler, RandomSampler) and (
+        loader.sampler.replacement or loader.sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+    ):
+        return loader
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    order = EpochOrder(len(loader.dataset), seed, shuffle, rank, world)  # type: ignore[arg-type]
+    return OrderedLoader(
+        loader.dataset,
+        order,
+        loader.batch_size,
+        loader.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )

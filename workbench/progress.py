@@ -1,0 +1,179 @@
+"""Two progress bars for a recipe: the whole of it above, the stage at work below.
+
+The runner opens `bars` and wraps each stage in `Bars.stage`; whatever does the work calls `advance`, which
+does nothing when no bars are open, so a job needs to know nothing about who started it. Only rank zero draws.
+Where the output is not a terminal there are no bars, just one plain line per stage, without control codes.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+def elapsed(seconds: float) -> str:
+    """A duration in words: ``3.1 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def printable(text: str) -> str:
+    """The text on one line, every control, direction or unassigned character replaced by U+FFFD."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
+class Bars:
+    """The bars of one recipe run; made by `bars`, reached by `current`.
+
+    Args:
+        total: Number of stages.
+        width: Characters reserved for a stage's name.
+        console: Where to write, or None to stay silent.
+        live: Draw bars; otherwise only the line of each finished stage is written.
+    """
+
+    def __init__(self, total: int, width: int, console: Console | None, live: bool):
+        self._console, self._width = console, width
+        self._note = ""
+        self._progress: Progress | None = None
+        self._recipe = self._stage = TaskID(0)
+        if console is not None and live:
+            self._progress = progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[message]}", style="dim", markup=False),
+                console=console,
+                transient=True,
+            )
+            self._recipe = progress.add_task("recipe".ljust(width), total=total, message="")
+            self._stage = progress.add_task("", total=None, message="", visible=False, start=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The stage called ``name`` is at work inside; leaving writes its line and moves the recipe's bar.
+
+        An exception passes through; the line then says that the stage failed and the bar does not move.
+        """
+        label, start, outcome = printable(name).ljust(self._width), perf_counter(), "failed after "
+        self._note = ""
+        if self._progress is not None:
+            self._progress.reset(self._stage, description=label, message="", visible=True)
+            # Neither reset nor update can say "no total yet", which is what makes the bar pulse.
+            self._progress.tasks[1].total = None
+        try:
+            yield
+            outcome = ""
+        finally:
+            if self._progress is not None:
+                self._progress.update(self._stage, visible=False)
+                self._progress.update(self._recipe, advance=0 if outcome else 1)
+            if self._console is not None:
+                line = f"{label}  {outcome}{elapsed(perf_counter() - start)}"
+                line += f"  {self._note}" if self._note else ""
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, steps: int, total: int | None = None, message: str | None = None) -> None:
+        """See the module's `advance`."""
+        if self._progress is None:
+            return
+        task = self._progress.tasks[1]
+        if task.total is not None and task.completed >= task.total:
+            self._progress.reset(self._stage)
+        if total is not None:
+            self._progress.update(self._stage, total=total)
+        if message is not None:
+            self._progress.update(self._stage, message=printable(message))
+        self._progress.update(self._stage, advance=steps)
+
+    def show(self, done: int, total: int, message: str) -> None:
+        """See the module's `show`."""
+        if self._progress is not None:
+            self._progress.update(self._stage, completed=done, total=total, message=printable(message))
+
+    def note(self, text: str) -> None:
+        """What to say at the end of the current stage's line, such as ``val accuracy 98.1%``."""
+        self._note = printable(text)
+
+
+_active: ContextVar[Bars | None] = ContextVar("bars", default=None)
+
+
+@contextmanager
+def bars(total_stages: int, names: Sequence[str], file: TextIO | None = None) -> Iterator[Bars]:
+    """Bars for a recipe of ``total_stages`` stages, drawn while inside.
+
+    Silent on every rank but zero (``RANK``, ``LOCAL_RANK``), and inside other bars, which go on as they were.
+
+    Args:
+        total_stages: How many stages the recipe has.
+        names: The stages' names, in order; they align the columns.
+        file: Where to write; standard error if not given.
+
+    Raises:
+        ValueError: If the number of names is not ``total_stages``.
+    """
+    if len(names) != total_stages:
+        raise ValueError(
+            f"total_stages is {total_stages} but {len(names)} names were given: name every stage"
+        )
+    stream = sys.stderr if file is None else file
+    silent = _active.get() is not None or any(os.environ.get(k, "0") != "0" for k in ("RANK", "LOCAL_RANK"))
+    live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    console = None if silent else Console(file=stream) if live else _plain(stream)
+    made = Bars(total_stages, max([6, *(len(printable(name)) for name in names)]), console, live)
+    token = _active.set(made)
+    try:
+        if made._progress is None:
+            yield made
+        else:
+            with made._progress:
+                yield made
+    finally:
+        _active.reset(token)
+
+
+def _plain(stream: TextIO) -> Console:
+    """A console that writes no control codes, whatever FORCE_COLOR says."""
+    return Console(file=stream, force_terminal=False, color_system=None, force_jupyter=False)
+
+
+def current() -> Bars | None:
+    """The open bars, or None."""
+    return _active.get()
+
+
+def advance(steps: int, total: int | None = None, message: str | None = None) -> None:
+    """Move the current stage's bar; nothing happens when no bars are open.
+
+    Args:
+        steps: Steps done since the last call.
+        total: Steps in all. A bar that is full starts again at the next call, as a hunt's next level does.
+        message: A few words, such as ``level 3, density 34.3%``; None leaves the last ones.
+    """
+    if (active := _active.get()) is not None:
+        active.advance(steps, total, message)
+
+
+def show(done: int, total: int, message: str = "") -> None:
+    """Put the current stage's bar at ``done`` of ``total`` steps; nothing happens when no bars are open.
+
+    Args:
+        done: Steps done so far.
+        total: Steps in all.
+        message: A few words, such as ``level 3, density 34.3%``.
+    """
+    if (active := _active.get()) is not None:
+        active.show(done, total, message)

@@ -1,0 +1,80 @@
+"""The record of a stage, ``record.json``: what was asked, what came out, with which versions.
+
+A folder without a record whose status is ``finished`` is unfinished by definition.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from workbench.files import write_json
+
+FORMAT = 1
+_PACKAGES = ("distill-prune", "torch", "lightning", "transformers", "torchmetrics", "numpy")
+
+
+def fingerprint(data: Any) -> str:
+    """SHA-256 of the canonical JSON of ``data``: the same whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """The machine: platform, processor count, launcher's world size."""
+    return {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record in ``folder``, or None if there is none.
+
+    Raises:
+        ValueError: If the file is not a record of a format this version reads.
+    """
+    path = folder / "record.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): move the folder aside to run the stage anew") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{path}: record format {found!r}, this version reads {FORMAT}")
+    return record
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into ``folder``, atomically."""
+    write_json(folder / "record.json", {"format": FORMAT, **record})
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The record in ``folder`` if it is complete, else None."""
+    record = read(folder)
+    return record if record and record.get("status") == "finished" else None

@@ -1,0 +1,300 @@
+"""Facts into tables and sentences, before any markup: the page and the terminal show the same cells."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+
+from workbench.report.facts import TOLERANCE, Curve, Facts, Hunt, LevelRow, Row, dense_bytes
+from workbench.report.reading import Export, Stage
+from workbench.report.wording import DASH, count, duration, percent, plural, size, times
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell says; ``note`` stands beside it in small, ``title`` holds the exact value."""
+
+    text: str
+    note: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of cells; ``stage`` is whose row it is, ``marked`` sets it off from the others."""
+
+    cells: list[Cell]
+    stage: str = ""
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column headings, whether each column holds numbers, and the lines."""
+
+    headers: list[str]
+    numeric: list[bool]
+    lines: list[Line] = field(default_factory=list)
+
+
+def stages(found: Facts, brief: bool = False) -> Table:
+    """The main table: one line per finished stage. A column about which no stage knows anything is left out.
+
+    Args:
+        found: The run's facts.
+        brief: For a terminal's width: without the columns that others imply.
+    """
+    alike, name, heading = _headings(found)
+    columns: list[tuple[str, bool, Callable[[Row], Cell]]] = [
+        ("stage", False, lambda r: Cell(r.stage.name)),
+        ("job", False, lambda r: Cell(r.stage.job or DASH, _level(r.level))),
+        ("activation", False, lambda r: Cell(r.activation or DASH)),
+        ("from", False, _parent),
+        ("parameters", True, lambda r: Cell(count(r.parameters))),
+        ("kept", True, lambda r: Cell(count(r.kept))),
+        ("density", True, lambda r: Cell(percent(r.density))),
+        (f"test {name}", True, lambda r: _test(r, alike)),
+        (heading, True, lambda r: _change(r, alike)),
+        ("on disk", True, lambda r: Cell(size(r.bytes), r.form or "", _exact(r.bytes))),
+        ("times smaller", True, lambda r: Cell(times(r.smaller))),
+        ("took", True, lambda r: Cell(duration(r.stage.seconds), title=_seconds(r.stage.seconds))),
+    ]
+    columns = [column for column in columns if not (brief and column[0] in ("activation", "from", "kept"))]
+    lines = [Line([cell(row) for _, _, cell in columns], row.stage.name) for row in found.rows]
+    return _without_empty(Table([c[0] for c in columns], [c[1] for c in columns], lines))
+
+
+def legend(found: Facts) -> str:
+    """What the main table's derived columns are."""
+    _, name, heading = _headings(found)
+    text = (
+        f"{heading.capitalize()}: test {name} less that of the stage or level named. "
+        "Density: kept / prunable weights; parameters that cannot be pruned are not in it."
+    )
+    if found.reference is None:
+        return text
+    dense, name = size(dense_bytes(found.reference)), found.reference.stage.name
+    return f"{text} Times smaller: the {dense} of {name} in dense fp32 / bytes on disk."
+
+
+def levels(hunt: Hunt) -> Table:
+    """One line per level of a hunt, the picked one marked."""
+    measured = hunt.metric
+    columns: list[tuple[str, Callable[[LevelRow], Cell]]] = [
+        ("level", lambda r: Cell(count(r.level.level))),
+        ("density", lambda r: Cell(percent(r.level.density))),
+        ("kept", lambda r: Cell(count(r.level.size.get("kept")))),
+        (f"val {measured.name}", lambda r: Cell(measured.show(r.validation))),
+        (f"test {measured.name}", lambda r: Cell(measured.show(r.test))),
+        (measured.heading, lambda r: Cell(measured.change(r.change))),
+        ("took", lambda r: Cell(duration(r.level.seconds), title=_seconds(r.level.seconds))),
+        ("mask", lambda r: Cell(short(r.level.mask_hash), title=r.level.mask_hash or "")),
+    ]
+    lines = [
+        Line([cell(row) for _, cell in columns], hunt.stage.name, row is hunt.pick) for row in hunt.levels
+    ]
+    return Table([c[0] for c in columns], [c[0] != "mask" for c in columns], lines)
+
+
+def exports(found: Facts) -> Table | None:
+    """One line per exported file; None if there is none."""
+    headers = ["stage", "format", "of", "on disk", "times smaller", "largest difference", "same predictions"]
+    dense = dense_bytes(found.reference) if found.reference else None
+    lines = [_export(row, export, dense) for row in found.rows for export in row.stage.exports]
+    return Table(headers, [False, False, False, True, True, True, False], lines) if lines else None
+
+
+def prints(every: Iterable[Stage]) -> Table:
+    """Fingerprint, seed and start of each stage, whole."""
+    cells = [
+        Line(
+            [
+                Cell(s.name),
+                Cell(s.fingerprint or DASH),
+                Cell(_seed(s)),
+                Cell(_started(s)),
+                Cell(s.status or DASH),
+            ]
+        )
+        for s in every
+    ]
+    return Table(
+        ["stage", "recipe fingerprint", "seed", "started", "status"],
+        [False, False, True, False, False],
+        cells,
+    )
+
+
+def headline(found: Facts) -> str:
+    """The run in one sentence; it picks by validation data and then says what the pick has on test data."""
+    reference, pick = found.reference, found.pick
+    done = plural(len(found.rows), "stage")
+    if reference is None:
+        return f"{done} finished; no stage records the size of its weights, so none is named the smallest."
+    name, measured = reference.stage.name, reference.metric
+    if reference.validation is None:
+        return f"{done} finished; {name} records no validation {measured.name}, so no checkpoint is picked."
+    margin = f"{measured.tolerance(TOLERANCE)} of {name}'s {measured.show(reference.validation)} "
+    margin += f"validation {measured.name}"
+    if pick is None:
+        return f"No checkpoint of this run is both within {margin} and smaller than {name} in dense fp32."
+    dense = dense_bytes(reference) or 0
+    kind = [pick.form or "", _level(pick.level)]
+    what = pick.row.stage.name + (f" ({', '.join(k for k in kind if k)})" if any(kind) else "")
+    text = (
+        f"Within {margin}, the smallest checkpoint is {what}: {size(pick.bytes)}, "
+        f"{times(dense / pick.bytes)} smaller than {name}'s {size(dense)} in dense fp32"
+    )
+    if pick.test is None:
+        return f"{text}; it records no test {measured.name}."
+    whose = (
+        "its"
+        if pick.source == pick.row.stage.name
+        else f"{pick.source}, whose predictions it reproduces, has"
+    )
+    text += f"; {whose} test {measured.name} {'is ' if whose == 'its' else ''}{measured.show(pick.test)}"
+    if reference.test is None:
+        return f"{text}."
+    return (
+        f"{text}, {measured.distance(pick.test - reference.test)} {name}'s {measured.show(reference.test)}."
+    )
+
+
+def caveat(found: Facts) -> str:
+    """What the headline must not be read as."""
+    return (
+        f"{_seeds(found.rows)}, so no interval can be given and small differences may be noise. "
+        "Picks are made on validation data alone; test figures are those of the last epoch."
+    )
+
+
+def unfinished(found: Facts) -> str:
+    """Which stages the tables leave out, and why; empty if none."""
+    if not found.unfinished:
+        return ""
+    listed = ", ".join(f"{s.name} ({s.status or 'no status'})" for s in found.unfinished)
+    return f"Not finished, and in no figure or table: {listed}."
+
+
+def sparsest(hunt: Hunt) -> str:
+    """A hunt's pick in a sentence."""
+    measured, margin = hunt.metric, hunt.metric.tolerance(TOLERANCE)
+    if hunt.dense is None or hunt.dense.validation is None:
+        return "No validation figure of level 0 is recorded, so no level is picked."
+    if hunt.pick is None:
+        return f"No sparser level stays within {margin} of level 0 on validation data."
+    pick = hunt.pick
+    text = (
+        f"Sparsest level within {margin} of level 0 on validation data: level {count(pick.level.level)}, "
+        f"density {percent(pick.level.density)}"
+    )
+    if pick.test is None or pick.change is None:
+        return f"{text}."
+    text += f"; its test {measured.name} is {measured.show(pick.test)}"
+    return f"{text}, {measured.distance(pick.change)} level 0's."
+
+
+def sample(found: Facts, names: Iterable[str]) -> str:
+    """What stands under each figure: n, the interval's kind, the fingerprints of the stages drawn."""
+    drawn = set(names)
+    rows = [row for row in found.rows if row.stage.name in drawn]
+    listed = ", ".join(f"{r.stage.name} {short(r.stage.fingerprint)}" for r in rows)
+    seeds = {row.stage.seed for row in rows}
+    n = f"n = 1 seed ({_list(seeds)})" if len(seeds) == 1 else f"n = 1 seed each ({_list(seeds)})"
+    return f"{n}, no interval. Recipe fingerprints: {listed}."
+
+
+def axis(curve: Curve, split: str) -> str:
+    """The vertical axis in words: ``validation accuracy, higher is better``."""
+    return f"{split} {curve.metric.name}, {curve.metric.direction}"
+
+
+def short(fingerprint: str | None) -> str:
+    """The first eight digits of a hash."""
+    return fingerprint[:8] if fingerprint else DASH
+
+
+def _headings(found: Facts) -> tuple[bool, str, str]:
+    """Whether all stages share one metric, and what the columns of it and of its differences are called."""
+    measured = {row.metric for row in found.rows}
+    first = found.rows[0].metric
+    return (True, first.name, first.heading) if len(measured) == 1 else (False, "metric", "change")
+
+
+def _level(level: int | None) -> str:
+    return "" if level is None else f"level {level}"
+
+
+def _parent(row: Row) -> Cell:
+    role, name = row.parent or ("", DASH)
+    return Cell(name, "" if role == name else role)
+
+
+def _test(row: Row, alike: bool) -> Cell:
+    if row.test is None and row.reproduces:
+        return Cell("same", f"as {row.reproduces}")
+    return Cell(
+        row.metric.show(row.test), "" if alike or row.test is None else row.metric.name, _plain(row.test)
+    )
+
+
+def _change(row: Row, alike: bool) -> Cell:
+    unit = "" if alike or row.change is None else row.metric.unit
+    return Cell(row.metric.change(row.change) + unit, f"vs {row.against}" if row.against else "")
+
+
+def _export(row: Row, export: Export, dense: float | None) -> Line:
+    same = {True: "yes, verified", False: "NO", None: DASH}[export.same_predictions]
+    difference = DASH if export.largest_difference is None else f"{export.largest_difference:.2g}"
+    smaller = dense / export.bytes if dense and export.bytes else None
+    cells = [
+        Cell(row.stage.name),
+        Cell(export.format or DASH),
+        Cell(row.parent[1] if row.parent else DASH),
+        Cell(size(export.bytes), title=_exact(export.bytes)),
+        Cell(times(smaller)),
+        Cell(difference),
+        Cell(same),
+    ]
+    return Line(cells, row.stage.name)
+
+
+def _without_empty(table: Table) -> Table:
+    """The table less the columns that hold nothing but dashes, the first one aside."""
+    keep = [
+        i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))
+    ]
+
+    lines = [Line(list(compress(line.cells, keep)), line.stage, line.marked) for line in table.lines]
+    return Table(list(compress(table.headers, keep)), list(compress(table.numeric, keep)), lines)
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = {row.stage.seed for row in rows}
+    if len(seeds) == 1:
+        return f"Every figure here comes from one seed ({_list(seeds)})"
+    return f"Every figure here comes from one seed per stage ({_list(seeds)})"
+
+
+def _list(seeds: set[int | None]) -> str:
+    known = ", ".join(str(seed) for seed in sorted(s for s in seeds if s is not None))
+    return ", ".join(part for part in (known, "not recorded" if None in seeds else "") if part)
+
+
+def _seed(stage: Stage) -> str:
+    return DASH if stage.seed is None else str(stage.seed)
+
+
+def _started(stage: Stage) -> str:
+    return DASH if stage.started is None else stage.started.isoformat(sep=" ", timespec="seconds")
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f} bytes"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value} s"
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,10 @@
+"""Source: where a stage gets a network from."""
+
+
+class Source(str):
+    """The name of an earlier stage of the recipe, or the path of a folder with a checkpoint.
+
+    In a recipe the name is replaced by the stage's folder before a job sees it.
+    """
+
+    __slots__ = ()
