@@ -254,8 +254,9 @@ def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: flo
 def _warn_of_rescue(sizes: Mapping[str, int], fair: Mapping[str, int]) -> None:
     for name, count in fair.items():
         if count == 0:
-            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1")
+            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1", stacklevel=5)
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"layer collapse: {what}", stacklevel=4)
+def _warn(what: str, stacklevel: int = 4) -> None:
+    # The fourth frame is the caller of the Pruner that called the allocation.
+    warnings.warn(f"layer collapse: {what}", stacklevel=stacklevel)

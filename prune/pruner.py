@@ -75,7 +75,6 @@ class Pruner:
         fields = {**vars(self), "criterion": self.criterion.name}
         return f"Pruner({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module, density: float, within: Masks | None = None) -> Masks:
         """Masks that keep the share ``density`` of the prunable weights.
 

@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from workbench.duration import Duration
 
 
-class RewindPoint(Callback):
+class RewindPoint(Checkpoint):
     """Writes Lightning's checkpoint at one moment of training: the point that every later level starts from.
 
     The file holds weights, buffers, optimizer, schedulers, loop counters, callbacks and, through
     :class:`workbench.continuation.Continuation`, the random state; the data order follows from seed and epoch. "After
     k steps" means after k optimizer updates, whatever the gradient accumulation. A point at the end of an epoch is
-    taken after its validation.
+    taken after its validation. A ``Checkpoint``, so that other callbacks have seen the end of the epoch before it.
 
     Args:
         at: When; ``0it`` is before the first update.

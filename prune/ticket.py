@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
+from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import KeepMasked
 from prune.masks import Masks
 from prune.pruner import Pruner
@@ -85,7 +86,8 @@ def hunt(
         start, data, trainer, seed_everything, model=model, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler
     )
     network = network_of(module)
-    pruner = Pruner(criterion, "unstructured", allocation, include=include, exclude=exclude, seed=seed)
+    layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
+    pruner = Pruner(criterion, "unstructured", layers, include=include, exclude=exclude, seed=seed)
     settings = [densities, str(rewind), criterion, allocation, include, exclude, seed]
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     point = out / "checkpoints" / "rewind.ckpt"
@@ -131,11 +133,11 @@ def hunt(
             barrier()
         masks = Masks(artifact.masks(folder))
         done.append(record)
-    network.load_state_dict(artifact.tensors(folder))
-    last = {name: done[-1][name] for name in ("metrics", "monitor", "history")}
+    network.load_state_dict(artifact.tensors(out / f"level_{len(done) - 1:02d}"))
+    last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
     save_network(module, data, out, last, masks)
     seconds = round(sum(record["seconds"] for record in done), 3)
-    return {**last, "levels": done, "winning": _winning(done, tolerance), "seconds": seconds}
+    return {**last, "seed": seed, "levels": done, "winning": _winning(done, tolerance), "seconds": seconds}
 
 
 def _subject(

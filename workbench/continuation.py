@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor
 
 from workbench import progress
@@ -40,12 +41,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Continuation(Callback):
-    """Stores in every checkpoint what Lightning leaves out, and restores it: each rank's random state, and the step
-    that a plateau scheduler takes after the epoch's checkpoint has been written.
+    """Stores in every checkpoint what Lightning leaves out, and restores it: each rank's random state, and the steps
+    of plateau schedulers, which Lightning takes after the epoch's checkpoint is written and not at all in an epoch that
+    was resumed in its middle.
     """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._owed: list[float | None] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random state of all ranks. Called on every rank."""
@@ -53,13 +56,8 @@ class Continuation(Callback):
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
-        pending = []
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            for config in trainer.lr_scheduler_configs:
-                due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
-                value = trainer.callback_metrics.get(config.monitor or "") if config.reduce_on_plateau else None
-                pending.append(float(value) if due and value is not None else None)
-        checkpoint["continuation"] = {"random": states, "plateau": pending}
+        ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        checkpoint["continuation"] = {"random": states, "plateau": _plateau_steps(trainer) if ended else []}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored state until training starts."""
@@ -67,23 +65,60 @@ class Continuation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore; in the middle of an epoch this is the last hook before a batch is fetched."""
-        if self._loaded is None:
-            return
-        if len(self._loaded["random"]) == trainer.world_size:
-            set_random_state(self._loaded["random"][trainer.global_rank])
-        for config, value in zip(trainer.lr_scheduler_configs, self._loaded["plateau"]):
-            if value is not None:
-                config.scheduler.step(value)  # type: ignore[call-arg]
+        _end_epoch(trainer)
+        if self._loaded is not None:
+            self._restore(trainer)
+            self._owed = self._loaded["plateau"]
+            self._settle(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore again at the start of an epoch: the module's own start hook may have drawn numbers."""
-        if self._loaded is not None and len(self._loaded["random"]) == trainer.world_size:
-            set_random_state(self._loaded["random"][trainer.global_rank])
+        self._settle(trainer)
+        self._restore(trainer)
         self._loaded = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Nothing is left to restore once a batch has been fetched."""
         self._loaded = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the plateau steps that Lightning will skip."""
+        if trainer.fit_loop.restarting:
+            self._owed = _plateau_steps(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self._loaded is not None and len(self._loaded["random"]) == trainer.world_size:
+            set_random_state(self._loaded["random"][trainer.global_rank])
+
+    def _settle(self, trainer: Trainer) -> None:
+        for config, value in zip(trainer.lr_scheduler_configs, self._owed):
+            if value is not None:
+                config.scheduler.step(value)  # type: ignore[call-arg]
+        self._owed = []
+
+
+def _end_epoch(trainer: Trainer) -> None:
+    """Count the epoch that a checkpoint was taken at the end of as done.
+
+    With ``max_steps`` Lightning 2.6 takes it for an unfinished one and counts it twice, so that the data of the next
+    epoch are those of the one after it (`FitLoop.restarting`: ``and`` binds closer than ``or``).
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined] - the loop's own setter is the one at fault
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+        loop.epoch_progress.increment_completed()
+
+
+def _plateau_steps(trainer: Trainer) -> list[float | None]:
+    """For each scheduler the metric that its plateau step after this epoch looks at, or None."""
+    steps: list[float | None] = []
+    for config in trainer.lr_scheduler_configs:
+        due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
+        value = trainer.callback_metrics.get(config.monitor or "") if config.reduce_on_plateau else None
+        steps.append(float(value) if due and value is not None else None)
+    return steps
 
 
 class History(Callback):

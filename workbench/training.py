@@ -1,6 +1,7 @@
 """Training one module to the end, resumably, and the ``fit`` job."""
 
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -220,7 +221,7 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     theirs = copy.deepcopy(arguments.pop("callbacks", None) or [])
     given = {name: copy.deepcopy(value) for name, value in arguments.items() if value is not None}
     defaults = {**_DEFAULTS, "default_root_dir": str(out), "enable_progress_bar": progress.current() is None}
-    given.pop("enable_checkpointing", None)  # the stage's own resume point is always kept, and it stands in for the default
+    given.pop("enable_checkpointing", None)  # the stage's own resume point is always kept
     made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
     check_world_size(made.world_size)
     return made
@@ -232,9 +233,13 @@ def check_world_size(world_size: int) -> None:
     Raises:
         ValueError: If torchrun's or Lightning's launcher started another number of processes than ``world_size``.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    under_launcher = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
-    if launched != world_size and (under_launcher or launched > 1):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        launched = torch.distributed.get_world_size()
+    elif "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+    else:
+        return  # nobody has launched anything yet; a Trainer of several devices will
+    if launched != world_size:
         raise ValueError(
             f"the launcher started {launched} processes, but this stage's trainer has a world size of {world_size}: "
             f"set trainer.devices and trainer.num_nodes so that they multiply to {launched}, with strategy ddp, "
@@ -255,6 +260,7 @@ def save_network(
     """
     network = network_of(module)
     folder = out / "artifact"
+    check_ranks_agree(network)
     if rank() == 0:
         artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]})
         if inputs := example_inputs(module, data):
@@ -267,11 +273,13 @@ def save_network(
 def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path) -> dict[str, int]:
     """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``."""
     parameters = list(network.parameters())
-    masks = masks or {}
-    return {
-        "parameters": sum(parameter.numel() for parameter in parameters),
+    pruned = {
         "prunable": sum(mask.numel() for mask in masks.values()),
         "kept": sum(int(mask.sum()) for mask in masks.values()),
+    } if masks else {}
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        **pruned,
         "nonzero": sum(int(parameter.detach().count_nonzero()) for parameter in parameters),
         "dense_fp32_bytes": 4 * sum(parameter.numel() for parameter in parameters),
         "artifact_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
@@ -302,6 +310,23 @@ def rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def check_ranks_agree(network: nn.Module) -> None:
+    """Make sure that data-parallel ranks hold the same parameters, bit for bit.
+
+    Raises:
+        RuntimeError: If they do not: then what rank 0 is about to save is not what was trained.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"ranks hold different parameters after training: SHA-256 {[d[:12] for d in digests]}")
 
 
 def barrier() -> None:

@@ -174,6 +174,10 @@ def test_uniform_is_within_one_weight_of_the_density():
     assert list(counts.values()) == [3, 3, 3, 3, 2, 2, 2, 2]
 
 
+def test_a_layer_that_rounds_up_to_one_is_no_collapse():
+    assert Uniform()(scores_of({"small": 7, "big": 93}), 0.1) == {"small": 1, "big": 9}  # and no warning
+
+
 @pytest.mark.parametrize("allocation", [Uniform(), LayerwiseAsPaper(output_rate=1)], ids=str)
 def test_a_layer_too_small_for_the_density_keeps_one(allocation: Allocation):
     scores = scores_of({"big": 96, "tiny": 4, "out": 100})

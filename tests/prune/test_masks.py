@@ -105,7 +105,7 @@ def test_ones_of_a_model_names_shared_memory_once():
 def test_neighbours_in_one_buffer_are_not_shared():
     model = nn.Module()
     buffer = torch.zeros(10)
-    model.a, model.b = nn.Parameter(buffer[:4]), nn.Parameter(buffer[4:])
+    model.a, model.b = nn.Parameter(buffer[1:4]), nn.Parameter(buffer[4:])
     model.empty, model.other = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
     assert [[n for n, _ in g] for g in shared_memory(model)] == [["a"], ["b"], ["empty"], ["other"]]
     model.whole = nn.Parameter(buffer)
@@ -359,8 +359,16 @@ def test_hooks_vanish_after_an_exception():
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_masks_follow_the_weights_to_another_dtype():
-    """Also from a mask that was first used in another dtype: nothing stays cast."""
+def test_masks_follow_the_weights_to_another_dtype(monkeypatch: pytest.MonkeyPatch):
+    """And are in the weights' own dtype every time, which makes the product cheap."""
+    used: list[torch.dtype] = []
+    multiply = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+
+    def spy(weights: list[Tensor], factors: list[Tensor]) -> None:
+        used.extend(factor.dtype for factor in factors)
+        multiply(weights, factors)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", spy)
     model = mlp()
     masks = half(model)
     masks.apply(model)
@@ -372,6 +380,7 @@ def test_masks_follow_the_weights_to_another_dtype():
         backward(model)
         optimizer.step()
         assert model[0].weight.dtype == dtype
+        assert used[-2:] == [dtype] * 2
         assert largest_masked(masks, model) == 0
 
 
@@ -698,6 +707,7 @@ META = {"format": "prune.masks", "version": "1", "shapes": '{"w": [3]}'}
             for shape in (3, None, [3.0], [True], [-3], [0], ["3"])
         ),
         (GOOD, META | {"shapes": '{"v": [3]}'}, "differ in 'v', 'w'"),
+        (GOOD, META | {"shapes": '{"w": [3], "v": [3]}'}, "differ in 'v'"),
         (GOOD | {"v": GOOD["w"].clone()}, META, "differ in 'v'"),
         ({}, META | {"shapes": "{}"}, "no masks given"),
         (GOOD, META | {"shapes": '{"w": [9]}'}, "needs 2 bytes of U8"),

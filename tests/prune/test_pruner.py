@@ -173,6 +173,15 @@ def test_layer_collapse_is_prevented_and_reported():
     assert sum(count for count, _ in masks.counts().values()) == 540
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_the_warning_points_at_the_call(allocation: str):
+    model = mlp(10, 1, 10, 10)
+    model[0].weight.data.zero_()
+    with pytest.warns(UserWarning, match="layer collapse") as caught:
+        Pruner(allocation=allocation)(model, 0.04)
+    assert {w.filename for w in caught} == {__file__}
+
+
 # Scope
 
 

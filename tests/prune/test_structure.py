@@ -92,6 +92,13 @@ def test_scores_outside_within_are_not_looked_at():
     assert keep_top_k(scores, 1, within)["w"].tolist() == [False, False, False, True]
 
 
+def test_a_candidate_at_minus_infinity_is_still_a_candidate():
+    scores = {"w": torch.full((4,), -math.inf)}
+    within = {"w": torch.tensor([False, True, False, True])}
+    assert keep_top_k(scores, 1, within)["w"].tolist() == [False, True, False, False]
+    assert keep_top_k(scores, 2, within)["w"].tolist() == [False, True, False, True]
+
+
 def test_nan_is_refused_by_name():
     with pytest.raises(ValueError, match=r"1 of 2 scores of 'bad' are NaN"):
         keep_top_k({"good": torch.ones(2), "bad": torch.tensor([1.0, math.nan])}, 1)

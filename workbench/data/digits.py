@@ -37,10 +37,9 @@ class Digits(pl.LightningDataModule):
     digits", UCI repository.
 
     Batches: x float32 [B, 64], or [B, 1, 8, 8] for images; y int64 [B]. The split is stratified and the same
-    in every run. Pixels are standardised by the one mean and
-    deviation of all training pixels, so that inputs have the unit second moment that
-    `workbench.activations.init_` counts on; it also trained best in a comparison with [0, 1] and per-pixel
-    standardisation (98.5, 97.5 and 97.9% of held-out images after 12 epochs).
+    in every run. Pixels are standardised by the one mean and deviation of all training pixels: inputs then
+    have the unit second moment that `workbench.activations.init_` counts on; an MLP had 98.5% of new images
+    right after 12 epochs, against 97.5% with [0, 1] and 97.9% with each pixel standardised by itself.
 
     Args:
         batch_size: Samples in a batch.

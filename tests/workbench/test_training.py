@@ -1,0 +1,297 @@
+"""Training that was stopped ends where undisturbed training ends, bit for bit."""
+
+import functools
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from workbench import artifact, load
+from workbench.continuation import random_state, set_random_state
+from workbench.data import Digits
+from workbench.duration import Duration
+from workbench.models import MLP
+from workbench.training import check_world_size, fit, make_trainer, module_for, train
+
+CPU = {"accelerator": "cpu", "enable_progress_bar": False}
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+class Stop(RuntimeError):
+    """Power failure."""
+
+
+class StopAt(lp.Callback):
+    """Fails after a number of batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
+            raise Stop
+
+
+class Noisy(nn.Module):
+    """Random in training, with batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(64, 24), nn.BatchNorm1d(24), nn.GELU(), nn.Dropout(0.3), nn.Linear(24, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def run(out: Path, stops: tuple[int, ...], checkpoint: str, scheduler: Any, trainer: dict[str, Any]) -> tuple:
+    """Train; stop after those batches and start again each time, in a module built anew."""
+    for stop in (*stops, None):
+        lp.seed_everything(5, verbose=False)
+        module = module_for(Noisy(), data := Digits(batch_size=128), None, SGD, scheduler)
+        try:
+            result = train(
+                module,
+                data,
+                trainer={**CPU, **trainer},
+                seed=5,
+                out=out,
+                checkpoint=Duration.parse(checkpoint),
+                callbacks=[] if stop is None else [StopAt(stop)],
+            )
+        except Stop:
+            continue
+        return module.state_dict(), result
+    raise AssertionError("never finished")
+
+
+CASES = {
+    "epoch": ((13,), "1ep", None, {"max_epochs": 3}),
+    "first epoch": ((4,), "1ep", None, {"max_epochs": 2}),
+    "steps": ((4, 9, 17), "3it", None, {"max_epochs": 3}),
+    "steps at the epoch's end": ((11,), "5it", None, {"max_epochs": 3}),
+    "cosine": ((13,), "1ep", functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3), {"max_epochs": 3}),
+    "plateau": (
+        (13,),
+        "1ep",
+        functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.9),
+        {"max_epochs": 3},
+    ),
+    "plateau in the middle": (
+        (14,),
+        "6it",
+        functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.9),
+        {"max_epochs": 3},
+    ),
+    "accumulation": ((7, 15), "2it", None, {"max_epochs": 2, "accumulate_grad_batches": 3}),
+    "limited batches": ((9,), "2it", None, {"max_epochs": 3, "limit_train_batches": 4}),
+    "max_steps": ((14,), "1ep", None, {"max_steps": 17}),
+    "rare validation": ((25,), "1ep", None, {"max_epochs": 3, "check_val_every_n_epoch": 2}),
+    "clipping": ((13,), "4it", None, {"max_epochs": 2, "gradient_clip_val": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASES)
+def test_stopped_training_ends_as_undisturbed_training(tmp_path: Path, case: str) -> None:
+    stops, checkpoint, scheduler, trainer = CASES[case]
+    expected, whole = run(tmp_path / "whole", (), checkpoint, scheduler, trainer)
+    found, pieces = run(tmp_path / "pieces", stops, checkpoint, scheduler, trainer)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert pieces["metrics"] == whole["metrics"]
+    assert pieces["history"] == whole["history"]
+    assert whole["history"], "an epoch has a row"
+
+
+def test_seed_decides_everything(tmp_path: Path) -> None:
+    def weights(seed: int, name: str) -> dict[str, torch.Tensor]:
+        lp.seed_everything(0, verbose=False)
+        module = module_for(Noisy(), data := Digits(batch_size=256))
+        train(module, data, trainer={**CPU, "max_epochs": 1}, seed=seed, out=tmp_path / name)
+        return module.state_dict()
+
+    a, b, c = weights(1, "a"), weights(1, "b"), weights(2, "c")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+class Own(lp.LightningModule):
+    """Somebody's module: its own loss, optimizer, and a shuffled loader in a data module of their own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self(batch[0]) - batch[1]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", (self(batch[0]) - batch[1]).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class OwnData(lp.LightningDataModule):
+    """Shuffles with torch's global generator, as most people do."""
+
+    def _loader(self, shuffle: bool) -> DataLoader:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(70, 5, generator=generator)
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, shuffle=shuffle)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(False)
+
+
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_an_own_module_resumes_in_the_middle_of_an_epoch(tmp_path: Path, stop: int) -> None:
+    def weights(name: str, stops: tuple[int | None, ...]) -> dict[str, torch.Tensor]:
+        for at in stops:
+            lp.seed_everything(3, verbose=False)
+            module = Own()
+            try:
+                train(
+                    module,
+                    OwnData(),
+                    trainer={**CPU, "max_epochs": 3},
+                    seed=3,
+                    out=tmp_path / name,
+                    checkpoint=Duration.parse("2it"),
+                    callbacks=[] if at is None else [StopAt(at)],
+                )
+            except Stop:
+                continue
+            return module.state_dict()
+        raise AssertionError
+
+    whole, pieces = weights("whole", (None,)), weights("pieces", (stop, None))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_fit_writes_a_checkpoint_of_what_it_trained(tmp_path: Path) -> None:
+    model = MLP(64, [16], 10)
+    result = fit(model, Digits(batch_size=256), trainer={**CPU, "max_epochs": 1}, out=tmp_path)
+    back = load(tmp_path)
+    x = torch.randn(7, 64)
+    assert torch.equal(back(x), model.eval()(x))
+    assert set(result["metrics"]) >= {"val/accuracy", "val/loss", "test/accuracy", "test/loss"}
+    assert result["monitor"] == ["accuracy", "max"]
+    assert result["size"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert "kept" not in result["size"], "nothing was pruned, so nothing was kept"
+    assert result["size"]["artifact_bytes"] == sum(f.stat().st_size for f in artifact.find(tmp_path).iterdir())
+
+
+def test_an_own_module_keeps_its_optimizer_unless_given_one(tmp_path: Path) -> None:
+    fit(Own(), OwnData(), trainer={**CPU, "max_epochs": 1}, out=tmp_path / "own")
+    module = Own()
+    fit(module, OwnData(), optimizer=SGD, trainer={**CPU, "max_epochs": 1}, out=tmp_path / "given")
+    assert isinstance(module.configure_optimizers(), torch.optim.SGD)
+    assert isinstance(load(tmp_path / "own"), Own)
+    with pytest.raises(ValueError, match="lr_scheduler is given without optimizer"):
+        fit(Own(), OwnData(), lr_scheduler=torch.optim.lr_scheduler.LinearLR, trainer={"max_epochs": 1}, out=tmp_path)
+
+
+def test_user_callbacks_and_their_state_come_along(tmp_path: Path) -> None:
+    stopper = lp.callbacks.EarlyStopping("val/loss", patience=0, min_delta=1e9)
+    given = {**CPU, "max_epochs": 9, "callbacks": [stopper]}
+    lp.seed_everything(0, verbose=False)
+    result = train(module_for(Noisy(), data := Digits(batch_size=256)), data, trainer=given, seed=0, out=tmp_path)
+    assert len(result["history"]) == 2
+    assert stopper.stopped_epoch == 0, "the caller's callback was not touched: every training has its own"
+
+
+def test_random_state_round_trip() -> None:
+    state = random_state()
+    first = random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002 - the global one is what is stored
+    set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == first  # noqa: NPY002
+
+
+def test_no_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither max_epochs nor max_steps"):
+        make_trainer({"accelerator": "cpu"}, [], tmp_path)
+
+
+def test_no_task_and_no_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="OwnData has no attribute 'classes'"):
+        fit(nn.Linear(5, 1), OwnData(), trainer={"max_epochs": 1}, out=tmp_path)
+
+
+def test_a_foreign_lightning_module_is_refused(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    class Foreign(pl.LightningModule):
+        pass
+
+    with pytest.raises(ValueError, match=r"from lightning\.pytorch import LightningModule"):
+        fit(Foreign(), OwnData(), trainer={"max_epochs": 1}, out=tmp_path)
+
+
+def test_a_checkpoint_never_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1ep or 1it"):
+        fit(Own(), OwnData(), trainer={"max_epochs": 1}, checkpoint=Duration(0, "ep"), out=tmp_path)
+
+
+@pytest.mark.parametrize(("environment", "world_size", "refused"), [
+    ({}, 1, False),
+    ({}, 2, False),
+    ({"WORLD_SIZE": "4"}, 1, False),
+    ({"WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 1, True),
+    ({"WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 4, False),
+    ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, True),
+])
+def test_launcher_and_trainer_must_agree(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], world_size: int, refused: bool
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(ValueError, match=f"world size of {world_size}"):
+            check_world_size(world_size)
+    else:
+        check_world_size(world_size)
+
+
+RANKS = """
+import sys
+import torch
+from torch import nn
+from workbench.training import check_ranks_agree
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+network = nn.Linear(3, 2)
+check_ranks_agree(network)
+with torch.no_grad():
+    network.bias[1] += 1e-6 * torch.distributed.get_rank()
+try:
+    check_ranks_agree(network)
+except RuntimeError as error:
+    print("REFUSED", error)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_with_different_parameters_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.count("REFUSED ranks hold different parameters") == 2, done.stderr
