@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from prune.storage import memory_span, shared_memory
+
 FORMAT = "prune.masks"
 VERSION = "1"
 
@@ -44,9 +46,7 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(f"mask name {name!r} is not a parameter name: give non-empty strings")
             if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
                 given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(
-                    f"mask '{name}' is {given}: give a torch.bool tensor, True where the weight is kept"
-                )
+                raise ValueError(f"mask '{name}' is {given}: give a torch.bool tensor, True where the weight is kept")
             if not mask.numel():
                 raise ValueError(f"mask '{name}' of shape {tuple(mask.shape)} has no entries: leave it out")
         self._masks = {n: m.detach().clone(memory_format=torch.contiguous_format) for n, m in masks.items()}
@@ -363,8 +363,7 @@ def unpack(packed: Tensor, shape: Iterable[int]) -> Tensor:
     shape = list(shape)
     if packed.dtype != torch.uint8 or list(packed.shape) != [_bytes(shape)]:
         raise ValueError(
-            f"shape {shape} needs {_bytes(shape)} bytes of torch.uint8, "
-            f"but got {packed.dtype} {list(packed.shape)}"
+            f"shape {shape} needs {_bytes(shape)} bytes of torch.uint8, but got {packed.dtype} {list(packed.shape)}"
         )
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     bits = ((packed[:, None] >> shifts) & 1).bool().flatten()
@@ -372,35 +371,6 @@ def unpack(packed: Tensor, shape: Iterable[int]) -> Tensor:
     if bits[count:].any():
         raise ValueError(f"the padding after the {count} bits of shape {shape} is not zero")
     return bits[:count].reshape(shape)
-
-
-def shared_memory(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """All parameters under all their names, grouped by overlapping memory, in definition order.
-
-    A parameter without memory to look at (meta, sparse, empty, a wrapper) is grouped with itself only.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    spans = [memory_span(parameter) for _, parameter in named]
-    group_of, group, home, end = [0] * len(named), -1, None, 0
-    for i in sorted(range(len(named)), key=spans.__getitem__):
-        *where, start, stop = spans[i]
-        if where != home or start >= end:
-            group, home, end = group + 1, where, stop
-        group_of[i], end = group, max(end, stop)
-    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for i, pair in enumerate(named):
-        groups.setdefault(group_of[i], []).append(pair)
-    return list(groups.values())
-
-
-def memory_span(parameter: Tensor) -> tuple[str, int, int, int]:
-    """(device, address of the storage, first byte in it, byte after the last) of a tensor."""
-    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout == torch.strided
-    if not plain or parameter.is_meta or not parameter.numel():
-        return ("object", id(parameter), 0, 1)
-    size, start = parameter.element_size(), int(parameter.storage_offset())
-    last = start + sum((int(n) - 1) * int(step) for n, step in zip(parameter.shape, parameter.stride()))
-    return (str(parameter.device), parameter.untyped_storage().data_ptr(), start * size, (last + 1) * size)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -424,9 +394,7 @@ class _Member(NamedTuple):
                 f"a parameter of shape {tuple(parameter.shape)} shares only part of the memory of a masked "
                 f"one of shape {tuple(owner.shape)}: untie them"
             )
-        memory = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=mask.device).copy_(
-            mask
-        )
+        memory = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=mask.device).copy_(mask)
         return memory.as_strided(parameter.shape, parameter.stride(), 0)
 
 
@@ -435,9 +403,7 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     while (wrapped := getattr(inner, "optimizer", None)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(
-            f"{type(optimizer).__name__} is not an optimizer: give a torch.optim.Optimizer or its wrapper"
-        )
+        raise TypeError(f"{type(optimizer).__name__} is not an optimizer: give a torch.optim.Optimizer or its wrapper")
     return inner
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from prune.allocation import ALLOCATIONS, Allocation
 from prune.criteria import CRITERIA, Criterion, seeded
-from prune.masks import Masks, memory_span, nearest, shared_memory
+from prune.masks import Masks, nearest
 from prune.schedule import check_density
+from prune.storage import memory_span, shared_memory
 from prune.structure import Structure, Unstructured
 
 STRUCTURES = {"unstructured": Unstructured}
@@ -59,15 +60,9 @@ class Pruner:
         """
         self.criterion: Criterion = _parse("criterion", criterion, CRITERIA)
         if self.criterion.needs_data:
-            raise ValueError(
-                f"criterion '{self.criterion.name}' needs data, but a Pruner looks at weights only"
-            )
-        self.structure: Structure = _parse(
-            "structure", structure, {n: make() for n, make in STRUCTURES.items()}
-        )
-        self.allocation: Allocation = _parse(
-            "allocation", allocation, {n: make() for n, make in ALLOCATIONS.items()}
-        )
+            raise ValueError(f"criterion '{self.criterion.name}' needs data, but a Pruner looks at weights only")
+        self.structure: Structure = _parse("structure", structure, {n: make() for n, make in STRUCTURES.items()})
+        self.allocation: Allocation = _parse("allocation", allocation, {n: make() for n, make in ALLOCATIONS.items()})
         self.include, self.exclude = _patterns(include), _patterns(exclude)
         self.output, self.seed = output, seed
 
@@ -101,9 +96,7 @@ class Pruner:
             _check_within(within, weights)
         if density == 1:
             return Masks.ones(weights) if within is None else within
-        outputs = (
-            [] if self.output is None else _matching("output", (self.output,), {n: [n] for n in weights})
-        )
+        outputs = [] if self.output is None else _matching("output", (self.output,), {n: [n] for n in weights})
         scores = {name: self._score(name, weight) for name, weight in weights.items()}
         counts = self.allocation(scores, density, within=within, outputs=outputs)
         return Masks(self.structure(scores, counts, within))
@@ -133,32 +126,25 @@ def prunable(model: nn.Module, include: Patterns = None, exclude: Patterns = Non
     """
     groups = shared_memory(model)
     layers = {
-        f"{path}.weight" if path else "weight": layer
-        for path, layer in model.named_modules(remove_duplicate=False)
+        f"{path}.weight" if path else "weight": layer for path, layer in model.named_modules(remove_duplicate=False)
     }
     scope = [g for g in groups if all(name in layers and _is_prunable(layers[name]) for name, _ in g)]
     names = {group[0][0]: [name for name, _ in group] for group in scope}
     chosen = set(names)
     if not chosen:
-        raise ValueError(
-            f"this {type(model).__name__} has no Linear or Conv weight of its own: nothing can be pruned"
-        )
+        raise ValueError(f"this {type(model).__name__} has no Linear or Conv weight of its own: nothing can be pruned")
     if include is not None:
         chosen &= set(_matching("include", _patterns(include), names))
     if exclude is not None:
         everything = {group[0][0]: [name for name, _ in group] for group in groups}
         chosen -= set(_matching("exclude", _patterns(exclude), everything))
     if not chosen:
-        raise ValueError(
-            f"include={include!r} and exclude={exclude!r} together leave no weight to prune: loosen them"
-        )
+        raise ValueError(f"include={include!r} and exclude={exclude!r} together leave no weight to prune: loosen them")
     for group in scope:
         views = {id(parameter): parameter for _, parameter in group}.values()
         partly = len(views) > 1 and len({(memory_span(view), view.numel()) for view in views}) > 1
         if group[0][0] in chosen and partly:
-            raise ValueError(
-                f"{[name for name, _ in group]} share only part of their memory: untie or exclude them"
-            )
+            raise ValueError(f"{[name for name, _ in group]} share only part of their memory: untie or exclude them")
     return {group[0][0]: group[0][1] for group in scope if group[0][0] in chosen}
 
 
@@ -211,9 +197,7 @@ def _matching(role: str, patterns: Sequence[str] | None, names: Mapping[str, Seq
     """First names of the weights of which some name matches a pattern; every pattern must match something."""
     found: list[str] = []
     for pattern in patterns or ():
-        hits = [
-            first for first, aliases in names.items() if any(fnmatchcase(alias, pattern) for alias in aliases)
-        ]
+        hits = [first for first, aliases in names.items() if any(fnmatchcase(alias, pattern) for alias in aliases)]
         if not hits:
             every = [alias for aliases in names.values() for alias in aliases]
             raise ValueError(
@@ -231,8 +215,6 @@ def _parse(axis: str, given: Any, known: Mapping[str, Any]) -> Any:
                 f"unknown {axis} {given!r}: did you mean {nearest(given, known)[0]!r}? One of {list(known)}"
             )
         return known[given]
-    if isinstance(given, type) or not (
-        isinstance(given, Criterion) if axis == "criterion" else callable(given)
-    ):
+    if isinstance(given, type) or not (isinstance(given, Criterion) if axis == "criterion" else callable(given)):
         raise TypeError(f"{axis} is {given!r}: give one of {list(known)} or an instance")
     return given

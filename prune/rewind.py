@@ -43,7 +43,9 @@ class RewindPoint(Checkpoint):
         if self.at.value == 0 and trainer.global_step == 0:
             self._take(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Take a point that lies inside an epoch."""
         if self._due(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._take(trainer)

@@ -62,9 +62,7 @@ class Unstructured:
         return masks
 
 
-def keep_top_k(
-    scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def keep_top_k(scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Masks that keep exactly the ``k`` highest scores among all tensors together.
 
     Equal scores are taken by index: the parameter that comes first in ``scores``, then the lower flat index.
@@ -135,9 +133,7 @@ def _comparable(name: str, score: Tensor, within: Mapping[str, Tensor] | None) -
         raise ValueError(f"scores of '{name}' are {score.dtype}: give floating-point scores")
     if within is not None and (name not in within or within[name].shape != score.shape):
         given = f"has shape {tuple(within[name].shape)} there" if name in within else "is missing there"
-        raise ValueError(
-            f"`within` does not fit: '{name}' {given}, its scores have shape {tuple(score.shape)}"
-        )
+        raise ValueError(f"`within` does not fit: '{name}' {given}, its scores have shape {tuple(score.shape)}")
     nan = score.isnan() if within is None else score.isnan() & within[name].to(score.device)
     if nan.any():
         raise ValueError(

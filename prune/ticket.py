@@ -22,7 +22,7 @@ from workbench import artifact, records
 from workbench.arguments import rebuild
 from workbench.duration import Duration
 from workbench.files import sha256
-from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of
+from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
 from workbench.source import Source
 from workbench.tasks import Task
 from workbench.training import barrier, module_for, rank, save_network, train
@@ -69,8 +69,8 @@ def hunt(
         include: Name patterns of the weights to prune; all Linear and Conv weights by default.
         exclude: Name patterns of weights to leave alone.
         tolerance: Validation score that a level may lose on the dense network and still count as a winning ticket.
-        optimizer: For a plain `model`; AdamW at 1e-3 by default.
-        lr_scheduler: For a plain `model`; stepped once an epoch, constant by default.
+        optimizer: Instead of that of `start`; for a plain `model` AdamW at 1e-3 by default.
+        lr_scheduler: With the optimizer; stepped once an epoch, constant by default.
         trainer: Arguments of Lightning's Trainer for each level.
         seed_everything: Seed of the initial weights, the data order and everything random in training.
         checkpoint: How often the checkpoint that a stopped level resumes from is written, e.g. 1ep or 500it.
@@ -83,7 +83,14 @@ def hunt(
         raise ValueError("give density (e.g. 0.1) or levels (e.g. 10), and only one of them")
     densities = geometric(rate, levels if levels is not None else levels_to(density or 1.0, rate))
     module, data, trainer, seed = _subject(
-        start, data, trainer, seed_everything, model=model, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler
+        start,
+        data,
+        trainer,
+        seed_everything,
+        model=model,
+        task=task,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
     )
     network = network_of(module)
     layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
@@ -115,7 +122,7 @@ def hunt(
                 part=(level, len(densities), f"level {level}, density {target:.1%}"),
             )
             masks.apply(network)
-            save_network(module, data, folder, result, masks)
+            save_network(module, data, folder, result, masks, example=False)
             record = {
                 **result,
                 "level": level,
@@ -152,9 +159,10 @@ def _subject(
         if plain["model"] is None or data is None:
             raise ValueError("nothing to hunt in: give start (a fit or distill stage), or model and data")
         return module_for(data=data, **plain), data, trainer, seed or 0
-    if given := [name for name, value in plain.items() if value is not None]:
+    if given := [name for name in ("model", "task") if plain[name] is not None]:
         raise ValueError(f"{', '.join(given)} is given beside start, which brings its own: give one or the other")
     module, made = rebuild(Path(start), {} if seed is None else {"seed_everything": seed})
+    module = with_optimizer(module, plain["optimizer"], plain["lr_scheduler"])
     return module, data or made["data"], {**made["trainer"], **(trainer or {})}, made["seed_everything"]
 
 

@@ -32,7 +32,13 @@ def start(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subpro
     command = [sys.executable, "-m", *launcher, "workbench", "run", "recipe.yaml", "--out", "run", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -119,14 +125,27 @@ LAUNCHERS = {"lightning": (), "torchrun": ("torch.distributed.run", "--nproc_per
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(tmp_path: Path, launcher: str) -> None:
-    options = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "2", "--data.batch_size", "32")
+    options = (
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_epochs",
+        "2",
+        "--data.batch_size",
+        "32",
+    )
     output = finish(start(tmp_path, *options, launcher=LAUNCHERS[launcher]))
     assert output.count("test accuracy") == 4, "rank 0 alone speaks"
     for stage in TRAINED:
         assert record(tmp_path, stage)["world_size"] == 2
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == sorted(STAGES), "one set of files"
-    assert sorted(path.name for path in (run / "ticket").glob("level_*")) == ["level_00", "level_01", "level_02"]
+    assert sorted(path.name for path in (run / "ticket").glob("level_*")) == [
+        "level_00",
+        "level_01",
+        "level_02",
+    ]
     assert not list(run.rglob("*.tmp"))
 
 

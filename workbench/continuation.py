@@ -162,7 +162,9 @@ class Resumable(Checkpoint):
         self.path, self.every = path, every
         self._last = -1
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save in the middle of an epoch, where asked for in steps."""
         step = trainer.global_step
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -192,7 +194,9 @@ class ShowProgress(Callback):
         self.part, self.parts, self.label = part, parts, label
         self._shown = 0.0
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Show the batches done of all parts, at most ten times a second."""
         if time.monotonic() - self._shown < 0.1 or not trainer.is_global_zero:
             return

@@ -204,9 +204,7 @@ class Classification(Task):
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
             return labels.long()
-        raise ValueError(
-            f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'."
-        )
+        raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
 
     def valid(self, batch: Any) -> Tensor:
         """[B] or [B, L]: the label is not ``ignore_index``."""

@@ -253,6 +253,7 @@ def save_network(
     out: Path,
     result: dict[str, Any],
     masks: Mapping[str, Tensor] | None = None,
+    example: bool = True,
 ) -> None:
     """Write the shipped network to ``out/artifact`` and inputs to try it on to ``out/example.safetensors``.
 
@@ -263,7 +264,7 @@ def save_network(
     check_ranks_agree(network)
     if rank() == 0:
         artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]})
-        if inputs := example_inputs(module, data):
+        if example and (inputs := example_inputs(module, data)):
             with replacing(out / "example.safetensors") as temporary:
                 save_file(inputs, temporary)
     barrier()
@@ -273,10 +274,14 @@ def save_network(
 def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path) -> dict[str, int]:
     """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``."""
     parameters = list(network.parameters())
-    pruned = {
-        "prunable": sum(mask.numel() for mask in masks.values()),
-        "kept": sum(int(mask.sum()) for mask in masks.values()),
-    } if masks else {}
+    pruned = (
+        {
+            "prunable": sum(mask.numel() for mask in masks.values()),
+            "kept": sum(int(mask.sum()) for mask in masks.values()),
+        }
+        if masks
+        else {}
+    )
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         **pruned,

@@ -79,9 +79,7 @@ def test_floor_holds_a_collapsing_layer_and_says_so():
     """Pitfall 7: at 80% global, a layer scaled by 0.2 kept 0 weights."""
     scores = collapsing()
     assert int(keep_top_k(scores, 200)["weak"].sum()) == 0
-    with pytest.warns(
-        UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300 weights; it keeps 6"
-    ):
+    with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300 weights; it keeps 6"):
         counts = Global()(scores, 0.2)
     rest = keep_top_k({n: scores[n] for n in ("a", "c")}, 194)
     assert counts == {"a": int(rest["a"].sum()), "weak": 6, "c": int(rest["c"].sum())}

@@ -18,9 +18,7 @@ def test_magnitude_is_the_absolute_value():
         (torch.float64, torch.float64),
     ],
 )
-def test_scores_are_at_least_fp32_and_of_the_weights_shape(
-    name: str, stored: torch.dtype, scored: torch.dtype
-):
+def test_scores_are_at_least_fp32_and_of_the_weights_shape(name: str, stored: torch.dtype, scored: torch.dtype):
     criterion = CRITERIA[name]
     weight = torch.nn.Parameter(torch.ones(2, 3, dtype=stored))
     extra = [seeded(0, "w")] if criterion.needs_generator else []

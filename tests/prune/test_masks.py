@@ -596,9 +596,7 @@ def test_hash_and_equality_ignore_order_but_nothing_else():
 
 
 def test_hash_is_the_same_in_another_process():
-    code = (
-        "import torch; from prune.masks import Masks; print(Masks({'w': torch.arange(19) % 3 == 0}).hash())"
-    )
+    code = "import torch; from prune.masks import Masks; print(Masks({'w': torch.arange(19) % 3 == 0}).hash())"
     env = os.environ | {"PYTHONHASHSEED": "7"}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert there.stdout.strip() == Masks({"w": torch.arange(19) % 3 == 0}).hash()

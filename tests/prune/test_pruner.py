@@ -102,9 +102,7 @@ def test_the_model_is_left_as_it_is():
 @given(st.integers(0, 100), st.floats(0.05, 0.55))
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_levels_are_nested_and_counted_from_the_original(
-    criterion: str, allocation: str, seed: int, rate: float
-):
+def test_levels_are_nested_and_counted_from_the_original(criterion: str, allocation: str, seed: int, rate: float):
     model = mlp(5, 7, 6, 3)
     spec = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
     pruner = Pruner(criterion, allocation=spec, seed=seed)
@@ -165,9 +163,7 @@ def test_layer_collapse_is_prevented_and_reported():
     """Pitfall 7: at 80% global, a layer scaled down keeps nothing without a floor."""
     model = mlp(30, 30, 30, 30)
     model[1].weight.data *= 0.01
-    with pytest.warns(
-        UserWarning, match=r"layer collapse: '1\.weight' would have kept 0 of 900 weights; it keeps 18"
-    ):
+    with pytest.warns(UserWarning, match=r"layer collapse: '1\.weight' would have kept 0 of 900 weights; it keeps 18"):
         masks = Pruner()(model, 0.2)
     assert masks.counts()["1.weight"] == (18, 900)
     assert sum(count for count, _ in masks.counts().values()) == 540

@@ -9,9 +9,7 @@ from torch import Tensor
 from prune.structure import Unstructured, keep_top_k, top_k_mask
 
 
-def naive(
-    scores: dict[str, Tensor], k: int, within: dict[str, Tensor] | None = None
-) -> dict[str, list[bool]]:
+def naive(scores: dict[str, Tensor], k: int, within: dict[str, Tensor] | None = None) -> dict[str, list[bool]]:
     """Sort everything by (score descending, parameter, index) and take k."""
     places = [
         (-float(value), number, index, name)

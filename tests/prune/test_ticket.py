@@ -95,7 +95,15 @@ def test_rewinding_three_times_starts_from_the_same_weights(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("allocation", ["global", "uniform", "layerwise"])
 def test_levels_keep_exactly_what_they_say(tmp_path: Path, allocation: str) -> None:
-    result = run(tmp_path, MLP(64, [20], 10), {"max_epochs": 1}, levels=3, rate=0.4, rewind="0it", allocation=allocation)
+    result = run(
+        tmp_path,
+        MLP(64, [20], 10),
+        {"max_epochs": 1},
+        levels=3,
+        rate=0.4,
+        rewind="0it",
+        allocation=allocation,
+    )
     total = 64 * 20 + 20 * 10
     before: Masks | None = None
     for level, density in enumerate(geometric(0.4, 3)):
@@ -143,7 +151,13 @@ def test_a_stopped_hunt_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
             if StopAfter.left == 0:
                 raise Stop
 
-    options: dict[str, Any] = {"levels": 2, "rate": 0.5, "rewind": "3it", "checkpoint": Duration(4, "it"), "optimizer": SGD}
+    options: dict[str, Any] = {
+        "levels": 2,
+        "rate": 0.5,
+        "rewind": "3it",
+        "checkpoint": Duration(4, "it"),
+        "optimizer": SGD,
+    }
     whole = run(tmp_path / "whole", **options)
     stops = [2, 5, 14, 9, 8, 13, 6, 0]
     for left in stops:
@@ -200,15 +214,18 @@ def test_the_winning_level_is_chosen_on_validation_data(tmp_path: Path, monkeypa
     assert run(tmp_path, levels=2, rate=0.5, rewind="1it", tolerance=0.01)["winning"] == 1
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "give density .* or levels"),
-    ({"density": 0.1, "levels": 3}, "only one of them"),
-    ({"density": 1.5}, "density is 1.5"),
-    ({"levels": 2, "rate": 1.0}, "rate is 1.0"),
-    ({"levels": 1, "rewind": "9ep"}, "rewind is 9ep, but a level trains for 2 epochs only"),
-    ({"levels": 1, "rewind": "20it"}, "rewind is 20it, but a level trains for 20 steps only"),
-    ({"levels": 1, "rewind": "1it", "include": ["encoder.*"]}, "encoder"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give density .* or levels"),
+        ({"density": 0.1, "levels": 3}, "only one of them"),
+        ({"density": 1.5}, "density is 1.5"),
+        ({"levels": 2, "rate": 1.0}, "rate is 1.0"),
+        ({"levels": 1, "rewind": "9ep"}, "rewind is 9ep, but a level trains for 2 epochs only"),
+        ({"levels": 1, "rewind": "20it"}, "rewind is 20it, but a level trains for 20 steps only"),
+        ({"levels": 1, "rewind": "1it", "include": ["encoder.*"]}, "encoder"),
+    ],
+)
 def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **options)
@@ -224,5 +241,8 @@ def test_start_and_model_are_one_or_the_other(tmp_path: Path) -> None:
 
 def test_a_diverged_level_is_not_pruned(tmp_path: Path) -> None:
     explode = functools.partial(torch.optim.SGD, lr=1e30)
-    with pytest.warns(UserWarning, match="not finite after training"), pytest.raises(ValueError, match="diverged"):
+    with (
+        pytest.warns(UserWarning, match="not finite after training"),
+        pytest.raises(ValueError, match="diverged"),
+    ):
         run(tmp_path, levels=1, rewind="1it", optimizer=explode)
