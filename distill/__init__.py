@@ -1,4 +1,4 @@
-"""Distillation: losses, the frozen teacher, the module that pairs it with a student.
+"""Distillation: losses, the frozen teacher, the module that pairs it with a student, the same as a callback.
 
 Names are loaded on first use: losses need torch only, and ``import distill`` nothing at all.
 """
@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill import losses
+    from distill.callbacks import DistillationCallback
     from distill.module import DistillModule
     from distill.teacher import Teacher
 
-__all__ = ["DistillModule", "Teacher", "losses"]
+__all__ = ["DistillModule", "DistillationCallback", "Teacher", "losses"]
 
-_HOME = {"DistillModule": "distill.module", "Teacher": "distill.teacher"}
+_HOME = {
+    "DistillModule": "distill.module",
+    "DistillationCallback": "distill.callbacks",
+    "Teacher": "distill.teacher",
+}
 
 
 def __getattr__(name: str) -> Any:

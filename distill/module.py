@@ -1,12 +1,12 @@
 """DistillModule: a student and its teacher as a LightningModule, and the ``distill`` job."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from distill.losses import soft_target
+from distill.losses import check_alpha, check_temperature, mix, soft_target
 from distill.teacher import Teacher
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule
@@ -15,13 +15,15 @@ from workbench.tasks import Task
 from workbench.training import task_for, train_and_save, trains
 
 
+@final
 class DistillModule(SupervisedModule):
     """A student trained on its teacher's temperature-softened outputs and on the labels.
 
     loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss
 
     The teacher is frozen, in eval mode and outside the module tree: not in ``parameters()``, the optimizer, DDP or
-    any checkpoint. Logged: ``train/loss``, ``train/soft``, ``train/hard``.
+    any checkpoint. Logged: ``train/loss``, ``train/soft``, ``train/hard``. At alpha 0 it is not asked at all, and there
+    is no ``train/soft``; at alpha 1 the task loss is only logged.
 
     Args:
         student: The network to train, ``network`` from then on.
@@ -33,7 +35,8 @@ class DistillModule(SupervisedModule):
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
 
     Raises:
-        ValueError: If alpha is outside [0, 1] or the temperature is not positive.
+        ValueError: If alpha is outside [0, 1] or the temperature is not positive; in training, if the teacher's
+            classes are not the student's.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
@@ -48,10 +51,8 @@ class DistillModule(SupervisedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}: the weight of the soft targets is between 0 and 1")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}: a positive number is needed, usually 1 to 10")
+        check_alpha(alpha)
+        check_temperature(temperature)
         super().__init__(student, task, optimizer, lr_scheduler)
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.temperature = temperature
@@ -59,11 +60,13 @@ class DistillModule(SupervisedModule):
 
     def terms(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
         """Soft and hard loss and their weighted sum."""
+        hard = self.task.loss(output if self.alpha < 1 else output.detach(), batch)
+        if self.alpha == 0:
+            return {"loss": hard, "hard": hard}
         args, kwargs = self.task.inputs(batch)
         targets = self.task.output(self.teacher(*args, **kwargs))
         soft = soft_target(output, targets, self.temperature, self.task.valid(batch))
-        hard = self.task.loss(output, batch)
-        return {"loss": self.alpha * soft + (1 - self.alpha) * hard, "soft": soft, "hard": hard}
+        return {"loss": mix(soft, hard, self.alpha), "soft": soft, "hard": hard}
 
 
 def module_for(

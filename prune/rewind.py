@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from workbench.continuation import save_checkpoint
 from workbench.duration import Duration
 
 
@@ -61,4 +62,4 @@ class RewindPoint(Checkpoint):
 
     def _take(self, trainer: Trainer) -> None:
         self._reached = True
-        trainer.save_checkpoint(self.path)
+        save_checkpoint(trainer, self.path)

@@ -62,6 +62,31 @@ def geometric(rate: float, levels: int) -> list[float]:
     return densities
 
 
+def cubic(progress: float, density: float, initial: float = 1.0) -> float:
+    """Density on the way from ``initial`` to ``density``: fast while many weights are redundant, then slower.
+
+    d(p) = d_f + (d_i - d_f) (1 - p)^3 with p = (t - t_0) / (n dt), which is the paper's
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3 written for densities d = 1 - s. Computed exactly and rounded
+    once: it is ``initial`` at 0, ``density`` at 1, and never grows in between.
+
+    Args:
+        progress: p, in [0, 1].
+        density: d_f, in (0, 1].
+        initial: d_i, in [density, 1].
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Reference: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress!r}: give the share of the way that is done, from 0 to 1")
+    last, first = check_density(density), check_density(initial)
+    if first < last:
+        raise ValueError(f"initial density {initial!r} is below the final one, {density!r}: pruning only removes")
+    return float(last + (first - last) * (1 - Fraction(progress)) ** 3)
+
+
 def levels_to(density: float, rate: float) -> int:
     """Number of levels until ``density`` is reached: the smallest n with (1 - rate) ** n <= density.
 

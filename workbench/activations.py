@@ -198,9 +198,7 @@ class GLU(nn.Module):
         bias: Whether the three maps have biases.
     """
 
-    def __init__(
-        self, features: int, hidden: int, out: int, activation: str = "silu", bias: bool = False
-    ) -> None:
+    def __init__(self, features: int, hidden: int, out: int, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
         self.gate = nn.Linear(features, hidden, bias=bias)
         self.up = nn.Linear(features, hidden, bias=bias)
@@ -266,9 +264,7 @@ def init_(module: M, activation: str, kind: Init = "own") -> M:
     hidden = gain(activation) if kind == "own" else math.sqrt(2)
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no Linear or Conv layer to initialise: pass one that has."
-        )
+        raise ValueError(f"{type(module).__name__} has no Linear or Conv layer to initialise: pass one that has.")
     readers = {id(m) for block in module.modules() if isinstance(block, GLU) for m in (block.gate, block.up)}
     readers.add(id(layers[0]))
     for layer in layers:
@@ -294,11 +290,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 def _config_kinds(config: Any) -> dict[str, str | None]:
     """By field the row, for those fields of a transformers configuration that name its activation."""
-    found = (
-        {field: getattr(config, field, None) for field in _CONFIG_FIELDS}
-        if hasattr(config, "to_dict")
-        else {}
-    )
+    found = {field: getattr(config, field, None) for field in _CONFIG_FIELDS} if hasattr(config, "to_dict") else {}
     return {field: _HUB_KEYS.get(key) for field, key in found.items() if isinstance(key, str)}
 
 

@@ -1,32 +1,39 @@
 """A job's arguments: checked against its signature, built into objects, and built again from a record.
 
-jsonargparse derives the schema from the signature; an argument called ``trainer`` has the schema of Lightning's Trainer.
+jsonargparse derives the schema from the signature; an argument ``trainer`` has the schema of Lightning's Trainer.
 """
 
+import copy
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
+from contextlib import suppress
+from datetime import timedelta
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 
-from workbench import records
+from workbench import faults, records
 from workbench.duration import Duration
 from workbench.jobs import find_jobs
-from workbench.recipe import Recipe, Stage, nearest
+from workbench.recipe import Recipe, Stage
 from workbench.source import Source
 
 register_type(Source, str, Source)
 register_type(Duration, str, Duration.parse)
 
 # What a run shows or how often it saves does not change what comes out: not part of the fingerprint.
-_COSMETIC = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
+_SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
+_COSMETIC = ("checkpoint", *(f"trainer.{name}" for name in _SHOWN))
+_SEEDS = range(2**32)
+_UNWRITABLE = object()
+ModuleT = TypeVar("ModuleT")
+_BUDGETS = ("max_epochs", "max_steps")
 
 
 class Arguments:
@@ -42,24 +49,40 @@ class Arguments:
 
     def __init__(self, recipe: Recipe, stage: Stage) -> None:
         self.stage = stage
-        function = stage.job.function
-        self._parser = ArgumentParser(exit_on_error=False)
-        names = [parameter.name for parameter in stage.job.parameters]
-        skip = {name for name in ("out", "trainer") if name in names}
-        self._parser.add_function_arguments(function, skip=skip, fail_untyped=False)
-        if "trainer" in names:
-            self._parser.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False)
-        self._parser.add_instantiator(_build_module, nn.Module, subclasses=True)
         try:
-            self._values = self._parser.parse_object(dict(stage.arguments))
-        except (ArgumentError, TypeError, ValueError) as error:
-            key, message = _explained(str(error), function, self._parser)
+            function = stage.job.function
+        except ValueError as error:
+            raise recipe.error(str(error), stage.name, "job") from error
+        parameters = {parameter.name: parameter for parameter in stage.job.parameters}
+        self.trains = "trainer" in parameters
+        given = copy.deepcopy(stage.arguments)
+        if isinstance(given.get("seed_everything"), bool):
+            del given["seed_everything"]  # LightningCLI's "seed, or not": here there is always one
+        if self.trains and given.setdefault("trainer", {}) is None:
+            given["trainer"] = {}
+        if self.trains and not isinstance(given["trainer"], Mapping):
+            what = f"is {given['trainer']!r}: arguments of Lightning's Trainer are expected, e.g. {{max_epochs: 10}}"
+            raise recipe.error(what, stage.name, "trainer")
+        self._parser = _parser(function, self.trains)
+        try:
+            self._values = self._parser.parse_object(copy.deepcopy(given))  # it makes objects inside what it parses
+        except Exception as error:  # also whatever a module does that a class_path makes it import
+            key, message = faults.explain(str(error), given, function)
             raise recipe.error(message, stage.name, key) from error
-
-    @property
-    def trains(self) -> bool:
-        """Whether the job trains, and so runs on every rank."""
-        return any(parameter.name == "trainer" for parameter in self.stage.job.parameters)
+        for name in given:
+            if faults.wrongly_null(parameters[name], given):
+                expected = faults.types_said(parameters[name].annotation)
+                raise recipe.error(f"is null: expected {expected}", stage.name, name)
+        if self.seed is not None and self.seed not in _SEEDS:
+            what = f"is {self.seed}: a seed is between 0 and {_SEEDS[-1]}"
+            raise recipe.error(what, stage.name, "seed_everything")
+        # A job that trains another stage's module takes that stage's trainer for what it is not given. There, giving
+        # one of Lightning's defaults means something; elsewhere it is as if it were not given.
+        self._inherits = self.trains and not hasattr(function, "build")
+        self._trainer = [name for name in given.get("trainer", ()) if self._inherits or not self._is_default(name)]
+        if self.trains and not self._inherits and not set(_BUDGETS) & set(self._trainer):
+            what = "has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}"
+            raise recipe.error(what, stage.name, "trainer")
 
     @property
     def seed(self) -> int | None:
@@ -71,27 +94,42 @@ class Arguments:
         yield from _sources(self._values, "")
 
     def resolved(self) -> dict[str, Any]:
-        """All arguments with their defaults, as JSON."""
-        return json.loads(self._parser.dump(self._values, format="json", skip_none=False))
+        """All arguments with their defaults, as JSON; without what is inherited from another stage's trainer."""
+        arguments = self._dumped()
+        if self._inherits:
+            arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
+        return arguments
 
     def fingerprint(self, parents: Mapping[str, str]) -> str:
         """SHA-256 of the job, the arguments that can change its result, and its parents' fingerprints."""
-        arguments = self.resolved()
-        arguments.pop("checkpoint", None)
-        if "trainer" in arguments:
-            # Only what was given: another version's defaults must not make a finished stage look foreign.
-            given = self.stage.arguments.get("trainer") or {}
-            arguments["trainer"] = {name: arguments["trainer"].get(name) for name in given if name not in _COSMETIC}
-        return records.fingerprint([self.stage.job.name, arguments, dict(parents)])
+        arguments = self._dumped()
+        if self.trains:
+            # Without the defaults: another version's must not make a finished stage look foreign.
+            arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
+        return records.fingerprint([self.stage.job.name, essential(arguments), dict(parents)])
 
     def build(self, folder_of: Callable[[Source], Source]) -> dict[str, Any]:
         """Keyword arguments for the job: objects made, sources replaced by ``folder_of`` them."""
-        values = _replaced(self._values, folder_of)
-        made = self._parser.instantiate(values).as_dict()
-        if "trainer" in made:
-            given = self.stage.arguments.get("trainer") or {}
-            made["trainer"] = {key: value for key, value in dict(made["trainer"]).items() if key in given}
+        made = self._parser.instantiate(_replaced(self._values, folder_of), instantiators=_INSTANTIATORS).as_dict()
+        if self.trains:
+            made["trainer"] = {name: made["trainer"][name] for name in self._trainer}
         return made
+
+    def _dumped(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._parser.dump(self._values, format="json", skip_unset=False))
+        except Exception:  # the parser gives up on a default that is an object, as Timer's Interval
+            return _plain(self._values)
+
+    def _is_default(self, name: str) -> bool:
+        return self._values["trainer"][name] == inspect.signature(Trainer).parameters[name].default
+
+
+def essential(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a stage's resolved arguments that can change what comes out, by dotted key."""
+    # In a job that trains nothing, "checkpoint" may be anything.
+    cosmetic = tuple(f"{name}." for name in _COSMETIC if "trainer" in arguments)
+    return {key: value for key, value in _flat(arguments).items() if not f"{key}.".startswith(cosmetic)}
 
 
 def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[LightningModule, dict[str, Any]]:
@@ -110,15 +148,23 @@ def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Lig
     job = find_jobs().get(record.get("job", ""))
     build = getattr(job.function, "build", None) if job else None
     if job is None or build is None:
-        raise ValueError(f"{folder} is of job {record.get('job')!r}, which trains no module: name a fit or distill stage")
+        raise ValueError(
+            f"{folder} is of job {record.get('job')!r}, which trains no module: name a fit or distill stage"
+        )
     stage = Stage(folder.name, job, {**record["given"], **(changes or {})})
     arguments = Arguments(Recipe(folder / "record.json", ()), stage)
-    from lightning.pytorch import seed_everything
-
     seed_everything(arguments.seed or 0, workers=True, verbose=False)
     made = arguments.build(lambda source: _beside(folder, source))
     module = build(**{name: made[name] for name in inspect.signature(build).parameters})
     return module, made
+
+
+def _parser(function: Callable[..., Any], trains: bool) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(function, skip={"out", "trainer"}, fail_untyped=False)
+    if trains:
+        parser.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False)
+    return parser
 
 
 def _beside(folder: Path, source: Source) -> Source:
@@ -126,14 +172,13 @@ def _beside(folder: Path, source: Source) -> Source:
     return Source(stage) if (stage / "record.json").is_file() else source
 
 
-def _build_module(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
     """Make a module and let it remember what it was made of, so that a checkpoint can say so."""
-    made = cls(*args, **kwargs)
+    made = class_type(*args, **kwargs)
     if not hasattr(made, "init_args") and not args:
-        try:
-            made.init_args = json.loads(json.dumps(kwargs))  # type: ignore[assignment]
-        except TypeError:
-            pass  # an argument that is an object: the checkpoint will need the module to fill
+        # An argument that is an object cannot be remembered: the checkpoint will need the module to fill.
+        with suppress(TypeError):
+            setattr(made, "init_args", json.loads(json.dumps(kwargs)))  # noqa: B010 - not declared
     return made
 
 
@@ -160,33 +205,24 @@ def _replaced(value: Any, folder_of: Callable[[Source], Source]) -> Any:
     return value
 
 
-def _explained(text: str, function: Callable[..., Any], parser: ArgumentParser) -> tuple[str | None, str]:
-    """Key and one-line message for a person, out of what the parser says."""
-    key = match[1] if (match := re.search(r'Parser key "([^"]+)"', text)) else None
-    known = [action.dest for action in parser._actions]  # no public list of destinations exists
-    if match := re.search(r"does not accept option '([^']+)'", text):
-        group, _, name = match[1].rpartition(".")
-        siblings = [dest.rpartition(".")[2] for dest in known if dest.rpartition(".")[0] == group]
-        return match[1], f"no such argument '{name}'{nearest(name, siblings)}"
-    if match := re.search(r"arguments? (?:is|are) required: (.+)", text):
-        return match[1], "is required"
-    if option := re.search(r"Option '([^']+)' is not accepted", text):
-        paths = re.findall(r"class_path '([^']+)'", text)
-        cls = _imported(paths[-1]) if paths else None
-        names = [name for name in inspect.signature(cls).parameters if name != "self"] if cls else []
-        return key, f"{paths[-1] if paths else 'the class'} has no argument '{option[1]}'{nearest(option[1], names)}"
-    if attribute := re.search(r"module '([^']+)' has no attribute '([^']+)'", text):
-        names = [name for name in dir(import_module(attribute[1])) if not name.startswith("_")]
-        return key, f"module '{attribute[1]}' has no '{attribute[2]}'{nearest(attribute[2], names)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Parser key")]
-    return key, " ".join(lines)[:600]
+def _plain(value: Any) -> Any:
+    """Parsed values as JSON. A default that cannot be written is left out, which means the same."""
+    if isinstance(value, (Namespace, Mapping)):
+        items = vars(value) if isinstance(value, Namespace) else value
+        return {str(name): made for name, item in items.items() if (made := _plain(item)) is not _UNWRITABLE}
+    if isinstance(value, Enum):
+        return value.value if isinstance(value, str) else value.name
+    if isinstance(value, (str, Duration, Path, timedelta)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else _UNWRITABLE
 
 
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
+    return {key: value}
 
 
+_INSTANTIATORS = [(_build_module, nn.Module, True)]

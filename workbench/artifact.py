@@ -1,16 +1,21 @@
 """The compact checkpoint: a folder of one JSON file and one safetensors file.
 
 Masked weights are stored as one bit per weight plus the kept values in index order; everything else is dense. So
-a float32 layer at density d takes (d + 1/32) of its dense bytes. Pruned weights come back as exactly +0.0 and kept
-ones bit for bit. ``artifact.json`` names the weights file by its content, so replacing a checkpoint is one atomic
+a float32 layer at density d takes (d + 1/32) of its dense bytes. Pruned weights come back as exactly +0.0 and all
+else bit for bit. ``artifact.json`` names the weights file by its content, so replacing a checkpoint is one atomic
 rename. Neither file has a name that transformers would mistake for a model of its own.
 
-Reading needs torch and safetensors only, runs no code from the folder, and checks every size before it allocates.
+Reading needs torch and safetensors only and runs no code from the folder, but the constructor of the module class
+that the folder names is called. Both files carry checksums, and every size is checked before it is allocated.
 """
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -18,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from workbench.files import replacing, sha256, write_json
@@ -26,7 +31,14 @@ from workbench.files import replacing, sha256, write_json
 FORMAT = "compact-checkpoint"
 VERSION = 1
 _INDEX = "artifact.json"
-_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8)
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_INTEGERS = {
+    f"{sign}int{bits}": f"{sign.upper()}{'' if sign else 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+_CODES = {**_FLOATS, **_INTEGERS, "bool": "BOOL"}
+_ATTENTION = ("eager", "sdpa")
+_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -49,76 +61,57 @@ def save(
     architecture: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``model`` as a compact checkpoint into the folder ``path`` and read it back to prove it equal.
+    """Write ``model`` as a compact checkpoint into the folder ``path``, read back and proved equal before it counts.
 
     Args:
         model: The trained network. It is not changed.
-        path: The folder; made if missing. A checkpoint already there is replaced atomically.
+        path: The folder; made if missing. A checkpoint already there stays whole until the new one is.
         masks: Parameter name -> bool tensor of the parameter's shape, True where the weight is kept. Stored data,
-            never inferred from zeros.
-        dtype: Floating-point type of the stored values, e.g. ``torch.float16``; None keeps each tensor's own and
-            is lossless. Loading restores the tensor's own type.
-        architecture: How to build the model again, ``{"class_path": ..., "init_args": {...}}``. By default taken
-            from the model: a transformers configuration, or its ``init_args``. Without any, :func:`load` needs
-            the module to fill.
+            never inferred from zeros. A tied weight may go by any of its names.
+        dtype: Floating-point type that parameters of a wider one are stored in, e.g. ``torch.float16``; loading
+            restores their own. Buffers, such as BatchNorm's statistics, are stored as they are. None is lossless.
+        architecture: How to build the model again, ``{"class_path": ..., "init_args": {...}}``. By default
+            :func:`describe` finds out. Without any, :func:`load` needs the module to fill.
         provenance: JSON kept in the folder for people: recipe, fingerprints, metrics.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If a mask names no parameter, has another shape or type, or a pruned weight is not zero.
+        ValueError: If a mask names no parameter, has another shape or type, or a pruned weight is not zero; if the
+            model's state is not plain tensors, or does not fit into ``dtype``.
+        OSError: If the disk is full or fails; what was in the folder is then still there.
     """
     path = Path(path)
-    state = model.state_dict()
-    masks = dict(masks or {})
-    _check_masks(state, masks)
-    stored: dict[str, Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
-        # The same memory seen the same way is one tensor under two names: a tied weight, stored once.
-        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and memory in seen:
-            entries[name] = {"alias": seen[memory]}
-            continue
-        seen[memory] = name
-        entries[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        values = tensor.detach().cpu()
-        if dtype is not None and tensor.is_floating_point():
-            values = values.to(dtype)
-            if bool((values.isinf() & ~tensor.detach().cpu().isinf()).any()):
-                raise ValueError(f"{name!r} has values beyond the range of {dtype}: save in a wider type")
-        if name in masks:
-            mask = masks[name].cpu()
-            stored[f"mask/{name}"] = pack(mask)
-            stored[f"values/{name}"] = values[mask].contiguous()
-            entries[name]["kept"] = int(mask.sum())
-        else:
-            stored[f"dense/{name}"] = values.contiguous().clone()
-    path.mkdir(parents=True, exist_ok=True)
-    digest = _digest(stored)
+    state, first = _state(model)
+    masks = _checked_masks(model, state, first, masks or {})
+    stored, entries = _stored(model, state, first, masks, dtype)
+    content = to_safetensors(stored)
+    digest = hashlib.sha256(content).hexdigest()
     file = path / f"weights-{digest[:16]}.safetensors"
-    with replacing(file) as temporary:
-        save_file(stored, temporary)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "architecture": dict(architecture) if architecture else describe(model),
-        "weights": {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
-        "tensors": entries,
-        "provenance": dict(provenance or {}),
-    }
-    before = read_index(path)["weights"]["file"] if (path / _INDEX).exists() else file.name
-    write_json(path / _INDEX, index)
-    if before != file.name:
-        (path / before).unlink(missing_ok=True)
-    _verify(path, state, dtype)
+    index = _sealed(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "architecture": describe(model) if architecture is None else dict(architecture),
+            "weights": {"file": file.name, "bytes": len(content), "sha256": digest},
+            "tensors": entries,
+            "provenance": dict(provenance or {}),
+        }
+    )
+    _check_index(index, path / _INDEX)
+    try:
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+            _verify(temporary, index, state, masks)
+        write_json(path / _INDEX, index, indent=None)
+    finally:
+        _sweep(path)
     return path
 
 
 def load(path: str | Path, model: nn.Module | None = None, map_location: str | torch.device = "cpu") -> nn.Module:
-    """The network in the compact checkpoint at ``path``, with plain dense weights, in eval mode.
+    """The network in the compact checkpoint at ``path``, with plain dense weights of their own types, in eval mode.
 
     Args:
         path: The folder that :func:`save` wrote, or a finished stage's folder that has one.
@@ -126,17 +119,22 @@ def load(path: str | Path, model: nn.Module | None = None, map_location: str | t
         map_location: The device the weights go to.
 
     Raises:
-        ValueError: If the folder is not a compact checkpoint, or is truncated, altered or of a newer version.
+        ValueError: If the folder is not a compact checkpoint, is truncated, altered or of a newer version, or holds
+            the weights of another model.
     """
     path = find(path)
-    index = read_index(path)
-    if model is None:
-        with torch.random.fork_rng(devices=[]):
-            model = build(index["architecture"], path)
-    try:
-        model.load_state_dict(tensors(path), assign=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds the weights of another model: {error}") from error
+    with _Reader(path) as reader:
+        if model is None:
+            model = _built(reader.index, path)
+        given = model.state_dict(keep_vars=True)
+        _match(given, reader.entries, path)
+        state = reader.state()
+        for name, tensor in given.items():
+            tensor.data = tensor.data.to(state[name].dtype)
+        model.load_state_dict(state)
+    for name, tensor in model.state_dict().items():
+        if not _same(tensor, state[name]):
+            raise ValueError(f"{path}: {type(model).__name__} did not take {name!r} as stored; does it tie weights?")
     return model.to(map_location).eval()
 
 
@@ -153,176 +151,389 @@ def find(path: str | Path) -> Path:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The checked contents of ``artifact.json`` in the folder ``path``."""
+    """The contents of ``artifact.json`` in the folder ``path``, checked in every field but ``provenance``.
+
+    Raises:
+        ValueError: If it is missing, altered, of a newer version or another format.
+    """
     file = path / _INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as a compact checkpoint: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a compact checkpoint: its format is not {FORMAT!r}")
-    if index.get("version") != VERSION:
-        raise ValueError(f"{file} has version {index.get('version')!r}; this version reads {VERSION}")
-    weights, entries = index.get("weights"), index.get("tensors")
-    if not isinstance(weights, dict) or not isinstance(entries, dict) or "architecture" not in index:
-        raise ValueError(f"{file} is damaged: 'weights', 'tensors' or 'architecture' is missing")
-    name = weights.get("file")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"{file} names the weights file {name!r}: a plain file name in the same folder is allowed")
+    _check_index(index, file)
     return index
 
 
 def masks(path: str | Path) -> dict[str, Tensor]:
     """Parameter name -> bool mask, True where kept, of the compact checkpoint at ``path``."""
-    path = find(path)
-    with _Weights(path) as weights:
-        return {name: weights.mask(name) for name, entry in weights.entries.items() if "kept" in entry}
+    with _Reader(find(path)) as reader:
+        return {name: reader.mask(name) for name, entry in reader.entries.items() if "kept" in entry}
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """The state dict in the compact checkpoint at ``path``: dense tensors, tied names sharing one tensor."""
-    path = find(path)
-    with _Weights(path) as weights:
-        state = {name: weights.dense(name) for name, entry in weights.entries.items() if "alias" not in entry}
-        for name, entry in weights.entries.items():
-            if "alias" in entry:
-                if entry["alias"] not in state:
-                    raise ValueError(f"{path}: {name!r} is an alias of {entry['alias']!r}, which is not stored")
-                state[name] = state[entry["alias"]]
-        return {name: state[name] for name in weights.entries}
+    with _Reader(find(path)) as reader:
+        return reader.state()
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """How to build ``model`` again, as JSON, or None if it does not say.
 
-    A transformers model is described by its configuration, any other by its class and its ``init_args`` (what its
-    constructor was given), with the activation that was swapped in afterwards.
+    A transformers model is described by its configuration; any other by its class and what its constructor was given:
+    its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
+    swapped in afterwards is noted beside.
     """
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        return {"class_path": name, "config": json.loads(model.config.to_json_string(use_diff=False))}  # type: ignore[union-attr, operator]
-    arguments = getattr(model, "init_args", None)
-    if arguments is None:
+    cls = type(model)
+    found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    config: Any = getattr(model, "config", None)
+    try:
+        if hasattr(cls, "config_class") and hasattr(config, "to_json_string"):
+            found["config"] = json.loads(config.to_json_string(use_diff=False))
+            # transformers leaves it out of the file, and the two differ in the last bits.
+            if (attention := getattr(config, "_attn_implementation", None)) in _ATTENTION:
+                found["config"]["attn_implementation"] = attention
+        else:
+            found["init_args"] = _arguments(model)
+        if swapped := getattr(model, "swapped_activation", None):
+            found["activation"] = swapped
+        return json.loads(json.dumps(found))
+    except (TypeError, ValueError):
         return None
-    found: dict[str, Any] = {"class_path": name, "init_args": dict(arguments)}  # type: ignore[arg-type]
-    if swapped := getattr(model, "swapped_activation", None):
-        found["activation"] = swapped
-    return json.loads(json.dumps(found))
 
 
 def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
-    """The untrained module that ``architecture`` describes; ``path`` is named in errors."""
+    """The untrained module that ``architecture`` describes; ``path`` is named in errors.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
     if architecture is None:
         raise ValueError(f"{path} does not say how to build its model: pass one, load(path, model=...)")
-    module, _, qualname = str(architecture.get("class_path", "")).rpartition(".")
+    name = architecture["class_path"]
+    module, _, qualname = name.rpartition(".")
     try:
         cls = getattr(import_module(module), qualname)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign module does when it is imported
         raise ValueError(
-            f"{path} needs the class {architecture.get('class_path')!r}, which cannot be imported ({error}): "
+            f"{path} needs the class {name!r}, which cannot be imported ({error}): "
             "install the package that has it, or pass the model, load(path, model=...)"
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"{path} names {architecture['class_path']!r}, which is not a torch.nn.Module class")
+        raise ValueError(f"{path} names {name!r}, which is not a torch.nn.Module class")
     try:
         if "config" in architecture:
-            return cls(cls.config_class.from_dict(architecture["config"]))  # type: ignore[attr-defined]
-        model = cls(**architecture.get("init_args", {}))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {architecture['class_path']} does not take its stored arguments: {error}") from error
-    if "activation" in architecture:
-        from workbench.activations import swap_activation
+            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
+        else:
+            model = cls(**architecture["init_args"])
+        if "activation" in architecture:
+            from workbench.activations import swap_activation
 
-        swap_activation(model, architecture["activation"])
+            swap_activation(model, architecture["activation"])
+    except Exception as error:  # whatever a constructor does with arguments it does not expect
+        raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
     return model
 
 
-class _Weights:
-    """The open weights file of a checkpoint; every read is checked against the index before it allocates."""
+class _Reader:
+    """The open weights file of a checkpoint; every read is checked against the index before it allocates.
 
-    def __init__(self, path: Path) -> None:
-        index = read_index(path)
-        self.path = path / index["weights"]["file"]
-        self.entries: dict[str, dict[str, Any]] = index["tensors"]
-        if not self.path.is_file():
-            raise ValueError(f"{path} is incomplete: {self.path.name} is missing")
-        size = self.path.stat().st_size
-        if size != index["weights"].get("bytes"):
-            raise ValueError(f"{self.path} has {size} bytes, {index['weights'].get('bytes')} expected: truncated?")
-        if sha256(self.path) != index["weights"].get("sha256"):
-            raise ValueError(f"{self.path} was altered: its SHA-256 is not the one in {_INDEX}")
+    Args:
+        path: The folder.
+        file: The weights file, and its index, where they are not yet what the folder's index names.
+        index: The checked index.
+    """
 
-    def __enter__(self) -> "_Weights":
+    def __init__(self, path: Path, file: Path | None = None, index: dict[str, Any] | None = None) -> None:
+        self.index = read_index(path) if index is None else index
+        self.entries: dict[str, dict[str, Any]] = self.index["tensors"]
+        weights = self.index["weights"]
+        self.file = path / weights["file"] if file is None else file
         try:
-            self._file = safe_open(self.path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
-        self._keys = set(self._file.keys())
+            size, digest = self.file.stat().st_size, sha256(self.file)
+        except OSError as error:
+            raise ValueError(f"{self.file} cannot be read, and {_INDEX} names it: {error}") from error
+        if size != weights["bytes"]:
+            raise ValueError(f"{self.file} has {size} bytes, {weights['bytes']} expected: truncated?")
+        if digest != weights["sha256"]:
+            raise ValueError(f"{self.file} was altered: its SHA-256 is not the one in {_INDEX}")
+
+    def __enter__(self) -> "_Reader":
+        try:
+            self._open = safe_open(self.file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file} is not a safetensors file: {error}") from error
+        expected = {key: form for name, entry in self.entries.items() for key, form in _forms(name, entry).items()}
+        slices = map(self._open.get_slice, keys := self._open.keys())
+        found = {key: (part.get_dtype(), part.get_shape()) for key, part in zip(keys, slices)}
+        if odd := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
+            said = "; ".join(f"{key!r} is {found.get(key)} and not {expected.get(key)}" for key in odd[:3])
+            raise ValueError(f"{self.file} is not what {_INDEX} says: {said}")
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._file
-
-    def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        if key not in self._keys:
-            raise ValueError(f"{self.path} lacks {key!r}")
-        found = tuple(self._file.get_slice(key).get_shape())
-        if found != shape:
-            raise ValueError(f"{self.path}: {key!r} has shape {list(found)}, {list(shape)} expected")
-        return self._file.get_tensor(key)
-
-    def _entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...], int | None]:
-        entry = self.entries[name]
-        dtype = getattr(torch, str(entry.get("dtype")), None) if isinstance(entry, dict) else None
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        sizes = shape if isinstance(shape, list) else [None]
-        if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) and n >= 0 for n in sizes):
-            raise ValueError(f"{self.path.parent / _INDEX}: {name!r} has no valid dtype and shape: {entry!r}")
-        return dtype, tuple(sizes), entry.get("kept")
+        del self._open
 
     def mask(self, name: str) -> Tensor:
-        _, shape, kept = self._entry(name)
-        mask = unpack(self._read(f"mask/{name}", (-(-prod(shape) // 8),)), shape)
-        if int(mask.sum()) != kept:
-            raise ValueError(f"{self.path}: the mask of {name!r} keeps {int(mask.sum())} weights, {kept} expected")
+        kept = self.entries[name]["kept"]
+        mask = unpack(self._open.get_tensor(f"mask/{name}"), tuple(self.entries[name]["shape"]))
+        if (found := int(mask.sum())) != kept:
+            raise ValueError(f"{self.file}: the mask of {name!r} keeps {found} weights, {kept} expected")
         return mask
 
     def dense(self, name: str) -> Tensor:
-        dtype, shape, kept = self._entry(name)
-        if kept is None:
-            return self._read(f"dense/{name}", shape).to(dtype)
-        mask = self.mask(name)
-        full = torch.zeros(shape, dtype=dtype)
-        full[mask] = self._read(f"values/{name}", (kept,)).to(dtype)
+        entry = self.entries[name]
+        dtype = getattr(torch, entry["dtype"])
+        if "kept" not in entry:
+            return self._open.get_tensor(f"dense/{name}").to(dtype)
+        full = torch.zeros(entry["shape"], dtype=dtype, device="cpu")
+        full[self.mask(name)] = self._open.get_tensor(f"values/{name}").to(dtype)
         return full
 
+    def state(self) -> dict[str, Tensor]:
+        own = {name: self.dense(name) for name, entry in self.entries.items() if "alias" not in entry}
+        return {name: own[entry.get("alias", name)] for name, entry in self.entries.items()}
 
-def _check_masks(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        if name not in state:
-            raise ValueError(f"mask {name!r} names no parameter of the model; it has {sorted(state)}")
-        tensor = state[name]
-        if mask.dtype != torch.bool or mask.shape != tensor.shape:
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state on the CPU, sharing memory where it can, and for every name the first one of its tensor."""
+    state, first = model.state_dict(), {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or _name(tensor.dtype) not in _CODES:
+            given = f"{tensor.dtype} {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"mask {name!r} is {mask.dtype} {list(mask.shape)}: bool {list(tensor.shape)} is needed"
+                f"{name!r} in the model's state is a {given}: a compact checkpoint holds dense tensors of "
+                f"{', '.join(_CODES)} that have values"
             )
-        if torch.count_nonzero(tensor[~mask.to(tensor.device)]):
+        # The same memory seen the same way is one tensor under two names: a tied weight, stored once.
+        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        first[name] = seen.setdefault(memory, name) if tensor.numel() else name
+    own = {name: state[name].detach().cpu() for name in first if first[name] == name}
+    return {name: own[first[name]] for name in state}, first
+
+
+def _checked_masks(
+    model: nn.Module, state: Mapping[str, Tensor], first: Mapping[str, str], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The masks on the CPU, each by the first name of its parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(state)
+    found: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"mask {name!r} names no parameter of the model; it has {sorted(parameters)}")
+        tensor, mask = state[name], mask.detach().cpu()
+        if mask.dtype != torch.bool or mask.shape != tensor.shape:
+            raise ValueError(f"mask {name!r} is {mask.dtype} {list(mask.shape)}: bool {list(tensor.shape)} is needed")
+        if bool((tensor[~mask] != 0).any()):
             raise ValueError(f"weights of {name!r} that the mask prunes are not zero: apply the mask, then save")
+        if not torch.equal(found.setdefault(first[name], mask), mask):
+            raise ValueError(f"{first[name]!r} and {name!r} are one tied weight with two masks: give one of them")
+    return found
 
 
-def _digest(stored: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(stored):
-        digest.update(f"{name}{stored[name].dtype}{list(stored[name].shape)}".encode())
-        digest.update(stored[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _stored(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    first: Mapping[str, str],
+    masks: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What goes into the weights file, and the index's entry for every name in ``state``."""
+    if dtype is not None and _name(dtype) not in _FLOATS:
+        raise ValueError(f"dtype is {dtype}: store values as one of {', '.join(_FLOATS)}")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        if first[name] != name:
+            entries[name] = {"alias": first[name]}
+            continue
+        entry = entries[name] = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape)}
+        values, wide = tensor, tensor.is_floating_point() and name in parameters
+        if dtype is not None and wide and dtype.itemsize < tensor.dtype.itemsize:
+            values = tensor.to(dtype)
+            entry["stored"] = _name(dtype)
+            if not torch.equal(values.isfinite(), tensor.isfinite()):
+                raise ValueError(f"{name!r} has values beyond the range of {dtype}: save in a wider type")
+        if name in masks:
+            entry["kept"] = int(masks[name].sum())
+            stored[f"mask/{name}"] = pack(masks[name])
+            stored[f"values/{name}"] = values[masks[name]]
+        else:
+            # A copy of its own: safetensors refuses views of one memory.
+            stored[f"dense/{name}"] = values.clone(memory_format=torch.contiguous_format)
+    return stored, entries
 
 
-def _verify(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    for name, back in tensors(path).items():
-        expected = state[name].detach().cpu()
-        if dtype is not None and expected.is_floating_point():
-            expected = expected.to(dtype).to(expected.dtype)
-        equal = (back == expected) | ((back != back) & (expected != expected))  # NaN equals NaN here
-        if back.dtype != expected.dtype or not bool(equal.all()):
-            raise ValueError(f"{path}: {name!r} did not survive the disk; is the disk full or failing?")
+def _verify(file: Path, index: dict[str, Any], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Read every tensor back from ``file`` and compare its bits with what was to be saved."""
+    with _Reader(file.parent, file, index) as reader:
+        for name, entry in reader.entries.items():
+            if "alias" in entry:
+                continue
+            expected = state[name]
+            if "stored" in entry:
+                expected = expected.to(getattr(torch, entry["stored"])).to(expected.dtype)
+            if name in masks:
+                expected = expected.masked_fill(~masks[name], 0)
+            if not _same(reader.dense(name), expected):
+                raise ValueError(f"{file.parent}: {name!r} did not survive the disk; is it failing?")
+
+
+def _sweep(path: Path) -> None:
+    """Remove weights files that the folder's index does not name, and what stopped writers left behind."""
+    named = None
+    if (path / _INDEX).exists():
+        try:
+            named = read_index(path)["weights"]["file"]
+        except ValueError:
+            return  # damaged: its weights may be all that is left
+    for file in path.glob("*"):
+        orphan = _WEIGHTS.fullmatch(file.name) and file.name != named
+        if orphan or re.fullmatch(rf"\.({_WEIGHTS.pattern}|{re.escape(_INDEX)})\..*\.tmp", file.name):
+            with suppress(OSError):
+                file.unlink()
+
+
+def _built(index: Mapping[str, Any], path: Path) -> nn.Module:
+    """The untrained module of a checkpoint, built for real only when its shapes are those of the stored tensors."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")
+                skeleton = build(index["architecture"], path)
+        except ValueError:
+            pass  # not every constructor can do without memory; building for real says what is wrong
+        else:
+            _match(skeleton.state_dict(), index["tensors"], path)
+        with torch.device("cpu"):
+            return build(index["architecture"], path)
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What the constructor was given; raises TypeError or ValueError if that is not known or not enough."""
+    signature = inspect.signature(type(model))
+    given = getattr(model, "init_args", None)
+    if not isinstance(given, Mapping):
+        given = getattr(model, "hparams", None)
+    if not isinstance(given, Mapping) or (not given and signature.parameters):
+        given = None
+    if given is None and signature.parameters:
+        raise ValueError(f"{type(model).__name__} does not say what it was built with")
+    arguments = {name: value for name, value in (given or {}).items() if name != "_instantiator"}
+    signature.bind(**arguments)
+    return arguments
+
+
+def _match(state: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Refuse a model whose state has other names or shapes than the checkpoint's."""
+    shapes = {name: entries[entry.get("alias", name)]["shape"] for name, entry in entries.items()}
+    found = {name: list(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()}
+    if odd := [name for name in {**shapes, **found} if shapes.get(name, 0) != found.get(name, 0)]:
+        said = "; ".join(
+            f"{name!r} is {found.get(name, 'missing')}, {shapes.get(name, 'none')} here" for name in odd[:3]
+        )
+        raise ValueError(f"{path} holds the weights of another model: in the model {said}")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in type, shape and every bit."""
+    if one.is_meta or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = one.detach().cpu(), other.detach().cpu()
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _forms(name: str, entry: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Names in the weights file of what the index's ``entry`` stands for, with their types and shapes."""
+    if "alias" in entry:
+        return {}
+    code, shape = _CODES[entry.get("stored", entry["dtype"])], entry["shape"]
+    if "kept" not in entry:
+        return {f"dense/{name}": (code, shape)}
+    return {f"mask/{name}": ("U8", [-(-prod(shape) // 8)]), f"values/{name}": (code, [entry["kept"]])}
+
+
+def _sealed(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The index with its checksum.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    try:
+        plain = json.loads(json.dumps(index))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"architecture and provenance must be JSON: {error}") from error
+    return {**plain, "sha256": _checksum(plain)}
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    """SHA-256 of the index's contents without the checksum itself, whatever the order of keys or the spacing."""
+    rest = {key: value for key, value in index.items() if key != "sha256"}
+    try:
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_index(index: Any, file: Path) -> None:
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a compact checkpoint: its format is not {FORMAT!r}")
+    version = index.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{file} has version {version!r}, this version reads {VERSION}: is a newer one needed?")
+    if index.get("sha256") != _checksum(index):
+        raise ValueError(f"{file} was altered: its contents do not have the SHA-256 that it says")
+    weights, entries, provenance = index.get("weights"), index.get("tensors"), index.get("provenance")
+    if not (isinstance(weights, dict) and isinstance(entries, dict) and isinstance(provenance, dict)):
+        raise ValueError(f"{file} is damaged: 'weights', 'tensors' or 'provenance' is missing")
+    if type(weights.get("bytes")) is not int or not isinstance(weights.get("sha256"), str):
+        raise ValueError(f"{file} is damaged: 'weights' lacks 'bytes' or 'sha256'")
+    name = weights.get("file")
+    if not (isinstance(name, str) and _WEIGHTS.fullmatch(name)):
+        raise ValueError(f"{file} names the weights file {name!r}: allowed is weights-HASH.safetensors beside it")
+    if "architecture" not in index or not _is_architecture(index["architecture"]):
+        raise ValueError(f"{file} is damaged: 'architecture' is no class_path with init_args or config")
+    for name, entry in entries.items():
+        if not _is_entry(entry, entries):
+            raise ValueError(f"{file} is damaged: the entry of {name!r} makes no sense, {str(entry)[:200]}")
+
+
+def _is_architecture(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+        return False
+    arguments: Iterable[Any] = [value[key] for key in ("init_args", "config") if key in value]
+    if len([argument for argument in arguments if isinstance(argument, dict)]) != 1:
+        return False
+    # transformers would fetch any other attention from its hub, and run it.
+    attention = value.get("config", {}).get("attn_implementation", _ATTENTION[0])
+    return attention in _ATTENTION and isinstance(value.get("activation", ""), str)
+
+
+def _is_entry(entry: Any, entries: Mapping[str, Any]) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if "alias" in entry:
+        target = entries.get(entry["alias"]) if isinstance(entry["alias"], str) else None
+        return len(entry) == 1 and isinstance(target, dict) and "alias" not in target
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if dtype not in list(_CODES) or not isinstance(shape, list) or len(shape) > 64:
+        return False
+    if not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        return False
+    # Also where a size is 0 the others must not overflow torch's strides.
+    if prod(max(size, 1) for size in shape) >= 2**56:
+        return False
+    kept = entry.get("kept", 0)
+    if type(kept) is not int or not 0 <= kept <= prod(shape):
+        return False
+    return "stored" not in entry or (dtype in list(_FLOATS) and entry["stored"] in list(_FLOATS))

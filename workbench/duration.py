@@ -3,7 +3,7 @@
 import re
 from typing import Literal, NamedTuple
 
-_PATTERN = re.compile(r"(\d+)\s*(ep|it)")
+_PATTERN = re.compile(r"([0-9]{1,15})\s*(ep|it)")
 
 
 class Duration(NamedTuple):

@@ -1,23 +1,28 @@
-"""The ``export`` job: a trained stage as files that load elsewhere, each proved equal to what was trained.
+"""The ``export`` job: a trained stage as files that load elsewhere, each measured against what was trained.
 
-``compact`` is the small one and needs :func:`workbench.load`; ``torch`` is a dense fp16 folder that plain torch (or, for
-their models, plain transformers) loads; ``onnx`` runs in stock ONNX Runtime.
+``compact`` is the small one and needs :func:`workbench.load`; ``torch`` is a dense 16-bit folder that plain torch (or,
+for their models, plain transformers) loads; ``onnx`` runs in stock ONNX Runtime. The last two compute in float32, or
+for transformers in the type that it chooses, whatever the network was trained in.
 """
 
 import copy
 import inspect
 import logging
+import runpy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workbench import artifact, records
-from workbench.files import replacing
+from workbench.files import filling
 from workbench.source import Source
 
 Format = Literal["compact", "torch", "onnx"]
@@ -32,13 +37,30 @@ from safetensors.torch import load_file
 
 
 def load(folder=Path(__file__).parent):
-    """The network in eval mode, its float16 weights widened to float32."""
+    """The network in eval mode, its 16-bit weights widened to float32; the size of the batch is free."""
     model = torch.export.load(Path(folder) / "graph.pt2").module()
     weights = load_file(Path(folder) / "weights.safetensors")
     state = {name: weights[name].to(old.dtype) for name, old in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model
 '''
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is exported.
+
+    Args:
+        network: The trained network.
+        masks: Of its pruned weights.
+        index: Of the compact checkpoint that it came from.
+        inputs: To try and to trace it with, by name; empty if there are none.
+    """
+
+    network: nn.Module
+    masks: Mapping[str, Tensor]
+    index: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
 
 
 def export(
@@ -48,7 +70,7 @@ def export(
     values: Literal["float32", "float16", "bfloat16"] = "float32",
     out: Path = Path("runs/export"),
 ) -> dict[str, Any]:
-    """Write a trained stage as a compact checkpoint, and on request as dense fp16 folder and ONNX file.
+    """Write a trained stage as a compact checkpoint, and on request as dense 16-bit folder and ONNX file.
 
     Every file is loaded again and compared with the trained network, on validation inputs that the stage kept.
 
@@ -61,54 +83,79 @@ def export(
 
     Returns:
         For each format its path, bytes, largest difference of outputs and whether predictions agree.
+
+    Raises:
+        ValueError: If there is nothing to export, a level or format does not exist, what the format needs is not
+            installed, the network cannot be traced or stored, or the exact checkpoint is not exact.
     """
+    wanted: list[str] = list(dict.fromkeys(["compact", *(formats or ())]))
+    if unknown := [name for name in wanted if name not in get_args(Format)]:
+        raise ValueError(f"formats has {', '.join(map(repr, unknown))}: choose from {', '.join(get_args(Format))}")
+    if values not in _DTYPES:
+        raise ValueError(f"values is {values!r}: choose from {', '.join(_DTYPES)}")
+    if "onnx" in wanted:
+        _need_onnx()
     folder, record = _chosen(Path(of), level)
     source = artifact.find(folder)
-    network, masks = artifact.load(source), artifact.masks(source)
-    inputs = _inputs(folder, Path(of))
-    if not inputs and set(formats or ()) & {"torch", "onnx"}:
+    inputs = _inputs(folder, Path(of), source.parent)
+    if not inputs and wanted != ["compact"]:
         raise ValueError(f"{of} kept no example inputs, which torch and onnx are traced with: export compact only")
-    expected = _outputs(network, inputs)
-    writers: dict[str, Callable[[], Callable[[], Tensor | None]]] = {
-        "compact": lambda: _compact(network, source, masks, _DTYPES[values], inputs, out / "compact"),
-        "torch": lambda: _dense(network, inputs, out / "torch"),
-        "onnx": lambda: _onnx(network, inputs, out / "onnx"),
+    subject = _Subject(artifact.load(source), artifact.masks(source), artifact.read_index(source), inputs)
+    expected = _outputs(subject.network, inputs)
+    written = {
+        "compact": lambda: _compact(subject, values, out / "compact"),
+        "torch": lambda: _dense(subject, out / "torch"),
+        "onnx": lambda: _onnx(subject, out / "onnx"),
     }
     exports = []
-    for name in dict.fromkeys(["compact", *(formats or [])]):
-        found = writers[name]()()
-        exports.append({"format": name, "path": name, "bytes": _bytes(out / name), **_compared(expected, found)})
-        if name == "compact" and values == "float32" and exports[-1].get("largest_difference"):
+    for name in wanted:
+        found, size = written[name]()
+        entry = {"format": name, "path": name, "bytes": size, **_compared(expected, found, out / name)}
+        if name == "compact" and values == "float32" and entry.get("largest_difference"):
             raise ValueError(f"{out / name} differs from the trained network: this is a defect, please report it")
+        exports.append(entry)
     carried = {key: record[key] for key in ("metrics", "monitor", "size") if key in record}
-    return {"exports": exports, "level": record.get("level"), **carried}
+    return {"exports": exports, "level": record.get("level"), "values": values, **carried}
 
 
 def _chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
     """The folder to export and its record: the stage's own, or one of its levels'."""
     record = records.read(stage) or {}
+    if record.get("status", "finished") != "finished":
+        raise ValueError(f"{stage} is {record['status']}: export it when it is finished")
     levels = record.get("levels") or []
     if not levels:
         if level != "last":
-            raise ValueError(f"{stage} has no levels: leave level away, or export a hunt")
+            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level away, or export a hunt")
         return stage, record
     number = {"last": levels[-1]["level"], "winning": record.get("winning", 0)}.get(str(level), level)
-    if not isinstance(number, int) or not 0 <= number < len(levels):
-        raise ValueError(f"level is {level!r}, but {stage} has levels 0 to {len(levels) - 1}, 'last' and 'winning'")
+    if type(number) is not int or not 0 <= number < len(levels):
+        last = len(levels) - 1
+        raise ValueError(f"level is {level!r}, but {stage} has levels 0 to {last}, 'last' and 'winning'")
     return stage / f"level_{number:02d}", levels[number]
 
 
 def _inputs(*folders: Path) -> dict[str, Tensor]:
     for folder in folders:
-        if (folder / "example.safetensors").is_file():
-            return load_file(folder / "example.safetensors")
+        file = folder / "example.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it and export compact only") from error
     return {}
 
 
 def _call(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword arguments out of named inputs."""
-    args = tuple(inputs[name] for name in sorted(inputs) if name.startswith("input_") and name[6:].isdigit())
-    return args, {name: value for name, value in inputs.items() if not (name.startswith("input_") and name[6:].isdigit())}
+    """Positional arguments, named ``input_0``, ``input_1`` ..., and keyword arguments out of named inputs."""
+    places = sorted((int(name[6:]), name) for name in inputs if name.startswith("input_") and name[6:].isdigit())
+    names = [name for _, name in places]
+    return tuple(inputs[name] for name in names), {name: inputs[name] for name in inputs if name not in names}
+
+
+def _typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs with floating-point ones in ``dtype``."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _tensor(raw: Any) -> Tensor:
@@ -120,68 +167,122 @@ def _tensor(raw: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(network: nn.Module | Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor | None:
+def _outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """What the network answers to the inputs, in its own floating-point type; None without inputs."""
     if not inputs:
         return None
-    args, kwargs = _call(inputs)
+    own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    args, kwargs = _call(_typed(inputs, next(own, torch.float32)))
     return _tensor(network(*args, **kwargs))
 
 
-def _compared(expected: Tensor | None, found: Tensor | None) -> dict[str, Any]:
+def _compared(expected: Tensor | None, found: Tensor | None, path: Path) -> dict[str, Any]:
     if expected is None or found is None:
         return {}
-    difference = (expected.double() - found.double()).abs().max()
-    same = bool((expected.argmax(-1) == found.argmax(-1)).all())
+    if expected.shape != found.shape:
+        raise ValueError(f"{path} answers with shape {list(found.shape)}, the network with {list(expected.shape)}")
+    one, other = expected.double(), found.double()
+    # Infinities and NaNs in the same places are no difference.
+    equal = (one == other) | (one.isnan() & other.isnan())
+    difference = torch.where(equal, 0.0, (one - other).abs()).nan_to_num(float("inf")).max()
+    same = bool((one.argmax(-1) == other.argmax(-1)).all())
     return {"largest_difference": float(difference), "same_predictions": same}
 
 
-def _compact(
-    network: nn.Module,
-    source: Path,
-    masks: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    inputs: Mapping[str, Tensor],
-    folder: Path,
-) -> Callable[[], Tensor | None]:
-    index = artifact.read_index(source)
-    kept = None if dtype == torch.float32 else dtype
-    artifact.save(network, folder, masks, kept, index["architecture"], index["provenance"])
-    return lambda: _outputs(artifact.load(folder), inputs)
+def _compact(subject: _Subject, values: str, folder: Path) -> tuple[Tensor | None, int]:
+    dtype = None if values == "float32" else _DTYPES[values]
+    index = subject.index
+    artifact.save(subject.network, folder, subject.masks, dtype, index["architecture"], index["provenance"])
+    weights = folder / artifact.read_index(folder)["weights"]["file"]
+    size = weights.stat().st_size + (folder / "artifact.json").stat().st_size
+    return _outputs(artifact.load(folder), subject.inputs), size
 
 
-def _dense(network: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Callable[[], Tensor | None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    half = copy.deepcopy(network).half()
-    for name, value in half.state_dict().items():
-        if value.is_floating_point() and not torch.equal(value.isfinite(), network.state_dict()[name].isfinite()):
-            raise ValueError(f"{name!r} has values beyond the range of float16: export compact or onnx instead")
-    if hasattr(half, "save_pretrained"):
-        half.save_pretrained(folder)  # type: ignore[operator]
-        return lambda: _outputs(type(network).from_pretrained(folder).float().eval(), inputs)  # type: ignore[attr-defined]
-    with replacing(folder / "weights.safetensors") as temporary:
-        save_file({name: value.clone() for name, value in half.state_dict().items()}, temporary)
-    with replacing(folder / "graph.pt2") as temporary, temporary.open("wb") as file:
-        torch.export.save(_graph(network, inputs), file)
-    with replacing(folder / "load.py") as temporary:
-        temporary.write_text(_LOADER, encoding="utf-8")
-
-    def again() -> Tensor | None:
-        scope: dict[str, Any] = {"__file__": str(folder / "load.py")}
-        exec(_LOADER, scope)  # the very text that was written beside the weights
-        return _outputs(scope["load"](folder), inputs)
-
-    return again
+def _dense(subject: _Subject, folder: Path) -> tuple[Tensor | None, int]:
+    half = _halved(subject.network)
+    with filling(folder) as part:
+        if _is_of_transformers(subject.index["architecture"]):
+            with _no_bars():
+                half.save_pretrained(part)  # type: ignore[operator]
+                again = type(half).from_pretrained(part)  # type: ignore[attr-defined]
+            found = _outputs(again.eval(), subject.inputs)
+        else:
+            wide = copy.deepcopy(subject.network).float()
+            save_file({name: value.clone() for name, value in half.state_dict().items()}, part / "weights.safetensors")
+            _save_graph(wide, _typed(subject.inputs, torch.float32), part / "graph.pt2")
+            (part / "load.py").write_text(_LOADER, encoding="utf-8")
+            # The very file, as its user runs it.
+            found = _outputs(runpy.run_path(str(part / "load.py"))["load"](part), subject.inputs)
+        return found, _bytes(part)
 
 
-def _graph(network: nn.Module, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """The traced network with its weights replaced by one number each: what to compute, not with what."""
-    args, kwargs = _call(inputs)
-    program = torch.export.export(network, args, kwargs, dynamic_shapes=_dynamic(network, args, kwargs))
+def _halved(network: nn.Module) -> nn.Module:
+    """A copy with parameters of more than 16 bits in float16; bfloat16 ones and all buffers stay what they are."""
+    half = copy.deepcopy(network)
+    for name, parameter in half.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 2:
+            narrow = parameter.data.half()
+            if not torch.equal(narrow.isfinite(), parameter.data.isfinite()):
+                raise ValueError(f"{name!r} has values beyond the range of float16: export compact or onnx instead")
+            parameter.data = narrow
+    return half
+
+
+def _is_of_transformers(architecture: Mapping[str, Any] | None) -> bool:
+    """Whether transformers can build the network again from a configuration of its own."""
+    if architecture is None or "config" not in architecture:
+        return False
+    if "activation" not in architecture:
+        return True
+    from workbench.activations import spec
+
+    return bool(spec(architecture["activation"]).hub_keys)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Inside, transformers draws no progress bars of its own."""
+    from transformers.utils import logging as hub
+
+    shown = hub.is_progress_bar_enabled()
+    hub.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hub.enable_progress_bar()
+
+
+def _save_graph(network: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+    """Write the traced network with its weights replaced by one number each: what to compute, not with what."""
+    with _tracing(network, inputs) as (args, kwargs, dynamic):
+        program = torch.export.export(network, args, kwargs, dynamic_shapes=dynamic)
     for name, value in program.state_dict.items():
         empty = torch.zeros((), dtype=value.dtype).expand(value.shape)
         trained = isinstance(value, nn.Parameter)
         program.state_dict[name] = nn.Parameter(empty, requires_grad=False) if trained else empty
-    return program
+    with warnings.catch_warnings():
+        # That is just what was meant.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        torch.export.save(program, file)
+
+
+@contextmanager
+def _tracing(
+    network: nn.Module, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor], Any]]:
+    """Arguments to trace with and which of their dimensions vary; a failure to trace becomes a ValueError."""
+    # A batch of one would be taken for a constant.
+    several = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in inputs.items()}
+    args, kwargs = _call(several)
+    try:
+        yield args, kwargs, _dynamic(network, args, kwargs)
+    except Exception as error:  # the tracer's errors have no common class
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{type(network).__name__} cannot be traced, which formats torch and onnx need: {reason}; "
+            "export compact only"
+        ) from error
 
 
 def _dynamic(network: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Any:
@@ -199,42 +300,55 @@ def _dynamic(network: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     return {**{name: free(value) for name, value in zip(names, args)}, **by_name}
 
 
-def _onnx(network: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Callable[[], Tensor | None]:
+def _need_onnx() -> None:
     try:
-        import onnxruntime
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ImportError as error:
         raise ValueError(f"format onnx needs {error.name}: pip install 'distill-prune[onnx]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _onnx(subject: _Subject, folder: Path) -> tuple[Tensor | None, int]:
+    import onnxruntime
+
+    wide = copy.deepcopy(subject.network).float()
+    inputs = _typed(subject.inputs, torch.float32)
     args, kwargs = _call(inputs)
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    with warnings.catch_warnings(), replacing(folder / "model.onnx") as temporary:
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals, and of a missing torchvision
-        exporter.setLevel(logging.ERROR)
-        try:
+    with filling(folder) as part:
+        with _quiet_exporter(), _tracing(wide, inputs) as (args, kwargs, dynamic):
             torch.onnx.export(
-                network,
+                wide,
                 args,
-                str(temporary),
+                str(part / "model.onnx"),
                 kwargs=kwargs,
                 dynamo=True,
-                dynamic_shapes=_dynamic(network, args, kwargs),
+                dynamic_shapes=dynamic,
                 input_names=names,
                 output_names=["output"],
                 external_data=False,
                 verbose=False,
             )
-        finally:
-            exporter.setLevel(level)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(part / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
+        return torch.from_numpy(session.run(["output"], feed)[0]), _bytes(part)
 
-    def again() -> Tensor:
-        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-        feed = {name: inputs[name].numpy() for name in names}
-        return torch.from_numpy(session.run(["output"], feed)[0])
 
-    return again
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Inside, torch's ONNX exporter does not speak of its own internals, nor of a missing torchvision."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def _bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 GROUP = "workbench.jobs"
 REQUIRED = "required"
+_OURS = "distill-prune"
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Job:
-    """A job by the name that recipes give it."""
+    """A job by the name that recipes give it.
+
+    Its properties raise ValueError, with what to do, if there is no such function or it cannot be a job.
+    """
 
     name: str
     entry: EntryPoint
 
     @cached_property
-    def function(self) -> Callable[..., dict[str, Any]]:
+    def function(self) -> Callable[..., Any]:
         """The function itself, imported."""
-        return self.entry.load()
+        try:
+            return self.entry.load()
+        except Exception as error:  # an import runs whatever the module does
+            raise ValueError(f"{self}: cannot be imported: {type(error).__name__}: {error}") from error
 
     @cached_property
     def summary(self) -> str:
@@ -51,13 +59,12 @@ class Job:
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The arguments in order, read from the source."""
+        """The arguments that a recipe can give, in order, read from the source: all but ``out``, the stage's folder."""
         arguments = self._source.args
         described = _described(ast.get_docstring(self._source) or "")
-        positional = [*arguments.posonlyargs, *arguments.args]
-        missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+        first: list[ast.expr | None] = [None] * (len(arguments.args) - len(arguments.defaults))
         pairs = [
-            *zip(positional, [*missing, *arguments.defaults], strict=True),
+            *zip(arguments.args, [*first, *arguments.defaults], strict=True),
             *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
         ]
         return tuple(
@@ -68,28 +75,70 @@ class Job:
                 described.get(argument.arg, ""),
             )
             for argument, default in pairs
+            if argument.arg != "out"
         )
 
     @cached_property
     def _source(self) -> ast.FunctionDef:
-        # find_spec imports the parent packages only, and those of this project are light.
-        spec = find_spec(self.entry.module)
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name == self.entry.attr:
-                return node
-        # Not a plain function of that module: made elsewhere, so it has to be imported.
-        text = textwrap.dedent(inspect.getsource(inspect.unwrap(self.function)))
-        node = ast.parse(text).body[0]
-        if not isinstance(node, ast.FunctionDef):
-            raise ValueError(f"job '{self.name}' ({self.entry.value}) is not a function: a job is a plain function")
-        return node
+        found = _defined(_parsed(self), self.entry.attr)
+        if found is None:
+            # Defined in another module than the one that offers it, so it has to be imported to be found.
+            function = inspect.unwrap(self.function)
+            try:
+                found = _defined(ast.parse(textwrap.dedent(inspect.getsource(function))), function.__name__)
+            except (AttributeError, OSError, SyntaxError, TypeError):
+                found = None
+        if found is None:
+            raise ValueError(f"{self}: is not a plain function: a job is a 'def' at the top of a module")
+        names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+        if found.args.posonlyargs or found.args.vararg or found.args.kwarg or "out" not in names:
+            raise ValueError(
+                f"{self}: a job takes named arguments, one of them 'out: Path', the stage's folder; "
+                f"this one takes ({ast.unparse(found.args)})"
+            )
+        return found
+
+    def __str__(self) -> str:
+        return f"job '{self.name}' ({self.entry.value})"
 
 
 def find_jobs() -> dict[str, Job]:
-    """Installed jobs by name; this project's first."""
-    entries = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
-    return {entry.name: Job(entry.name, entry) for entry in entries}
+    """Installed jobs by name. Where two packages give one name, this project's counts, else the first on the path."""
+    entries = sorted(entry_points(group=GROUP), key=lambda entry: entry.dist is None or entry.dist.name != _OURS)
+    return {entry.name: Job(entry.name, entry) for entry in reversed(entries)}
+
+
+def _parsed(job: Job) -> ast.Module:
+    """The syntax tree of the module that offers ``job``."""
+    try:
+        spec = _spec(job.entry.module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        owner = f"; reinstall {job.entry.dist.name}, which offers it" if job.entry.dist else ""
+        raise ValueError(f"{job}: there is no module '{job.entry.module}'{owner}")
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return ast.Module([], [])
+    try:
+        return ast.parse(Path(spec.origin).read_bytes(), spec.origin)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{job}: its source cannot be read: {error}") from error
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where ``module`` is. Unlike ``find_spec`` it imports no parent package, which may be slow to import."""
+    top, *rest = module.split(".")
+    spec = find_spec(top)
+    for depth in range(1, len(rest) + 1):
+        if spec is None:
+            return None
+        name = ".".join([top, *rest[:depth]])
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or ()))
+    return spec
+
+
+def _defined(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), None)
 
 
 def _described(docstring: str) -> dict[str, str]:
@@ -102,6 +151,7 @@ def _described(docstring: str) -> dict[str, str]:
             break
         if not line.startswith("     "):
             name, _, text = line.strip().partition(":")
+            name = name.partition(" ")[0]  # "name (type): ..." is the same name
             found[name] = text.strip()
         elif name:
             found[name] += " " + line.strip()

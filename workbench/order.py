@@ -6,12 +6,25 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
+_OPTIONS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
 
 class EpochOrder(Sampler[int]):
     """Indices of one rank for one epoch: the permutation of (seed, epoch), or 0..n-1 when not shuffled.
 
     Ranks take turns, so that batch i of all ranks together is the same samples as batch i of one rank whose batch is
-    as large as theirs together. The tail wraps round to the front, so that every rank has equally many.
+    as large as theirs together. Every rank has equally many: the tail wraps round to the front, or is dropped.
 
     Args:
         size: Samples in the data set.
@@ -19,10 +32,19 @@ class EpochOrder(Sampler[int]):
         shuffle: Permute, anew every epoch.
         rank: Of this process, 0..world - 1.
         world: Number of processes.
+        drop_last: Drop the up to world - 1 samples that do not go round, instead of wrapping.
+
+    Raises:
+        ValueError: If the rank is not one of the world's.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1, drop_last: bool = False
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world}: ranks count from 0 to {world - 1}")
         self.size, self.seed, self.shuffle, self.rank, self.world = size, seed, shuffle, rank, world
+        self.drop_last = drop_last
         self.epoch = 0
         self.skip = 0
 
@@ -31,14 +53,15 @@ class EpochOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.size // self.world)
+        return self.size // self.world if self.drop_last else -(-self.size // self.world)
 
     def __iter__(self) -> Iterator[int]:
         order = torch.arange(self.size)
         if self.shuffle:
-            order = order[torch.randperm(self.size, generator=stream(self.seed, self.epoch))]
-        padded = order.repeat(-(-len(self) * self.world // max(self.size, 1)))[: len(self) * self.world]
-        return iter(padded[self.rank :: self.world][self.skip :].tolist())
+            order = torch.randperm(self.size, generator=stream(self.seed, self.epoch))
+        total = len(self) * self.world
+        around = order.repeat(-(-total // max(self.size, 1)))[:total]
+        return iter(around[self.rank :: self.world][self.skip :].tolist())
 
 
 class OrderedLoader(DataLoader):
@@ -46,7 +69,8 @@ class OrderedLoader(DataLoader):
 
     Lightning stores ``state_dict`` in its checkpoints, so training resumes in the middle of an epoch with the batches
     that had not been seen yet. The loader's own generator is a function of (seed, epoch) too: making an iterator does
-    not move torch's global generator.
+    not move torch's global generator. What worker processes draw at random is seeded per epoch by it, and starts anew
+    where an epoch is resumed in its middle.
     """
 
     def __init__(self, dataset: Any, order: EpochOrder, batch_size: int, drop_last: bool, **options: Any) -> None:
@@ -55,21 +79,21 @@ class OrderedLoader(DataLoader):
         self._order = order
         self._samples = batch_size
         self._seen = 0
-        self._start = {"epoch": 0, "seen": 0}
+        self._start: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: this runs at the first batch, after Lightning has told the order its epoch.
-        self._seen = self._start["seen"] if self._start["epoch"] == self._order.epoch else 0
-        self._start = {"epoch": 0, "seen": 0}
-        self._order.skip = self._seen * self._samples
+        start, self._start = self._start, None
+        self._seen = start["seen"] if start is not None and start["epoch"] == self._order.epoch else 0
         self.generator.manual_seed(stream(self._order.seed, self._order.epoch).initial_seed())  # type: ignore[union-attr]
+        self._order.skip = self._seen * self._samples
         for batch in super().__iter__():
             self._seen += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches have been handed out."""
-        return {"epoch": self._order.epoch, "seen": self._seen}
+        return dict(self._start) if self._start else {"epoch": self._order.epoch, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start that epoch after that many batches; any other epoch starts at its beginning."""
@@ -91,26 +115,13 @@ def ordered(loader: Any, seed: int, rank: int = 0, world: int = 1) -> Any:
     """
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
-    plain = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    shuffle, sampler = type(loader.sampler) is RandomSampler, loader.sampler
+    plain = shuffle or type(sampler) is SequentialSampler
     if not plain or type(loader.batch_sampler) is not BatchSampler:
         return loader
-    if isinstance(loader.sampler, RandomSampler) and (
-        loader.sampler.replacement or loader.sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
-    ):
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if getattr(sampler, "replacement", False) or len(sampler) != size:  # type: ignore[arg-type]
         return loader
-    shuffle = isinstance(loader.sampler, RandomSampler)
-    order = EpochOrder(len(loader.dataset), seed, shuffle, rank, world)  # type: ignore[arg-type]
-    return OrderedLoader(
-        loader.dataset,
-        order,
-        loader.batch_size,
-        loader.drop_last,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    order = EpochOrder(size, seed, shuffle, rank, world, loader.drop_last)
+    kept = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
+    return OrderedLoader(loader.dataset, order, loader.batch_size, loader.drop_last, **kept)

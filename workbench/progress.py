@@ -76,6 +76,9 @@ class Bars:
         try:
             yield
             outcome = ""
+        except (KeyboardInterrupt, SystemExit):
+            outcome = "stopped after "
+            raise
         finally:
             if self._progress is not None:
                 self._progress.update(self._stage, visible=False)
@@ -126,9 +129,7 @@ def bars(total_stages: int, names: Sequence[str], file: TextIO | None = None) ->
         ValueError: If the number of names is not ``total_stages``.
     """
     if len(names) != total_stages:
-        raise ValueError(
-            f"total_stages is {total_stages} but {len(names)} names were given: name every stage"
-        )
+        raise ValueError(f"total_stages is {total_stages} but {len(names)} names were given: name every stage")
     stream = sys.stderr if file is None else file
     silent = _active.get() is not None or any(os.environ.get(k, "0") != "0" for k in ("RANK", "LOCAL_RANK"))
     live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")

@@ -2,22 +2,29 @@
 
 A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other entry is an argument shared by every stage
 whose job takes it and does not set it (mappings without a ``class_path``, such as ``trainer``, are merged key by key).
-A value that ends in ``.yaml`` is replaced by the contents of that file.
+A stage, or an argument of one, that is text ending in ``.yaml`` is replaced by the contents of that file.
 """
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from workbench import yaml_io
 from workbench.jobs import Job, find_jobs
 
 _SHARE = Path(__file__).parent / "share"
 _ROOTS = (_SHARE, Path(__file__).parent.parent)
+_ENDINGS = (".yaml", ".yml")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Lightning 2.6's LightningCLI writes it into every config, as null: "as usual".
+_CLI_ONLY = "weights_only"
+
+REPLACED = "replaced"
+"""The folder, beside the stages' own, that stages made with other arguments are moved into."""
 
 
 class RecipeError(ValueError):
@@ -46,21 +53,20 @@ class Recipe:
         return RecipeError(f"{', '.join(where)}: {message}")
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the closest of ``words``, else a list of them."""
-    close = get_close_matches(str(word), words, 1, 0.5)
-    if close:
+def nearest(word: object, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of ``words``, else the list of them if it is short enough to read."""
+    words = list(words)
+    if close := get_close_matches(str(word), words, 1, 0.5):
         return f"; did you mean '{close[0]}'?"
-    return f"; allowed: {', '.join(words)}" if words else ""
+    return f"; allowed: {', '.join(words)}" if 0 < len(words) <= 20 else ""
 
 
 def recipes() -> dict[str, Path]:
     """Bundled recipes by name, the path below ``recipes/`` without its ending."""
-    for root in _ROOTS:
-        if (root / "recipes").is_dir():
-            folder = root / "recipes"
-            return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
-    return {}
+    folder = next((root / "recipes" for root in _ROOTS if (root / "recipes").is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find(name: str) -> Path:
@@ -69,17 +75,24 @@ def find(name: str) -> Path:
     Raises:
         RecipeError: If there is neither.
     """
-    if Path(name).is_file():
+    if _is_file(Path(name)):
         return Path(name)
     known = recipes()
     if name in known:
         return known[name]
-    raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, list(known))}")
+    if _is_folder(Path(name)):
+        inside = [str(path) for path in sorted(Path(name).glob("*.y*ml"))]
+        raise RecipeError(
+            f"{name}: is a folder, a recipe is a file" + (f": one of {', '.join(inside)}" if inside else "")
+        )
+    if name.endswith(".py"):
+        raise RecipeError(f"{name}: a recipe is a YAML file; 'fabric run' starts scripts")
+    raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, [*known, *_beside(Path(name))])}")
 
 
 def headline(path: Path) -> str:
     """What the recipe says of itself in the comment that it begins with: its first line."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
@@ -93,37 +106,49 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     Raises:
         RecipeError: On anything that is wrong with the file, its stages, jobs or their arguments' names.
     """
-    content = _mapping(path)
     blank = Recipe(path, ())
+    content = {key: _included(blank, value, key=key) for key, value in _mapping(path).items()}
     for key, text in overrides:
         _override(blank, content, key, text)
-    content = {key: _included(blank, key, value) for key, value in content.items()}
+    content = {key: _included(blank, value, key=key) for key, value in content.items()}
     shared = {key: value for key, value in content.items() if not _is_stage(value)}
-    jobs, stages = find_jobs(), []
-    for name, body in content.items():
-        if not _is_stage(body):
-            continue
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise blank.error("a stage's name is a folder's name: letters, digits, '_' and '-' are allowed", name)
-        if body["job"] not in jobs:
-            raise blank.error(f"unknown job {body['job']!r}{nearest(body['job'], list(jobs))}", name, "job")
-        job = jobs[body["job"]]
-        own = {key: _included(blank, key, value, name) for key, value in body.items() if key != "job"}
-        names = [parameter.name for parameter in job.parameters if parameter.name != "out"]
-        for key in own:
-            if key not in names:
-                raise blank.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, str(key))
-        given = {key: value for key, value in shared.items() if key in names}
-        stages.append(Stage(name, job, {**given, **{key: _merged(given.get(key), own[key]) for key in own}}))
+    stages = [_stage(blank, name, body, shared) for name, body in content.items() if _is_stage(body)]
     if not stages:
-        raise blank.error("no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
-    for key in shared:
-        takers = [p.name for stage in stages for p in stage.job.parameters if p.name != "out"]
-        if key not in takers:
-            allowed = [*(stage.name for stage in stages), *dict.fromkeys(takers)]
+        raise blank.error("has no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
+    taken = dict.fromkeys(parameter.name for stage in stages for parameter in stage.job.parameters)
+    for key, value in shared.items():
+        # An argument's name may also be a stage's: a `teacher` that has arguments and no job is a stage without one.
+        lacks_job = isinstance(value, Mapping) and bool(value) and taken.keys() >= set(value)
+        if key not in taken or lacks_job:
+            names = dict.fromkeys([*(stage.name for stage in stages), *taken])
             what = "neither a stage (it has no job) nor an argument that a stage's job takes"
-            raise blank.error(f"{what}{nearest(key, allowed)}", key=str(key))
+            raise blank.error(what if lacks_job else f"{what}{nearest(key, names)}", key=key)
     return Recipe(path, tuple(stages))
+
+
+def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any]) -> Stage:
+    """The stage ``body``: its job found, its keys checked, fragments included, shared arguments filled in."""
+    if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
+        raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
+    jobs = find_jobs()
+    job = jobs.get(str(body["job"]))
+    if job is None:
+        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, "job")
+    try:
+        names = [parameter.name for parameter in job.parameters]
+    except ValueError as error:
+        raise recipe.error(str(error), name, "job") from error
+    own = {str(key): _included(recipe, value, name, str(key)) for key, value in body.items() if key != "job"}
+    if own.get(_CLI_ONLY, 0) is None and _CLI_ONLY not in names:
+        del own[_CLI_ONLY]
+    for key in own:
+        if key == "out":
+            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, key)
+        if key not in names:
+            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, key)
+    given = {key: value for key, value in shared.items() if key in names}
+    merged = {**given, **{key: _merged(given.get(key), value) for key, value in own.items()}}
+    return Stage(name, job, copy.deepcopy(merged))
 
 
 def _is_stage(value: Any) -> bool:
@@ -137,74 +162,96 @@ def _merged(shared: Any, own: Any) -> Any:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        content = yaml_io.load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}, {error}" if str(error).startswith("line") else f"{path}: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     if content is None:
-        raise RecipeError(f"{path}: the file is empty: a recipe is a mapping of stages")
+        raise RecipeError(f"{path}: the file is empty: a mapping is expected, e.g. 'teacher: {{job: fit, ...}}'")
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a mapping is expected, found a {type(content).__name__}")
+        raise RecipeError(f"{path}: a mapping is expected, found {_kind(content)}")
     return {str(key): value for key, value in content.items()}
 
 
-def _included(recipe: Recipe, key: str, value: Any, stage: str | None = None) -> Any:
-    if not (isinstance(value, str) and value.endswith((".yaml", ".yml"))):
+def _included(recipe: Recipe, value: Any, stage: str | None = None, key: str | None = None) -> Any:
+    """``value``, or the contents of the file that it names."""
+    if not (isinstance(value, str) and value.endswith(_ENDINGS)):
         return value
-    folder = recipe.path.parent
-    places = [folder, *list(folder.parents)[:2], Path.cwd(), *_ROOTS]
-    for place in places:
-        if (place / value).is_file():
-            return _mapping(place / value)
-    raise recipe.error(f"no file '{value}' beside the recipe, above it or in {Path.cwd()}", stage, key)
+    try:
+        return _mapping(next(place for place in _places(recipe, value) if _is_file(place)))
+    except RecipeError as error:
+        raise recipe.error(f"fragment {error}", stage, key) from error
+    except StopIteration:
+        names = [name for place in _places(recipe, value) for name in _beside(place)]
+        hint = nearest(Path(value).name, dict.fromkeys(Path(name).name for name in names))
+        raise recipe.error(
+            f"no file '{value}' beside the recipe, above it or in {Path.cwd()}{hint}", stage, key
+        ) from None
+
+
+def _places(recipe: Recipe, value: str) -> Iterator[Path]:
+    """Where a fragment may be: beside the recipe, one or two folders above, here, and with this package."""
+    folder = recipe.path.resolve().parent
+    return (place / value for place in (folder, *folder.parents[:2], Path.cwd(), *_ROOTS))
+
+
+def _beside(path: Path) -> list[str]:
+    """YAML files in the folder of ``path``."""
+    folder = path.parent
+    return [str(file) for file in sorted(folder.glob("*.y*ml"))] if _is_folder(folder) else []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _override(recipe: Recipe, content: dict[str, Any], key: str, text: str) -> None:
     """Set a dotted key; inside a ``class_path`` mapping a name means one of its ``init_args``."""
     *path, last = key.split(".")
+    if not all([*path, last]):
+        raise RecipeError(f"--{key}: write --stage.argument value")
+    try:
+        value = yaml_io.load(text)
+    except ValueError as error:
+        raise RecipeError(f"--{key}: {text!r} is {error}") from error
     node: Any = content
     for depth, part in enumerate(path):
-        if isinstance(node, dict) and depth == 0 and part not in node and part != "trainer":
-            raise recipe.error(f"--{key}: no such stage{nearest(part, list(node))}", key=key)
-        if "class_path" in node and part not in ("init_args", "dict_kwargs"):
-            node = node.setdefault("init_args", {})
-        child = _included(recipe, key, node.get(part)) if isinstance(node.get(part), str) else node.get(part)
-        if child is not None and not isinstance(child, dict):
-            raise recipe.error(f"--{key}: '{'.'.join(path[: depth + 1])}' is {child!r}, which has no keys", key=key)
-        node[part] = child if child is not None else {}
+        if depth == 0 and part not in content and part != "trainer":
+            raise recipe.error(f"--{key}: no such stage or shared argument{nearest(part, content)}")
+        node = _arguments_of(node, part)
+        if part not in node and depth == 1 and part in content and not _is_stage(content[part]):
+            # The stage has this argument from the shared ones: override its own copy.
+            node[part] = copy.deepcopy(content[part])
+        node[part] = _included(recipe, node.get(part), key=key)
+        if node[part] is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            found = f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}"
+            raise recipe.error(f"--{key}: {found}, which has no keys")
         node = node[part]
-    if "class_path" in node and last not in ("class_path", "init_args", "dict_kwargs"):
-        node = node.setdefault("init_args", {})
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise recipe.error(f"--{key}: {text!r} is not a YAML value: {error}", key=key) from error
-    node[last] = value
+    _arguments_of(node, last)[last] = value
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _arguments_of(node: dict[str, Any], name: str) -> dict[str, Any]:
+    if "class_path" not in node or name in ("class_path", "init_args", "dict_kwargs"):
+        return node
+    if not isinstance(node.get("init_args"), dict):
+        node["init_args"] = {}
+    return node["init_args"]
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"the text {value!r}" if isinstance(value, str) else repr(value)

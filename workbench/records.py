@@ -20,8 +20,15 @@ _PACKAGES = ("distill-prune", "torch", "lightning", "transformers", "torchmetric
 
 
 def fingerprint(data: Any) -> str:
-    """SHA-256 of the canonical JSON of ``data``: the same whatever the order of its keys."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """SHA-256 of the canonical JSON of ``data``: the same whatever the order of its keys, in every process.
+
+    Raises:
+        ValueError: If ``data`` is not JSON: a mapping with string keys, list, string, number, bool or None.
+    """
+    try:
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"only JSON has a fingerprint ({error}): {str(data)[:200]}") from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -61,7 +68,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): move the folder aside to run the stage anew") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__

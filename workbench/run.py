@@ -1,25 +1,41 @@
 """Running a recipe: stage after stage, each at most once.
 
 A stage writes ``<out>/<stage>/``. One that is finished with the same fingerprint is kept, one that was stopped goes on;
-anything else that stands in its place is refused, never overwritten.
+anything else that stands in its place is refused, or moved aside on request, never overwritten.
 """
 
+import itertools
+import json
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from workbench import progress, records
-from workbench.arguments import Arguments
-from workbench.recipe import Recipe, RecipeError
+from workbench import artifact, progress, records, yaml_io
+from workbench.arguments import Arguments, essential
+from workbench.recipe import REPLACED, Recipe, nearest
 from workbench.source import Source
 from workbench.training import rank
 
 _POLL = 0.2
+_RECORDED = (
+    "stage",
+    "job",
+    "status",
+    "fingerprint",
+    "given",
+    "arguments",
+    "parents",
+    "versions",
+    "environment",
+    "started",
+)
+_BEGAN = records.now()
 
 
 class StageError(RuntimeError):
@@ -36,18 +52,20 @@ def check(recipe: Recipe) -> list[Arguments]:
     names = [stage.name for stage in recipe.stages]
     refers = {a.stage.name: [str(source) for _, source in a.sources()] for a in plan}
     for position, arguments in enumerate(plan):
+        name = arguments.stage.name
         for key, source in arguments.sources():
-            name = arguments.stage.name
             if source in names[:position]:
                 continue
+            if source == name:
+                raise recipe.error(
+                    f"the stage names itself: name one above it{nearest('', names[:position])}", name, key
+                )
             if source in names:
                 if path := _path(refers, str(source), name):
                     cycle = " -> ".join([name, *path])
                     raise recipe.error(f"the stages need each other in a cycle: {cycle}", name, key)
                 raise recipe.error(f"stage '{source}' is named before it exists: move it above '{name}'", name, key)
             if not Path(source).exists() and not _hub_name(source):
-                from workbench.recipe import nearest
-
                 hint = nearest(source, names[:position])
                 raise recipe.error(f"'{source}' is neither a stage above nor a folder{hint}", name, key)
     return plan
@@ -62,43 +80,38 @@ def run(recipe: Recipe, out: Path, replace: bool = False) -> list[dict[str, Any]
         replace: Move a stage's folder that holds something else aside, instead of refusing.
 
     Raises:
-        RecipeError: If the recipe is wrong, or a folder holds another recipe's stage.
-        StageError: If a stage fails.
+        RecipeError: If the recipe is wrong, or a folder holds something else or cannot be read.
+        StageError: If a stage fails, or its record cannot be written.
     """
     plan = check(recipe)
-    done: dict[str, dict[str, Any]] = {}
-    fingerprints = _fingerprints(plan)
+    lineage = _lineage(plan)
     if rank() == 0:
-        _claim(recipe, plan, fingerprints, out, replace)
-    names = [arguments.stage.name for arguments in plan]
-    with progress.bars(len(plan), names) as bars:
+        _claim(recipe, plan, lineage, out, replace)
+    done: list[dict[str, Any]] = []
+    with progress.bars(len(plan), list(lineage)) as bars:
         for arguments in plan:
             name = arguments.stage.name
-            folder = out / name
             with bars.stage(name):
-                record = _finished(folder, fingerprints[name])
+                record = _finished(out / name, lineage[name][0])
                 if record is None:
-                    record = _run_stage(arguments, folder, fingerprints, out)
+                    record = _run_stage(arguments, out, lineage)
                     bars.note(_score(record))
                 else:
-                    bars.note(f"kept, {_score(record)}" if _score(record) else "kept")
-            done[name] = record
-    return list(done.values())
+                    bars.note(", ".join(filter(None, ("kept", _score(record)))))
+            done.append(record)
+    return done
 
 
-def _run_stage(arguments: Arguments, folder: Path, fingerprints: Mapping[str, str], out: Path) -> dict[str, Any]:
+def _run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     name = arguments.stage.name
+    folder, (fingerprint, parents) = out / name, lineage[name]
     if rank() != 0 and not arguments.trains:
-        return _awaited(folder, fingerprints[name])
-    parents = {
-        key: {"stage": str(source), "fingerprint": fingerprints.get(str(source))}
-        for key, source in arguments.sources()
-    }
+        return _awaited(folder, fingerprint)
     record: dict[str, Any] = {
         "stage": name,
         "job": arguments.stage.job.name,
         "status": "running",
-        "fingerprint": fingerprints[name],
+        "fingerprint": fingerprint,
         "given": arguments.stage.arguments,
         "arguments": arguments.resolved(),
         "seed": arguments.seed,
@@ -111,30 +124,68 @@ def _run_stage(arguments: Arguments, folder: Path, fingerprints: Mapping[str, st
     began = time.monotonic()
     try:
         seed_everything(arguments.seed or 0, workers=True, verbose=False)
-        made = arguments.build(lambda source: Source(out / source) if source in fingerprints else source)
-        result = arguments.stage.job.function(**made, out=folder)
+        made = arguments.build(lambda source: Source(out / source) if source in lineage else source)
+        result = _result(arguments.stage.job.function(**made, out=folder))
+        seconds = round(time.monotonic() - began, 3)
+        finished = {**record, "seconds": seconds, **result, "status": "finished", "ended": records.now()}
+        _write(folder, finished)
+    except SIGTERMException:
+        raise  # asked to stop: unfinished, not failed
     except (Exception, SystemExit) as error:
-        _write(folder, {**record, "status": "failed", "error": traceback.format_exc()})
-        if isinstance(error, SystemExit):
-            raise
-        raise StageError(f"stage '{name}': {type(error).__name__}: {error}") from error
-    record |= {"seconds": round(time.monotonic() - began, 3), **result, "status": "finished", "ended": records.now()}
-    _write(folder, record)
-    return record if rank() == 0 else _awaited(folder, fingerprints[name])
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # how Lightning passes Ctrl-C on
+        raise _failed(folder, record, error) from error
+    return finished if rank() == 0 else _awaited(folder, fingerprint)
 
 
-def _fingerprints(plan: list[Arguments]) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _result(returned: Any) -> dict[str, Any]:
+    """What a job returned, as entries of a record.
+
+    Raises:
+        ValueError: If it is not a mapping of JSON values, or has an entry that every record has.
+    """
+    result = {} if returned is None else returned
+    if not isinstance(result, Mapping):
+        raise ValueError(f"the job returned {type(result).__name__}: a job returns a dict of results, or None")
+    for key, value in result.items():
+        if key in _RECORDED:
+            raise ValueError(f"the job returned {key!r}, which every record has: give it another name")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the job returned {key!r}, which is not JSON: {error}") from error
+    return dict(result)
+
+
+def _failed(folder: Path, record: Mapping[str, Any], error: BaseException) -> StageError:
+    """Record the failure; the error to raise for it."""
+    said = f"stage '{record['stage']}': {type(error).__name__}: {error}"
+    text = "".join(traceback.format_exception(error))
+    try:
+        _write(folder, {**record, "status": "failed", "error": text, "ended": records.now()})
+    except StageError as unwritten:
+        return StageError(f"{said}\n{unwritten}" if not isinstance(error, StageError) else str(unwritten))
+    return StageError(f"{said}\nThe full traceback is in {folder / 'record.json'}; the same command tries again.")
+
+
+def _lineage(plan: Sequence[Arguments]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each stage its fingerprint, and its parents by the argument that names them."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
     for arguments in plan:
-        parents = {key: found.get(str(source)) or _content(source) for key, source in arguments.sources()}
-        found[arguments.stage.name] = arguments.fingerprint(parents)
+        prints = {key: found[source][0] if source in found else _content(source) for key, source in arguments.sources()}
+        parents = {
+            key: {"stage": str(source), "fingerprint": prints[key] if source in found else None}
+            for key, source in arguments.sources()
+        }
+        if not prints and not arguments.trains:
+            # It names no stage and trains nothing: like a report, it may look at everything above it.
+            prints = {f"above/{name}": fingerprint for name, (fingerprint, _) in found.items()}
+        found[arguments.stage.name] = arguments.fingerprint(prints), parents
     return found
 
 
 def _content(source: Source) -> str:
     """What stands for a folder outside the run: its checkpoint's hash, else its path."""
-    from workbench import artifact
-
     try:
         return artifact.read_index(artifact.find(source))["weights"]["sha256"]
     except ValueError:
@@ -142,41 +193,61 @@ def _content(source: Source) -> str:
 
 
 def _claim(
-    recipe: Recipe, plan: list[Arguments], fingerprints: Mapping[str, str], out: Path, replace: bool
+    recipe: Recipe, plan: Sequence[Arguments], lineage: Mapping[str, tuple[str, Any]], out: Path, replace: bool
 ) -> None:
     """Make sure that no folder holds what another recipe left there, before anything is trained."""
+    foreign: list[Path] = []
     for arguments in plan:
         name = arguments.stage.name
-        folder = out / name
-        record = records.read(folder)
-        if (record or {}).get("fingerprint") == fingerprints[name]:
-            continue
-        if record is None and not (folder.is_dir() and any(folder.iterdir())):
-            continue
-        if replace:
-            aside = next(p for n in range(1, 10_000) if not (p := out / f"{name}.old-{n}").exists())
-            os.replace(folder, aside)
-            continue
-        if record is None:
-            why = f"{folder} exists and was not written by a recipe"
-        else:
-            why = f"{folder} holds a {record.get('status')} stage made with {_difference(record, arguments)}"
-        raise recipe.error(f"{why}: choose another --out, or --replace to move it aside", name)
+        try:
+            why = _occupied(out / name, arguments, *lineage[name])
+        except (OSError, ValueError) as error:
+            if not replace or isinstance(error, OSError):
+                raise recipe.error(f"{out / name}: {error}", name) from error
+            why = str(error)
+        if why and not replace:
+            raise recipe.error(f"{out / name} {why}: choose another --out, or --replace to move it aside", name)
+        if why:
+            foreign.append(out / name)
+    for folder in foreign:
+        places = (out / REPLACED / f"{folder.name}-{n}" for n in itertools.count(1))
+        aside = next(place for place in places if not place.exists())
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(aside)
+        except OSError as error:
+            raise recipe.error(f"{folder} cannot be moved to {aside}: {error.strerror}", folder.name) from error
 
 
-def _difference(record: Mapping[str, Any], arguments: Arguments) -> str:
-    """The arguments in which a record and a stage differ, for a message."""
-    before, now = _flat(record.get("arguments") or {}), _flat(arguments.resolved())
-    if record.get("job") != arguments.stage.job.name:
-        return f"job {record.get('job')!r} instead of {arguments.stage.job.name!r}"
-    changed = [f"{key} {before.get(key)!r} instead of {now.get(key)!r}" for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "") or "other parents"
+def _occupied(folder: Path, arguments: Arguments, fingerprint: str, parents: Mapping[str, Any]) -> str | None:
+    """What the stage's folder holds that is not this stage; None if it is free."""
+    record = records.read(folder)
+    if record is None:
+        # A run that is killed while it writes its first record leaves only a hidden temporary.
+        if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
+            return None
+        return "exists and was not written by a recipe" if folder.exists() else None
+    if record.get("fingerprint") == fingerprint:
+        return None
+    return f"holds a {record.get('status')} stage made with {_difference(record, arguments, parents)}"
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
-    return {key: value}
+def _difference(record: Mapping[str, Any], arguments: Arguments, parents: Mapping[str, Any]) -> str:
+    """What makes the stage in a record another one, for a message."""
+    job = arguments.stage.job.name
+    if record.get("job") != job:
+        return f"job {record.get('job')} instead of {job}"
+    before, now = essential(record.get("arguments") or {}), essential(arguments.resolved())
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [f"{key} {_said(before, key)} instead of {_said(now, key)}" for key in keys]
+    if not changed:
+        old = record.get("parents") or {}
+        changed = [f"another '{p['stage']}' as {key}" for key, p in parents.items() if old.get(key) != p]
+    return ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "") or "other stages above it"
+
+
+def _said(values: Mapping[str, Any], key: str) -> str:
+    return yaml_io.inline(values[key]) if key in values else "nothing"
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -190,15 +261,24 @@ def _awaited(folder: Path, fingerprint: str) -> dict[str, Any]:
     while (record := _finished(folder, fingerprint)) is None:
         if os.getppid() != parent:
             raise StageError(f"rank 0 is gone before {folder} was finished")
-        if (records.read(folder) or {}).get("status") == "failed":
+        record = records.read(folder) or {}
+        # An older failure is about to be tried again: rank zero has only not come so far yet.
+        if record.get("status") == "failed" and record.get("ended", "") >= _BEGAN:
             raise StageError(f"rank 0 failed in {folder}")
         time.sleep(_POLL)
     return record
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    if rank() == 0:
+    if rank() != 0:
+        return
+    try:
         records.write(folder, record)
+    except OSError as error:
+        why = f"{folder}: cannot be written: {error.strerror}"
+        raise StageError(
+            f"{why}. What is there is whole: make room or choose another --out, and start again."
+        ) from error
 
 
 def _path(refers: Mapping[str, list[str]], start: str, goal: str) -> list[str] | None:
@@ -218,15 +298,12 @@ def _path(refers: Mapping[str, list[str]], start: str, goal: str) -> list[str] |
 def _hub_name(source: str) -> bool:
     """``owner/name``, as model hubs have it; not a path that was mistyped."""
     owner, _, name = source.partition("/")
-    return bool(owner and name) and "/" not in name and not source.startswith(".")
+    return bool(owner and name) and "/" not in name and not owner.startswith((".", "~")) and not Path(owner).exists()
 
 
 def _score(record: Mapping[str, Any]) -> str:
     name = (record.get("monitor") or ["loss"])[0]
     value = (record.get("metrics") or {}).get(f"test/{name}")
-    return f"test {name} {value:.1%}" if name == "accuracy" and value is not None else (
-        f"test {name} {value:.4g}" if value is not None else ""
-    )
-
-
-__all__ = ["RecipeError", "StageError", "check", "run"]
+    if value is None:
+        return ""
+    return f"test {name} {value:.1%}" if name == "accuracy" else f"test {name} {value:.4g}"

@@ -1,32 +1,43 @@
 """What a run says in the terminal: the resolved recipe, and how it ended."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from workbench import yaml_io
 from workbench.arguments import Arguments
+from workbench.recipe import Recipe, headline
 from workbench.report import summary
 from workbench.training import rank
 
+_WIDE = 120
 
-def resolved(plan: Sequence[Arguments]) -> str:
-    """The recipe as YAML with every default written out."""
+
+def resolved(recipe: Recipe, plan: Sequence[Arguments]) -> str:
+    """The recipe as YAML with every default written out: itself a recipe, of the same stages."""
     stages = {a.stage.name: {"job": a.stage.job.name, **a.resolved()} for a in plan}
-    return yaml.safe_dump(stages, sort_keys=False, allow_unicode=True)
+    said = headline(recipe.path)
+    return (f"# {said}\n" if said else "") + yaml_io.dump(stages)
 
 
 def ending(records: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Print the summary table and where the checkpoints and the page are. Silent on ranks above zero."""
     if rank() != 0:
         return
-    console = Console()
-    console.print(summary(out))
+    try:
+        table = summary(out)
+    except ValueError as error:
+        # The run is over and its records are whole: a folder that cannot be read must not make it a failure.
+        sys.stdout.write(f"no summary: {error}\n")
+    else:
+        # A file or a pipe has no width to keep to.
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     for record in records:
         folder = out / record["stage"]
         for export in record.get("exports", []):
-            console.print(f"checkpoint  {folder / export['path']}", markup=False, highlight=False, soft_wrap=True)
+            sys.stdout.write(f"checkpoint  {folder / export['path']}\n")
         if page := record.get("page"):
-            console.print(f"page        {folder / page}", markup=False, highlight=False, soft_wrap=True)
+            sys.stdout.write(f"page        {folder / page}\n")

@@ -221,7 +221,9 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     theirs = copy.deepcopy(arguments.pop("callbacks", None) or [])
     given = {name: copy.deepcopy(value) for name, value in arguments.items() if value is not None}
     defaults = {**_DEFAULTS, "default_root_dir": str(out), "enable_progress_bar": progress.current() is None}
-    given.pop("enable_checkpointing", None)  # the stage's own resume point is always kept
+    # Always so: the stage keeps its resume point, and its order is split over the ranks already.
+    for name in ("enable_checkpointing", "use_distributed_sampler"):
+        given.pop(name, None)
     made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
     check_world_size(made.world_size)
     return made

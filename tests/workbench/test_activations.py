@@ -41,9 +41,7 @@ def integral(g, mean=0.0, std=1.0):
     kink = -mean / std
     edges = sorted({-10.0, min(max(kink, -10.0), 10.0), 10.0})
     parts = [
-        integrate.quad(
-            lambda z: g(mean + std * z) * stats.norm.pdf(z), a, b, epsabs=1e-12, epsrel=1e-11, limit=400
-        )[0]
+        integrate.quad(lambda z: g(mean + std * z) * stats.norm.pdf(z), a, b, epsabs=1e-12, epsrel=1e-11, limit=400)[0]
         for a, b in pairwise(edges)
     ]
     return sum(parts)
@@ -109,9 +107,7 @@ def test_extrema_of_derivatives(name, order, low, low_at, high, high_at):
 )
 def test_unknown_names_are_told_the_nearest(name, near):
     for call in (make, gain, gate, spec, lambda n: swap_activation(nn.Sequential(nn.ReLU()), n)):
-        with pytest.raises(
-            ValueError, match=f"unknown activation '{name}'.*Did you mean .*'{near}'.*softplus"
-        ):
+        with pytest.raises(ValueError, match=f"unknown activation '{name}'.*Did you mean .*'{near}'.*softplus"):
             call(name)
 
 
@@ -232,9 +228,7 @@ def test_moments_need_no_surroundings():
 
 
 def test_only_torch_is_needed():
-    code = (
-        "import sys, workbench.activations; print(*{'scipy', 'lightning', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys, workbench.activations; print(*{'scipy', 'lightning', 'transformers'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
 
@@ -360,9 +354,7 @@ def test_init_refuses():
 @pytest.mark.parametrize("old", [n for n in EVERY if n != "identity"])
 @pytest.mark.parametrize("new", EVERY)
 def test_every_row_swaps_into_every_other(old, new):
-    model = nn.Sequential(
-        nn.Linear(3, 4), make(old), nn.Sequential(nn.Linear(4, 4), make(old)), nn.Sigmoid()
-    ).eval()
+    model = nn.Sequential(nn.Linear(3, 4), make(old), nn.Sequential(nn.Linear(4, 4), make(old)), nn.Sigmoid()).eval()
     keys, x = list(model.state_dict()), torch.randn(5, 3)
     f = spec(new).function
     expected = torch.sigmoid(f(model[2][0](f(model[0](x)))))
@@ -434,9 +426,7 @@ def test_bert_can_be_swapped_twice_and_rebuilt(bert, first, second):
         before = bert(ids).pooler_output
         for name in (first, second):
             swap_activation(bert, name)
-            assert all(
-                type(b.intermediate.intermediate_act_fn) is type(make(name)) for b in bert.encoder.layer
-            )
+            assert all(type(b.intermediate.intermediate_act_fn) is type(make(name)) for b in bert.encoder.layer)
             assert isinstance(bert.pooler.activation, nn.Tanh)
             output = bert(ids).pooler_output
             torch.testing.assert_close(rebuilt(bert)(ids).pooler_output, output)

@@ -324,9 +324,7 @@ def test_missing_things_are_named(folder):
     with pytest.raises(ValueError, match="nowhere: no such folder; set root to the folder"):
         IDXImages(folder / "nowhere").setup()
     (folder / "t10k-labels.idx1-ubyte").unlink()
-    with pytest.raises(
-        ValueError, match=r"found none of t10k-labels-idx1-ubyte, t10k-labels\.idx1-ubyte, .*\.gz"
-    ):
+    with pytest.raises(ValueError, match=r"found none of t10k-labels-idx1-ubyte, t10k-labels\.idx1-ubyte, .*\.gz"):
         IDXImages(folder, validation=5).setup()
 
 
@@ -362,9 +360,7 @@ def test_modules_from_a_config(name, arguments):
 
 
 def test_the_package_is_lazy():
-    code = (
-        "import sys, workbench.data as d; print(*{'torch', 'lightning'} & {*sys.modules}, 'Digits' in dir(d))"
-    )
+    code = "import sys, workbench.data as d; print(*{'torch', 'lightning'} & {*sys.modules}, 'Digits' in dir(d))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "True"
     with pytest.raises(ImportError):

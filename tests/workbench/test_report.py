@@ -170,9 +170,7 @@ def cells(page: str, table: str) -> list[list[str]]:
     assert body, f"no table {table}"
     rows = re.findall(r"<tr.*?>(.*?)</tr>", body[1], re.S)
     strip = re.compile(r"<[^>]*>")
-    return [
-        [html.unescape(strip.sub("", c)) for c in re.findall(r"<t[hd][ >].*?</t[hd]>", r, re.S)] for r in rows
-    ]
+    return [[html.unescape(strip.sub("", c)) for c in re.findall(r"<t[hd][ >].*?</t[hd]>", r, re.S)] for r in rows]
 
 
 def terminal(table) -> str:
@@ -218,9 +216,7 @@ def test_figures_are_files_of_their_own_and_stale_ones_go(tmp_path):
 
 def test_title_is_given_or_the_folder(tmp_path):
     assert "<h1>run</h1>" in page_of(tmp_path / "a", realistic()[:1])
-    assert "<h1>Digits, &lt;small&gt;</h1>" in page_of(
-        tmp_path / "b", realistic()[:1], title="Digits, <small>"
-    )
+    assert "<h1>Digits, &lt;small&gt;</h1>" in page_of(tmp_path / "b", realistic()[:1], title="Digits, <small>")
 
 
 def test_another_run_can_be_reported_on(tmp_path):
@@ -329,9 +325,7 @@ def test_curves_are_the_records_points(tmp_path):
     assert list(curves) == [entry["stage"] for entry in records[:5]]
     assert curves["teacher"].y == [e["val/accuracy"] for e in records[0]["history"]]
     assert curves["teacher"].x == list(range(1, 21))
-    assert curves["ticket-gelu"].y == [e["val/accuracy"] for e in records[3]["levels"][0]["history"]], (
-        "level 0"
-    )
+    assert curves["ticket-gelu"].y == [e["val/accuracy"] for e in records[3]["levels"][0]["history"]], "level 0"
     gelu = sparsity(found)[0]
     assert gelu.y == [lv["metrics"]["test/accuracy"] for lv in records[3]["levels"]]
     assert all(a > b for a, b in pairwise(gelu.x)), "densest first"
@@ -411,26 +405,18 @@ def test_pick_of_an_export_says_whose_figures_it_has(tmp_path):
         "97.78%, 0.28 points below teacher's 98.06%."
     )
     records[2]["exports"][1]["same_predictions"] = False
-    assert "is student-gelu:" in tables.headline(known(tmp_path / "b", records)), (
-        "an unverified export is not picked"
-    )
+    assert "is student-gelu:" in tables.headline(known(tmp_path / "b", records)), "an unverified export is not picked"
 
 
 def test_nothing_is_picked_without_grounds(tmp_path):
     teacher, student = realistic()[:2]
     student["metrics"] = scored(0.5)
-    assert tables.headline(known(tmp_path / "a", [teacher, student])).startswith(
-        "No checkpoint of this run is both"
-    )
-    assert "No checkpoint" in tables.headline(known(tmp_path / "b", [teacher])), (
-        "the teacher is not its own saving"
-    )
+    assert tables.headline(known(tmp_path / "a", [teacher, student])).startswith("No checkpoint of this run is both")
+    assert "No checkpoint" in tables.headline(known(tmp_path / "b", [teacher])), "the teacher is not its own saving"
     del teacher["metrics"]["val/accuracy"]
     assert "records no validation accuracy" in tables.headline(known(tmp_path / "c", [teacher, student]))
     del teacher["size"], student["size"]
-    assert "2 stages finished; no stage records the size" in tables.headline(
-        known(tmp_path / "d", [teacher, student])
-    )
+    assert "2 stages finished; no stage records the size" in tables.headline(known(tmp_path / "d", [teacher, student]))
 
 
 def test_one_seed_is_never_passed_off_as_more(tmp_path):
@@ -439,9 +425,7 @@ def test_one_seed_is_never_passed_off_as_more(tmp_path):
     records[1]["seed"] = 7
     found = known(tmp_path / "b", records)
     assert "one seed per stage (0, 7)" in tables.caveat(found)
-    assert tables.sample(found, ["teacher", "student-gelu"]).startswith(
-        "n = 1 seed each (0, 7), no interval."
-    )
+    assert tables.sample(found, ["teacher", "student-gelu"]).startswith("n = 1 seed each (0, 7), no interval.")
     del records[1]["seed"]
     assert "(0, not recorded)" in tables.caveat(known(tmp_path / "c", records))
 
@@ -471,9 +455,7 @@ def test_missing_keys_are_dashes(tmp_path):
     assert "01" in terminal(summary(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    "key", sorted({*record(""), "metrics", "size", "levels", "history", "exports"} - {"format"})
-)
+@pytest.mark.parametrize("key", sorted({*record(""), "metrics", "size", "levels", "history", "exports"} - {"format"}))
 def test_any_key_may_be_missing(tmp_path, key):
     records = realistic()
     for number, entry in enumerate(records[3:] if key == "status" else records):

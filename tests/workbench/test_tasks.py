@@ -96,9 +96,7 @@ def test_metrics_are_exact_over_uneven_batches(shape, ignore):
         metrics.update(logits[a:b], targets[a:b])
     values = metrics.compute()
     assert set(values) == {"val/accuracy", "val/nll"}
-    theirs = MulticlassAccuracy(5, average="micro", ignore_index=ignore)(
-        logits.flatten(0, -2), targets.flatten()
-    )
+    theirs = MulticlassAccuracy(5, average="micro", ignore_index=ignore)(logits.flatten(0, -2), targets.flatten())
     assert values["val/accuracy"].item() == pytest.approx(theirs.item())
     assert values["val/nll"].item() == pytest.approx(naive(logits, targets, 0.0, ignore), rel=1e-5)
     metrics.reset()
@@ -184,17 +182,13 @@ def test_wrong_batches_are_named(batch, message):
             read(batch)
 
 
-@pytest.mark.parametrize(
-    ("logits", "labels"), [((2, 4), (2,)), ((2, 3), (3,)), ((2, 3), (2, 3)), ((2, 3, 5), (2, 5))]
-)
+@pytest.mark.parametrize(("logits", "labels"), [((2, 4), (2,)), ((2, 3), (3,)), ((2, 3), (2, 3)), ((2, 3, 5), (2, 5))])
 def test_wrong_shapes_are_named(logits, labels):
     with pytest.raises(ValueError, match=r"logits are \[.*expected \[.*classes=3"):
         Classification(3).loss(torch.zeros(logits), (None, torch.zeros(labels, dtype=torch.int64)))
 
 
-@pytest.mark.parametrize(
-    "raw", [BaseModelOutput(last_hidden_state=torch.zeros(1)), (torch.zeros(1),), {}, None]
-)
+@pytest.mark.parametrize("raw", [BaseModelOutput(last_hidden_state=torch.zeros(1)), (torch.zeros(1),), {}, None])
 def test_wrong_outputs_are_named(raw):
     with pytest.raises(ValueError, match=f"{type(raw).__name__} without logits"):
         Classification(3).output(raw)
@@ -203,6 +197,4 @@ def test_wrong_outputs_are_named(raw):
 def test_a_task_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Task()
-    assert all(
-        getattr(vars(Task)[name], "__isabstractmethod__", False) for name in vars(Task) if name[0] != "_"
-    )
+    assert all(getattr(vars(Task)[name], "__isabstractmethod__", False) for name in vars(Task) if name[0] != "_")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from workbench import artifact, load
-from workbench.continuation import random_state, set_random_state
+from workbench.continuation import CPUThreads, random_state, set_random_state
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
@@ -317,3 +317,47 @@ def test_ranks_with_different_parameters_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert all("ranks hold different parameters" in (tmp_path / rank).read_text() for rank in "01")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    """Lightning writes in place: a full disk left half a file under the name that the next run resumes from."""
+
+    class Full(lp.Callback):
+        def on_train_epoch_start(self, trainer: lp.Trainer, module: Any) -> None:
+            if trainer.current_epoch == 1:
+                save = trainer.strategy.save_checkpoint
+
+                def fail(checkpoint: Any, path: Path, **options: Any) -> None:
+                    save(checkpoint, path, **options)
+                    path.write_bytes(path.read_bytes()[:100])
+                    raise OSError(28, "No space left on device")
+
+                trainer.strategy.save_checkpoint = fail  # type: ignore[method-assign]
+
+    def weights(out: Path, *callbacks: lp.Callback) -> dict[str, torch.Tensor]:
+        lp.seed_everything(5, verbose=False)
+        module = module_for(Noisy(), data := Digits(batch_size=256))
+        train(module, data, trainer={**CPU, "max_epochs": 2}, seed=5, out=out, callbacks=callbacks)
+        return module.state_dict()
+
+    with pytest.raises(OSError, match="No space left"):
+        weights(tmp_path / "pieces", Full())
+    assert [path.name for path in (tmp_path / "pieces" / "checkpoints").iterdir()] == ["last.ckpt"]
+    whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_cpu_threads_are_given_back(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(lp.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    trainer = {**CPU, "max_epochs": 1, "callbacks": [CPUThreads(before + 1)]}
+    train(module_for(Noisy(), data := Digits()), data, trainer=trainer, seed=0, out=tmp_path, callbacks=[Watch()])
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="at least one thread"):
+        CPUThreads(0)

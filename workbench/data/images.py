@@ -53,9 +53,7 @@ def read_idx(path: str | os.PathLike[str], ndim: int) -> Tensor:
         raise ValueError(f"{path}: broken gzip stream ({error}); fetch the file again.") from error
 
 
-def _read_idx(
-    file: IO[bytes] | gzip.GzipFile, path: Path, ndim: int, room: int, exact: bool = True
-) -> Tensor:
+def _read_idx(file: IO[bytes] | gzip.GzipFile, path: Path, ndim: int, room: int, exact: bool = True) -> Tensor:
     """The body of `read_idx`; ``room`` is the size of the plain file, unless exact an upper bound of it."""
     magic = file.read(4)
     if magic != bytes((0, 0, 8, ndim)):
@@ -65,26 +63,20 @@ def _read_idx(
         )
     header = file.read(4 * ndim)
     if len(header) < 4 * ndim:
-        raise ValueError(
-            f"{path}: ends inside its header, expected {4 + 4 * ndim} bytes of it; fetch the file again."
-        )
+        raise ValueError(f"{path}: ends inside its header, expected {4 + 4 * ndim} bytes of it; fetch the file again.")
     shape = [int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4)]
     count, room = math.prod(shape), room - 4 - 4 * ndim
     if count == 0:
         raise ValueError(f"{path}: its header says shape {shape}, expected every axis to be at least 1 long.")
     if count > room or (exact and count != room):
         bound = f"has {room}" if exact else f"cannot hold more than {room}"
-        raise ValueError(
-            f"{path}: shape {shape} needs {count} bytes of elements, the file {bound}; fetch it again."
-        )
+        raise ValueError(f"{path}: shape {shape} needs {count} bytes of elements, the file {bound}; fetch it again.")
     elements = bytearray()
     while len(elements) < count and (chunk := file.read(min(_CHUNK, count - len(elements)))):
         elements += chunk
     if len(elements) < count or file.read(1):  # the read past the end makes gzip verify its checksum
         found = f"only {len(elements)}" if len(elements) < count else "more"
-        raise ValueError(
-            f"{path}: shape {shape} needs {count} bytes of elements, found {found}; fetch it again."
-        )
+        raise ValueError(f"{path}: shape {shape} needs {count} bytes of elements, found {found}; fetch it again.")
     return torch.frombuffer(elements, dtype=torch.uint8).reshape(shape)
 
 
@@ -190,15 +182,11 @@ def find_idx(root: Path, part: str, content: str, ndim: int) -> Path:
         for mark in "-."
     ]
     if not root.is_dir():
-        raise ValueError(
-            f"{root}: no such folder; set root to the folder that holds {tried[0]}[.gz] and its siblings."
-        )
+        raise ValueError(f"{root}: no such folder; set root to the folder that holds {tried[0]}[.gz] and its siblings.")
     for name in tried:
         if (root / name).is_file():
             return root / name
-    raise ValueError(
-        f"{root}: found none of {', '.join(tried)}; put the file there or set root to its folder."
-    )
+    raise ValueError(f"{root}: found none of {', '.join(tried)}; put the file there or set root to its folder.")
 
 
 @final
@@ -259,9 +247,7 @@ class IDXImages(pl.LightningDataModule):
                 f"{at[0]} has {len(images)} images, {at[1]} has {len(labels)} labels: not of one data set."
             )
         if labels.max() >= self.classes:
-            raise ValueError(
-                f"{at[1]} has label {int(labels.max())}, but classes={self.classes}: raise classes."
-            )
+            raise ValueError(f"{at[1]} has label {int(labels.max())}, but classes={self.classes}: raise classes.")
         return images.unsqueeze(1), labels
 
     def setup(self, stage: str | None = None) -> None:

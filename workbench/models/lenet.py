@@ -39,9 +39,7 @@ class LeNet5(nn.Module):
         if min(in_channels, classes) < 1:
             raise ValueError(f"in_channels={in_channels}, classes={classes}: both must be at least 1.")
         if image_size < 8:
-            raise ValueError(
-                f"image_size={image_size}: LeNet5 needs at least 8 pixels; enlarge the images or use MLP."
-            )
+            raise ValueError(f"image_size={image_size}: LeNet5 needs at least 8 pixels; enlarge the images or use MLP.")
         self.init_args: dict[str, Any] = {
             "in_channels": in_channels,
             "classes": classes,

@@ -39,9 +39,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [in_features, *hidden, classes]
         if min(widths) < 1:
-            raise ValueError(
-                f"in_features={in_features}, hidden={list(hidden)}, classes={classes}: give sizes >= 1."
-            )
+            raise ValueError(f"in_features={in_features}, hidden={list(hidden)}, classes={classes}: give sizes >= 1.")
         if norm not in get_args(Norm):
             raise ValueError(f"norm={norm!r}: use one of {', '.join(get_args(Norm))}.")
         self.init_args: dict[str, Any] = {

@@ -66,9 +66,7 @@ def summary(run: Path) -> "Table":
     told = tables.stages(found, brief=True)
     foot = (tables.headline(found), tables.caveat(found), tables.unfinished(found))
     caption = Text("\n".join(line for line in foot if line), style="")
-    drawn = Table(
-        caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    drawn = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header, numeric in zip(told.headers, told.numeric):
         drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
     for line in told.lines:

@@ -118,9 +118,7 @@ def gather(stages: Sequence[Stage]) -> Facts:
     unfinished = [s for s in told if s.status != "finished"]
     if not finished:
         found = ", ".join(f"{s.name}: {s.status}" for s in unfinished) or "nothing but reports"
-        raise ValueError(
-            f"no finished stage to report on ({found}): run the recipe again, it resumes where it stopped"
-        )
+        raise ValueError(f"no finished stage to report on ({found}): run the recipe again, it resumes where it stopped")
     named = {s.name: s for s in finished}
     metrics = _metrics(finished)
     hunts = [_hunt(s, metrics[s.monitor]) for s in finished if s.levels]
@@ -167,9 +165,7 @@ def sparsity(found: Facts) -> list[Curve]:
     curves = []
     for hunt in found.hunts:
         measured = [(r.level.density or 0.0, r.test) for r in hunt.levels]
-        points = sorted(
-            ((d, t) for d, t in measured if d > 0 and t is not None and math.isfinite(t)), reverse=True
-        )
+        points = sorted(((d, t) for d, t in measured if d > 0 and t is not None and math.isfinite(t)), reverse=True)
         dense = hunt.dense.test if hunt.dense and _finite(hunt.dense.test) else None
         if points:
             x, y = [d for d, _ in points], [t for _, t in points]
@@ -192,15 +188,11 @@ def _outcome(stage: Stage) -> tuple[dict[str, float], dict[str, float], int | No
     last = stage.levels[-1] if stage.levels else None
     metrics = stage.metrics or (last.metrics if last else {})
     size = stage.size or (last.size if last else {})
-    same = [
-        lv.level for lv in stage.levels if lv.metrics == metrics and lv.size.get("kept") == size.get("kept")
-    ]
+    same = [lv.level for lv in stage.levels if lv.metrics == metrics and lv.size.get("kept") == size.get("kept")]
     return metrics, size, same[0] if len(same) == 1 else None
 
 
-def _row(
-    stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], Metric], dense: float | None
-) -> Row:
+def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], Metric], dense: float | None) -> Row:
     """One stage's row; ``dense`` is the reference's dense fp32 bytes."""
     own, size, level = _outcome(stage)
     kept, prunable = size.get("kept"), size.get("prunable")
@@ -231,9 +223,7 @@ def _row(
         bytes=stored,
         form=None if smallest is None else smallest.format,
         smaller=dense / stored if dense and stored else None,
-        reproduces=parent[1]
-        if parent and stage.exports and all(e.same_predictions for e in stage.exports)
-        else None,
+        reproduces=parent[1] if parent and stage.exports and all(e.same_predictions for e in stage.exports) else None,
     )
 
 
@@ -294,12 +284,7 @@ def _pick(rows: list[Row], hunts: list[Hunt], reference: Row) -> Pick | None:
         if source is not None and _near_row(source, reference):
             exports = (e for e in row.stage.exports if e.bytes is not None)
             found += [Pick(row, None, e.format, _bytes(e), source.stage.name, source.test) for e in exports]
-        elif (
-            row is not reference
-            and row.bytes is not None
-            and not row.stage.exports
-            and _near_row(row, reference)
-        ):
+        elif row is not reference and row.bytes is not None and not row.stage.exports and _near_row(row, reference):
             found.append(Pick(row, row.level, None, row.bytes, row.stage.name, row.test))
     for hunt in hunts:
         row = named[hunt.stage.name]

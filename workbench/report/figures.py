@@ -73,9 +73,7 @@ def learning(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
 
     def draw(axes: Axes) -> None:
         for curve in curves:
-            axes.plot(
-                curve.x, curve.y, **_line(colour[curve.stage]), markersize=3.5 if len(curve.x) < 40 else 0
-            )
+            axes.plot(curve.x, curve.y, **_line(colour[curve.stage]), markersize=3.5 if len(curve.x) < 40 else 0)
         axes.set_xlabel("epochs trained")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.set_ylim(window([c.y for c in curves]))
@@ -98,9 +96,7 @@ def sparsity(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
             labels.append((_cut(curve.stage), curve.x[-1], curve.y[-1], colour[curve.stage]))
             if curve.dense is not None:
                 axes.axhline(curve.dense, color=_LIGHT[f"series-{colour[curve.stage]}"], lw=1, ls=(0, (5, 4)))
-                labels.append(
-                    (f"{_cut(curve.stage, 15)}, dense", low / 1.08, curve.dense, colour[curve.stage])
-                )
+                labels.append((f"{_cut(curve.stage, 15)}, dense", low / 1.08, curve.dense, colour[curve.stage]))
         axes.set_xlabel("density: kept / prunable weights")
         axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -146,9 +142,7 @@ def bars(
 def standalone(svg: str) -> str:
     """An inlined figure as a file of its own, with both palettes."""
     scheme = "".join(f"--{name}:{dark};" for name, (_, dark) in PALETTE.items())
-    style = (
-        f"<style>svg{{font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{scheme}}}}}</style>"
-    )
+    style = f"<style>svg{{font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{scheme}}}}}</style>"
     head, body = svg.split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
 
@@ -205,9 +199,7 @@ def _value_axis(axes: Axes, measured: Metric) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 1.02) if measured.share else high)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: percent(value) if measured.share else f"{value:.4g}")
-    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value) if measured.share else f"{value:.4g}"))
 
 
 def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:

@@ -97,9 +97,7 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
         made.append(("Score against density", about, [c.stage for c in sparsity], images))
     images, drawn = _costs(found, colour)
     if images:
-        about = (
-            "Time spent in each stage, and bytes on disk of what it left; of an export, its smallest format."
-        )
+        about = "Time spent in each stage, and bytes on disk of what it left; of an export, its smallest format."
         made.append(("Cost and size", about, drawn, images))
     return [
         Figure(number, title, about, tables.sample(found, names), images)
@@ -122,9 +120,7 @@ def _costs(found: data.Facts, colour: dict[str, int]) -> tuple[dict[str, str], l
     if stored:
         dense = data.dense_bytes(found.reference) if found.reference else None
         line = (
-            (dense, f"{found.reference.stage.name} in dense fp32, {size(dense)}")
-            if found.reference and dense
-            else None
+            (dense, f"{found.reference.stage.name} in dense fp32, {size(dense)}") if found.reference and dense else None
         )
         images["bytes"] = draw.bars("bytes", "bytes on disk", stored, colour, size, line)
     return images, list(dict.fromkeys(name for name, _, _ in (*spent, *stored)))

@@ -81,9 +81,7 @@ def read(run: Path, own: Path | None = None) -> list[Stage]:
             continue
         stage = _stage(path, folder.name, record)
         if stage.name in stages:
-            raise ValueError(
-                f"{path}: a second stage called {stage.name!r} in this run; move one folder away"
-            )
+            raise ValueError(f"{path}: a second stage called {stage.name!r} in this run; move one folder away")
         stages[stage.name] = stage
     if not stages:
         raise ValueError(
@@ -98,9 +96,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         record = records.read(folder)
         return None if record is None else _clean(record)
     except RecursionError:
-        raise ValueError(
-            f"{folder / 'record.json'}: nested too deeply to be a record; move the folder away"
-        ) from None
+        raise ValueError(f"{folder / 'record.json'}: nested too deeply to be a record; move the folder away") from None
 
 
 def _ordered(stages: Mapping[str, Stage]) -> list[Stage]:
@@ -180,12 +176,7 @@ def _monitor(path: Path, value: Any) -> tuple[str, str]:
     """Name and mode of the main metric; the loss where none is recorded."""
     if value is None:
         return "loss", "min"
-    if not (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and value[1] in ("min", "max")
-    ):
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[1] in ("min", "max")):
         raise ValueError(f'{path}: "monitor" is {value!r}; allowed: a name and "min" or "max"')
     return printable(value[0].removeprefix("val/").removeprefix("test/")), value[1]
 
@@ -199,9 +190,7 @@ def _mapping(path: Path, record: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _list(path: Path, record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     value = record.get(key)
-    if value is not None and not (
-        isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-    ):
+    if value is not None and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
         raise ValueError(f'{path}: "{key}" is not a list of objects, which is what a record holds there')
     return value or []
 

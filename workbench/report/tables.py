@@ -89,9 +89,7 @@ def levels(hunt: Hunt) -> Table:
         ("took", lambda r: Cell(duration(r.level.seconds), title=_seconds(r.level.seconds))),
         ("mask", lambda r: Cell(short(r.level.mask_hash), title=r.level.mask_hash or "")),
     ]
-    lines = [
-        Line([cell(row) for _, cell in columns], hunt.stage.name, row is hunt.pick) for row in hunt.levels
-    ]
+    lines = [Line([cell(row) for _, cell in columns], hunt.stage.name, row is hunt.pick) for row in hunt.levels]
     return Table([c[0] for c in columns], [c[0] != "mask" for c in columns], lines)
 
 
@@ -146,17 +144,11 @@ def headline(found: Facts) -> str:
     )
     if pick.test is None:
         return f"{text}; it records no test {measured.name}."
-    whose = (
-        "its"
-        if pick.source == pick.row.stage.name
-        else f"{pick.source}, whose predictions it reproduces, has"
-    )
+    whose = "its" if pick.source == pick.row.stage.name else f"{pick.source}, whose predictions it reproduces, has"
     text += f"; {whose} test {measured.name} {'is ' if whose == 'its' else ''}{measured.show(pick.test)}"
     if reference.test is None:
         return f"{text}."
-    return (
-        f"{text}, {measured.distance(pick.test - reference.test)} {name}'s {measured.show(reference.test)}."
-    )
+    return f"{text}, {measured.distance(pick.test - reference.test)} {name}'s {measured.show(reference.test)}."
 
 
 def caveat(found: Facts) -> str:
@@ -198,7 +190,7 @@ def sample(found: Facts, names: Iterable[str]) -> str:
     drawn = set(names)
     rows = [row for row in found.rows if row.stage.name in drawn]
     listed = ", ".join(f"{r.stage.name} {short(r.stage.fingerprint)}" for r in rows)
-    seeds = {row.stage.seed for row in rows}
+    seeds = _known_seeds(rows)
     n = f"n = 1 seed ({_list(seeds)})" if len(seeds) == 1 else f"n = 1 seed each ({_list(seeds)})"
     return f"{n}, no interval. Recipe fingerprints: {listed}."
 
@@ -232,9 +224,7 @@ def _parent(row: Row) -> Cell:
 def _test(row: Row, alike: bool) -> Cell:
     if row.test is None and row.reproduces:
         return Cell("same", f"as {row.reproduces}")
-    return Cell(
-        row.metric.show(row.test), "" if alike or row.test is None else row.metric.name, _plain(row.test)
-    )
+    return Cell(row.metric.show(row.test), "" if alike or row.test is None else row.metric.name, _plain(row.test))
 
 
 def _change(row: Row, alike: bool) -> Cell:
@@ -260,19 +250,22 @@ def _export(row: Row, export: Export, dense: float | None) -> Line:
 
 def _without_empty(table: Table) -> Table:
     """The table less the columns that hold nothing but dashes, the first one aside."""
-    keep = [
-        i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))
-    ]
+    keep = [i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))]
 
     lines = [Line(list(compress(line.cells, keep)), line.stage, line.marked) for line in table.lines]
     return Table(list(compress(table.headers, keep)), list(compress(table.numeric, keep)), lines)
 
 
 def _seeds(rows: Sequence[Row]) -> str:
-    seeds = {row.stage.seed for row in rows}
+    seeds = _known_seeds(rows)
     if len(seeds) == 1:
         return f"Every figure here comes from one seed ({_list(seeds)})"
     return f"Every figure here comes from one seed per stage ({_list(seeds)})"
+
+
+def _known_seeds(rows: Sequence[Row]) -> set[int | None]:
+    """Seeds of the stages; one that drew no random number, such as an export, has none to record."""
+    return {row.stage.seed for row in rows if row.stage.seed is not None or not row.stage.exports}
 
 
 def _list(seeds: set[int | None]) -> str:

@@ -1,0 +1,414 @@
+import copy
+import functools
+import inspect
+import multiprocessing
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning.pytorch as lp
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from distill import DistillationCallback, DistillModule, Teacher
+from workbench import artifact
+from workbench.models import MLP
+from workbench.tasks import Classification
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
+
+
+class Noisy(nn.Module):
+    def __init__(self, width: int = 5, classes: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, width), nn.GELU(), nn.Dropout(0.3), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def network(seed: int = 1, width: int = 5, classes: int = 3) -> Noisy:
+    torch.manual_seed(seed)
+    return Noisy(width, classes)
+
+
+def teacher(classes: int = 3) -> Noisy:
+    return network(2, 9, classes)
+
+
+def data() -> DataLoader:
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(18, 6), torch.randint(0, 3, (18,))), 4)
+
+
+def theirs(namespace: Any = lp, part: str = "model", returns: str = "tensor") -> Any:
+    """Somebody's module, that knows nothing of distillation."""
+
+    class Theirs(namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, part, network())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, part)(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            loss = nn.functional.cross_entropy(self(x).float(), y)
+            if returns == "nothing":
+                return None
+            return {"loss": loss, "extra": 7} if returns == "dict" else loss
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters())
+
+    return Theirs()
+
+
+def fit(module: Any, *callbacks: Any, namespace: Any = lp, **options: Any) -> Any:
+    trainer = namespace.Trainer(**{"max_epochs": 1, **QUIET, **options}, callbacks=list(callbacks))
+    loader = data()
+    torch.manual_seed(3)
+    trainer.fit(module, loader)
+    return trainer
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def native(alpha: float = 0.9, **options: Any) -> list[Tensor]:
+    """Weights that DistillModule ends with."""
+    module = DistillModule(network(), teacher(), Classification(3), 4.0, alpha, SGD)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    fit(module, **options)
+    return weights(module)
+
+
+@BOTH
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_equals_the_module_that_was_written_for_it(namespace: Any, alpha: float) -> None:
+    module = theirs(namespace)
+    fit(module, DistillationCallback(teacher(), alpha=alpha), namespace=namespace)
+    assert equal(weights(module), native(alpha))
+
+
+@pytest.mark.parametrize("returns", ["tensor", "dict"])
+@pytest.mark.parametrize("part", ["network", "model", "net"])
+def test_finds_the_student(part: str, returns: str) -> None:
+    """Any other name is the module's own forward, or is given."""
+    for student in (None, part):
+        module = theirs(part=part, returns=returns)
+        fit(module, DistillationCallback(teacher(), student=student))
+        assert equal(weights(module), native())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.1},
+    ],
+    ids=str,
+)
+def test_equals_it_under_every_trainer(options: dict[str, Any]) -> None:
+    module = theirs()
+    fit(module, DistillationCallback(teacher()), **options)
+    assert equal(weights(module), native(**options))
+    assert not equal(weights(module), weights(theirs()))
+
+
+@BOTH
+def test_training_step_is_as_it_was_afterwards(namespace: Any) -> None:
+    module, callback = theirs(namespace), DistillationCallback(teacher())
+    fit(module, callback, namespace=namespace)
+    assert "training_step" not in vars(module)
+    assert not any(part._forward_hooks for part in module.modules())
+    once = weights(module)
+    again = theirs(namespace)
+    fit(again, callback, namespace=namespace)
+    assert equal(weights(again), once), "a callback serves any number of fits"
+
+
+def test_and_after_an_exception_too() -> None:
+    """Pitfall 11, wherever it comes from."""
+    module, callback = theirs(), DistillationCallback(teacher())
+    original = type(module).training_step
+
+    def failing(self: Any, batch: Any, batch_idx: int) -> Any:
+        original(self, batch, batch_idx)
+        raise RuntimeError("power failure")
+
+    type(module).training_step = failing
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(module, callback)
+    assert "training_step" not in vars(module)
+    assert not any(part._forward_hooks for part in module.modules())
+
+    class Late(lp.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("power failure")
+
+    module = theirs()
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(module, Late(), callback)
+    assert "training_step" not in vars(module)
+
+
+def test_a_step_of_the_instance_is_given_back() -> None:
+    """As torch.compile of a LightningModule leaves one."""
+    module = theirs()
+    mine = module.training_step
+    module.training_step = mine
+    fit(module, DistillationCallback(teacher()))
+    assert module.training_step is mine
+    assert equal(weights(module), native())
+
+
+def test_the_wrapped_step_looks_like_the_step() -> None:
+    """Lightning reads its signature."""
+    seen: list[Any] = []
+
+    class Look(lp.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(inspect.signature(pl_module.training_step))
+
+    module = theirs()
+    fit(module, DistillationCallback(teacher()), Look())
+    assert seen == [inspect.signature(module.training_step)]
+
+
+def test_a_copy_made_in_training_trains_itself() -> None:
+    made: list[Any] = []
+
+    class Copy(lp.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if not made:
+                made.append(copy.deepcopy(pl_module))
+                before = weights(pl_module)
+                loss = made[0].training_step(batch, 0)
+                grads = torch.autograd.grad(loss, list(made[0].parameters()))
+                assert all(grad.any() for grad in grads)
+                assert equal(before, weights(pl_module))
+
+    taught_by = Teacher(teacher())
+    fit(theirs(), DistillationCallback(taught_by), Copy())
+    assert made
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_without_a_loss_are_left_alone() -> None:
+    asked: list[int] = []
+    expert = teacher()
+    expert.register_forward_hook(lambda *_: asked.append(1))
+    module = theirs(returns="nothing")
+    before = weights(module)
+    fit(module, DistillationCallback(expert))
+    assert equal(weights(module), before)
+    assert not asked
+
+
+def test_forward_passes_without_gradient_do_not_count() -> None:
+    module = theirs()
+    original = type(module).training_step
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.model.eval()(batch[0])
+            self.model.train()
+        return original(self, batch, batch_idx)
+
+    type(module).training_step = step
+    fit(module, DistillationCallback(teacher()))
+    assert equal(weights(module), native())
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_part_that_is_not_called_once_is_named(calls: int) -> None:
+    module = theirs()
+    original = type(module).training_step
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        for _ in range(calls - 1):
+            self.model(batch[0])
+        if calls:
+            return original(self, batch, batch_idx)
+        return nn.functional.cross_entropy(self.model.layers(batch[0]), batch[1])
+
+    type(module).training_step = step
+    with pytest.raises(ValueError, match=rf"'Noisy' was called {calls} times .*DistillationCallback\(student="):
+        fit(module, DistillationCallback(teacher()))
+    if calls == 0:
+        fit(module, DistillationCallback(teacher(), student="model.layers"))
+        assert equal(weights(module), native())
+
+
+def test_modules_that_step_by_hand_are_refused() -> None:
+    module = theirs()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="steps its optimizers by hand.*soft_target"):
+        fit(module, DistillationCallback(teacher()))
+
+
+def test_a_wrong_name_is_told_the_right_ones() -> None:
+    with pytest.raises(ValueError, match=r"student is 'modle', but Theirs has no such submodule: it has \['model'\]"):
+        fit(theirs(), DistillationCallback(teacher(), student="modle"))
+
+
+def test_two_of_them_are_refused() -> None:
+    module = theirs()
+    with pytest.raises(ValueError, match="already"):
+        fit(module, DistillationCallback(teacher()), DistillationCallback(teacher()))
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 4.0), (1.5, 4.0), (0.5, 0.0), (0.5, float("nan"))])
+def test_arguments_out_of_range(alpha: float, temperature: float) -> None:
+    with pytest.raises(ValueError, match="alpha is|temperature is"):
+        DistillationCallback(teacher(), temperature, alpha)
+
+
+def test_classes_of_another_number_are_named() -> None:
+    with pytest.raises(ValueError, match="student scores 3 classes and the teacher 4"):
+        fit(theirs(), DistillationCallback(teacher(classes=4)))
+
+
+def test_only_valid_positions_count_and_labels_stay_here() -> None:
+    """A transformers network in a module that passes labels on and uses its loss."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    sizes = {"vocab_size": 20, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 8}
+    config = functools.partial(BertConfig, num_hidden_layers=1, num_labels=3, hidden_dropout_prob=0.0, **sizes)
+    expert = BertForTokenClassification(config(hidden_size=8))
+    given: list[set[str]] = []
+    expert.register_forward_pre_hook(lambda _, args, kwargs: given.append(set(kwargs)), with_kwargs=True)
+
+    class Tagger(lp.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = BertForTokenClassification(config(hidden_size=4)).train()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters())
+
+    rows = [{"input_ids": torch.randint(0, 20, (5,)), "labels": torch.tensor([0, 1, 2, -100, -100])} for _ in range(4)]
+    callback = DistillationCallback(expert, valid=lambda batch: batch["labels"] != -100)
+    trainer = lp.Trainer(**QUIET, max_epochs=1, callbacks=[callback])
+    module = Tagger()
+    trainer.fit(module, DataLoader(rows, 2))  # type: ignore[arg-type]
+    assert given == [{"input_ids"}] * 2
+    assert trainer.callback_metrics["train/soft"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@BOTH
+def test_logs_the_mean_soft_loss_and_resumes_it(namespace: Any, tmp_path: Path) -> None:
+    def metric(trainer: Any) -> float:
+        return float(trainer.callback_metrics["train/soft"])
+
+    def loader() -> DataLoader:
+        whole = data().dataset
+        return DataLoader(whole, 6)
+
+    class Rest(DataLoader):
+        """The last two of three batches, after a resume from the middle."""
+
+        def __iter__(self) -> Any:
+            return iter(list(super().__iter__())[1:])
+
+        def __len__(self) -> int:
+            return 3
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    def run(train: Any, *more: Any, path: Any = None) -> Any:
+        torch.manual_seed(5)
+        module = theirs(namespace)
+        module.model.layers[2].p = 0.0
+        trainer = namespace.Trainer(
+            **{**QUIET, "enable_checkpointing": bool(more)},
+            max_epochs=1,
+            callbacks=[DistillationCallback(teacher(), alpha=0.5), *more],
+        )
+        trainer.fit(module, train, ckpt_path=path)
+        return trainer
+
+    keep = namespace.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    expected = metric(run(loader(), keep))
+    assert expected > 0
+    keep = namespace.callbacks.ModelCheckpoint(tmp_path / "again", "{step}", every_n_train_steps=1)
+    resumed = run(Rest(data().dataset, 6), keep, path=tmp_path / "step=1.ckpt")
+    assert resumed.global_step == 3
+    assert metric(resumed) == expected
+
+
+def _rank(rank: int, port: int, results: Any) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()} | {"TORCHELASTIC_RUN_ID": "test"})
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    module = theirs()
+    fit(module, DistillationCallback(teacher()), devices=2, strategy="ddp")
+    found = weights(module)
+    results.put([value.tolist() for value in found])
+    results.put([value.tolist() for value in native(devices=2, strategy="ddp")])
+    torch.distributed.destroy_process_group()
+
+
+def test_equals_it_on_two_ranks() -> None:
+    """Pitfall 10: gradients are averaged, so the wrapper was not bypassed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
+        for process in ranks:
+            process.start()
+    rows = [results.get(timeout=60) for _ in range(4)]
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    assert all(row == rows[0] for row in rows)
+    assert rows[0] != [value.tolist() for value in native()], "each rank had half of the batches"
+
+
+def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
+    artifact.save(MLP(6, [5], 3), tmp_path / "artifact")
+    for namespace in (lp, pl):
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--callback", type=namespace.Callback)
+        given = {"class_path": "distill.DistillationCallback", "init_args": {"teacher": str(tmp_path), "alpha": 0.5}}
+        made = parser.instantiate(parser.parse_object({"callback": given})).callback
+        assert isinstance(made, DistillationCallback)
+        assert made.alpha == 0.5
+        assert isinstance(made.teacher.module, MLP)

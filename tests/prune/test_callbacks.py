@@ -1,0 +1,502 @@
+import copy
+import functools
+import math
+import multiprocessing
+import os
+import socket
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonargparse
+import lightning.pytorch as lp
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from prune import GradualPruning, KeepMasked, Masks, Pruner
+from prune.schedule import cubic, kept
+from workbench.duration import Duration
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+TOTAL = 6 * 10 + 10 * 3  # prunable weights of `net`
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.GELU(), nn.Linear(10, 3))
+
+
+def data(batches: int = 8) -> DataLoader:
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(4 * batches, 6), torch.randint(0, 3, (4 * batches,))), 4)
+
+
+def theirs(namespace: Any = lp, optimizer: Any = SGD) -> Any:
+    class Theirs(namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return optimizer(self.parameters())
+
+    return Theirs()
+
+
+def adversaries(namespace: Any = lp, clip: float | None = None) -> Any:
+    """Two optimizers, stepped by hand; the masked network belongs to the first."""
+
+    class Adversaries(namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.network, self.critic = net(), nn.Linear(3, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.critic(self.network(batch[0])).square().mean())
+                if clip:
+                    self.clip_gradients(optimizer, clip, gradient_clip_algorithm="norm")
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [SGD(self.network.parameters()), ADAMW(self.critic.parameters())], []
+
+    return Adversaries()
+
+
+def fit(
+    module: Any, *callbacks: Any, namespace: Any = lp, ckpt_path: Any = None, batches: int = 8, **options: Any
+) -> Any:
+    keeping = any(isinstance(c, lp.callbacks.Checkpoint | pl.callbacks.Checkpoint) for c in callbacks)
+    options = {"max_epochs": 4, **QUIET, "enable_checkpointing": keeping, **options}
+    trainer = namespace.Trainer(**options, callbacks=list(callbacks))
+    trainer.fit(module, data(batches), ckpt_path=ckpt_path)
+    return trainer
+
+
+def alive(module: Any) -> int:
+    """Prunable weights that are not zero."""
+    network = module.network
+    return sum(int(network[i].weight.count_nonzero()) for i in (0, 3))
+
+
+class Watch(lp.Callback, pl.Callback):  # type: ignore[misc]
+    """Weights alive after every batch, and whether the masks of ``of`` shrink only."""
+
+    def __init__(self, of: Any = None) -> None:
+        self.of, self.alive, self.masks, self.epochs = of, [], [], []  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.alive.append(alive(pl_module))
+        if self.of is not None and self.of.masks is not None and self.of.masks not in self.masks:
+            self.masks.append(self.of.masks)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if "density" in trainer.callback_metrics:
+            self.epochs.append(float(trainer.callback_metrics["density"]))
+
+
+def masks(density: float = 0.3) -> Masks:
+    return Pruner()(net(), density)
+
+
+# The schedule
+
+
+def test_cubic_is_the_formula_of_the_paper() -> None:
+    """Equation 1, in sparsities: s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3."""
+    s_i, s_f, t_0, n, dt = 0.2, 0.9, 300, 7, 50
+    for t in range(t_0, t_0 + n * dt + 1, dt):
+        s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt)) ** 3
+        assert 1 - cubic((t - t_0) / (n * dt), 0.1, 0.8) == pytest.approx(s_t, abs=1e-12)
+    assert cubic(0, 0.07, 0.29) == 0.29
+    assert cubic(1, 0.07, 0.29) == 0.07
+    falling = [cubic(i / 1000, 0.1) for i in range(1001)]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(-0.1, 0.5), (1.1, 0.5), (math.nan, 0.5), (0.5, 0.0), (0.5, 0.5, 0.4), (0.5, 0.5, 2)]
+)
+def test_cubic_out_of_range(arguments: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"progress is|density is|density 0\.4 is below"):
+        cubic(*arguments)
+
+
+# KeepMasked
+
+
+@BOTH
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}], ids=str)
+def test_masked_weights_are_zero_after_every_batch(namespace: Any, optimizer: Any, options: dict[str, Any]) -> None:
+    """Momentum and weight decay move weights that have no gradient."""
+    module, watch = theirs(namespace, optimizer), Watch()
+    fit(module, KeepMasked(masks()), watch, namespace=namespace, max_epochs=2, **options)
+    assert set(watch.alive) == {kept(TOTAL, 0.3)}
+
+
+@BOTH
+def test_nothing_is_left_behind(namespace: Any) -> None:
+    """No hook, and no key of a state dict, ever."""
+    module, keys = theirs(namespace), net().state_dict().keys()
+
+    class Look(lp.Callback, pl.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            assert pl_module.network.state_dict().keys() == keys
+            assert alive(copy.deepcopy(pl_module)) == alive(pl_module)
+            assert trainer.optimizers[0]._optimizer_step_post_hooks
+
+    trainer = fit(module, KeepMasked(masks()), Look(), namespace=namespace, max_epochs=1)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_nothing_is_left_behind_after_an_exception() -> None:
+    class Late(lp.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            made.append(trainer.optimizers[0])
+            raise RuntimeError("power failure")
+
+    made: list[Any] = []
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(theirs(), KeepMasked(masks()), Late())
+    assert not made[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_clipping_sees_masked_gradients(own: bool) -> None:
+    """Also where the module clips in its own way. The norm of dead weights would shrink the step of the others."""
+    norms: list[float] = []
+    module = theirs()
+
+    class Norm(lp.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            dead = [p.grad[~given[name]] for name, p in pl_module.network.named_parameters() if name in given]
+            norms.append(float(torch.cat(dead).norm()))
+
+    def configure_gradient_clipping(self: Any, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, 0.1, "norm")
+
+    if own:
+        type(module).configure_gradient_clipping = configure_gradient_clipping
+    given = masks()
+    fit(module, KeepMasked(given), Norm(), max_epochs=1, **({} if own else {"gradient_clip_val": 0.1}))
+    assert norms == [0.0] * 8
+
+
+@BOTH
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_two_optimizers_stepped_by_hand(namespace: Any, clip: float | None) -> None:
+    module, watch, given = adversaries(namespace, clip), Watch(), masks()
+    seen: list[float] = []
+    original = module.clip_gradients
+
+    def look(*args: Any, **more: Any) -> None:
+        grads = [
+            p.grad[~given[name]]
+            for name, p in module.network.named_parameters()
+            if name in given and p.grad is not None
+        ]
+        seen.append(float(torch.cat(grads).norm()))
+        original(*args, **more)
+
+    module.clip_gradients = look
+    fit(module, KeepMasked(given), watch, namespace=namespace, max_epochs=1)
+    assert set(watch.alive) == {kept(TOTAL, 0.3)}
+    assert seen == ([0.0] * 16 if clip else [])
+
+
+def test_masks_of_another_network_are_refused() -> None:
+    with pytest.raises(ValueError, match="name no parameter"):
+        fit(theirs(), KeepMasked({"elsewhere": torch.ones(3, dtype=torch.bool)}))
+    with pytest.raises(ValueError, match=r"torch\.bool"):
+        KeepMasked({"0.weight": torch.ones(10, 6)})
+
+
+def test_a_module_without_a_network_is_masked_by_its_own_names() -> None:
+    class Plain(lp.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters())
+
+    module = Plain()
+    fit(module, KeepMasked(Pruner()(module, 0.5)), max_epochs=1)
+    assert module.layer.weight.count_nonzero() == 9
+
+
+def test_ranks_with_different_masks_are_refused() -> None:
+    strategy = SimpleNamespace(broadcast=lambda mine: masks(0.4).hash())
+    with pytest.raises(ValueError, match=r"rank 1 holds mask \w{12}, rank 0 \w{12}"):
+        KeepMasked(masks()).on_train_start(SimpleNamespace(world_size=2, global_rank=1, strategy=strategy), theirs())
+
+
+# GradualPruning
+
+
+def expected(times: list[float], begin: float, end: float, density: float) -> list[int]:
+    """Weights kept at each time that something is pruned at, by the formula."""
+    return [kept(TOTAL, cubic(min(max((t - begin) / (end - begin), 0), 1), density)) for t in times]
+
+
+@BOTH
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_steps_follow_the_schedule_exactly(namespace: Any, optimizer: Any) -> None:
+    module = theirs(namespace, optimizer)
+    pruning = GradualPruning(0.1, "4it", "24it", "5it")
+    watch = Watch(pruning)
+    fit(module, pruning, watch, namespace=namespace)
+    # Pruned after the update that reaches 4, at multiples of 5 (5, 10, 15, 20), and at 24.
+    times = [0, 0, 0, 4, 5, 5, 5, 5, 5, 10, 10, 10, 10, 10, 15, 15, 15, 15, 15, 20, 20, 20, 20, *[24] * 9]
+    assert watch.alive == expected(times, 4, 24, 0.1)
+    assert pruning.masks is not None
+    assert alive(module) == sum(kept for kept, _ in pruning.masks.counts().values()) == kept(TOTAL, 0.1)
+    assert all(after.is_subset(before) for before, after in zip(watch.masks, watch.masks[1:]))
+    assert len(watch.masks) == 5
+
+
+@pytest.mark.parametrize("every", ["1ep", "4it"])
+def test_epochs_follow_the_schedule_exactly(every: str) -> None:
+    module = theirs()
+    pruning = GradualPruning(0.2, "1ep", "3ep", every)
+    watch = Watch(pruning)
+    fit(module, pruning, watch)
+    if every == "1ep":
+        times = [1.0] * 15 + [2.0] * 8 + [3.0] * 9
+    else:
+        times = [1.0] * 11 + [1.5] * 4 + [2.0] * 4 + [2.5] * 4 + [3.0] * 9
+    assert watch.alive == expected(times, 1, 3, 0.2)
+    (half,) = expected([2.0], 1, 3, 0.2)
+    assert watch.epochs == pytest.approx([1.0, half / TOTAL, 0.2, 0.2]), "the density is logged"
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    module = theirs()
+    watch = Watch()
+    fit(module, GradualPruning(0.5, "0it", "4it", "2it"), watch, accumulate_grad_batches=3, max_epochs=2)
+    # Updates after batches 3, 6, 8, 11, 14, 16.
+    times = [0, 0, 0, 0, 0, 2, 2, 2, 2, 2, *[4] * 6]
+    assert watch.alive == expected(times, 0, 4, 0.5)
+
+
+def test_a_loader_without_length() -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(data().dataset)
+
+    module, watch = theirs(), Watch()
+    trainer = lp.Trainer(**QUIET, max_epochs=3, callbacks=[GradualPruning(0.2, "0ep", "2ep", "1ep"), watch])
+    trainer.fit(module, DataLoader(Stream(), 4))
+    assert watch.alive == expected([0] * 7 + [1] * 8 + [2] * 9, 0, 2, 0.2)
+
+
+def test_initial_density_is_there_before_the_first_update() -> None:
+    module, watch = theirs(), Watch()
+    fit(module, GradualPruning(0.2, "0it", "8it", "8it", Pruner(allocation="uniform"), 0.5), watch, max_epochs=2)
+    assert watch.alive == [kept(TOTAL, 0.5)] * 7 + [kept(TOTAL, 0.2)] * 9
+
+
+def test_clipping_sees_masked_gradients_while_pruning() -> None:
+    seen: list[bool] = []
+
+    class Norm(lp.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if pruning.masks is not None:
+                named = dict(pl_module.network.named_parameters())
+                seen.append(any(bool(named[name].grad[~mask].any()) for name, mask in pruning.masks.items()))
+
+    pruning = GradualPruning(0.1, "0it", "8it", "2it", Pruner(allocation="uniform"))
+    fit(theirs(), pruning, Norm(), max_epochs=2, gradient_clip_val=0.1)
+    assert len(seen) == 14
+    assert not any(seen)
+
+
+@BOTH
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_prunes_what_is_stepped_by_hand(namespace: Any, clip: float | None) -> None:
+    """Two optimizers: Lightning counts two steps a batch."""
+    module, watch = adversaries(namespace, clip), Watch()
+    fit(
+        module,
+        GradualPruning(0.1, "0it", "16it", "8it", Pruner(include="0*")),
+        watch,
+        namespace=namespace,
+        max_epochs=2,
+    )
+    whole, part = kept(60, cubic(0.5, 0.1)) + 30, kept(60, 0.1) + 30
+    assert watch.alive == [TOTAL] * 3 + [whole] * 4 + [part] * 9
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@BOTH
+def test_resuming_keeps_masks_and_schedule(namespace: Any, tmp_path: Path) -> None:
+    """Lightning's ModelPruning resumes a 50% sparse model at 0%."""
+
+    def run(*more: Any, path: Any = None, optimizer: Any = SGD) -> tuple[Any, Watch]:
+        pruning = GradualPruning(0.1, "2it", "28it", "3it")
+        module, watch = theirs(namespace, optimizer), Watch(pruning)
+        fit(module, pruning, watch, *more, namespace=namespace, ckpt_path=path)
+        return pruning, watch
+
+    keep = namespace.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, undisturbed = run(keep)
+    for step in (1, 8, 9, 10, 16, 31):
+        stored = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["callbacks"]["GradualPruning"]
+        assert sum(entry["bits"].numel() for entry in stored["masks"].values()) in (0, 8 + 4)
+        resumed, rest = run(path=tmp_path / f"step={step}.ckpt")
+        # A plain loader starts the epoch that was broken off again from its first batch, so only the end is compared.
+        assert rest.alive[0] == undisturbed.alive[step]
+        assert rest.alive[-1] == kept(TOTAL, 0.1)
+        if step % 8 == 0:
+            assert rest.alive == undisturbed.alive[step:]
+            assert resumed.masks == whole.masks
+
+
+def test_a_second_fit_stays_as_sparse() -> None:
+    module, pruning = theirs(), GradualPruning(0.2, "0ep", "2ep", "1ep")
+    fit(module, pruning)
+    assert alive(module) == kept(TOTAL, 0.2)
+    first, watch = pruning.masks, Watch(pruning)
+    fit(module, pruning, watch, max_epochs=1)
+    assert set(watch.alive) == {kept(TOTAL, 0.2)}
+    assert pruning.masks == first
+
+
+def test_another_network_starts_dense() -> None:
+    pruning, watch = GradualPruning(0.2, "0ep", "2ep", "1ep"), Watch()
+    fit(theirs(), pruning)
+    fit(theirs(), pruning, watch)
+    assert watch.alive[0] == TOTAL
+    assert watch.alive[-1] == kept(TOTAL, 0.2)
+
+
+def test_a_copy_of_the_callback_is_a_callback() -> None:
+    """workbench.training copies them, one for every training."""
+    pruning = copy.deepcopy(GradualPruning(0.2, "0ep", "2ep", "1ep"))
+    module = theirs()
+    fit(module, pruning)
+    again = copy.deepcopy(pruning)
+    fit(module, again, max_epochs=1)
+    assert alive(module) == kept(TOTAL, 0.2)
+
+
+def test_a_layer_that_collapses_is_named() -> None:
+    module = theirs()
+    with torch.no_grad():
+        module.network[3].weight.mul_(1e-6)
+    pruning = GradualPruning(0.3, "0it", "2it", "1it")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, pruning, max_epochs=1, limit_train_batches=3)
+    assert [str(w.message) for w in caught if "layer collapse: '3.weight'" in str(w.message)]
+
+
+def test_training_that_is_too_short_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="end is 5ep, but training has 4ep only"):
+        fit(theirs(), GradualPruning(0.2, "0ep", "5ep", "1ep"))
+    with pytest.raises(ValueError, match="end is 33it, but training has 32it only"):
+        fit(theirs(), GradualPruning(0.2, "0ep", "33it", "1ep"))
+    fit(theirs(), GradualPruning(0.2, "0ep", "32it", "1ep"))
+    fit(theirs(), GradualPruning(0.2, "0ep", "5ep", "1ep"), fast_dev_run=True)
+
+
+def test_training_that_is_stopped_too_early_says_so() -> None:
+    class Enough(lp.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match=r"density 0\.\d+, not 0\.2: it was to be reached at 3ep"):
+        fit(theirs(), GradualPruning(0.2, "0ep", "3ep", "1ep"), Enough(), max_epochs=3, min_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((0.0, "0ep", "1ep", "1ep"), "density is 0.0"),
+        ((0.5, "3 ep.", "1ep", "1ep"), "duration '3 ep.'"),
+        ((0.5, "1ep", "20it", "1ep"), "begin is 1ep and end 20it: give both"),
+        ((0.5, "2ep", "2ep", "1ep"), "the end comes after the beginning"),
+        ((0.5, "0ep", "0ep", "1ep"), "the end comes after the beginning"),
+        ((0.5, "0ep", "2ep", "0ep"), "every is 0ep"),
+        ((0.5, "0ep", "2ep", "1ep", None, 0.4), "initial density 0.4 is below"),
+    ],
+)
+def test_arguments_out_of_range(arguments: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        GradualPruning(*arguments)
+
+
+def _rank(rank: int, port: int, results: Any) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()} | {"TORCHELASTIC_RUN_ID": "test"})
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    module, pruning = theirs(), GradualPruning(0.2, "0it", "8it", "1it")
+    watch = Watch(pruning)
+    fit(module, pruning, watch, devices=2, strategy="ddp", max_epochs=2, gradient_clip_val=0.5)
+    assert pruning.masks is not None
+    results.put((watch.alive, pruning.masks.hash(), [p.tolist() for p in module.network.parameters()]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_prune_alike() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
+        for process in ranks:
+            process.start()
+    one, other = (results.get(timeout=60) for _ in range(2))
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    assert one == other
+    assert one[0] == expected([1, 2, 3, 4, 5, 6, 7, 8], 0, 8, 0.2)
+
+
+def test_a_parser_takes_it_in_either_namespace() -> None:
+    for namespace in (lp, pl):
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--callback", type=namespace.Callback)
+        arguments = {
+            "density": 0.1,
+            "begin": "1ep",
+            "end": "3ep",
+            "every": "100it",
+            "pruner": {"allocation": "uniform"},
+        }
+        given = {"class_path": "prune.GradualPruning", "init_args": arguments}
+        made = parser.instantiate(parser.parse_object({"callback": given})).callback
+        assert isinstance(made, GradualPruning)
+        assert isinstance(made, namespace.Callback)
+        assert made.every == Duration(100, "it")
+        assert type(made.pruner.allocation).__name__ == "Uniform"
