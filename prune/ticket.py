@@ -121,6 +121,7 @@ def hunt(
                 callbacks=[keeper],
                 part=(level, len(densities), f"level {level}, density {target:.1%}"),
             )
+            del result["masks"]  # level 0 has none, the others these
             masks.apply(network)
             save_network(module, data, folder, result, masks, example=False)
             record = {

@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from math import prod
@@ -413,16 +413,14 @@ def _built(index: Mapping[str, Any], path: Path) -> nn.Module:
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
-    """What the constructor was given; raises TypeError or ValueError if that is not known or not enough."""
+    """What the constructor was given; raises TypeError if that is not known or not enough."""
     signature = inspect.signature(type(model))
-    given = getattr(model, "init_args", None)
+    given: Any = getattr(model, "init_args", None)
     if not isinstance(given, Mapping):
-        given = getattr(model, "hparams", None)
-    if not isinstance(given, Mapping) or (not given and signature.parameters):
-        given = None
-    if given is None and signature.parameters:
-        raise ValueError(f"{type(model).__name__} does not say what it was built with")
-    arguments = {name: value for name, value in (given or {}).items() if name != "_instantiator"}
+        given = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{type(model).__name__} does not say what it was built with")
+    arguments = {name: value for name, value in given.items() if name != "_instantiator"}
     signature.bind(**arguments)
     return arguments
 
@@ -474,7 +472,7 @@ def _sealed(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(index: Mapping[str, Any]) -> str:
-    """SHA-256 of the index's contents without the checksum itself, whatever the order of keys or the spacing."""
+    """SHA-256 of the index but this, whatever the order of keys or the spacing; empty if it is nested too deep."""
     rest = {key: value for key, value in index.items() if key != "sha256"}
     try:
         text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -489,7 +487,8 @@ def _check_index(index: Any, file: Path) -> None:
     version = index.get("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{file} has version {version!r}, this version reads {VERSION}: is a newer one needed?")
-    if index.get("sha256") != _checksum(index):
+    checksum = _checksum(index)
+    if not checksum or index.get("sha256") != checksum:
         raise ValueError(f"{file} was altered: its contents do not have the SHA-256 that it says")
     weights, entries, provenance = index.get("weights"), index.get("tensors"), index.get("provenance")
     if not (isinstance(weights, dict) and isinstance(entries, dict) and isinstance(provenance, dict)):
@@ -511,12 +510,18 @@ def _is_architecture(value: Any) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         return False
-    arguments: Iterable[Any] = [value[key] for key in ("init_args", "config") if key in value]
-    if len([argument for argument in arguments if isinstance(argument, dict)]) != 1:
+    given = [value[key] for key in ("init_args", "config") if key in value]
+    if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
         return False
     # transformers would fetch any other attention from its hub, and run it.
-    attention = value.get("config", {}).get("attn_implementation", _ATTENTION[0])
-    return attention in _ATTENTION and isinstance(value.get("activation", ""), str)
+    todo: list[Any] = [value.get("config")]
+    while todo:
+        inner = todo.pop()
+        pairs = list(inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ())
+        if any("attn_implementation" in str(key) and item not in (None, *_ATTENTION) for key, item in pairs):
+            return False
+        todo += [item for _, item in pairs]
+    return True
 
 
 def _is_entry(entry: Any, entries: Mapping[str, Any]) -> bool:

@@ -86,7 +86,8 @@ def _mode_of_new(path: Path) -> int:
 
 def _settle(file: Path, mode: int) -> None:
     """Give ``file`` its permissions and flush it to disk."""
-    file.chmod(mode)
+    if file.stat().st_mode != mode:
+        file.chmod(mode)
     with file.open("r+b") as handle:
         os.fsync(handle.fileno())
 

@@ -76,6 +76,9 @@ def cross_entropy(
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     skip = _NOTHING if ignore_index is None else ignore_index
+    if ignore_index is not None:
+        # Before the softmax: whatever stands at such a position, NaN too, must not reach the gradient of the others.
+        logits = logits.masked_fill((targets == skip)[..., None], 0.0)
     total = F.cross_entropy(
         logits.flatten(0, -2),
         targets.flatten(),

@@ -148,7 +148,7 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train ``module``, then write its network as ``out/artifact`` with a few inputs beside it."""
     result = train(module, data, trainer=trainer, seed=seed, out=out, checkpoint=checkpoint, start=start)
-    save_network(module, data, out, result)
+    save_network(module, data, out, result, result.pop("masks"))
     return result
 
 
@@ -182,7 +182,7 @@ def train(
 
     Returns:
         ``metrics`` of the last epoch's weights on the validation and test splits, ``history`` (a row an epoch),
-        ``monitor`` (the main metric and its direction), ``seconds``.
+        ``monitor`` (the main metric and its direction), ``seconds``; and ``masks``, those that a callback kept, or None.
 
     Raises:
         ValueError: If the trainer has no budget, or its world size is not the launcher's.
@@ -209,6 +209,7 @@ def train(
         "monitor": list(task.monitor) if isinstance(task, Task) else ["loss", "min"],
         "world_size": made.world_size,
         "seconds": round(time.monotonic() - began, 3),
+        "masks": next((found for callback in made.callbacks if (found := getattr(callback, "masks", None))), None),
     }
 
 

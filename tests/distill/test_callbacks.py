@@ -266,7 +266,7 @@ def test_a_part_that_is_not_called_once_is_named(calls: int) -> None:
 def test_modules_that_step_by_hand_are_refused() -> None:
     module = theirs()
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match="steps its optimizers by hand.*soft_target"):
+    with pytest.raises(ValueError, match=r"steps its optimizers by hand.*soft_target"):
         fit(module, DistillationCallback(teacher()))
 
 
@@ -284,7 +284,7 @@ def test_two_of_them_are_refused() -> None:
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 4.0), (1.5, 4.0), (0.5, 0.0), (0.5, float("nan"))])
 def test_arguments_out_of_range(alpha: float, temperature: float) -> None:
-    with pytest.raises(ValueError, match="alpha is|temperature is"):
+    with pytest.raises(ValueError, match=r"alpha is|temperature is"):
         DistillationCallback(teacher(), temperature, alpha)
 
 

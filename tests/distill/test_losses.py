@@ -182,7 +182,7 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, INF, float("nan")])
 def test_temperature_out_of_range(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature is .*positive"):
+    with pytest.raises(ValueError, match=r"temperature is .*positive"):
         soft_target(torch.zeros(2, 3), torch.zeros(2, 3), temperature)
 
 

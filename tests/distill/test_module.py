@@ -169,7 +169,7 @@ def test_classes_of_another_number_are_named() -> None:
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 4.0), (1.5, 4.0), (0.5, 0.0), (0.5, float("inf"))])
 def test_arguments_out_of_range(alpha: float, temperature: float) -> None:
-    with pytest.raises(ValueError, match="alpha is|temperature is"):
+    with pytest.raises(ValueError, match=r"alpha is|temperature is"):
         distilled(alpha, temperature)
 
 

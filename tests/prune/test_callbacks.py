@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prune import GradualPruning, KeepMasked, Masks, Pruner
 from prune.schedule import cubic, kept
+from workbench import artifact, load, training
+from workbench.data import Digits
 from workbench.duration import Duration
+from workbench.models import MLP
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -500,3 +503,14 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
         assert isinstance(made, namespace.Callback)
         assert made.every == Duration(100, "it")
         assert type(made.pruner.allocation).__name__ == "Uniform"
+
+
+def test_a_fit_stage_ships_the_masks_of_its_callback(tmp_path: Path) -> None:
+    """Else it would ship zeros as dense weights, and its record would know nothing of them."""
+    pruning = GradualPruning(0.25, "0it", "1ep", "2it")
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "callbacks": [pruning]}
+    result = training.fit(MLP(64, [16], 10), Digits(batch_size=256), trainer=trainer, out=tmp_path)
+    masks = artifact.masks(tmp_path)
+    kept, total = (sum(count(mask) for mask in masks.values()) for count in (lambda m: int(m.sum()), torch.numel))
+    assert (result["size"]["kept"], result["size"]["prunable"]) == (kept, total) == (296, 1184)
+    assert all(not load(tmp_path).get_parameter(name)[~mask].any() for name, mask in masks.items())

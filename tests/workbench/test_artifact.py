@@ -427,6 +427,15 @@ def test_it_is_found_in_a_stage(tmp_path: Path) -> None:
 # How to build it again
 
 
+def test_all_defaults_are_a_description_if_the_model_says_so() -> None:
+    model = Secretive(4)
+    model.init_args = {}  # type: ignore[assignment]
+    assert artifact.describe(model) is None, "not enough to build it"
+    model = Odd()
+    model.init_args = {}
+    assert artifact.describe(model) == {"class_path": f"{__name__}.Odd", "init_args": {}}
+
+
 def test_the_module_of_a_user_is_described_by_its_hyperparameters() -> None:
     found = artifact.describe(Given(6))
     assert found == {"class_path": f"{__name__}.Given", "init_args": {"width": 6, "activation": "relu"}}
@@ -562,7 +571,6 @@ CALLS: dict[str, tuple[Any, str]] = {
     "os.fsync": (os, "fsync"),
     "write_bytes": (Path, "write_bytes"),
     "write_text": (Path, "write_text"),
-    "chmod": (Path, "chmod"),
     "touch": (Path, "touch"),
     "_verify": (artifact, "_verify"),
     "write_json": (artifact, "write_json"),
@@ -832,6 +840,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "class path is a number": edit(["architecture", "class_path"], 3),
     "arguments are a list": edit(["architecture", "init_args"], [6, 8]),
     "arguments are none": edit(["architecture", "init_args"], None),
+    "configuration beside arguments": edit(["architecture", "config"], 5),
     "activation is a number": edit(["architecture", "activation"], 3),
     "provenance is a list": edit(["provenance"], []),
 }
@@ -914,6 +923,13 @@ CLASSES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong configuration": (
         {"class_path": "transformers.BertForSequenceClassification", "config": {"hidden_size": "wide"}},
         "cannot be built",
+    ),
+    "hidden attention from a hub": (
+        {
+            "class_path": "transformers.BertForSequenceClassification",
+            "config": {"text": [{"_attn_implementation": "evil/kernels"}]},
+        },
+        "damaged",
     ),
     "attention from a hub": (
         {"class_path": "transformers.BertForSequenceClassification", "config": {"attn_implementation": "evil/kernels"}},

@@ -209,15 +209,7 @@ def test_the_dense_folder_loads_where_nothing_of_this_project_is(exported: Any, 
     for batch, answer in expected.items():
         assert found[batch].dtype == torch.float32
         torch.testing.assert_close(found[batch], answer, atol=2e-2, rtol=1e-2)
-        assert_same_choice(found[batch], answer, 4e-2)
-
-
-def assert_same_choice(found: Tensor, expected: Tensor, doubt: float) -> None:
-    """Equal predictions, but where the network itself is in doubt within rounding."""
-    first, second = expected.topk(2).values.unbind(-1)
-    sure = first - second > doubt
-    assert sure.float().mean() > 0.8
-    assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure])
+        assert torch.equal(found[batch].argmax(-1), answer.argmax(-1))
 
 
 def test_the_onnx_file_runs_in_stock_onnx_runtime(exported: Any, tmp_path: Path) -> None:
@@ -313,7 +305,7 @@ def test_a_network_of_another_type(tmp_path: Path, name: str, dtype: torch.dtype
 
 def test_an_activation_that_transformers_does_not_know_becomes_a_graph(tmp_path: Path) -> None:
     of = stage(tmp_path / "stage", swap_activation(bert(), "softplus"), NETWORKS["bert"][1](16))
-    result = export(of, formats=["torch", "onnx"], out=tmp_path / "out")
+    result = export(of, formats=["torch"], out=tmp_path / "out")
     assert (tmp_path / "out" / "torch" / "load.py").exists()
     assert not (tmp_path / "out" / "torch" / "config.json").exists()
     assert all(entry["same_predictions"] and entry["largest_difference"] < 1e-2 for entry in result["exports"])

@@ -198,3 +198,17 @@ def test_a_task_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Task()
     assert all(getattr(vars(Task)[name], "__isabstractmethod__", False) for name in vars(Task) if name[0] != "_")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_stands_at_ignored_positions_does_not_matter(bad: float) -> None:
+    logits = torch.randn(2, 3, 5)
+    labels = torch.tensor([[1, -100, 2], [4, 0, -100]])
+    clean = logits.clone().requires_grad_()
+    logits[labels == -100] = bad
+    logits.requires_grad_()
+    losses = [cross_entropy(z, labels, label_smoothing=0.1, ignore_index=-100) for z in (clean, logits)]
+    assert torch.equal(losses[0], losses[1])
+    gradients = [torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, (clean, logits))]
+    assert torch.equal(*gradients)
+    assert not gradients[0][labels == -100].any()
