@@ -6,7 +6,6 @@ A mask is never read off the zeros of a weight: a kept weight may be 0, and a ma
 import difflib
 import hashlib
 import json
-import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from prune.storage import memory_span, shared_memory
+from workbench.bits import pack, packed_bytes, unpack
 
 FORMAT = "prune.masks"
 VERSION = "1"
@@ -306,9 +306,9 @@ class Masks(Mapping[str, Tensor]):
                     raise ValueError(f"tensors and shapes differ in {_some(sorted(names ^ shapes.keys()))}")
                 for name, shape in shapes.items():
                     stored = file.get_slice(name)
-                    if stored.get_dtype() != "U8" or stored.get_shape() != [_bytes(shape)]:
+                    if stored.get_dtype() != "U8" or stored.get_shape() != [packed_bytes(shape)]:
                         raise ValueError(
-                            f"'{name}' of shape {shape} needs {_bytes(shape)} bytes of U8, the file has "
+                            f"'{name}' of shape {shape} needs {packed_bytes(shape)} bytes of U8, the file has "
                             f"{stored.get_dtype()} {stored.get_shape()}"
                         )
                 return cls({name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
@@ -334,43 +334,6 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def pack(mask: Tensor) -> Tensor:
-    """One bit per entry, the first in the highest bit, zeros to a whole byte, as ``numpy.packbits`` does.
-
-    Args:
-        mask: bool, any shape, read in row-major order.
-
-    Returns:
-        uint8 [ceil(n / 8)] on the mask's device.
-    """
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}: give torch.bool")
-    bits = nn.functional.pad(mask.flatten().view(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    packed = torch.zeros(len(bits), dtype=torch.uint8, device=mask.device)
-    for column in range(8):
-        packed |= bits[:, column] << (7 - column)
-    return packed
-
-
-def unpack(packed: Tensor, shape: Iterable[int]) -> Tensor:
-    """The bool mask of ``shape`` that ``pack`` packed.
-
-    Raises:
-        ValueError: if ``packed`` is not uint8 of exactly the bytes ``shape`` needs, or a padding bit is set.
-    """
-    shape = list(shape)
-    if packed.dtype != torch.uint8 or list(packed.shape) != [_bytes(shape)]:
-        raise ValueError(
-            f"shape {shape} needs {_bytes(shape)} bytes of torch.uint8, but got {packed.dtype} {list(packed.shape)}"
-        )
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = ((packed[:, None] >> shifts) & 1).bool().flatten()
-    count = math.prod(shape)
-    if bits[count:].any():
-        raise ValueError(f"the padding after the {count} bits of shape {shape} is not zero")
-    return bits[:count].reshape(shape)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -409,10 +372,6 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def _fill(values: Tensor, mask: Tensor) -> None:
     values.masked_fill_(~mask.to(values.device), 0)
-
-
-def _bytes(shape: Iterable[int]) -> int:
-    return -(-math.prod(shape) // 8)
 
 
 def _shapes(metadata: Mapping[str, str]) -> dict[str, list[int]]:

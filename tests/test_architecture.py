@@ -48,16 +48,20 @@ def test_no_arrow_points_back(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem in TORCH_ONLY.get(p.relative_to(ROOT).parts[0], ())])
 def test_the_pure_files_import_torch_only(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    allowed = {"torch", "safetensors", package, *sys.stdlib_module_names}
+    allowed = {"torch", "safetensors", "workbench", package, *sys.stdlib_module_names}
     assert tops(path) <= allowed
+    assert {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")} <= {"workbench.bits"}
     inside = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
     assert inside <= set(TORCH_ONLY[package]), "and of their own package only one another"
 
 
 def test_the_reader_of_checkpoints_is_torch_and_safetensors() -> None:
-    lazy = {"workbench.activations"}
-    found = {name for name in imports(ROOT / "workbench" / "artifact.py") if name.startswith("workbench.")}
-    assert {name.rpartition(".")[0] for name in found} <= {"workbench.files", *lazy}
+    """The reader and what it imports; activations only where one was swapped in."""
+    for name in ("artifact", "architecture", "bits", "files"):
+        path = ROOT / "workbench" / f"{name}.py"
+        assert tops(path) <= {"torch", "safetensors", "workbench", *sys.stdlib_module_names}
+        inside = {found.split(".")[1] for found in imports(path) if found.startswith("workbench.")}
+        assert inside <= {"architecture", "bits", "files", "activations"}
 
 
 def test_there_is_no_cycle() -> None:

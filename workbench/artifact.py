@@ -10,13 +10,11 @@ that the folder names is called. Both files carry checksums, and every size is c
 """
 
 import hashlib
-import inspect
 import json
 import re
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from workbench.architecture import build, describe, is_architecture
+from workbench.bits import pack, unpack
 from workbench.files import replacing, sha256, write_json
 
 FORMAT = "compact-checkpoint"
@@ -37,20 +37,6 @@ _INTEGERS = {
     f"{sign}int{bits}": f"{sign.upper()}{'' if sign else 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
 _CODES = {**_FLOATS, **_INTEGERS, "bool": "BOOL"}
-_ATTENTION = ("eager", "sdpa")
-_SHIFTS = torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Bits of a bool tensor of any shape, eight to a byte, the first in the highest bit: uint8 [ceil(n / 8)]."""
-    bits = mask.detach().flatten().to("cpu", torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits << _SHIFTS).sum(1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of ``shape`` that :func:`pack` made ``packed`` of."""
-    return ((packed[:, None] >> _SHIFTS) & 1).flatten()[: prod(shape)].bool().view(shape)
 
 
 def save(
@@ -175,64 +161,6 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     """The state dict in the compact checkpoint at ``path``: dense tensors, tied names sharing one tensor."""
     with _Reader(find(path)) as reader:
         return reader.state()
-
-
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """How to build ``model`` again, as JSON, or None if it does not say.
-
-    A transformers model is described by its configuration; any other by its class and what its constructor was given:
-    its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
-    swapped in afterwards is noted beside.
-    """
-    cls = type(model)
-    found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
-    config: Any = getattr(model, "config", None)
-    try:
-        if hasattr(cls, "config_class") and hasattr(config, "to_json_string"):
-            found["config"] = json.loads(config.to_json_string(use_diff=False))
-            # transformers leaves it out of the file, and the two differ in the last bits.
-            if (attention := getattr(config, "_attn_implementation", None)) in _ATTENTION:
-                found["config"]["attn_implementation"] = attention
-        else:
-            found["init_args"] = _arguments(model)
-        if swapped := getattr(model, "swapped_activation", None):
-            found["activation"] = swapped
-        return json.loads(json.dumps(found))
-    except (TypeError, ValueError):
-        return None
-
-
-def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
-    """The untrained module that ``architecture`` describes; ``path`` is named in errors.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
-    if architecture is None:
-        raise ValueError(f"{path} does not say how to build its model: pass one, load(path, model=...)")
-    name = architecture["class_path"]
-    module, _, qualname = name.rpartition(".")
-    try:
-        cls = getattr(import_module(module), qualname)
-    except Exception as error:  # whatever a foreign module does when it is imported
-        raise ValueError(
-            f"{path} needs the class {name!r}, which cannot be imported ({error}): "
-            "install the package that has it, or pass the model, load(path, model=...)"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"{path} names {name!r}, which is not a torch.nn.Module class")
-    try:
-        if "config" in architecture:
-            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
-        else:
-            model = cls(**architecture["init_args"])
-        if "activation" in architecture:
-            from workbench.activations import swap_activation
-
-            swap_activation(model, architecture["activation"])
-    except Exception as error:  # whatever a constructor does with arguments it does not expect
-        raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
-    return model
 
 
 class _Reader:
@@ -412,19 +340,6 @@ def _built(index: Mapping[str, Any], path: Path) -> nn.Module:
             return build(index["architecture"], path)
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
-    """What the constructor was given; raises TypeError if that is not known or not enough."""
-    signature = inspect.signature(type(model))
-    given: Any = getattr(model, "init_args", None)
-    if not isinstance(given, Mapping):
-        given = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{type(model).__name__} does not say what it was built with")
-    arguments = {name: value for name, value in given.items() if name != "_instantiator"}
-    signature.bind(**arguments)
-    return arguments
-
-
 def _match(state: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Refuse a model whose state has other names or shapes than the checkpoint's."""
     shapes = {name: entries[entry.get("alias", name)]["shape"] for name, entry in entries.items()}
@@ -498,30 +413,11 @@ def _check_index(index: Any, file: Path) -> None:
     name = weights.get("file")
     if not (isinstance(name, str) and _WEIGHTS.fullmatch(name)):
         raise ValueError(f"{file} names the weights file {name!r}: allowed is weights-HASH.safetensors beside it")
-    if "architecture" not in index or not _is_architecture(index["architecture"]):
+    if "architecture" not in index or not is_architecture(index["architecture"]):
         raise ValueError(f"{file} is damaged: 'architecture' is no class_path with init_args or config")
     for name, entry in entries.items():
         if not _is_entry(entry, entries):
             raise ValueError(f"{file} is damaged: the entry of {name!r} makes no sense, {str(entry)[:200]}")
-
-
-def _is_architecture(value: Any) -> bool:
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
-        return False
-    given = [value[key] for key in ("init_args", "config") if key in value]
-    if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
-        return False
-    # transformers would fetch any other attention from its hub, and run it.
-    todo: list[Any] = [value.get("config")]
-    while todo:
-        inner = todo.pop()
-        pairs = list(inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ())
-        if any("attn_implementation" in str(key) and item not in (None, *_ATTENTION) for key, item in pairs):
-            return False
-        todo += [item for _, item in pairs]
-    return True
 
 
 def _is_entry(entry: Any, entries: Mapping[str, Any]) -> bool:

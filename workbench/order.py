@@ -1,6 +1,6 @@
 """Data order as a pure function of seed and epoch, and a loader that can start anywhere in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -111,8 +111,35 @@ def ordered(loader: Any, seed: int, rank: int = 0, world: int = 1) -> Any:
 
     A DataLoader with a plain random or sequential sampler is rebuilt over the same data set; anything else (an iterable
     data set, a sampler or batch sampler of the user's own) is returned as it is, and then resumes at epoch boundaries
-    only, to which Lightning's own rules apply.
+    only, to which Lightning's own rules apply. Lists and mappings of loaders are looked into.
+
+    Raises:
+        ValueError: If there are several ranks and a loader's sampler would give each of them the same samples.
     """
+    if isinstance(loader, Mapping):
+        return {name: ordered(each, seed, rank, world) for name, each in loader.items()}
+    if isinstance(loader, (list, tuple)):
+        return [ordered(each, seed, rank, world) for each in loader]
+    made = _ordered(loader, seed, rank, world)
+    if made is loader and world > 1 and isinstance(loader, DataLoader) and not _splits(loader):
+        raise ValueError(
+            f"the loader's {type(loader.sampler).__name__} knows nothing of the {world} processes and would give each "
+            "of them the same samples: use a plain sampler, or one that splits, such as torch's DistributedSampler"
+        )
+    return made
+
+
+def _splits(loader: DataLoader) -> bool:
+    """Whether the loader's samplers, or its iterable data set, are made for several processes."""
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    return (
+        isinstance(loader, OrderedLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or any(hasattr(each, "num_replicas") for each in samplers)
+    )
+
+
+def _ordered(loader: Any, seed: int, rank: int, world: int) -> Any:
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
     shuffle, sampler = type(loader.sampler) is RandomSampler, loader.sampler

@@ -185,9 +185,9 @@ def _lineage(plan: Sequence[Arguments]) -> dict[str, tuple[str, dict[str, Any]]]
 
 
 def _content(source: Source) -> str:
-    """What stands for a folder outside the run: its checkpoint's hash, else its path."""
+    """What stands for a folder outside the run: its checkpoint's hash, weights and architecture, else its path."""
     try:
-        return artifact.read_index(artifact.find(source))["weights"]["sha256"]
+        return artifact.read_index(artifact.find(source))["sha256"]
     except ValueError:
         return str(source)
 

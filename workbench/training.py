@@ -167,7 +167,8 @@ def train(
     """Train ``module`` to the end of ``trainer``'s budget, from where an earlier call with ``out`` was stopped.
 
     On CPU the result is the same, bit for bit, however often it was stopped: the order of the data is a function of
-    seed and epoch, and checkpoints hold the random state of every rank.
+    seed and epoch, and checkpoints hold the random state of every rank. Two things are not restored in the middle of an
+    epoch, only at its end: random numbers drawn in loader workers, and the place of a loader with a sampler of its own.
 
     Args:
         module: What is trained, in place.
@@ -182,7 +183,7 @@ def train(
 
     Returns:
         ``metrics`` of the last epoch's weights on the validation and test splits, ``history`` (a row an epoch),
-        ``monitor`` (the main metric and its direction), ``seconds``; and ``masks``, those that a callback kept, or None.
+        ``monitor`` (the main metric and its direction), ``seconds``; and ``masks``, those a callback kept, or None.
 
     Raises:
         ValueError: If the trainer has no budget, or its world size is not the launcher's.
@@ -203,13 +204,14 @@ def train(
             raise KeyboardInterrupt
         metrics = _evaluate(made, module, data)
     task = getattr(module, "task", None)
+    every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
     return {
         "metrics": metrics,
         "history": history.rows,
         "monitor": list(task.monitor) if isinstance(task, Task) else ["loss", "min"],
         "world_size": made.world_size,
         "seconds": round(time.monotonic() - began, 3),
-        "masks": next((found for callback in made.callbacks if (found := getattr(callback, "masks", None))), None),
+        "masks": next((found for callback in every if (found := getattr(callback, "masks", None))), None),
     }
 
 
@@ -364,6 +366,9 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 def _ordered(data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
     """Inside, the data module's training loader has an order that is a function of (seed, epoch)."""
     original = data.train_dataloader
+    if trainer.overfit_batches:  # type: ignore[attr-defined] - the same few batches every epoch, by Lightning
+        yield
+        return
 
     def train_dataloader() -> Any:
         return ordered(original(), seed, trainer.global_rank, trainer.world_size)

@@ -12,6 +12,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -262,7 +263,7 @@ LEFT_ALONE = {
     "batch sampler": lambda: DataLoader(DATA, batch_sampler=MyBatches(SequentialSampler(DATA), 2, False)),
     "no batches": lambda: DataLoader(DATA, batch_size=None),
     "own class": lambda: Mine(DATA, 2, shuffle=True),
-    "not a loader": lambda: [1, 2, 3],
+    "not a loader": lambda: range(3),
     "ordered already": lambda: loader(),
 }
 
@@ -270,7 +271,7 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("case", LEFT_ALONE)
 def test_what_the_user_made_is_left_alone(case: str) -> None:
     given = LEFT_ALONE[case]()
-    assert ordered(given, 0, rank=1, world=2) is given
+    assert ordered(given, 0) is given
 
 
 def test_tensors_come_out_as_from_the_plain_loader() -> None:
@@ -281,3 +282,20 @@ def test_tensors_come_out_as_from_the_plain_loader() -> None:
     assert y.tolist() == order[:4]
     assert x.tolist() == [float(index) for index in order[:4]]
     assert tail.tolist() == [float(index) for index in order[4:]]
+
+
+def test_several_loaders_are_all_ordered() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(10)), batch_size=2, shuffle=True)
+    assert isinstance(ordered({"a": loader}, 0)["a"], OrderedLoader)
+    assert all(isinstance(each, OrderedLoader) for each in ordered([loader, loader], 0))
+
+
+def test_a_sampler_that_knows_no_ranks_is_refused_where_there_are_some() -> None:
+    """Lightning would split it; left as it is, every rank would train on the same samples in silence."""
+    data = TensorDataset(torch.arange(10))
+    weighted = DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(torch.ones(10), 10))
+    assert ordered(weighted, 0) is weighted
+    with pytest.raises(ValueError, match="WeightedRandomSampler knows nothing of the 2 processes"):
+        ordered(weighted, 0, rank=1, world=2)
+    split = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1))
+    assert ordered(split, 0, rank=1, world=2) is split

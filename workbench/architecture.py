@@ -1,0 +1,103 @@
+"""What a module was built with, as JSON, and the module built again from it. Torch only."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_ATTENTION = ("eager", "sdpa")
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """How to build ``model`` again, as JSON, or None if it does not say.
+
+    A transformers model is described by its configuration; any other by its class and what its constructor was given:
+    its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
+    swapped in afterwards is noted beside.
+    """
+    cls = type(model)
+    found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    config: Any = getattr(model, "config", None)
+    try:
+        if hasattr(cls, "config_class") and hasattr(config, "to_json_string"):
+            found["config"] = json.loads(config.to_json_string(use_diff=False))
+            # transformers leaves it out of the file, and the two differ in the last bits.
+            if (attention := getattr(config, "_attn_implementation", None)) in _ATTENTION:
+                found["config"]["attn_implementation"] = attention
+        else:
+            found["init_args"] = _arguments(model)
+        if swapped := getattr(model, "swapped_activation", None):
+            found["activation"] = swapped
+        return json.loads(json.dumps(found))
+    except (TypeError, ValueError):
+        return None
+
+
+def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
+    """The untrained module that ``architecture`` describes; ``path`` is named in errors.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
+    if architecture is None:
+        raise ValueError(f"{path} does not say how to build its model: pass one, load(path, model=...)")
+    name = architecture["class_path"]
+    module, _, qualname = name.rpartition(".")
+    try:
+        cls = getattr(import_module(module), qualname)
+    except Exception as error:  # whatever a foreign module does when it is imported
+        raise ValueError(
+            f"{path} needs the class {name!r}, which cannot be imported ({error}): "
+            "install the package that has it, or pass the model, load(path, model=...)"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"{path} names {name!r}, which is not a torch.nn.Module class")
+    try:
+        if "config" in architecture:
+            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
+        else:
+            model = cls(**architecture["init_args"])
+        if "activation" in architecture:
+            from workbench.activations import swap_activation
+
+            swap_activation(model, architecture["activation"])
+    except Exception as error:  # whatever a constructor does with arguments it does not expect
+        raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
+    return model
+
+
+def is_architecture(value: Any) -> bool:
+    """Whether ``value``, out of a file, has the form that :func:`describe` gives; its names are not looked up."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+        return False
+    given = [value[key] for key in ("init_args", "config") if key in value]
+    if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
+        return False
+    # transformers would fetch any other attention from its hub, and run it.
+    todo: list[Any] = [value.get("config")]
+    while todo:
+        inner = todo.pop()
+        pairs = list(inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ())
+        if any("attn_implementation" in str(key) and item not in (None, *_ATTENTION) for key, item in pairs):
+            return False
+        todo += [item for _, item in pairs]
+    return True
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What the constructor was given; raises TypeError if that is not known or not enough."""
+    signature = inspect.signature(type(model))
+    given: Any = getattr(model, "init_args", None)
+    if not isinstance(given, Mapping):
+        given = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{type(model).__name__} does not say what it was built with")
+    arguments = {name: value for name, value in given.items() if name != "_instantiator"}
+    signature.bind(**arguments)
+    return arguments
