@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, final
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from distill.losses import check_alpha, check_temperature, mix, soft_target
@@ -12,7 +12,7 @@ from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule
 from workbench.source import Source
 from workbench.tasks import Task
-from workbench.training import task_for, train_and_save, trains
+from workbench.training import check_namespace, task_for, train_and_save, trains
 
 
 @final
@@ -80,6 +80,12 @@ def module_for(
     lr_scheduler: LRSchedulerCallable | None = None,
 ) -> DistillModule:
     """The module that :func:`distill` trains."""
+    check_namespace(model)
+    if isinstance(model, LightningModule):
+        raise ValueError(
+            f"the student {type(model).__name__} is a LightningModule, whose own training_step and optimizer would not "
+            "be used here: give its network, or a fit stage of it with distill.DistillationCallback in trainer.callbacks"
+        )
     return DistillModule(model, teacher, task_for(data, task), temperature, alpha, optimizer, lr_scheduler)
 
 

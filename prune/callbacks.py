@@ -81,7 +81,7 @@ class KeepMasked(_Masking):
 
     def __init__(self, masks: Masks | Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._given = masks if isinstance(masks, Masks) else Masks(masks)
+        self.masks = self._given = masks if isinstance(masks, Masks) else Masks(masks)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After weights and optimizer have been restored, before the first batch."""

@@ -1,5 +1,6 @@
 """Rewind points: everything that training had after k optimizer updates, kept to return to."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ class RewindPoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the point will be reached; take it here if it is before the first update."""
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
-        end = trainer.estimated_stepping_batches if self.at.unit == "it" else epochs
-        if self.at.value >= end:
-            length = f"{end} {'steps' if self.at.unit == 'it' else 'epochs'}"
-            raise ValueError(f"rewind is {self.at}, but a level trains for {length} only: rewind to an earlier point")
+        end = trainer.estimated_stepping_batches
+        per_epoch = steps_per_epoch(trainer)
+        if pl_module.automatic_optimization and self.at.steps(per_epoch) >= end:
+            raise ValueError(
+                f"rewind is {self.at}, {self.at.steps(per_epoch)} steps, but a level trains for {end} steps only: "
+                "rewind to an earlier point"
+            )
         self._reached = trainer.global_step > 0 and self.path.is_file()
         if self.at.value == 0 and trainer.global_step == 0:
             self._take(trainer)
@@ -53,7 +56,8 @@ class RewindPoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a point that lies at the end of an epoch."""
-        ended = self.at.unit == "ep" and trainer.current_epoch + 1 == self.at.value and not self._reached
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ended = whole and self.at.unit == "ep" and trainer.current_epoch + 1 == self.at.value and not self._reached
         if ended or self._due(trainer):
             self._take(trainer)
 
@@ -63,3 +67,9 @@ class RewindPoint(Checkpoint):
     def _take(self, trainer: Trainer) -> None:
         self._reached = True
         save_checkpoint(trainer, self.path)
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer updates in an epoch; 0 if nobody knows before it ends."""
+    batches = trainer.num_training_batches
+    return 0 if batches == float("inf") else math.ceil(batches / trainer.accumulate_grad_batches)

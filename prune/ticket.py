@@ -3,6 +3,7 @@
 A level is a folder: its network and mask as a compact checkpoint, and a record without which it does not exist.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def hunt(
     """
     if (density is None) == (levels is None):
         raise ValueError("give density (e.g. 0.1) or levels (e.g. 10), and only one of them")
-    densities = geometric(rate, levels if levels is not None else levels_to(density or 1.0, rate))
+    densities = geometric(rate, levels if levels is not None else levels_to(1.0 if density is None else density, rate))
     module, data, trainer, seed = _subject(
         start,
         data,
@@ -121,6 +122,8 @@ def hunt(
                 callbacks=[keeper],
                 part=(level, len(densities), f"level {level}, density {target:.1%}"),
             )
+            if not point.is_file():
+                raise ValueError(f"level 0 was stopped before the rewind point {rewind}: rewind to an earlier one")
             del result["masks"]  # level 0 has none, the others these
             masks.apply(network)
             save_network(module, data, folder, result, masks, example=False)
@@ -186,9 +189,11 @@ def _check_point(point: Path, first: Mapping[str, Any]) -> None:
         raise ValueError(f"the rewind point {point} {state}: move level_00 aside to train it anew, levels are kept")
 
 
-def _winning(levels: Sequence[Mapping[str, Any]], tolerance: float) -> int:
-    """The sparsest level whose validation score is within ``tolerance`` of the dense network's."""
+def _winning(levels: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
+    """The sparsest level whose validation score is within ``tolerance`` of the dense network's; None without scores."""
     name, mode = levels[0]["monitor"]
     sign = 1 if mode == "max" else -1
-    scores = [sign * level["metrics"].get(f"val/{name}", float("-inf")) for level in levels]
+    scores = [sign * level["metrics"].get(f"val/{name}", float("nan")) for level in levels]
+    if not math.isfinite(scores[0]):
+        return None
     return max(level for level, score in enumerate(scores) if score >= scores[0] - tolerance or level == 0)

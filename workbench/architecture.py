@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _ATTENTION = ("eager", "sdpa")
+_MODULE, _CLASS = "torch.nn.Module", "type[torch.nn.Module]"
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -46,6 +47,22 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
     if architecture is None:
         raise ValueError(f"{path} does not say how to build its model: pass one, load(path, model=...)")
     name = architecture["class_path"]
+    cls = _module_class(name, path)
+    try:
+        if "config" in architecture:
+            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
+        else:
+            model = cls(**{name: _made(value, path) for name, value in architecture["init_args"].items()})
+        if "activation" in architecture:
+            from workbench.activations import swap_activation
+
+            swap_activation(model, architecture["activation"])
+    except Exception as error:  # whatever a constructor does with arguments it does not expect
+        raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
+    return model
+
+
+def _module_class(name: str, path: Path) -> type[nn.Module]:
     module, _, qualname = name.rpartition(".")
     try:
         cls = getattr(import_module(module), qualname)
@@ -56,18 +73,26 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{path} names {name!r}, which is not a torch.nn.Module class")
-    try:
-        if "config" in architecture:
-            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
-        else:
-            model = cls(**architecture["init_args"])
-        if "activation" in architecture:
-            from workbench.activations import swap_activation
+    return cls
 
-            swap_activation(model, architecture["activation"])
-    except Exception as error:  # whatever a constructor does with arguments it does not expect
-        raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
-    return model
+
+def remembered(argument: Any) -> Any:
+    """A constructor's argument as JSON has it: a module as its architecture, a class as its path."""
+    if isinstance(argument, nn.Module):
+        return {_MODULE: describe(argument)}
+    if isinstance(argument, type):
+        return {_CLASS: f"{argument.__module__}.{argument.__qualname__}"}
+    return argument
+
+
+def _made(argument: Any, path: Path) -> Any:
+    """What :func:`remembered` was given, made again."""
+    if isinstance(argument, dict) and len(argument) == 1:
+        if _MODULE in argument:
+            return build(argument[_MODULE], path)
+        if _CLASS in argument:
+            return _module_class(str(argument[_CLASS]), path)
+    return argument
 
 
 def is_architecture(value: Any) -> bool:

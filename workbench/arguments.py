@@ -4,6 +4,7 @@ jsonargparse derives the schema from the signature; an argument ``trainer`` has 
 """
 
 import copy
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +16,12 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
 from workbench import faults, records
+from workbench.architecture import remembered
+from workbench.continuation import random_state, set_random_state
 from workbench.duration import Duration
 from workbench.jobs import find_jobs
 from workbench.recipe import Recipe, Stage
@@ -33,6 +36,7 @@ _COSMETIC = ("checkpoint", *(f"trainer.{name}" for name in _SHOWN))
 _SEEDS = range(2**32)
 _UNWRITABLE = object()
 ModuleT = TypeVar("ModuleT")
+DataT = TypeVar("DataT")
 _BUDGETS = ("max_epochs", "max_steps")
 
 
@@ -110,7 +114,11 @@ class Arguments:
 
     def build(self, folder_of: Callable[[Source], Source]) -> dict[str, Any]:
         """Keyword arguments for the job: objects made, sources replaced by ``folder_of`` them."""
-        made = self._parser.instantiate(_replaced(self._values, folder_of), instantiators=_INSTANTIATORS).as_dict()
+        builders = [
+            (_build_module, nn.Module, True),
+            (functools.partial(_build_data, self.seed or 0), LightningDataModule, True),
+        ]
+        made = self._parser.instantiate(_replaced(self._values, folder_of), instantiators=builders).as_dict()
         if self.trains:
             made["trainer"] = {name: made["trainer"][name] for name in self._trainer}
         return made
@@ -172,13 +180,24 @@ def _beside(folder: Path, source: Source) -> Source:
     return Source(stage) if (stage / "record.json").is_file() else source
 
 
+def _build_data(seed: int, class_type: type[DataT], *args: Any, **kwargs: Any) -> DataT:
+    """Make a data module from the stage's seed alone: a split drawn here must not depend on the model made before."""
+    state = random_state()
+    seed_everything(seed, workers=True, verbose=False)
+    try:
+        return class_type(*args, **kwargs)
+    finally:
+        set_random_state(state)
+
+
 def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
     """Make a module and let it remember what it was made of, so that a checkpoint can say so."""
     made = class_type(*args, **kwargs)
     if not hasattr(made, "init_args") and not args:
         # An argument that is an object cannot be remembered: the checkpoint will need the module to fill.
         with suppress(TypeError):
-            setattr(made, "init_args", json.loads(json.dumps(kwargs)))  # noqa: B010 - not declared
+            given = {name: remembered(value) for name, value in kwargs.items()}
+            setattr(made, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
     return made
 
 
@@ -223,6 +242,3 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping) and value:
         return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
     return {key: value}
-
-
-_INSTANTIATORS = [(_build_module, nn.Module, True)]

@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
         if trainer.is_global_zero and temporary.is_file():
             temporary.unlink()
     trainer.strategy.barrier()
+
+
+def restore_ended(path: Path, module: LightningModule, callbacks: Sequence[Callback]) -> None:
+    """Put module and callbacks where the training that wrote ``path`` at its end left them."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    for callback in callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
 class CPUThreads(Callback):
@@ -197,15 +208,16 @@ class History(Callback):
 
 
 class Resumable(Checkpoint):
-    """Keeps the newest checkpoint at one path, replaced atomically every so often.
+    """Keeps the newest checkpoint at one path, replaced atomically every so often, and one more when training ends.
 
     Args:
         path: The file.
+        ended: The file of the end. Whoever stopped training, a budget or an early stop: it is not to go on from there.
         every: Epochs, or optimizer steps for epochs that are long.
     """
 
-    def __init__(self, path: Path, every: Duration) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, ended: Path, every: Duration) -> None:
+        self.path, self.ended, self.every = path, ended, every
         self._last = -1
 
     def on_train_batch_end(
@@ -221,6 +233,10 @@ class Resumable(Checkpoint):
         """Save at the end of an epoch."""
         if self.every.unit == "it" or (trainer.current_epoch + 1) % self.every.value == 0:
             self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what training came to."""
+        save_checkpoint(trainer, self.ended)
 
     def _save(self, trainer: Trainer) -> None:
         self._last = trainer.global_step

@@ -146,7 +146,8 @@ def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[s
             raise recipe.error("the stage's folder is set for all stages at once, by --out", name, key)
         if key not in names:
             raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, key)
-    given = {key: value for key, value in shared.items() if key in names}
+    # A stage that starts from another one takes what that one has; only what it says itself comes instead.
+    given = {key: value for key, value in shared.items() if key in names and "start" not in own}
     merged = {**given, **{key: _merged(given.get(key), value) for key, value in own.items()}}
     return Stage(name, job, copy.deepcopy(merged))
 

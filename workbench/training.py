@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import artifact, progress
-from workbench.continuation import Continuation, History, Resumable, ShowProgress
+from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
 from workbench.duration import Duration
 from workbench.files import replacing
 from workbench.module import LRSchedulerCallable, OptimizerCallable, TaskModule, network_of, with_optimizer
@@ -193,18 +193,24 @@ def train(
     began = time.monotonic()
     last = out / "checkpoints" / "last.ckpt"
     history = History()
-    own = [*callbacks, Continuation(), history, ShowProgress(*part), Resumable(last, checkpoint)]
+    ended = out / "checkpoints" / "ended.ckpt"
+    own = [*callbacks, Continuation(), history, ShowProgress(*part), Resumable(last, ended, checkpoint)]
     with _quiet(progress.current() is not None):
         seed_everything(seed, workers=True, verbose=False)
         made = make_trainer(trainer, own, out)
         module.train()
-        with _ordered(data, seed, made):
-            made.fit(module, datamodule=data, ckpt_path=last if last.is_file() else start, weights_only=False)
-        if made.interrupted:
-            raise KeyboardInterrupt
+        every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        if ended.is_file():
+            restore_ended(ended, module, every)
+        else:
+            with _ordered(data, seed, made):
+                made.fit(module, datamodule=data, ckpt_path=last if last.is_file() else start, weights_only=False)
+            if made.interrupted:
+                raise KeyboardInterrupt
+            if made.global_step == 0:
+                raise ValueError("training took no step: give max_epochs or max_steps, and batches, above 0")
         metrics = _evaluate(made, module, data)
     task = getattr(module, "task", None)
-    every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
     return {
         "metrics": metrics,
         "history": history.rows,
@@ -268,6 +274,13 @@ def save_network(
     folder = out / "artifact"
     check_ranks_agree(network)
     if rank() == 0:
+        if artifact.describe(network) is None:
+            warnings.warn(
+                f"{type(network).__name__} does not say what it was built with, so its checkpoint loads only into a "
+                "module that is given: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
+                "call save_hyperparameters() in a LightningModule",
+                stacklevel=2,
+            )
         artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]})
         if example and (inputs := example_inputs(module, data)):
             with replacing(out / "example.safetensors") as temporary:
@@ -301,7 +314,10 @@ def example_inputs(module: LightningModule, data: LightningDataModule) -> dict[s
     if not is_overridden("val_dataloader", data, LightningDataModule):
         return {}
     data.setup("validate")
-    batch = next(iter(data.val_dataloader()))
+    loader = data.val_dataloader()
+    while isinstance(loader, (Mapping, list, tuple)):
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
+    batch = next(iter(loader))
     task = getattr(module, "task", None)
     if isinstance(task, Task):
         args, kwargs = task.inputs(batch)

@@ -387,7 +387,7 @@ def test_another_process_draws_the_same_and_needs_torch_only():
     code = """if True:
         import sys, torch
         from prune.pruner import Pruner
-        heavy = [m for m in ("lightning", "transformers", "workbench", "scipy") if m in sys.modules]
+        heavy = [m for m in ("lightning", "transformers", "datasets", "torchmetrics", "scipy") if m in sys.modules]
         print(heavy, Pruner("random", seed=3)(torch.nn.Linear(9, 5), 0.4).hash())
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from torch import nn
 from prune.callbacks import KeepMasked
 from prune.masks import Masks
 from prune.schedule import geometric, kept
-from prune.ticket import hunt
+from prune.ticket import _winning, hunt
 from workbench import artifact, load, records
 from workbench.data import Digits
 from workbench.duration import Duration
@@ -221,8 +221,8 @@ def test_the_winning_level_is_chosen_on_validation_data(tmp_path: Path, monkeypa
         ({"density": 0.1, "levels": 3}, "only one of them"),
         ({"density": 1.5}, "density is 1.5"),
         ({"levels": 2, "rate": 1.0}, "rate is 1.0"),
-        ({"levels": 1, "rewind": "9ep"}, "rewind is 9ep, but a level trains for 2 epochs only"),
-        ({"levels": 1, "rewind": "20it"}, "rewind is 20it, but a level trains for 20 steps only"),
+        ({"levels": 1, "rewind": "9ep"}, "rewind is 9ep, 90 steps, but a level trains for 20 steps only"),
+        ({"levels": 1, "rewind": "20it"}, "rewind is 20it, 20 steps, but a level trains for 20 steps only"),
         ({"levels": 1, "rewind": "1it", "include": ["encoder.*"]}, "encoder"),
     ],
 )
@@ -246,3 +246,41 @@ def test_a_diverged_level_is_not_pruned(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="diverged"),
     ):
         run(tmp_path, levels=1, rewind="1it", optimizer=explode)
+
+
+@pytest.mark.parametrize("rewind", ["1ep", "8it", "9it"])
+def test_a_rewind_point_at_or_after_the_end_is_refused(tmp_path: Path, rewind: str) -> None:
+    """Else every later level would start where it ends, and train nothing."""
+    with pytest.raises(ValueError, match="a level trains for 8 steps only"):
+        run(tmp_path, None, {"max_epochs": None, "max_steps": 8}, levels=1, rewind=rewind)
+
+
+def test_a_level_stopped_before_the_rewind_point_is_refused_again_and_again(tmp_path: Path) -> None:
+    class StopEarly(lp.Callback):
+        def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 4
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="stopped before the rewind point 12it"):
+            run(tmp_path, None, {"callbacks": [StopEarly()]}, levels=1, rewind="12it")
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "winner"),
+    [
+        ("max", [0.9, 0.895, 0.7], 1),
+        ("min", [0.5, 0.505, 0.9], 1),
+        ("min", [0.5, 0.9, 0.1], 2),
+        ("max", [None, None, None], None),
+        ("max", [0.9, None, None], 0),
+    ],
+)
+def test_the_winner_by_score_and_direction(mode: str, scores: list[float | None], winner: int | None) -> None:
+    metrics = [{} if score is None else {"val/x": score} for score in scores]
+    levels = [{"monitor": ["x", mode], "metrics": each} for each in metrics]
+    assert _winning(levels, 0.01) == winner
+
+
+def test_density_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="density is 0"):
+        run(tmp_path, density=0.0)

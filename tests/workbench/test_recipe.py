@@ -142,3 +142,20 @@ def test_an_error_says_where() -> None:
     error = recipe.Recipe(Path("r.yaml"), ()).error("is wrong", "teacher", "model")
     assert isinstance(error, RecipeError)
     assert str(error) == "r.yaml, stage 'teacher', key 'model': is wrong"
+
+
+def test_a_stage_that_starts_from_another_takes_nothing_shared(tmp_path: Path) -> None:
+    """Else the shared trainer would come instead of the one that the stage it starts from was given."""
+    text = """
+trainer: {max_epochs: 3}
+seed_everything: 4
+first: {job: fit, model: {class_path: workbench.models.MLP}, trainer: {max_epochs: 6}, data: {class_path: x.Y}}
+second: {job: hunt, start: first, levels: 1}
+third: {job: hunt, start: first, levels: 1, trainer: {max_epochs: 9}}
+"""
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    first, second, third = recipe.read(tmp_path / "r.yaml").stages
+    assert first.arguments["trainer"] == {"max_epochs": 6}
+    assert first.arguments["seed_everything"] == 4
+    assert second.arguments == {"start": "first", "levels": 1}
+    assert third.arguments["trainer"] == {"max_epochs": 9}

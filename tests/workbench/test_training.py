@@ -361,3 +361,34 @@ def test_cpu_threads_are_given_back(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="at least one thread"):
         CPUThreads(0)
+
+
+def test_a_training_that_ended_early_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between its end and its record, it must not train past the early stop."""
+
+    def weights(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        lp.seed_everything(5, verbose=False)
+        stopper = lp.callbacks.EarlyStopping("val/loss", patience=0, min_delta=0.2)
+        module = module_for(Noisy(), data := Digits(batch_size=256), None, SGD)
+        result = train(module, data, trainer={**CPU, "max_epochs": 30, "callbacks": [stopper]}, seed=5, out=out)
+        return module.state_dict(), result
+
+    whole, expected = weights(tmp_path / "whole")
+    assert 1 < len(expected["history"]) < 30
+
+    def killed(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workbench.training._evaluate", killed)
+        with pytest.raises(Stop):
+            weights(tmp_path / "pieces")
+    pieces, found = weights(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    assert (found["metrics"], found["history"]) == (expected["metrics"], expected["history"])
+
+
+@pytest.mark.parametrize("budget", [{"max_epochs": 0}, {"max_epochs": 1, "limit_train_batches": 0}])
+def test_a_training_without_a_step_is_refused(tmp_path: Path, budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="took no step"):
+        train(module_for(Noisy(), data := Digits()), data, trainer={**CPU, **budget}, seed=0, out=tmp_path)
