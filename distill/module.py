@@ -84,7 +84,7 @@ def module_for(
     if isinstance(model, LightningModule):
         raise ValueError(
             f"the student {type(model).__name__} is a LightningModule, whose own training_step and optimizer would not "
-            "be used here: give its network, or a fit stage of it with distill.DistillationCallback in trainer.callbacks"
+            "be used here: give its network, or fit it with distill.DistillationCallback in trainer.callbacks"
         )
     return DistillModule(model, teacher, task_for(data, task), temperature, alpha, optimizer, lr_scheduler)
 

@@ -277,7 +277,7 @@ def save_network(
         if artifact.describe(network) is None:
             warnings.warn(
                 f"{type(network).__name__} does not say what it was built with, so its checkpoint loads only into a "
-                "module that is given: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
+                "given module: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
                 "call save_hyperparameters() in a LightningModule",
                 stacklevel=2,
             )
