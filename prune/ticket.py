@@ -139,8 +139,8 @@ def hunt(
                 "rewind": {"to": str(rewind), "sha256": sha256(point)},
             }
             if rank() == 0:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 records.write(folder, record)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             barrier()
         masks = Masks(artifact.masks(folder))
         done.append(record)
