@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill import losses
     from distill.callbacks import DistillationCallback
+    from distill.features import capture
     from distill.module import DistillModule
     from distill.teacher import Teacher
 
-__all__ = ["DistillModule", "DistillationCallback", "Teacher", "losses"]
+__all__ = ["DistillModule", "DistillationCallback", "Teacher", "capture", "losses"]
 
 _HOME = {
     "DistillModule": "distill.module",
     "DistillationCallback": "distill.callbacks",
     "Teacher": "distill.teacher",
+    "capture": "distill.features",
 }
 
 

@@ -1,0 +1,300 @@
+"""Features: inputs and outputs of submodules, by path, and the projectors that make widths equal. Torch only."""
+
+import difflib
+import functools
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_TOKENS = re.compile(r"\*\*|\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
+
+
+@final
+class Features(Mapping[str, Tensor]):
+    """What :func:`capture` saw in the model's last forward, by name, in the order of the modules.
+
+    Reading a name that the last forward did not fill, or filled more than once, is an error, never a tensor of an
+    earlier forward. A copy, such as the one that comes with a copy of the model, is empty and stays so.
+    """
+
+    def __init__(self, names: Iterable[str] = (), clone: bool = False) -> None:
+        self._names = list(names)
+        self._clone = clone
+        self._found: dict[str, tuple[Tensor | None, int | None]] = {}
+        self._calls: dict[str, int] = {}
+        self._running = self._graph = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        name = name.removesuffix(":output")
+        if name not in self._names:
+            raise KeyError(f"{name!r} is not captured: {', '.join(self._names) or 'the capture has ended'}")
+        if name not in self._found:
+            raise ValueError(
+                f"{name!r} was not called since the features were last taken: run the model inside the with block, or "
+                "capture a part that its forward calls"
+            )
+        if (calls := self._calls[name]) > 1:
+            raise ValueError(f"{name!r} was called {calls} times in one forward: capture a part that is called once")
+        tensor, version = self._found[name]
+        if tensor is None:
+            raise ValueError(f"{name!r} has no tensor there: capture another part of the model")
+        if version is not None and tensor._version != version:
+            raise ValueError(
+                f"{name!r} was changed in place by what came after it, such as an activation with inplace=True: "
+                "keep a copy, capture(..., clone=True)"
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.removesuffix(":output") in self._names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Features":
+        return Features()
+
+    def __reduce__(self) -> tuple[type["Features"], tuple[()]]:
+        return Features, ()
+
+    def take(self) -> dict[str, Tensor]:
+        """All of them, as a dict; none is left here.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        taken = dict(self)
+        self._clear()
+        return taken
+
+    def _clear(self) -> None:
+        self._found, self._calls = {}, {}
+
+    def _close(self) -> None:
+        self._clear()
+        self._names = []
+
+    def _begin(self, *_: Any) -> None:
+        """A forward of the whole model starts."""
+        if not _recomputing():
+            self._clear()
+            self._running, self._graph = True, torch.is_grad_enabled()
+
+    def _end(self, *_: Any) -> None:
+        if not _recomputing():
+            self._running = False
+
+    def _put(self, name: str, value: Any) -> None:
+        if name not in self._names or _recomputing():
+            return
+        tensor = _first(value)
+        if self._running and self._graph and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+            raise ValueError(
+                f"{name!r} is computed without a graph by reentrant activation checkpointing, so no loss on it could "
+                "train the model: checkpoint with use_reentrant=False"
+            )
+        if tensor is not None and self._clone:
+            tensor = tensor.clone()
+        # Parts may be called outside of a forward of the whole; the last such call counts.
+        self._calls[name] = self._calls.get(name, 0) + 1 if self._running else 1
+        self._found[name] = tensor, None if tensor is None or tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -> Iterator[Features]:
+    """Keep the inputs or outputs of submodules while the model runs.
+
+    ::
+
+        with capture(model, ["encoder.layer.*", "classifier:input"]) as features:
+            loss = hint(features["encoder.layer.3"], ...) + model(**batch).loss
+
+    A name is a submodule's path, as in ``model.named_modules()``, with ``:output`` (the default) or ``:input`` behind
+    it. In a pattern ``*``, ``?`` and ``[...]`` stand for anything but a dot, ``**`` also for dots: ``layers.*`` is each
+    layer and nothing in it. Of a tuple, mapping or transformers output the first tensor counts; of inputs the first
+    positional one, else ``hidden_states``, else the first one given by keyword.
+
+    The features are those of the model's last forward, with their graph where there was one; recomputation in the
+    backward pass of activation checkpointing changes nothing. Wrappers are looked through: names of a compiled or
+    DistributedDataParallel model are those of the model inside. Inside the block torch's fused encoder and attention
+    kernels are off, since they skip submodules, and compiled code runs eagerly, since it may have been compiled
+    without these hooks; both only change rounding. On exit, also by an exception, no hook is left and the features
+    are gone.
+
+    Args:
+        model: The model, in any mode.
+        names: Paths and patterns.
+        clone: Keep copies, for models that change these tensors in place afterwards.
+
+    Yields:
+        Name -> tensor, in module order, input before output; refilled by each forward. ``take()`` empties it.
+
+    Raises:
+        ValueError: If a name or pattern matches nothing; on reading, if the last forward did not call a submodule,
+            called it more than once, gave it no tensor, or changed it in place afterwards.
+    """
+    model = _unwrapped(model)
+    sites = _sites(model, [names] if isinstance(names, str) else names)
+    features = Features(sites, clone)
+    if not sites:
+        yield features
+        return
+    with ExitStack() as stack:
+        stack.callback(features._close)
+        fused = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(model.register_forward_pre_hook(features._begin, prepend=True).remove)
+        for name, module in sites.items():
+            if name.endswith(":input"):
+                hook = functools.partial(_put_input, features, name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(functools.partial(_put_output, features, name))
+            stack.callback(handle.remove)
+        stack.callback(model.register_forward_hook(features._end, always_call=True).remove)
+        yield features
+
+
+def make_projector(student: Tensor, teacher: Tensor) -> nn.Module:
+    """A learned map from the student's features to the shape of the teacher's.
+
+    Vectors and sequences, [B, D] and [B, L, D]: a linear layer with bias (as TinyBERT). Images, [B, C, H, W]: adaptive
+    average pooling to the teacher's height and width where they differ, then a 1x1 convolution with bias (as FitNets).
+    The identity where nothing differs.
+
+    Args:
+        student: One batch of the student's features.
+        teacher: The teacher's for the same inputs.
+
+    Returns:
+        The module, on the student's device and in its precision (float32 under autocast).
+
+    Raises:
+        ValueError: If the shapes are not two of one kind.
+
+    Source: Romero et al. 2015, arXiv:1412.6550, section 2.2; Jiao et al. 2020, arXiv:1909.10351, equation 8.
+    """
+    image = student.dim() == 4
+    free = {1, 2, 3} if image else {student.dim() - 1}
+    same = student.dim() == teacher.dim() and all(
+        a == b for axis, (a, b) in enumerate(zip(student.shape, teacher.shape)) if axis not in free
+    )
+    if student.dim() not in (2, 3, 4) or not same:
+        raise ValueError(
+            f"student features are {list(student.shape)} and teacher features {list(teacher.shape)}: both are to be "
+            "[B, D], [B, L, D] or [B, C, H, W] of the same inputs"
+        )
+    low = torch.is_autocast_enabled(student.device.type) or not student.is_floating_point()
+    place: dict[str, Any] = {"device": student.device, "dtype": torch.float32 if low else student.dtype}
+    axis = 1 if image else -1
+    width, target = student.shape[axis], teacher.shape[axis]
+    maps: list[nn.Module] = []
+    if image and student.shape[2:] != teacher.shape[2:]:
+        maps.append(nn.AdaptiveAvgPool2d((teacher.shape[2], teacher.shape[3])))
+    if width != target:
+        maps.append(nn.Conv2d(width, target, 1, **place) if image else nn.Linear(width, target, **place))
+    if len(maps) > 1:
+        return nn.Sequential(*maps)
+    return maps[0] if maps else nn.Identity()
+
+
+def _put_input(features: Features, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    features._put(name, (args, kwargs.get("hidden_states"), kwargs))
+
+
+def _put_output(features: Features, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    features._put(name, output)
+
+
+def _first(value: Any) -> Tensor | None:
+    """The first tensor in a nest of sequences and mappings."""
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((found for part in parts if (found := _first(part)) is not None), None)
+
+
+def _recomputing() -> bool:
+    """Whether this runs in a backward pass, as the second forward of activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is checkpoint.CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"features are of an nn.Module's submodules, and {type(model).__name__} is none")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel runs copies of the model, whose features are lost: use DistributedDataParallel")
+    inner: Any = None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
+    else:
+        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+    return model if inner is None else _unwrapped(inner)
+
+
+def _modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule by every path, as the model would have them without wrappers, in the order of the model."""
+    for name, child in module._modules.items():
+        if child is not None:
+            child = _unwrapped(child)
+            yield path + name, child
+            yield from _modules(child, f"{path}{name}.")
+
+
+def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The module of every name that is to be captured, in order."""
+    modules = dict(_modules(model))
+    wanted: set[str] = set()
+    for name in names:
+        path, _, side = name.partition(":")
+        if side not in ("", "input", "output"):
+            raise ValueError(f"{name!r} ends in ':{side}': ':input' or ':output' can be captured")
+        found = [known for known in modules if _regex(path).fullmatch(known)]
+        if not found:
+            raise ValueError(f"{name!r} matches no submodule of {type(model).__name__}: {_near(path, list(modules))}")
+        wanted |= {known + (":input" if side == "input" else "") for known in found}
+    return {name: module for path, module in modules.items() for name in (f"{path}:input", path) if name in wanted}
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    meaning = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = []
+    for token in _TOKENS.findall(pattern):
+        if token in meaning:
+            parts.append(meaning[token])
+        elif len(token) > 1:
+            inside = re.sub(r"[\\\[]", r"\\\g<0>", token[1:-1])
+            parts.append(f"[^{inside[1:]}.]" if inside.startswith("!") else f"(?!\\.)[{inside}]")
+        else:
+            parts.append(re.escape(token))
+    return re.compile("".join(parts))
+
+
+def _near(path: str, known: list[str]) -> str:
+    for wrapper in ("module.", "_orig_mod."):
+        if path.startswith(wrapper):
+            return f"leave out {wrapper!r}, names are those of the model inside"
+    close = difflib.get_close_matches(path, known, n=5, cutoff=0.5)
+    close = close or [name for name in known if "." not in name][:10]
+    return f"near are {', '.join(close)}" if close else "it has none"
