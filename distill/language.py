@@ -1,0 +1,341 @@
+"""Distilling language models: positions, vocabularies, a loss that never holds [tokens, vocabulary]. Torch only."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses import check_alpha, check_temperature
+from workbench.tokens import IGNORED, shift, valid_tokens
+
+__all__ = [
+    "IGNORED",
+    "check_vocabulary",
+    "chunked_soft_target",
+    "headless",
+    "pad_vocabulary",
+    "shift",
+    "valid_tokens",
+]
+
+# What a configuration calls an operation between the head and the logits.
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def check_vocabulary(student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int]) -> int:
+    """Make sure that a number means the same token to both models.
+
+    Args:
+        student_tokens: Token -> id, such as ``tokenizer.get_vocab()`` gives.
+        teacher_tokens: The same of the teacher.
+
+    Returns:
+        How many rows of an lm head they name, one more than the largest id; rows beyond are padding.
+
+    Raises:
+        ValueError: If the maps differ, equal sizes or not.
+    """
+    if not student_tokens:
+        raise ValueError("the student's vocabulary is empty: give token -> id, such as tokenizer.get_vocab()")
+    if differing := sorted(dict(student_tokens.items() ^ teacher_tokens.items())):
+        said = "; ".join(
+            f"{token!r} is {student_tokens.get(token, 'unknown')} to the student and "
+            f"{teacher_tokens.get(token, 'unknown')} to the teacher"
+            for token in differing[:3]
+        )
+        raise ValueError(
+            f"the vocabularies differ in {len(differing)} of {len({*student_tokens, *teacher_tokens})} tokens "
+            f"({said}): give both models one tokenizer"
+        )
+    return max(student_tokens.values()) + 1
+
+
+def pad_vocabulary(logits: Tensor, vocabulary: int, size: int | None = None) -> Tensor:
+    """Logits over ``size`` rows, of which those from ``vocabulary`` on take no probability.
+
+    Lm heads are padded to a multiple of something, each model's to its own: the rows that name no token get ``-inf``.
+
+    Args:
+        logits: [..., rows], at least ``vocabulary`` of them.
+        vocabulary: Number of tokens; see :func:`check_vocabulary`.
+        size: Rows of the result; as many as there are if None.
+
+    Returns:
+        [..., size].
+
+    Raises:
+        ValueError: If there are fewer rows than tokens, or are to be.
+    """
+    rows = logits.shape[-1]
+    size = rows if size is None else size
+    if not 0 < vocabulary <= min(rows, size):
+        raise ValueError(
+            f"vocabulary={vocabulary} with {rows} rows of logits and size={size}: "
+            "every token needs a row, before and after"
+        )
+    return nn.functional.pad(logits[..., :vocabulary], (0, size - vocabulary), value=float("-inf"))
+
+
+@contextmanager
+def headless(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, ``model`` returns its last hidden states as ``logits``; yields the head, with ``weight`` and ``bias``.
+
+    So the hidden states come through the forward of whatever wraps the model, such as DDP, and the head is applied by
+    :func:`chunked_soft_target`. The head is back afterwards, also after an exception. In between it is not in the
+    model's ``state_dict``.
+
+    Args:
+        model: A transformers language model, or a module that holds one.
+
+    Raises:
+        ValueError: If there is no model with an output layer in it, if that is no plain linear layer, or if the model
+            changes the logits after its head, so that hidden states must not take their place.
+
+    Example:
+        >>> with headless(student) as head:
+        ...     hidden = student(**inputs).logits
+        >>> chunked_soft_target(hidden, head.weight, teacher_hidden, teacher_head.weight)
+    """
+    owner, head = _head(model)
+    config = getattr(owner, "config", None)
+    if changes := [name for name in _AFTER_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]:
+        raise ValueError(
+            f"{type(owner).__name__} changes its logits after the head ({', '.join(changes)} in its config): "
+            "use its logits and distill.losses"
+        )
+    places = [(parent, name) for parent in owner.modules() for name, child in parent._modules.items() if child is head]
+    try:
+        for parent, name in places:
+            parent._modules[name] = nn.Identity()
+        yield head
+    finally:
+        for parent, name in places:
+            parent._modules[name] = head
+
+
+def _head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module inside ``model`` that says what its output layer is, and that layer."""
+    for owner in model.modules():
+        get: Any = getattr(owner, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if isinstance(head, nn.Module):
+            if not isinstance(head, nn.Linear):
+                raise ValueError(f"the output layer is a {type(head).__name__}: a torch.nn.Linear is needed")
+            return owner, head
+    raise ValueError(
+        f"{type(model).__name__} names no output layer (get_output_embeddings): give a transformers language model"
+    )
+
+
+def chunked_soft_target(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    valid: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    r"""The loss of distillation from hidden states and lm heads, a few tokens at a time.
+
+    .. math:: \alpha T^2 \mathrm{KL}\bigl(\sigma(W^t h^t / T) \,\|\, \sigma(W^s h^s / T)\bigr)
+              + (1 - \alpha) \bigl(-\log \sigma(W^s h^s)_y\bigr)
+
+    The same in value and gradient as both heads followed by :func:`distill.losses.soft_target` and cross-entropy, but
+    no [tokens, vocabulary] is ever held: gradients are made in the forward pass, chunk by chunk, and tokens that do
+    not count are left out of the matrix products too. Softmax in at least fp32; gradients of half-precision weights
+    are summed in fp32. The teacher gets no gradient, and a second derivative is refused.
+
+    Args:
+        student_hidden: [..., D]; already shifted for a causal model.
+        student_weight: [V, D], of the lm head.
+        teacher_hidden: [..., E].
+        teacher_weight: [V, E]. Heads padded to different lengths are cut to the vocabulary: ``weight[:vocabulary]``.
+        temperature: T > 0 of the soft targets; cross-entropy has none.
+        labels: y, int64 [...]; needed for alpha < 1.
+        alpha: Weight of the soft targets, in [0, 1]; at the ends the other term is not computed.
+        valid: Bool [...], True where a token counts; by default where the label is not -100, or everywhere.
+        student_bias: [V]; -inf for a row that takes no probability.
+        teacher_bias: [V].
+        chunk: Tokens at a time. Memory beyond the weights' gradient is about 5 x chunk x V numbers.
+
+    Returns:
+        A scalar in nats: mean over valid tokens; 0 with its graph if none is.
+
+    Raises:
+        ValueError: If shapes do not fit, labels are missing or out of range where they count, or a number is out of
+            range.
+
+    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2; gradients in the forward pass after Hsu et al.,
+        "Liger Kernel", 2024, arXiv:2410.10989, section 3.2.
+    """
+    check_temperature(temperature)
+    check_alpha(alpha)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: give at least 1 token at a time")
+    student, teacher = _Head(student_weight, student_bias), _Head(teacher_weight.detach(), teacher_bias)
+    _check(student_hidden, student, teacher_hidden, teacher, labels, alpha, valid)
+    hard = labels if alpha < 1 else None
+    if valid is None and labels is not None:
+        valid = labels != IGNORED
+    hs, ht = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
+    y = None if hard is None else hard.flatten()
+    if valid is not None:
+        # Before the matrix products: it saves time, and what stands elsewhere, NaN included, reaches nothing.
+        kept = valid.flatten().nonzero().squeeze(1)
+        hs, ht, y = hs[kept], ht[kept], None if y is None else y[kept]
+    if y is not None and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < len(student_weight):
+        raise ValueError(
+            f"labels that count are {int(y.min())} to {int(y.max())}: give 0 to {len(student_weight) - 1}, "
+            f"or leave the others out by {IGNORED} or valid"
+        )
+    settings = _Settings(temperature, alpha, chunk, torch.is_grad_enabled())
+    loss: Any = _Chunked.apply(hs, *student, ht, *teacher, y, settings)
+    return loss
+
+
+class _Head(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    alpha: float
+    chunk: int
+    grad: bool
+
+
+class _Chunked(torch.autograd.Function):
+    """Mean loss of compacted tokens; the gradients are made on the way and only scaled in backward.
+
+    Shapes: hs [N, D], ws [V, D], bs [V], ht [N, E], wt [V, E], bt [V], y [N].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hs: Tensor,
+        ws: Tensor,
+        bs: Tensor | None,
+        ht: Tensor,
+        wt: Tensor,
+        bt: Tensor | None,
+        y: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        device = hs.device.type
+        casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = casts or ws.dtype
+        wide = torch.float64 if torch.float64 in (ws.dtype, wt.dtype) else torch.float32
+        need_h, need_w, need_b = (settings.grad and need for need in ctx.needs_input_grad[:3])
+        with torch.autocast(device, enabled=False):
+            student, teacher = _cast(ws, bs, dtype), _cast(wt, bt, casts or wt.dtype)
+            gh = torch.empty_like(hs) if need_h else None
+            gw = torch.zeros_like(ws, dtype=wide) if need_w else None
+            gb = torch.zeros_like(bs, dtype=wide) if need_b and bs is not None else None
+            total = torch.zeros((), dtype=wide, device=hs.device)
+            for start in range(0, len(hs), settings.chunk):
+                rows = slice(start, start + settings.chunk)
+                h = hs[rows].to(dtype)
+                zs = nn.functional.linear(h, *student).to(wide)
+                zt = nn.functional.linear(ht[rows].to(teacher.weight.dtype), *teacher) if settings.alpha else None
+                value, gz = _scored(zs, None if zt is None else zt.to(wide), None if y is None else y[rows], settings)
+                total += value
+                if gb is not None:
+                    gb += gz.sum(0)
+                gz = gz.to(dtype)
+                if gh is not None:
+                    gh[rows] = gz @ student.weight
+                if gw is not None and gw.dtype == dtype:
+                    gw.addmm_(gz.t(), h)
+                elif gw is not None:
+                    gw += gz.t() @ h
+        ctx.save_for_backward(gh, gw, gb)
+        ctx.count = max(len(hs), 1)
+        ctx.dtypes = (hs.dtype, ws.dtype, None if bs is None else bs.dtype)
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "chunked_soft_target has no second derivative, and backward was called with create_graph=True: "
+                "use distill.losses.soft_target on logits"
+            )
+        # Divided only here, after a loss scale that keeps small numbers from vanishing in fp16.
+        scale = grad_outputs[0] / ctx.count
+        made = [
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return (*made, None, None, None, None, None)
+
+
+def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Head:
+    return _Head(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk and its gradient by ``zs`` [C, V]; both logits are overwritten."""
+    t, alpha = settings.temperature, settings.alpha
+    value, gradient = zs.new_zeros(()), None
+    if y is not None:
+        log_q = torch.log_softmax(zs, -1)
+        value -= (1 - alpha) * log_q.gather(1, y[:, None]).sum()
+        gradient = log_q.exp_()
+        gradient[torch.arange(len(y), device=y.device), y] -= 1
+        gradient *= 1 - alpha
+    if zt is not None:
+        log_q, log_p = torch.log_softmax(zs.div_(t), -1), torch.log_softmax(zt.div_(t), -1)
+        p = log_p.exp()
+        ratio = log_p.sub_(log_q)
+        # 0 log 0 = 0, also where the student gives such a class no probability either.
+        ratio.masked_fill_(p == 0, 0.0)
+        soft = log_q.exp_().sub_(p)
+        value += alpha * t**2 * p.mul_(ratio).sum()
+        gradient = soft.mul_(alpha * t) if gradient is None else gradient.add_(soft, alpha=alpha * t)
+    assert gradient is not None
+    return value, gradient
+
+
+def _check(
+    student_hidden: Tensor,
+    student: _Head,
+    teacher_hidden: Tensor,
+    teacher: _Head,
+    labels: Tensor | None,
+    alpha: float,
+    valid: Tensor | None,
+) -> None:
+    shape = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"student hidden states are {list(student_hidden.shape)} and the teacher's {list(teacher_hidden.shape)}: "
+            "ask both about the same tokens"
+        )
+    for whose, hidden, head in (("student", student_hidden, student), ("teacher", teacher_hidden, teacher)):
+        if head.weight.ndim != 2 or hidden.shape[-1] != head.weight.shape[1]:
+            raise ValueError(
+                f"the {whose}'s hidden states are {list(hidden.shape)} and its weight {list(head.weight.shape)}: "
+                "give [..., D] and [V, D]"
+            )
+        if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+            raise ValueError(f"{whose}_bias is {list(head.bias.shape)}: give [{len(head.weight)}], one number a token")
+    if len(student.weight) != len(teacher.weight):
+        raise ValueError(
+            f"the student's head has {len(student.weight)} rows and the teacher's {len(teacher.weight)}: compare their "
+            "tokens (check_vocabulary) and cut both to the vocabulary, weight[:vocabulary]"
+        )
+    if alpha < 1 and labels is None:
+        raise ValueError(f"alpha is {alpha} without labels: give labels, or alpha=1 for soft targets alone")
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"labels are {list(labels.shape)}: give {list(shape)}, one a token")
+    if valid is not None and (valid.shape != shape or valid.dtype != torch.bool):
+        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}: bool {list(shape)} is needed")
