@@ -1,0 +1,79 @@
+"""Distillation losses: pure functions, and a module of each. Imports torch only.
+
+Logits are [..., classes]: summed over classes, averaged over positions. Features are [B, ..., width] or, as images,
+[B, channels, H, W]. All compute in at least fp32, outside autocast, and give the teacher no gradient. ``valid`` says
+which positions count: what stands elsewhere, NaN included, changes neither the value nor the gradient.
+"""
+
+from distill.losses.controls import label_smoothing, shuffled_off_class
+from distill.losses.features import (
+    attention_relation,
+    attention_transfer,
+    cosine,
+    hint,
+    rkd,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+)
+from distill.losses.logits import dist, dkd, jsd, logit_mse, mix, reverse_kl, soft_target, standardize
+from distill.losses.modules import (
+    DIST,
+    DKD,
+    JSD,
+    RKD,
+    AttentionRelation,
+    AttentionTransfer,
+    Cosine,
+    FeatureLoss,
+    Hint,
+    LabelSmoothing,
+    LogitLoss,
+    LogitMSE,
+    ReverseKL,
+    ShuffledOffClass,
+    SimilarityPreserving,
+    SoftTarget,
+)
+from distill.losses.reduction import check_alpha, check_temperature
+from distill.losses.sampled import sampled_soft_target
+
+__all__ = [
+    "DIST",
+    "DKD",
+    "JSD",
+    "RKD",
+    "AttentionRelation",
+    "AttentionTransfer",
+    "Cosine",
+    "FeatureLoss",
+    "Hint",
+    "LabelSmoothing",
+    "LogitLoss",
+    "LogitMSE",
+    "ReverseKL",
+    "ShuffledOffClass",
+    "SimilarityPreserving",
+    "SoftTarget",
+    "attention_relation",
+    "attention_transfer",
+    "check_alpha",
+    "check_temperature",
+    "cosine",
+    "dist",
+    "dkd",
+    "hint",
+    "jsd",
+    "label_smoothing",
+    "logit_mse",
+    "mix",
+    "reverse_kl",
+    "rkd",
+    "rkd_angle",
+    "rkd_distance",
+    "sampled_soft_target",
+    "shuffled_off_class",
+    "similarity_preserving",
+    "soft_target",
+    "standardize",
+]

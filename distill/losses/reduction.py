@@ -1,0 +1,140 @@
+"""What the losses share: checks, precision, masks, sums."""
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises: ValueError: unless the temperature is positive and finite."""
+    if not 0 < temperature < INF:
+        raise ValueError(f"temperature is {temperature}: a positive number is needed, usually 1 to 10")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises: ValueError: unless alpha is in [0, 1]."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}: the weight of the soft targets is between 0 and 1")
+
+
+def check_beta(beta: float) -> None:
+    """Raises: ValueError: unless beta is in [0, 1]."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}: the teacher's weight in the mixture is between 0 and 1")
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Raises: ValueError: unless the smoothing is in [0, 1)."""
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}: at least 0 and less than 1 is needed, usually 0.1")
+
+
+def check_weights(**weights: float) -> None:
+    """Raises: ValueError: unless each is finite and at least 0."""
+    for name, weight in weights.items():
+        if not 0 <= weight < INF:
+            raise ValueError(f"{name} is {weight}: a weight is finite and at least 0")
+
+
+def check_logits(student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+    """Raises: ValueError: unless both have one shape, and ``valid`` is bool of that shape without the classes."""
+    if student.shape != teacher.shape:
+        if student.shape[:-1] == teacher.shape[:-1]:
+            raise ValueError(
+                f"the student scores {student.shape[-1]} classes and the teacher {teacher.shape[-1]}: "
+                "give them outputs over the same classes"
+            )
+        raise ValueError(
+            f"student logits are {list(student.shape)} and teacher logits {list(teacher.shape)}: "
+            "ask both about the same inputs"
+        )
+    check_valid(student, valid)
+
+
+def check_valid(logits: Tensor, valid: Tensor | None) -> None:
+    """Raises: ValueError: unless ``valid`` is bool of the logits' shape without the classes."""
+    if valid is not None and (valid.shape != logits.shape[:-1] or valid.dtype != torch.bool):
+        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}: bool {list(logits.shape[:-1])} is needed")
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast does not reach the tensor's device."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def blank(tensor: Tensor, valid: Tensor | None) -> Tensor:
+    """Zeros along the last axis wherever a position does not count.
+
+    Before the softmax, not after: its gradient multiplies by what stood there, and 0 * NaN is NaN.
+    """
+    return tensor if valid is None else tensor.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+
+def soften(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of student and teacher at a temperature; uniform where a position does not count."""
+    zs, zt = blank(wide(student), valid), blank(wide(teacher.detach()), valid)
+    return torch.log_softmax(zs / temperature, -1), torch.log_softmax(zt / temperature, -1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, summed over the last axis."""
+    p = log_p.exp()
+    # 0 log 0 = 0, also where q gives such a class no probability either.
+    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+
+def average(values: Tensor, valid: Tensor | None, temperature: float = 1.0) -> Tensor:
+    """T^2 times the mean over valid positions; 0, with its graph, if none is valid. The one place that knows T^2."""
+    if valid is None:
+        return temperature**2 * values.sum() / max(values.numel(), 1)
+    return temperature**2 * values.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def mark(labels: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Bool, of the logits' shape: the class that each position is labelled with; class 0 where it does not count.
+
+    Raises:
+        ValueError: If labels are not int64 of the logits' shape without the classes, or one that counts is no class.
+    """
+    if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}: int64 {list(logits.shape[:-1])} is needed, a class each"
+        )
+    labels = labels if valid is None else labels.masked_fill(~valid, 0)
+    try:
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(
+            f"labels go from {labels.min().item()} to {labels.max().item()} and there are {logits.shape[-1]} classes: "
+            "say with valid which positions count, e.g. valid=labels != -100"
+        ) from error
+
+
+def unit(tensor: Tensor, dim: int, size: Tensor | float = 0.0) -> Tensor:
+    """Divided by its Euclidean norm along an axis, and as it is where there is no direction: gradients stay finite.
+
+    Args:
+        tensor: What to normalise.
+        dim: The axis.
+        size: Norm of what a difference was taken of: a norm within its rounding is none.
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    return tensor / torch.where(norm > _rounding(tensor) * size, norm, 1.0)
+
+
+def varies(centred: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """Whether a tensor, given without and with its mean, is anything but constant along an axis, beyond rounding."""
+    norm = torch.linalg.vector_norm(centred, dim=dim)
+    return norm > _rounding(tensor) * torch.linalg.vector_norm(tensor, dim=dim)
+
+
+def _rounding(tensor: Tensor) -> float:
+    return 8 * torch.finfo(tensor.dtype).eps
