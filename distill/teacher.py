@@ -1,54 +1,123 @@
-"""Teacher: a trained network that is asked and never taught."""
+"""Teacher: a trained network, or several, asked and never taught."""
 
 import copy
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.int8 import quantize
 from workbench import artifact
+from workbench.architecture import describe
+
+Asked = nn.Module | str | Path | Callable[..., Any]
+Precision = Literal["bf16", "int8"]
+Average = Literal["logits", "probabilities"]
+# Where a configuration was read from and by which version is not what it says.
+_PASSING = ("_name_or_path", "transformers_version")
 
 
 @final
 class Teacher:
-    """A frozen network in eval mode, owned by nobody.
+    """A frozen network in eval mode, owned by nobody; or several, whose answers are averaged.
 
     Not an ``nn.Module``: whoever holds it does not get its weights in ``parameters()``, in the optimizer, in DDP
     buckets, in the state dict or in a checkpoint, and ``train()`` on the holder does not wake it. Copies of the
     holder share it.
 
+    Several teachers with weights w_i, which are scaled to sum 1, answer with the tensor of logits
+    sum_i w_i z_i (``average="logits"``) or log sum_i w_i softmax(z_i) (``"probabilities"``).
+
     Args:
-        source: A trained network, which is copied; or a folder: a compact checkpoint, a finished stage, or a model
-            that ``transformers.AutoModelForSequenceClassification`` loads (also a hub name).
+        source: A trained network, which is copied; a folder: a compact checkpoint, a finished stage, or a model that
+            transformers loads (also a hub name), as the class that its configuration names; or a function of the
+            model's arguments, which is called as it is. Or a list of these.
+        precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits (:class:`distill.int8.Int8Linear`),
+            both on a GPU and on CPU, and what it answers is float32. None leaves the network in its own precision.
+        compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
+        weights: Of several teachers, equal if None.
+        average: What of several teachers is averaged.
 
     Raises:
-        ValueError: If there is no such thing there, or it lacks weights.
+        ValueError: If there is no such thing there, it lacks weights, a precision is asked of a function, or the
+            weights do not fit.
     """
 
-    def __init__(self, source: nn.Module | str | Path) -> None:
-        # The copy keeps freezing from reaching into the caller's network; what was just loaded is nobody else's.
-        module = copy.deepcopy(source) if isinstance(source, nn.Module) else _load(source)
-        self._module = module.requires_grad_(False).eval()
+    def __init__(
+        self,
+        source: Asked | Sequence[Asked],
+        precision: Precision | None = None,
+        compile: bool = False,
+        weights: Sequence[float] | None = None,
+        average: Average = "logits",
+    ) -> None:
+        if precision is not None and precision not in get_args(Precision):
+            raise ValueError(f"precision is {precision!r}: choose bf16, int8, or None for the network's own")
+        if average not in get_args(Average):
+            raise ValueError(f"average is {average!r}: choose from {', '.join(get_args(Average))}")
+        several = isinstance(source, (list, tuple))
+        sources: list[Any] = list(source) if several else [source]  # type: ignore[arg-type]
+        self.weights = _shares(weights, len(sources), several)
+        self.precision: Precision | None = precision
+        self.average: Average = average
+        self._members = [_Member(each, precision, compile) for each in sources]
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's output, without a graph.
+        """The network's output, without a graph; of several, the averaged logits.
 
         The network follows the inputs to their device; floating-point inputs are read in the network's precision,
         since the student's may be another.
+
+        Raises:
+            ValueError: If several do not give logits of one shape.
         """
-        self._module.eval()
-        weight = next((p for p in self._module.parameters() if p.is_floating_point()), None)
-        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if weight is not None and first is not None:
-            if weight.device != first.device:
-                self._module.to(first.device)
-            args, kwargs = tree_map_only(
-                Tensor, lambda value: value.to(weight.dtype) if value.is_floating_point() else value, (args, kwargs)
+        return self.outputs(args, kwargs)[0]
+
+    @torch.no_grad()
+    def outputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], features: Iterable[str] = ()
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The output for ``(*args, **kwargs)``, and what went in or out of the submodules named by ``features``.
+
+        Args:
+            args: Positional arguments of the network.
+            kwargs: Keyword arguments.
+            features: Paths or patterns, as :func:`distill.features.capture` takes them.
+
+        Raises:
+            ValueError: If features are asked of several teachers or of a function, or a name fits nothing.
+        """
+        names = [features] if isinstance(features, str) else list(features)
+        if names and (len(self._members) > 1 or self._members[0].network is None):
+            what = "several teachers" if len(self._members) > 1 else "a function"
+            raise ValueError(f"features {names} are asked of {what}: only a single network has them")
+        if len(self._members) == 1:
+            return self._members[0].ask(args, kwargs, names)
+        answers = [_logits(member.ask(args, kwargs, [])[0]) for member in self._members]
+        if odd := [list(each.shape) for each in answers if each.shape != answers[0].shape]:
+            raise ValueError(
+                f"teachers to be averaged give logits {list(answers[0].shape)} and {odd[0]}: "
+                "give ones over the same classes"
             )
-        return self._module(*args, **kwargs)
+        return averaged(answers, self.weights, self.average), {}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what it is made of: architecture, weights, precision, and of several how they are averaged.
+
+        Of a function it knows the name and the code, not what that reaches for.
+        """
+        digest = hashlib.sha256(json.dumps([self.precision, self.weights, self.average]).encode())
+        for member in self._members:
+            digest.update(member.fingerprint())
+        return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         # It never changes, and may be far larger than what learns from it.
@@ -56,8 +125,150 @@ class Teacher:
 
     @property
     def module(self) -> nn.Module:
-        """The network, for reading."""
-        return self._module
+        """The network, for reading; of several, a list of them.
+
+        Raises:
+            ValueError: If the teacher is a function.
+        """
+        networks = [member.network for member in self._members]
+        if any(network is None for network in networks):
+            raise ValueError("the teacher is a function: it has no module to look at")
+        found: list[Any] = networks
+        return found[0] if len(found) == 1 else nn.ModuleList(found)
+
+
+def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Average = "logits") -> Tensor:
+    """Weighted mean of several teachers' logits [..., classes], or the log of that of their probabilities.
+
+    Args:
+        logits: One tensor a teacher, all of one shape.
+        weights: One a teacher, of sum 1.
+        average: "logits": sum_i w_i z_i; "probabilities": log sum_i w_i softmax(z_i), in at least fp32.
+    """
+    if average == "logits":
+        # A teacher of weight 0 is left out: 0 * inf is NaN.
+        parts = [weight * each for weight, each in zip(weights, logits) if weight > 0]
+        return torch.stack(parts).sum(0)
+    wide = [each if each.dtype == torch.float64 else each.float() for each in logits]
+    parts = [math.log(weight) + torch.log_softmax(each, -1) for weight, each in zip(weights, wide) if weight > 0]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+@final
+class _Member:
+    """One network, or one function, and how it is asked."""
+
+    def __init__(self, source: Asked, precision: Precision | None, compile: bool) -> None:
+        self.network: nn.Module | None = None
+        self._function: Callable[..., Any] | None = None
+        self._precision = precision
+        if callable(source) and not isinstance(source, nn.Module):
+            if precision is not None or compile:
+                asked = f"precision {precision!r}" if precision is not None else "compile"
+                raise ValueError(f"{asked} is asked of a function: only a network's can be chosen here")
+            self._function = source
+            return
+        # The copy keeps freezing from reaching into the caller's network; what was just loaded is nobody else's.
+        network = copy.deepcopy(source) if isinstance(source, nn.Module) else _load(source)
+        if precision == "bf16":
+            network = network.to(torch.bfloat16)
+        elif precision == "int8":
+            network = quantize(network)
+        self.network = network.requires_grad_(False).eval()
+        self._compile = compile
+
+    def ask(self, args: Sequence[Any], kwargs: Mapping[str, Any], features: list[str]) -> tuple[Any, dict[str, Tensor]]:
+        """The raw output, and the features."""
+        if self.network is None:
+            assert self._function is not None
+            return self._function(*args, **kwargs), {}
+        self.network.eval()
+        args, kwargs = self._moved(args, kwargs)
+        if features:
+            from distill.features import capture
+
+            # The module itself: compiled code does not look for hooks that came after it.
+            with capture(self.network, features, clone=True) as captured:
+                raw = self.network(*args, **kwargs)
+                return self._wide(raw), self._wide(captured.take())
+        if self._function is None:
+            self._function = torch.compile(self.network) if self._compile else self.network
+        return self._wide(self._function(*args, **kwargs)), {}
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of architecture and weights; of a function its name and code."""
+        if self.network is None:
+            return _digest_of_function(self._function)
+        return _digest_of_network(self.network)
+
+    def _moved(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments in the network's precision, after the network went to their device."""
+        assert self.network is not None
+        state = chain(self.network.parameters(), self.network.buffers())
+        own = next((tensor for tensor in state if tensor.is_floating_point()), None)
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if own is None or first is None:
+            return args, kwargs
+        if own.device != first.device:
+            self.network.to(first.device)
+        dtype = own.dtype
+        return tree_map_only(
+            Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, (tuple(args), dict(kwargs))
+        )
+
+    def _wide(self, output: Any) -> Any:
+        if self._precision is None:
+            return output
+        return tree_map_only(Tensor, lambda value: value.float() if value.dtype == torch.bfloat16 else value, output)
+
+
+def _shares(weights: Sequence[float] | None, count: int, several: bool) -> list[float]:
+    if count == 0:
+        raise ValueError("the list of teachers is empty: give at least one")
+    if weights is None:
+        return [1 / count] * count
+    if not several:
+        raise ValueError(f"weights is {list(weights)} for one teacher: give a list of teachers, or no weights")
+    if len(weights) != count:
+        raise ValueError(f"weights is {list(weights)} for {count} teachers: give one weight each")
+    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
+        raise ValueError(f"weights is {list(weights)}: give finite numbers of at least 0, one of them above")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _logits(output: Any) -> Tensor:
+    """The tensor itself, or ``logits`` of a mapping or of a transformers output."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"a teacher to be averaged returned {type(output).__name__} without logits: average teachers that have them"
+    )
+
+
+def _digest_of_network(network: nn.Module) -> bytes:
+    described = describe(network) or {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
+    if isinstance(config := described.get("config"), dict):
+        described["config"] = {name: value for name, value in config.items() if name not in _PASSING}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            digest.update(f"{name} {value!r}".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _digest_of_function(function: Any) -> bytes:
+    if hasattr(function, "fingerprint"):
+        return hashlib.sha256(str(function.fingerprint()).encode()).digest()
+    named = function if hasattr(function, "__qualname__") else type(function)
+    digest = hashlib.sha256(f"{named.__module__}.{named.__qualname__}".encode())
+    if (code := getattr(function, "__code__", None)) is not None:
+        digest.update(code.co_code + " ".join(code.co_names).encode())
+    return digest.digest()
 
 
 def _load(source: str | Path) -> nn.Module:
@@ -66,6 +277,8 @@ def _load(source: str | Path) -> nn.Module:
         return artifact.load(folder)
     if (path / "config.json").is_file() or _is_hub_name(source):
         return _from_transformers(str(source))
+    if next(_caches(path), None) is not None:
+        raise ValueError(f"teacher '{source}' is a cache, not a network: read it with distill.CachedTeacher")
     state = "holds none" if path.exists() else "does not exist"
     raise ValueError(f"teacher '{source}' {state}: give a finished stage, a compact checkpoint or a transformers model")
 
@@ -77,6 +290,10 @@ def _checkpoint(path: Path) -> Path | None:
         return None
 
 
+def _caches(path: Path) -> Iterator[Path]:
+    return chain(path.glob("cache.json"), path.glob("*/cache.json"), path.glob("cache/*/cache.json"))
+
+
 def _is_hub_name(source: str | Path) -> bool:
     """Whether it could be one: ``name`` or ``owner/name``, and nothing on this disk."""
     name = str(source)
@@ -85,22 +302,45 @@ def _is_hub_name(source: str | Path) -> bool:
 
 
 def _from_transformers(name: str) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
+    from safetensors import SafetensorError
 
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+        model, missing = _with_missing(_class_for(name), name)
+        if missing and all("pooler" in key.split(".") for key in missing) and _is_plain(model):
+            # A plain encoder out of a model that had no use for the pooler: without one it is whole.
+            model, missing = _with_missing(type(model), name, add_pooling_layer=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"teacher '{name}' is neither a stage, nor a compact checkpoint, nor a model that transformers loads: "
             f"{reason[:300]}"
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing:
         # transformers fills them with random numbers and goes on.
         raise ValueError(
             f"teacher '{name}' lacks {len(missing)} weights of a {type(model).__name__}, such as '{missing[0]}': "
-            "give one that was trained for classification"
+            "give one whose head was trained"
         )
     return model
+
+
+def _class_for(name: str) -> Any:
+    """The class that the model's configuration names, where transformers has it, else a classifier of its kind."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for architecture in config.architectures or ():
+        cls = getattr(transformers, architecture, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    return transformers.AutoModelForSequenceClassification
+
+
+def _with_missing(cls: Any, name: str, **options: Any) -> tuple[nn.Module, list[str]]:
+    model, found = cls.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
+    return model, sorted(found["missing_keys"])
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether ``model`` is an encoder without a head that can be built without its pooler."""
+    return model.base_model is model and "add_pooling_layer" in inspect.signature(type(model)).parameters
