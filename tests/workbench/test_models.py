@@ -7,9 +7,9 @@ from jsonargparse import ArgumentParser
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from workbench.activations import gain, names
+from workbench.activations import gain, names, swap_activation
 from workbench.data import Digits
-from workbench.models import MLP, LeNet5, LeNet300
+from workbench.models import MLP, LeNet5, LeNet300, ResNet
 
 CASES = [
     (
@@ -60,6 +60,22 @@ CASES = [
         (3, 32, 32),
     ),
     (LeNet5, {"in_channels": 1, "classes": 4, "activation": "relu", "image_size": 8}, (1, 8, 8)),
+    (
+        ResNet,
+        {
+            "depth": 14,
+            "width": 4,
+            "classes": 3,
+            "activation": "silu",
+            "norm": "batch",
+            "in_channels": 3,
+            "init": "he",
+        },
+        (3, 9, 8),
+    ),
+    (ResNet, {"depth": 8, "width": 6, "classes": 3, "norm": "group", "in_channels": 1}, (1, 8, 8)),
+    (ResNet, {"depth": 8, "width": 3, "classes": 3, "norm": "layer", "activation": "relu"}, (3, 12, 12)),
+    (ResNet, {"depth": 8, "width": 4, "classes": 3, "norm": "none", "activation": "relu"}, (3, 8, 8)),
 ]
 
 
@@ -107,18 +123,26 @@ def test_every_activation_learns(name):
     assert nn.functional.cross_entropy(model(x), y).item() < 0.5 * before
 
 
-@pytest.mark.parametrize("cls", [MLP, LeNet5])
-def test_digits_are_learnt(cls):
+LEARNERS = {
+    "MLP": MLP,
+    "LeNet5": lambda: LeNet5(image_size=8),
+    **{f"ResNet {norm}": lambda norm=norm: ResNet(8, 6, in_channels=1, norm=norm) for norm in ("batch", "none")},
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_digits_are_learnt(name):
     torch.manual_seed(0)
-    data = Digits(image=cls is LeNet5)
-    model = LeNet5(image_size=8) if cls is LeNet5 else MLP()
+    data = Digits(image=name != "MLP")
+    model = LEARNERS[name]()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    train, (test,) = data.train_dataloader(), Digits(360, image=cls is LeNet5).test_dataloader()
+    train, (test,) = data.train_dataloader(), Digits(360, image=name != "MLP").test_dataloader()
     for _ in range(8):
         for x, y in train:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+    model.eval()
     assert (model(test[0]).argmax(1) == test[1]).float().mean() > 0.94
 
 
@@ -167,6 +191,70 @@ def test_lenet_is_smooth_but_for_its_activation():
     assert not [m for m in LeNet5().modules() if isinstance(m, nn.MaxPool2d)]
 
 
+# --- ResNet
+
+
+def test_resnet_has_the_published_sizes():
+    """He et al. 2016, table 6: 0.27 M at depth 20, and with the projections of option B 2,752 more."""
+    assert parameters(ResNet()) == 269_722 + 2_752
+    assert parameters(ResNet(56)) == 853_018 + 2_752
+    layers = [m for m in ResNet(32).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 32 + 2, "and two projections"
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_resnet_is_the_formula(norm):
+    torch.manual_seed(0)
+    model = ResNet(8, 3, 5, "gelu", norm, in_channels=2).double().train()
+    x = torch.randn(4, 2, 9, 10, dtype=torch.float64)
+
+    def normed(x, module):
+        if norm == "none":
+            return x
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (variance + module.eps).sqrt()
+
+    conv = nn.functional.conv2d
+    h = nn.functional.gelu(normed(conv(x, model.stem[0].weight, model.stem[0].bias, padding=1), model.stem[1]))
+    for stage, stride in zip(model.stages, (1, 2, 2)):
+        (block,) = stage
+        branch = conv(h, block.conv1.weight, block.conv1.bias, stride, 1)
+        branch = conv(nn.functional.gelu(normed(branch, block.norm1)), block.conv2.weight, block.conv2.bias, 1, 1)
+        short = h
+        if stride == 2:
+            short = normed(conv(h, block.shortcut[0].weight, block.shortcut[0].bias, stride), block.shortcut[1])
+        h = nn.functional.gelu(normed(branch, block.norm2) + short)
+    assert h.shape == (4, 12, 3, 3)
+    torch.testing.assert_close(model(x), h.mean((2, 3)) @ model.head.weight.T + model.head.bias)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_resnet_starts_neither_dead_nor_exploded(activation, norm):
+    """Without the division by sqrt L, GELU of depth 20 without a norm starts with logits of about 20."""
+    torch.manual_seed(0)
+    model = ResNet(20, 8, activation=activation, norm=norm)
+    x = torch.randn(16, 3, 16, 16)
+    logits = model(x)
+    nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
+    assert logits.detach().square().mean() < 9
+    gradients = [float(m.weight.grad.norm()) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert min(gradients) > 1e-3
+    assert max(gradients) < 5
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 4), (6, 2), (7, 1), (16, 8), (24, 8)])
+def test_group_norm_divides_the_channels(channels, groups):
+    assert ResNet(8, channels, norm="group").stem[1].num_groups == groups
+    assert ResNet(8, channels, norm="layer").stem[1].num_groups == 1
+
+
+def test_resnet_swaps_its_activation():
+    model = swap_activation(ResNet(8, 4), "relu")
+    assert model.init_args["activation"] == "relu"
+    assert [type(m).__name__ for m in model.modules() if "LU" in type(m).__name__] == ["ReLU"] * 7
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "message"),
     [
@@ -181,6 +269,13 @@ def test_lenet_is_smooth_but_for_its_activation():
         (LeNet5, {"classes": 0}, "classes=0"),
         (LeNet5, {"init": "x"}, "init='x'"),
         (LeNet5, {"activation": "swish"}, "Did you mean 'silu'"),
+        (ResNet, {"depth": 18}, r"depth=18: give 6 n \+ 2 .* such as 20"),
+        (ResNet, {"depth": 2}, "depth=2: .* such as 8"),
+        (ResNet, {"width": 0}, "width=0"),
+        (ResNet, {"in_channels": 0}, "in_channels=0"),
+        (ResNet, {"norm": "instance"}, "norm='instance': use one of batch, group, layer, none"),
+        (ResNet, {"activation": "gleu"}, "Did you mean .*'gelu'"),
+        (ResNet, {"init": "x"}, "init='x'"),
     ],
 )
 def test_wrong_arguments_are_named(cls, arguments, message):

@@ -2,5 +2,6 @@
 
 from workbench.models.lenet import LeNet5
 from workbench.models.mlp import MLP, LeNet300
+from workbench.models.resnet import ResNet
 
-__all__ = ["MLP", "LeNet5", "LeNet300"]
+__all__ = ["MLP", "LeNet5", "LeNet300", "ResNet"]
