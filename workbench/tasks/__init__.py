@@ -1,0 +1,17 @@
+"""Tasks: what a kind of problem needs besides a model - how to read a batch, a loss, metrics."""
+
+from workbench.tasks.base import Task, logits_of
+from workbench.tasks.classification import Classification
+from workbench.tasks.language import LanguageModelling
+from workbench.tasks.scores import NLL, Accuracy, Perplexity, cross_entropy
+
+__all__ = [
+    "NLL",
+    "Accuracy",
+    "Classification",
+    "LanguageModelling",
+    "Perplexity",
+    "Task",
+    "cross_entropy",
+    "logits_of",
+]

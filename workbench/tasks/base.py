@@ -1,0 +1,69 @@
+"""What a kind of problem needs besides a model - how to read a batch, a loss, metrics."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+
+class Task(nn.Module, ABC):
+    """A kind of problem. A module, so that a loss may have buffers; stateless otherwise.
+
+    A training step is::
+
+        args, kwargs = task.inputs(batch)
+        output = task.output(model(*args, **kwargs))
+        loss = task.loss(output, batch)
+        metrics.update(output, task.targets(batch))      # metrics = task.metrics("val/"), kept by the caller
+    """
+
+    @property
+    @abstractmethod
+    def monitor(self) -> tuple[str, Literal["min", "max"]]:
+        """The main metric, by its name without prefix, and its better direction."""
+
+    @abstractmethod
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments for the model."""
+
+    @abstractmethod
+    def targets(self, batch: Any) -> Tensor:
+        """What the output is compared with."""
+
+    @abstractmethod
+    def valid(self, batch: Any) -> Tensor:
+        """Boolean, of the shape over which the loss averages: the positions that count.
+
+        Their number weighs the loss of a batch when batches are put together.
+        """
+
+    @abstractmethod
+    def output(self, raw: Any) -> Tensor:
+        """The tensor to score, out of whatever the model returned."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        """A scalar to minimise: the mean over the valid positions of the batch, with gradient."""
+
+    @abstractmethod
+    def metrics(self, prefix: str = "") -> MetricCollection:
+        """Fresh metrics, updated with (output, targets), computed under ``prefix + name``."""
+
+
+def logits_of(raw: Any) -> Tensor:
+    """The tensor itself, or ``logits`` of a mapping or of a transformers output.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    logits = raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
+    if logits is None and isinstance(raw, Mapping):
+        logits = raw.get("logits")
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"the model returned {type(raw).__name__} without logits: return a tensor, or an output or a "
+        "mapping with 'logits' (in transformers a model with a head)."
+    )

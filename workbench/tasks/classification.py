@@ -1,0 +1,91 @@
+"""Classification of samples or of positions."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from workbench.tasks.base import Task, logits_of
+from workbench.tasks.scores import NLL, Accuracy, counted, cross_entropy
+
+
+@final
+class Classification(Task):
+    """One class out of several for each sample, logits [B, C], or for each position, logits [B, L, C].
+
+    A batch is a tuple (x, y), more inputs coming before y, or a mapping with ``labels``, whose other entries
+    the model gets by keyword. Labels are integers, [B] or [B, L].
+
+    Args:
+        classes: C.
+        label_smoothing: Weight of the uniform distribution in the loss, in [0, 1); see `cross_entropy`.
+        ignore_index: Label of positions that count neither in the loss nor in the metrics, such as padding
+            (-100 by the habit of transformers); by default every position counts and such a label is an
+            error.
+
+    Raises:
+        ValueError: An argument out of range; later, a batch or an output of another form.
+    """
+
+    def __init__(self, classes: int, label_smoothing: float = 0.0, ignore_index: int | None = None) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes={classes}: give at least 2.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
+        self.classes = classes
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    @property
+    def monitor(self) -> tuple[str, Literal["min", "max"]]:
+        """Accuracy, the higher the better."""
+        return "accuracy", "max"
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping."""
+        self.targets(batch)
+        if isinstance(batch, Mapping):
+            return (), {str(key): value for key, value in batch.items() if key != "labels"}
+        return tuple(batch[:-1]), {}
+
+    def targets(self, batch: Any) -> Tensor:
+        """Labels, int64 [B] or [B, L]."""
+        if isinstance(batch, Mapping):
+            labels, form = batch.get("labels"), f"a mapping of {', '.join(map(str, batch)) or 'nothing'}"
+        else:
+            labels = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+            form = f"a {type(batch).__name__}"
+        if isinstance(labels, Tensor):
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
+            return labels.long()
+        raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
+
+    def valid(self, batch: Any) -> Tensor:
+        """[B] or [B, L]: the label is not ``ignore_index``."""
+        return counted(self.targets(batch), self.ignore_index)
+
+    def output(self, raw: Any) -> Tensor:
+        """Logits: the tensor itself, or ``logits`` of a mapping or of a transformers output."""
+        return logits_of(raw)
+
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Mean `cross_entropy` over valid positions; logits [B, C] or [B, L, C] -> scalar."""
+        labels = self.targets(batch)
+        if output.shape != (*labels.shape, self.classes):
+            raise ValueError(
+                f"logits are {list(output.shape)} for labels {list(labels.shape)}, expected "
+                f"{[*labels.shape, self.classes]}: fit the model's output to classes={self.classes}."
+            )
+        return cross_entropy(output, labels, self.label_smoothing, self.ignore_index)
+
+    def metrics(self, prefix: str = "") -> MetricCollection:
+        """Accuracy in [0, 1] and nll in nats, each over all valid positions seen, however batched."""
+        return MetricCollection(
+            {"accuracy": Accuracy(self.ignore_index), "nll": NLL(self.ignore_index)},
+            compute_groups=False,
+            prefix=prefix,
+        )
