@@ -1,6 +1,6 @@
 """Two progress bars for a recipe: the whole of it above, the stage at work below.
 
-The runner opens `bars` and wraps each stage in `Bars.stage`; whatever does the work calls `advance`, which
+The runner opens `bars` and wraps each stage in `Bars.stage`; whatever does the work calls `show`, which
 does nothing when no bars are open, so a job needs to know nothing about who started it. Only rank zero draws.
 Where the output is not a terminal there are no bars, just one plain line per stage, without control codes.
 """
@@ -88,19 +88,6 @@ class Bars:
                 line += f"  {self._note}" if self._note else ""
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def advance(self, steps: int, total: int | None = None, message: str | None = None) -> None:
-        """See the module's `advance`."""
-        if self._progress is None:
-            return
-        task = self._progress.tasks[1]
-        if task.total is not None and task.completed >= task.total:
-            self._progress.reset(self._stage)
-        if total is not None:
-            self._progress.update(self._stage, total=total)
-        if message is not None:
-            self._progress.update(self._stage, message=printable(message))
-        self._progress.update(self._stage, advance=steps)
-
     def show(self, done: int, total: int, message: str) -> None:
         """See the module's `show`."""
         if self._progress is not None:
@@ -154,18 +141,6 @@ def _plain(stream: TextIO) -> Console:
 def current() -> Bars | None:
     """The open bars, or None."""
     return _active.get()
-
-
-def advance(steps: int, total: int | None = None, message: str | None = None) -> None:
-    """Move the current stage's bar; nothing happens when no bars are open.
-
-    Args:
-        steps: Steps done since the last call.
-        total: Steps in all. A bar that is full starts again at the next call, as a hunt's next level does.
-        message: A few words, such as ``level 3, density 34.3%``; None leaves the last ones.
-    """
-    if (active := _active.get()) is not None:
-        active.advance(steps, total, message)
 
 
 def show(done: int, total: int, message: str = "") -> None:

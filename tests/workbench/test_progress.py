@@ -4,7 +4,7 @@ from io import StringIO
 
 import pytest
 
-from workbench.progress import advance, bars, current, elapsed, printable
+from workbench.progress import bars, current, elapsed, printable, show
 
 LINE = re.compile(r"^(\S+) +(?:failed after )?\d+\.\d s(?:  .*)?$")
 
@@ -24,11 +24,11 @@ def rank_zero(monkeypatch):
 def recipe(file):
     with bars(2, ["teacher", "student"], file=file) as b:
         with b.stage("teacher"):
-            for _ in range(3):
-                advance(1, total=3, message="level 3, density 34.3%")
+            for done in range(3):
+                show(done + 1, 3, "level 3, density 34.3%")
             b.note("val accuracy 98.1%")
         with b.stage("student"):
-            advance(5)
+            show(5, 5)
 
 
 def test_one_plain_line_per_stage_where_there_is_no_terminal(monkeypatch):
@@ -55,19 +55,19 @@ def test_bars_and_lines_on_a_terminal():
     file = Screen()
     with bars(2, ["teacher", "student"], file=file) as b:
         with b.stage("teacher"):
-            advance(1, total=4, message="level 3, [red]density 34.3%")
+            show(1, 4, "level 3, [red]density 34.3%")
             progress = b._progress
             assert progress is not None
             progress.refresh()
             whole, stage = progress.tasks
             assert (whole.completed, whole.total) == (0, 2)
             assert (stage.completed, stage.total, stage.visible) == (1, 4, True)
-            advance(2)
-            assert stage.completed == 3
-            assert stage.fields["message"] == "level 3, [red]density 34.3%", "the last message stays"
-            advance(1)
-            advance(1, total=4)
-            assert stage.completed == 1, "a full bar starts again"
+            show(4, 4, "level 3, [red]density 34.3%")
+            assert stage.completed == 4
+            show(1, 6)
+            assert (stage.completed, stage.total) == (1, 6), "a full bar starts again"
+            assert stage.fields["message"] == "", "a message is of its own step"
+            show(1, 4, "level 3, [red]density 34.3%")
         assert (whole.completed, stage.visible) == (1, False)
         with b.stage("student"):
             assert (stage.completed, stage.total, stage.description) == (0, None, "student")
@@ -105,7 +105,7 @@ def test_only_rank_zero_writes(monkeypatch, name, file):
 
 def test_current_is_set_only_inside():
     assert current() is None
-    advance(1, total=2, message="nobody listens")
+    show(1, 2, "nobody listens")
     with bars(0, [], file=StringIO()) as b:
         assert current() is b
         assert contextvars.copy_context().run(current) is b
