@@ -1,7 +1,7 @@
 """Data order as a pure function of seed and epoch, and a loader that can start anywhere in it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
@@ -20,11 +20,38 @@ _OPTIONS = (
 )
 
 
+@final
+class At(int):
+    """The index of a sample that also knows its epoch; an int to everybody who does not ask.
+
+    A data set that draws at random reads ``getattr(index, "epoch", None)`` and makes the draw a function of index and
+    epoch: it is then the same in any worker, on any rank, in any order, and after resuming in the middle of an epoch.
+    Such a data set says in an int attribute ``views`` how many different views of a sample it has, the view of an
+    epoch being ``epoch % views``; 0 for a new one every epoch. Without that attribute it counts as not random.
+
+    Args:
+        index: The index.
+        epoch: The epoch in which it is asked for.
+    """
+
+    epoch: int
+
+    def __new__(cls, index: int, epoch: int) -> "At":
+        """The int with its epoch."""
+        made = super().__new__(cls, index)
+        made.epoch = epoch
+        return made
+
+    def __reduce__(self) -> tuple[type["At"], tuple[int, int]]:
+        return At, (int(self), self.epoch)
+
+
 class EpochOrder(Sampler[int]):
     """Indices of one rank for one epoch: the permutation of (seed, epoch), or 0..n-1 when not shuffled.
 
     Ranks take turns, so that batch i of all ranks together is the same samples as batch i of one rank whose batch is
-    as large as theirs together. Every rank has equally many: the tail wraps round to the front, or is dropped.
+    as large as theirs together. Every rank has equally many: the tail wraps round to the front, or is dropped. The
+    indices are :class:`At`, so that the data set knows the epoch, in a worker process that outlives it too.
 
     Args:
         size: Samples in the data set.
@@ -61,7 +88,8 @@ class EpochOrder(Sampler[int]):
             order = torch.randperm(self.size, generator=stream(self.seed, self.epoch))
         total = len(self) * self.world
         around = order.repeat(-(-total // max(self.size, 1)))[:total]
-        return iter(around[self.rank :: self.world][self.skip :].tolist())
+        epoch = self.epoch
+        return (At(index, epoch) for index in around[self.rank :: self.world][self.skip :].tolist())
 
 
 class OrderedLoader(DataLoader):
@@ -70,7 +98,8 @@ class OrderedLoader(DataLoader):
     Lightning stores ``state_dict`` in its checkpoints, so training resumes in the middle of an epoch with the batches
     that had not been seen yet. The loader's own generator is a function of (seed, epoch) too: making an iterator does
     not move torch's global generator. What worker processes draw at random is seeded per epoch by it, and starts anew
-    where an epoch is resumed in its middle.
+    where an epoch is resumed in its middle; a data set whose draws are functions of :class:`At` goes on as if nothing
+    had happened.
     """
 
     def __init__(self, dataset: Any, order: EpochOrder, batch_size: int, drop_last: bool, **options: Any) -> None:

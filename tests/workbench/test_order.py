@@ -1,7 +1,12 @@
+import copy
+import json
+import pickle
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lp
 import numpy as np
 import pytest
 import torch
@@ -21,7 +26,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from workbench.order import EpochOrder, OrderedLoader, ordered
+from workbench.data import Augment
+from workbench.data.images import ImageModule
+from workbench.duration import Duration
+from workbench.models import MLP
+from workbench.order import At, EpochOrder, OrderedLoader, ordered
+from workbench.training import module_for, train
 
 SIZES = st.integers(1, 40)
 WORLDS = st.integers(1, 5)
@@ -66,6 +76,51 @@ def loader(
 def batches(made: Any, epoch: int = 0) -> list[list[int]]:
     made.batch_sampler.sampler.set_epoch(epoch)
     return [batch.tolist() for batch in made]
+
+
+@given(st.integers(0, 2**62), st.integers(0, 10**6))
+def test_an_index_with_its_epoch_is_an_int(index: int, epoch: int) -> None:
+    at = At(index, epoch)
+    assert at == index
+    assert hash(at) == hash(index)
+    assert (str(at), json.dumps(at), f"{at:04d}") == (str(index), str(index), f"{index:04d}")
+    for again in (pickle.loads(pickle.dumps(at)), copy.copy(at), copy.deepcopy(at)):
+        assert (type(again), int(again), again.epoch) == (At, index, epoch)
+    assert type(at + 1) is int, "what is computed from it is another sample's, or none's"
+
+
+def test_every_kind_of_data_set_takes_it() -> None:
+    import datasets
+
+    at = [At(3, 1), At(0, 1)]
+    assert [torch.arange(5)[each].item() for each in at] == [3, 0]
+    assert torch.arange(5)[at].tolist() == torch.as_tensor(at).tolist() == [3, 0]
+    assert np.arange(5)[at].tolist() == [3, 0]
+    assert np.arange(5)[at[0]] == [0, 1, 2, 3][at[0]] == {3: 3}[at[0]] == 3
+    table = datasets.Dataset.from_dict({"a": list("abcde")})
+    assert table[at[0]] == {"a": "d"}
+    assert table.__getitems__(at) == [{"a": "d"}, {"a": "a"}]
+
+
+class Epochs(Numbers):
+    """Gives the epoch of the index."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor([index, getattr(index, "epoch", -1)])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2, "persistent_workers": True}])
+def test_the_data_set_knows_the_epoch(options: dict[str, Any]) -> None:
+    made = ordered(DataLoader(Epochs(6), 2, shuffle=True, **options), 0)
+    for epoch in (0, 3):
+        made.batch_sampler.sampler.set_epoch(epoch)
+        found = torch.cat(list(made))
+        assert found[:, 0].tolist() == indices(6, 0, epoch)
+        assert found[:, 1].tolist() == [epoch] * 6
+    kept = iter(made.batch_sampler.sampler)
+    made.batch_sampler.sampler.set_epoch(9)
+    assert {index.epoch for index in kept} == {3}, "an order that was begun keeps its epoch"
+    assert torch.cat(list(DataLoader(Epochs(6), 2)))[:, 1].tolist() == [-1] * 6
 
 
 @given(SIZES, SEEDS, st.integers(0, 100))
@@ -299,3 +354,49 @@ def test_a_sampler_that_knows_no_ranks_is_refused_where_there_are_some() -> None
         ordered(weighted, 0, rank=1, world=2)
     split = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1))
     assert ordered(split, 0, rank=1, world=2) is split
+
+
+class Stop(RuntimeError):
+    """Power failure."""
+
+
+class StopAfter(lp.Callback):
+    """Fails after a number of batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
+            raise Stop
+
+
+class Varied(ImageModule):
+    """Images that are augmented, and nothing else that is random."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(8, 8, workers, True, 3, Augment(2), 0)
+
+    def read(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (48, 1, 8, 8), dtype=torch.uint8, generator=generator)
+        return (images, torch.arange(48) % 3), (images, torch.arange(48) % 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_stopped_in_the_middle_of_an_epoch_sees_the_same_views(tmp_path: Path, workers: int) -> None:
+    def run(out: Path, *stops: int | None) -> dict[str, torch.Tensor]:
+        for stop in (*stops, None):
+            lp.seed_everything(5, verbose=False)
+            module = module_for(MLP(64, [16], 3), data := Varied(workers))
+            callbacks = [] if stop is None else [StopAfter(stop)]
+            options = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False}
+            try:
+                train(module, data, trainer=options, seed=5, out=out, checkpoint=Duration(2, "it"), callbacks=callbacks)
+            except Stop:
+                continue
+            return module.state_dict()
+        raise AssertionError("never finished")
+
+    whole, pieces = run(tmp_path / "whole"), run(tmp_path / "pieces", 3, 8)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)

@@ -4,12 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench.data.augment import Augment
     from workbench.data.digits import Digits
-    from workbench.data.images import IDXImages
+    from workbench.data.idx import IDXImages
+    from workbench.data.parquet import ParquetImages
 
-__all__ = ["Digits", "IDXImages"]
+__all__ = ["Augment", "Digits", "IDXImages", "ParquetImages"]
 
-_HOME = {"Digits": "workbench.data.digits", "IDXImages": "workbench.data.images"}
+_HOME = {
+    "Augment": "workbench.data.augment",
+    "Digits": "workbench.data.digits",
+    "IDXImages": "workbench.data.idx",
+    "ParquetImages": "workbench.data.parquet",
+}
 
 
 def __getattr__(name: str) -> Any:
