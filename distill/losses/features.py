@@ -113,6 +113,7 @@ def attention_relation(student: Tensor, teacher: Tensor, valid: Tensor | None = 
 
     Source: Wang et al., "MiniLMv2", Findings of ACL 2021, arXiv:2012.15828, equations 4 to 6.
     """
+    check_heads(heads)
     with full_precision(student):
         fs, ft, counts = _placed(student, teacher, valid)
         if fs.ndim != 3:
@@ -124,7 +125,7 @@ def attention_relation(student: Tensor, teacher: Tensor, valid: Tensor | None = 
 def _relation(feature: Tensor, counts: Tensor | None, heads: int) -> Tensor:
     """Log of the relation [B, heads, L, L] of a feature [B, L, D] to itself."""
     width = feature.shape[-1]
-    if heads < 1 or width % heads:
+    if width % heads:
         raise ValueError(f"heads is {heads} and the width {width}: relation heads divide it evenly, in both networks")
     split = feature.unflatten(-1, (heads, width // heads)).transpose(1, 2)
     scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
@@ -244,11 +245,22 @@ def rkd(
     Raises:
         ValueError: If the features are not of as many samples, or the weights are negative or both 0.
     """
+    check_relations(distance, angle)
+    parts = [(distance, rkd_distance), (angle, rkd_angle)]
+    return torch.stack([weight * part(student, teacher, valid) for weight, part in parts if weight]).sum()
+
+
+def check_relations(distance: float, angle: float) -> None:
+    """Raises: ValueError: unless both weights are at least 0, and one above."""
     check_weights(distance=distance, angle=angle)
     if not distance and not angle:
         raise ValueError("distance and angle are both 0: give one of them a weight")
-    parts = [(distance, rkd_distance), (angle, rkd_angle)]
-    return torch.stack([weight * part(student, teacher, valid) for weight, part in parts if weight]).sum()
+
+
+def check_heads(heads: int) -> None:
+    """Raises: ValueError: unless there is a relation head."""
+    if heads < 1:
+        raise ValueError(f"heads is {heads}: at least one relation head is needed, usually 12 to 64")
 
 
 def _placed(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

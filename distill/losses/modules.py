@@ -9,6 +9,8 @@ from distill.losses.controls import label_smoothing, shuffled_off_class
 from distill.losses.features import (
     attention_relation,
     attention_transfer,
+    check_heads,
+    check_relations,
     cosine,
     hint,
     rkd,
@@ -296,6 +298,7 @@ class AttentionRelation(FeatureLoss):
     projects = False
 
     def __init__(self, heads: int = 12) -> None:
+        check_heads(heads)
         super().__init__()
         self.heads = heads
 
@@ -327,7 +330,7 @@ class RKD(FeatureLoss):
     projects = False
 
     def __init__(self, distance: float = 1.0, angle: float = 2.0) -> None:
-        check_weights(distance=distance, angle=angle)
+        check_relations(distance, angle)
         super().__init__()
         self.distance, self.angle = distance, angle
 
