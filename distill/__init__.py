@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from distill.callbacks import DistillationCallback
     from distill.features import capture
     from distill.module import DistillModule
+    from distill.student import cut_student
     from distill.teacher import Teacher
 
-__all__ = ["DistillModule", "DistillationCallback", "Teacher", "capture", "losses"]
+__all__ = ["DistillModule", "DistillationCallback", "Teacher", "capture", "cut_student", "losses"]
 
 _HOME = {
     "DistillModule": "distill.module",
     "DistillationCallback": "distill.callbacks",
     "Teacher": "distill.teacher",
     "capture": "distill.features",
+    "cut_student": "distill.student",
 }
 
 
