@@ -1,0 +1,33 @@
+"""Where a folder named in a recipe is. Imports nothing heavy."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+_PACKAGE = "package:"
+
+
+def located(name: str | os.PathLike[str]) -> str:
+    """``name`` with ``~`` and environment variables expanded, and ``package:NAME/folder`` as the path of that folder.
+
+    Models and data sets come in packages too: ``package:NAME/folder`` is ``folder`` inside the installed package NAME,
+    which is found without being imported. Anything else, such as the name of a model on the hub, stays as it is.
+
+    Raises:
+        ValueError: If the package is not installed or has no such folder or file.
+    """
+    text = os.path.expanduser(os.path.expandvars(name))
+    if not text.startswith(_PACKAGE):
+        return text
+    package, _, inside = text.removeprefix(_PACKAGE).partition("/")
+    try:
+        spec = find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module that was put together by hand
+        spec = None
+    folders = (spec.submodule_search_locations if spec is not None else None) or []
+    if not folders:
+        raise ValueError(f"{text}: no package {package!r} is installed here; install it, or give the path of a folder.")
+    for folder in folders:
+        if (path := Path(folder) / inside).exists():
+            return str(path)
+    raise ValueError(f"{text}: package {package!r} has no {inside!r} in {', '.join(folders)}.")

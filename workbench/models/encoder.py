@@ -1,0 +1,129 @@
+"""A transformers encoder that gives one vector for a sentence."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, final, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.architecture import describe, is_architecture, remembered
+from workbench.located import located
+
+Pooling = Literal["mean", "cls"]
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling = "mean") -> Tensor:
+    """One vector for a sequence: the mean of its real tokens' vectors, or the first token's.
+
+    Args:
+        hidden: [B, L, D]; whatever stands at padding, NaN too, does not matter to the mean.
+        attention_mask: 1 where a token is real and 0 where it is padding, [B, L].
+        pooling: "mean" or "cls".
+
+    Returns:
+        [B, D]; zeros for the mean of a sequence without a real token.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    real = (attention_mask != 0)[..., None]
+    return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
+
+
+@final
+class SentenceEncoder(nn.Module):
+    """Sentences as vectors: a transformers encoder, pooled, of length 1; tokens [B, L] -> embeddings [B, D].
+
+    What ``sentence_transformers`` computes with a pooling and a normalising module behind a transformer, as
+    ``all-MiniLM-L6-v2`` has them. Reimers & Gurevych 2019, "Sentence-BERT", arXiv:1908.10084, section 3.
+
+    The encoder's pooler, a layer behind the first token that classifiers read, takes no part and is taken out. A
+    compact checkpoint holds the encoder's configuration, and is loaded without what it was made from.
+
+    Args:
+        encoder: A transformers model that gives ``last_hidden_state``; or its folder, its name on the hub or
+            ``package:NAME/folder`` (see `workbench.located`), to load it with its weights; or a configuration with
+            ``model_type``, for new weights.
+        pooling: "mean" of the vectors of all real tokens, or "cls", the first token's.
+        normalize: Divide the vectors by their L2 norm.
+
+    Raises:
+        ValueError: If nothing can be loaded from ``encoder``, its weights are incomplete, or it is no encoder; or if
+            the pooling is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | dict[str, Any] | str | os.PathLike[str],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={pooling!r}: use one of {', '.join(get_args(Pooling))}.")
+        if isinstance(encoder, Mapping):
+            encoder = _from_config(encoder)
+        elif not isinstance(encoder, nn.Module):
+            encoder = _from_pretrained(located(encoder))
+        if isinstance(getattr(encoder, "pooler", None), nn.Module):
+            encoder.pooler = None  # type: ignore[assignment]
+        self.encoder = encoder
+        self.pooling: Pooling = pooling
+        self.normalize = normalize
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """What it is built again from, as JSON: the encoder by its configuration as that is now."""
+        if describe(self.encoder) is None:
+            raise AttributeError(f"{type(self.encoder).__name__} does not say what it was built with")
+        return {"encoder": remembered(self.encoder), "pooling": self.pooling, "normalize": self.normalize}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [B, D].
+
+        Args:
+            input_ids: Tokens, int64 [B, L].
+            attention_mask: 1 where a token is real and 0 where it is padding, [B, L]; None if all are real.
+            token_type_ids: Segments, [B, L], for encoders that have them; None for the first.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **segments).last_hidden_state
+        embeddings = pool(hidden, mask, self.pooling)
+        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+
+
+def _from_config(config: Mapping[str, Any]) -> nn.Module:
+    """An encoder with new weights."""
+    from transformers import AutoConfig, AutoModel
+
+    given = dict(config)
+    if not is_architecture({"class_path": "", "config": given}):
+        raise ValueError("the encoder's configuration asks for an attention that is not built in: use eager or sdpa.")
+    try:
+        return AutoModel.from_config(AutoConfig.for_model(**given))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no encoder can be built from the configuration {', '.join(given) or '{}'}: "
+            f"{' '.join(str(error).split())[:300]}; give model_type and its fields, as in a config.json."
+        ) from error
+
+
+def _from_pretrained(name: str) -> nn.Module:
+    """The encoder in a folder, or of that name on the hub, with all its weights."""
+    from transformers import AutoModel
+
+    try:
+        model, found = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"encoder '{name}' is not a model that transformers loads: {' '.join(str(error).split())[:300]}"
+        ) from error
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise ValueError(f"encoder '{name}' lacks {len(missing)} weights, such as '{missing[0]}': give a whole one.")
+    return model.train()
