@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from workbench.report import figures, reading, report, summary, tables
+from workbench.report import comparisons, figures, reading, report, summary, tables
 from workbench.report.facts import gather, learning, sparsity, stale
 from workbench.report.wording import count, duration, metric, percent, size, times
 
@@ -626,3 +626,290 @@ def test_metrics_of_two_kinds_get_a_figure_each(tmp_path):
     assert (tmp_path / "run/report/figures/learning-2.svg").exists()
     assert "validation loss, lower is better" in page
     assert cells(page, "stages")[1][7:9] == ["0.0222 loss", "419.1 kB"], "no change between two metrics"
+
+
+# What distillation bought
+
+
+def compared(name="bought", time=200, classes=10, students=("alone", "smoothing", "many/small", "many/tiny"), **fields):
+    """A compare stage of a teacher and students; the first student is the baseline."""
+    told, by_class = {}, {}
+    for place, student in enumerate(students):
+        gained = [(3 * c * place) % 5 for c in range(classes)]
+        lost = [(2 * c + 5 * place) % 4 if place else 0 for c in range(classes)]
+        gain = (sum(gained) - sum(lost)) / (36 * classes)
+        told[student] = {
+            "accuracy": 0.90 + gain, "nll": 0.4 - 0.03 * place, "brier": 0.2 - 0.01 * place, "ece": 0.19 - 0.04 * place,
+            "agreement": 0.9 + 0.01 * place, "kl": 0.39 - 0.05 * place, "gain": gain,
+        }  # fmt: skip
+        if place:
+            interval = {"low": gain - 0.013, "high": gain + 0.0131, "confidence": 0.95}
+            told[student]["paired"] = {
+                "n": 36 * classes, "gained": sum(gained), "lost": sum(lost), "difference": gain, "interval": interval,
+                "p": 0.1 / place, "p_holm": 0.2 / place, "method": "exact McNemar test, adjusted Wald interval",
+            }  # fmt: skip
+        recall = [0.8 + (g - x) / 36 for g, x in zip(gained, lost)]
+        by_class[student] = {"recall": recall, "gained": gained, "lost": lost}
+    found = {
+        "split": "test",
+        "baseline": students[0],
+        "n": 36 * classes,
+        "unit": "samples",
+        "teacher": {"name": "teacher", "accuracy": 0.9806, "nll": 0.069, "brier": 0.031, "ece": 0.015},
+        "students": told,
+        "per_class": {
+            "of": classes,
+            "classes": list(range(classes)),
+            "n": [36] * classes,
+            "teacher": [0.98] * classes,
+            "students": by_class,
+        },
+    }
+    entry = record(name, "compare", time, [("teacher", "teacher")], comparison=found, seed=None, seconds=0.2, **fields)
+    del entry["monitor"]
+    return entry
+
+
+def family(name="many", start=10):
+    """A distill stage that trained two students on one teacher pass."""
+    members = {
+        member: {
+            "metrics": scored(test),
+            "size": sized(parameters=parameters, prunable=parameters - 280),
+            "history": epochs(15, test + 0.002, 0.52),
+        }
+        for member, test, parameters in (("small", 0.9778, 101_386), ("tiny", 0.9611, 20_010))
+    }
+    models = {"small": network("gelu", 256), "tiny": network("relu", 64)}
+    return record(
+        name, "distill", start, [("teacher", "store")], seconds=9.5, students=members,
+        arguments={"teacher": "store", "model": models, "temperature": 4.0},
+    )  # fmt: skip
+
+
+def cached(name="store", time=5):
+    entry = record(
+        name, "cache", time, [("teacher", "teacher")], seconds=0.8, bytes=12_345_678, samples=1437, seed=None
+    )
+    del entry["monitor"]
+    return entry
+
+
+def distilled():
+    """A teacher, its cache, two fits, a family, a comparison."""
+    alone, smoothing = realistic()[1:3]
+    for entry, name in ((alone, "alone"), (smoothing, "smoothing")):
+        entry.update(stage=name, job="fit", parents={})
+    return [realistic()[0], cached(), alone, smoothing, family(), compared()]
+
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def test_every_number_of_a_comparison_is_in_its_record(tmp_path):
+    entry = compared()
+    found = entry["comparison"]
+    page = page_of(tmp_path, distilled())
+    assert page.count("<h2>What distillation bought</h2>") == 1
+    rows = cells(page, "bought")
+    assert rows[0] == ["teacher", "98.06%", "0.069", "0.031", "1.50%", "—", "—", "—"]
+    assert [row[0] for row in rows[1:]] == ["alone baseline", "smoothing", "many/small", "many/tiny"]
+    for row, told in zip(rows[1:], found["students"].values(), strict=True):
+        shares, numbers = [row[i] for i in (1, 4, 5)], [row[i] for i in (2, 3, 6)]
+        assert shares == [f"{100 * told[name]:.2f}%" for name in ("accuracy", "ece", "agreement")]
+        assert numbers == [f"{told[name]:.3f}" for name in ("nll", "brier", "kl")]
+        if "paired" in told:
+            low, high = (f"{100 * told['paired']['interval'][end]:+.2f}".replace("-", MINUS) for end in ("low", "high"))
+            gain = f"{100 * told['gain']:+.2f}".replace("-", MINUS).replace("+0.00", "0.00")
+            assert row[7] == f"{gain} {low} to {high}, p = {told['paired']['p_holm']:.2g}"
+        else:
+            assert row[7] == "—"
+    assert 'class="marked"' in page, "the baseline's row"
+    text = html.unescape(re.sub(r"<[^>]*>", "", page))
+    assert "Measured on the test split (n = 360 samples)." in text
+    assert (
+        "with its 95% interval; exact McNemar test, adjusted Wald interval, p adjusted for 3 comparisons (Holm)" in text
+    )
+    assert "not what another seed would" in text
+
+
+def test_classes_that_move_are_drawn_and_told(tmp_path):
+    entry = compared(classes=40)
+    found = reading.read(written(tmp_path / "a", [entry]))[0].comparison
+    assert found is not None
+    shown = comparisons.moves(found)
+    by_class = entry["comparison"]["per_class"]["students"]
+    assert len(shown) == 2 * comparisons.MOST
+    largest = [max(move.changes, key=abs) for move in shown]
+    assert largest == sorted(largest, reverse=True)
+    assert largest[comparisons.MOST - 1] > 0 > largest[comparisons.MOST]
+    for move in shown:
+        nets = [by_class[s]["gained"][move.index] - by_class[s]["lost"][move.index] for s in comparisons.names(found)]
+        assert move.changes == [net / 36 for net in nets]
+        assert max(map(abs, nets)) >= comparisons.LEAST
+    unseen = [c for c in range(40) if c not in {move.index for move in shown}]
+    worst = max(abs(by_class[s]["gained"][c] - by_class[s]["lost"][c]) for s in by_class for c in unseen) / 36
+    assert worst <= min(map(abs, largest)), "nothing that moves more is left out"
+
+    records = [*distilled()[:-1], entry]
+    page = page_of(tmp_path / "b", records)
+    rows = cells(page, "classes")
+    assert [row[0] for row in rows] == [move.name for move in shown]
+    first = shown[0].index
+    told = by_class["smoothing"]
+    assert rows[0][4] == f"{100 * told['recall'][first]:.2f}% +{told['gained'][first]} {MINUS}{told['lost'][first]}"
+    assert (tmp_path / "b/run/report/figures/classes.svg").exists()
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
+    assert f"Recipe fingerprints: bought {entry['fingerprint'][:8]}." in captions[0]
+    assert re.findall(r"<h3>(Figure \d\.)", page) == ["Figure 1.", "Figure 2.", "Figure 3."], "numbered throughout"
+
+
+def test_classes_that_do_not_move_are_not_drawn(tmp_path):
+    entry = compared()
+    for told in entry["comparison"]["per_class"]["students"].values():
+        told["gained"], told["lost"] = [1] * 10, [0] * 10
+    page = page_of(tmp_path, [*distilled()[:-1], entry])
+    assert "No class has 2 samples more or fewer right with any student than with alone." in page
+    assert '<table class="classes">' not in page
+    assert not (tmp_path / "run/report/figures/classes.svg").exists()
+
+
+def test_classes_go_by_their_names(tmp_path):
+    entry = compared()
+    entry["comparison"]["per_class"]["names"] = [f"<kind {c}>" for c in range(10)]
+    page = page_of(tmp_path, [*distilled()[:-1], entry])
+    assert re.fullmatch(r"<kind \d>", cells(page, "classes")[0][0])
+    assert "<kind" not in page
+
+
+def test_the_terminal_says_in_one_line_what_distillation_bought(tmp_path):
+    run = written(tmp_path / "run", distilled())
+    gains = [s["gain"] for s in compared()["comparison"]["students"].values()][1:]
+    told = [f"{100 * gain:+.2f}".replace("-", MINUS).replace("+0.00", "0.00") for gain in gains]
+    line = (
+        "bought: what distillation bought over alone, 90.00% test accuracy: "
+        f"smoothing {told[0]}, many/small {told[1]}, many/tiny {told[2]} points; teacher 98.06% (n = 360 samples)."
+    )
+    assert line in " ".join(terminal(summary(run)).split())
+
+
+def test_two_comparisons_have_a_part_each(tmp_path):
+    page = page_of(tmp_path, [*distilled(), compared("again", 300, students=("smoothing", "alone"))])
+    assert re.findall(r"<h3>(bought|again)</h3>", page) == ["bought", "again"]
+    figures_ = sorted(p.name for p in (tmp_path / "run/report/figures").glob("classes*"))
+    assert figures_ == ["classes-2.svg", "classes.svg"]
+    assert "Figure 2. Classes that move, again" in page
+
+
+def test_a_comparison_of_one_student_has_no_gain(tmp_path):
+    records = [*distilled()[:-1], compared(students=("alone",))]
+    page = page_of(tmp_path, records)
+    assert cells(page, "bought")[1][:2] == ["alone baseline", "90.00%"]
+    assert "points vs alone" not in page
+    assert "it has one student only" in terminal(summary(tmp_path / "run"))
+
+
+def test_scores_that_are_not_numbers_are_shown(tmp_path):
+    entry = compared()
+    entry["comparison"]["students"]["many/tiny"].update(kl=float("inf"), nll=float("nan"))
+    row = cells(page_of(tmp_path, [*distilled()[:-1], entry]), "bought")[-1]
+    assert (row[2], row[6]) == ("nan", "inf")
+
+
+PARTS = ("split", "baseline", "n", "unit", "teacher", "students", "per_class")
+
+
+@pytest.mark.parametrize(
+    "key", [*PARTS, *(f"per_class.{key}" for key in ("of", "classes", "n", "teacher", "students"))]
+)
+def test_any_part_of_a_comparison_may_be_missing(tmp_path, key):
+    entry = compared()
+    *outer, last = key.split(".")
+    part = entry["comparison"]
+    for name in outer:
+        part = part[name]
+    del part[last]
+    run = written(tmp_path / "run", [realistic()[0], entry])
+    assert "What distillation bought" in page_of(tmp_path / "again", [realistic()[0], entry])
+    assert "bought" in terminal(summary(run))
+
+
+@pytest.mark.parametrize("wrong", [[1], {"students": [1]}, {"students": {"a": 1}}, {"per_class": 1}, {"teacher": "a"}])
+def test_a_malformed_comparison_is_named(tmp_path, wrong):
+    run = written(tmp_path / "run", [realistic()[0], {**compared(), "comparison": wrong}])
+    with pytest.raises(ValueError, match=r"01.record\.json"):
+        report(run / "report")
+
+
+# Stages that trained several networks, or none
+
+
+def test_members_of_a_family_are_rows_of_their_own(tmp_path):
+    records = distilled()
+    found = known(tmp_path, records)
+    assert [row.stage.name for row in found.rows] == ["teacher", "alone", "many/small", "many/tiny", "smoothing"]
+    rows = {row.stage.name: row for row in found.rows}
+    for member, told in records[4]["students"].items():
+        row = rows[f"many/{member}"]
+        assert (row.test, row.bytes) == (told["metrics"]["test/accuracy"], told["size"]["artifact_bytes"])
+        assert (row.stage.job, row.stage.seed, row.parent) == ("distill", 0, ("teacher", "store"))
+        assert (row.against, row.change) == ("teacher", pytest.approx(row.test - 0.9806)), "the cache is the teacher's"
+    assert [rows[f"many/{m}"].activation for m in ("small", "tiny")] == ["gelu", "relu"], "each has its own model"
+    assert found.reference is rows["teacher"]
+    assert [c.stage for c in learning(found)][2:4] == ["many/small", "many/tiny"]
+    page = page_of(tmp_path / "b", records)
+    assert next(row for row in cells(page, "stages") if row[0] == "many/tiny")[-1] == "9.5 s all together"
+    drawn = (tmp_path / "b/run/report/figures/seconds.svg").read_text()
+    assert drawn.count(">many<") == 1, "one bar: they were trained together"
+    assert "many/" not in drawn
+    text = html.unescape(page)
+    assert "many:\n  job: distill\n" in text, "and one stage of the recipe"
+    assert [row[0] for row in cells(page, "prints")].count("many") == 1
+
+
+def test_a_member_can_be_a_parent(tmp_path):
+    records = [*distilled(), exported("shipped", "many/tiny", 300, compact=9_000)]
+    records[-1]["parents"]["of"]["fingerprint"] = records[4]["fingerprint"]
+    found = known(tmp_path, records)
+    row = found.rows[-1]
+    assert (row.stage.name, row.reproduces) == ("shipped", "many/tiny")
+    assert stale(reading.read(tmp_path / "run")) == []
+    records[4]["fingerprint"] = "0" * 64
+    assert ("shipped", "many/tiny") in stale(reading.read(written(tmp_path / "b", records)))
+    early = [exported("shipped", "many/tiny", 0, compact=9_000), *distilled()]
+    names = [stage.name for stage in reading.read(written(tmp_path / "c", early))]
+    assert names.index("shipped") > names.index("many")
+
+
+def test_a_family_that_is_not_finished_is_one_stage(tmp_path):
+    records = distilled()[:5]
+    records[4] = {**records[4], "status": "running", "students": None}
+    assert "Not finished, and in no figure or table: many (running)." in page_of(tmp_path, records)
+
+
+def test_stages_that_measure_nothing_are_told_and_not_tabled(tmp_path):
+    records = distilled()
+    page = page_of(tmp_path, records)
+    assert {"store", "bought"}.isdisjoint(row[0] for row in cells(page, "stages"))
+    assert "test accuracy" in re.sub("<[^>]*>", "", page), "the one metric of all rows"
+    line = "Also finished: store (cache): 12.3 MB, 1,437 samples, took 0.8 s."
+    assert line in page
+    assert line in terminal(summary(tmp_path / "run"))
+    drawn = (tmp_path / "run/report/figures/seconds.svg").read_text()
+    assert ">store<" in drawn
+    assert {"store", "bought"} <= {row[0] for row in cells(page, "prints")}
+    bare = record("cache", "cache", 9, seconds=None)
+    assert "Also finished: cache: nothing to tell." in tables.aside(known(tmp_path / "b", [realistic()[0], bare]))
+
+
+def test_a_run_of_nothing_but_such_stages_is_still_told(tmp_path):
+    page = page_of(tmp_path, [cached()])
+    assert cells(page, "stages")[0][:2] == ["store", "cache"]
+
+
+def test_comparisons_and_families_give_the_same_bytes_too(tmp_path):
+    first = page_of(tmp_path / "a", distilled())
+    assert first == page_of(tmp_path / "b", list(reversed(distilled())))
+    assert not re.search(r"https?:|@import|<script|<link|<iframe|javascript:", first)
+    ids = re.findall(r'\sid="([^"]+)"', first)
+    assert len(ids) == len(set(ids))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from workbench.report.reading import Export, Level, Stage
+from workbench.report.reading import Export, Level, Stage, expand
 from workbench.report.wording import Metric, metric
 
 TOLERANCE = 0.01
@@ -98,9 +98,14 @@ class Pick:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything a report says. ``reference`` is the teacher, or else the first stage with a size."""
+    """Everything a report says.
+
+    ``reference`` is the teacher, or else the first stage with a size; ``aside`` are finished stages that trained and
+    measured no network of their own, such as a cache or a comparison.
+    """
 
     rows: list[Row]
+    aside: list[Stage]
     hunts: list[Hunt]
     unfinished: list[Stage]
     reference: Row | None
@@ -113,22 +118,24 @@ def gather(stages: Sequence[Stage]) -> Facts:
     Raises:
         ValueError: If no stage is finished.
     """
-    told = [s for s in stages if not (s.job == "report" and s.status == "finished")]
+    told = [s for s in expand(stages) if not (s.job == "report" and s.status == "finished")]
     finished = [s for s in told if s.status == "finished"]
     unfinished = [s for s in told if s.status != "finished"]
     if not finished:
         found = ", ".join(f"{s.name}: {s.status}" for s in unfinished) or "nothing but reports"
         raise ValueError(f"no finished stage to report on ({found}): run the recipe again, it resumes where it stopped")
     named = {s.name: s for s in finished}
-    metrics = _metrics(finished)
-    hunts = [_hunt(s, metrics[s.monitor]) for s in finished if s.levels]
-    sized = [s for s in finished if _outcome(s)[1].get("dense_fp32_bytes")]
+    measured = [s for s in finished if not _aside(s)] or finished
+    metrics = _metrics(measured)
+    hunts = [_hunt(s, metrics[s.monitor]) for s in measured if s.levels]
+    sized = [s for s in measured if _outcome(s)[1].get("dense_fp32_bytes")]
     teachers = {parent for s in finished for role, (parent, _) in s.parents.items() if role == "teacher"}
     reference = next((s for s in sized if s.name in teachers), sized[0] if sized else None)
     dense = None if reference is None else _outcome(reference)[1]["dense_fp32_bytes"]
-    rows = [_row(s, named, metrics, dense) for s in finished]
+    rows = [_row(s, named, metrics, dense) for s in measured]
     first = next((r for r in rows if reference is not None and r.stage.name == reference.name), None)
-    return Facts(rows, hunts, unfinished, first, None if first is None else _pick(rows, hunts, first))
+    aside = [s for s in finished if s not in measured]
+    return Facts(rows, aside, hunts, unfinished, first, None if first is None else _pick(rows, hunts, first))
 
 
 def dense_bytes(row: Row) -> float | None:
@@ -138,7 +145,8 @@ def dense_bytes(row: Row) -> float | None:
 
 def stale(stages: Iterable[Stage]) -> list[tuple[str, str]]:
     """Pairs of a stage and a parent that has been run anew, with other arguments, after the stage."""
-    now = {s.name: s.fingerprint for s in stages}
+    stages = list(stages)
+    now = {s.name: s.fingerprint for s in (*stages, *expand(stages))}
     return [
         (s.name, parent)
         for s in stages
@@ -183,6 +191,12 @@ def _metrics(stages: Iterable[Stage]) -> dict[tuple[str, str], Metric]:
     return {monitor: metric(*monitor, found) for monitor, found in values.items()}
 
 
+def _aside(stage: Stage) -> bool:
+    """Whether there is nothing about it that a row of the main table would tell."""
+    told = (stage.metrics, stage.size, stage.levels, stage.history, stage.exports)
+    return stage.job is not None and not any(told)
+
+
 def _outcome(stage: Stage) -> tuple[dict[str, float], dict[str, float], int | None]:
     """A stage's metrics and size, a hunt's last level's where it has none of its own, and which level."""
     last = stage.levels[-1] if stage.levels else None
@@ -202,8 +216,8 @@ def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], M
     if stage.levels:
         first = _dense(stage)
         against, base = "level 0", first and first.metrics.get(f"test/{stage.monitor[0]}")
-    elif parent and parent[1] in named and named[parent[1]].monitor == stage.monitor:
-        against, base = parent[1], _outcome(named[parent[1]])[0].get(f"test/{stage.monitor[0]}")
+    elif (begun := _measured(parent and parent[1], named)) and begun.monitor == stage.monitor:
+        against, base = begun.name, _outcome(begun)[0].get(f"test/{stage.monitor[0]}")
     change = None if test is None or base is None else test - base
     smallest = min((e for e in stage.exports if e.bytes is not None), key=_bytes, default=None)
     stored = size.get("artifact_bytes") if smallest is None else smallest.bytes
@@ -225,6 +239,15 @@ def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], M
         smaller=dense / stored if dense and stored else None,
         reproduces=parent[1] if parent and stage.exports and all(e.same_predictions for e in stage.exports) else None,
     )
+
+
+def _measured(name: str | None, named: dict[str, Stage]) -> Stage | None:
+    """The stage called ``name``; of one that has measured nothing, such as a cache, the one that it came from."""
+    seen: set[str] = set()
+    while name in named and name not in seen and _aside(named[name]):
+        seen.add(name)
+        name = next((parent for _, (parent, _) in _by_role(named[name])), None)
+    return named.get(name) if name else None
 
 
 def _by_role(stage: Stage) -> list[tuple[str, tuple[str, str | None]]]:

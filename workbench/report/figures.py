@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from workbench.report.comparisons import Move
 from workbench.report.facts import Curve
 from workbench.report.wording import Metric, percent
 
@@ -137,6 +138,36 @@ def bars(
         axes.grid(visible=False, axis="y")
 
     return _svg(name, title, (5.6, 0.9 + 0.32 * len(entries)), draw)
+
+
+def moves(
+    name: str, title: str, shown: Sequence[Move], students: Sequence[str], baseline: str, colour: Mapping[str, int]
+) -> str:
+    """Each student's change of recall by class as SVG, one row a class and one marker a student, the baseline at 0."""
+    lane = 0.64 / len(students)
+    lines = (len(students) + 2) // 3
+
+    def draw(axes: Axes) -> None:
+        for row in range(1, len(shown)):
+            axes.axhline(row - 0.5, color=_LIGHT["grid"], lw=0.8)
+        for place, student in enumerate(students):
+            x = [100 * move.changes[place] for move in shown]
+            y = [row + lane * (place - (len(students) - 1) / 2) for row in range(len(shown))]
+            tone = _LIGHT[f"series-{colour[student]}"]
+            axes.hlines(y, 0, x, color=tone, lw=1.2, alpha=0.6)
+            axes.plot(x, y, **{**_line(colour[student]), "ls": ""}, markersize=5.5, label=_cut(student))
+        axes.axvline(0, color=_LIGHT["muted"], lw=1)
+        labels = [f"{_cut(move.name)}  (n = {move.n:,.0f})" for move in shown]
+        axes.set_yticks(range(len(shown)), labels, color=_LIGHT["ink"])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_xlabel(f"recall less that of {_cut(baseline)}, points")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+        axes.grid(visible=False, axis="y")
+        axes.set_title(title, pad=8 + 15 * lines)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, fontsize=9)
+
+    height = 1.0 + 0.2 * lines + len(shown) * max(0.26, 0.15 * len(students))
+    return _svg(name, title, (5.6, height), draw)
 
 
 def standalone(svg: str) -> str:

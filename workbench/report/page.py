@@ -11,13 +11,25 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from workbench.report import comparisons, tables
 from workbench.report import facts as data
 from workbench.report import figures as draw
-from workbench.report import tables
 from workbench.report.reading import Stage
 from workbench.report.wording import size, times
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:[kMG]?B|points?)\b)")
+
+
+@dataclass(frozen=True)
+class Bought:
+    """A comparison's part of the page; ``moved`` is None where its classes are not recorded."""
+
+    stage: str
+    about: str
+    scores: tables.Table
+    moved: tables.Table | None
+    movement: str
+    figure: "Figure | None"
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,12 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
     """
     found = data.gather(stages)
     learning, sparsity = data.learning(found), data.sparsity(found)
-    colour = draw.colours([c.stage for c in (*learning, *sparsity)])
-    figures = _figures(found, learning, sparsity, colour)
+    told = [stage for stage in found.aside if stage.comparison]
+    compared = [name for stage in told if stage.comparison for name in comparisons.names(stage.comparison)]
+    colour = draw.colours([*(c.stage for c in (*learning, *sparsity)), *compared])
+    bought = _bought(told, colour)
+    drawn = [part.figure for part in bought if part.figure]
+    figures = _figures(found, learning, sparsity, colour, len(drawn) + 1)
     environment = Environment(
         loader=PackageLoader("workbench", "report"),
         autoescape=True,
@@ -57,6 +73,8 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
         stale=data.stale(stages),
         stages=tables.stages(found),
         legend=tables.legend(found),
+        aside=tables.aside(found),
+        bought=bought,
         exports=tables.exports(found),
         hunts=[(hunt, tables.sparsest(hunt), tables.levels(hunt)) for hunt in found.hunts],
         figures=figures,
@@ -68,11 +86,36 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
         prints=tables.prints(stages),
         recipe=_recipe(stages),
     )
-    return page, {name: draw.standalone(svg) for figure in figures for name, svg in figure.images.items()}
+    return page, {name: draw.standalone(svg) for figure in (*drawn, *figures) for name, svg in figure.images.items()}
 
 
-def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str, int]) -> list[Figure]:
-    """The figures that the records have points for, numbered in order; one image per metric."""
+def _bought(stages: Sequence[Stage], colour: dict[str, int]) -> list[Bought]:
+    """What each comparison found, with a figure of the classes that move, if any does."""
+    made: list[Bought] = []
+    number = 0
+    for stage in stages:
+        found = stage.comparison
+        assert found is not None, "the caller has seen to that"
+        shown = comparisons.moves(found)
+        figure = None
+        if shown:
+            name = f"classes-{number + 1}" if number else "classes"
+            svg = draw.moves(
+                name, "change of recall by class", shown, comparisons.names(found), found.baseline or "", colour
+            )
+            title = f"Classes that move{f', {stage.name}' if len(stages) > 1 else ''}"
+            number += 1
+            fingerprint = f"{stage.name} {tables.short(stage.fingerprint)}"
+            sample = f"n beside each class, no interval. Recipe fingerprints: {fingerprint}."
+            figure = Figure(number, title, comparisons.movement(found, shown), sample, {name: svg})
+        moved = comparisons.classes(found, shown) if shown else None
+        movement = comparisons.movement(found, shown) if found.classes and not shown else ""
+        made.append(Bought(stage.name, comparisons.about(found), comparisons.scores(found), moved, movement, figure))
+    return made
+
+
+def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str, int], first: int) -> list[Figure]:
+    """The figures that the records have points for, numbered from ``first``; one image per metric."""
     made: list[tuple[str, str, Iterable[str], dict[str, str]]] = []
     if learning:
         images = {
@@ -101,15 +144,16 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
         made.append(("Cost and size", about, drawn, images))
     return [
         Figure(number, title, about, tables.sample(found, names), images)
-        for number, (title, about, names, images) in enumerate(made, start=1)
+        for number, (title, about, names, images) in enumerate(made, start=first)
     ]
 
 
 def _costs(found: data.Facts, colour: dict[str, int]) -> tuple[dict[str, str], list[str]]:
     """The two bar charts, and the stages in either."""
     images = {}
-    spent = [(r.stage.name, r.stage.seconds, tables.duration(r.stage.seconds)) for r in found.rows]
-    spent = [(name, value, text) for name, value, text in spent if value is not None]
+    # A family was trained together, and is one bar.
+    times_ = {s.family or s.name: s.seconds for s in (*(r.stage for r in found.rows), *found.aside)}
+    spent = [(name, value, tables.duration(value)) for name, value in times_.items() if value is not None]
     if spent:
         images["seconds"] = draw.bars("seconds", "time spent", spent, colour, tables.duration)
     stored = [

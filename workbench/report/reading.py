@@ -1,8 +1,8 @@
 """The records of a run as typed, validated, ordered stages. A missing key is None or empty, never a guess."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,60 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A network in a comparison.
+
+    Attributes:
+        name: The stage's, or stage/member.
+        scores: Those that are known, by name.
+        gain: Its accuracy less the baseline's.
+        paired: Of that difference ``low``, ``high``, ``confidence``, ``p`` and ``p_holm``, where known.
+        recall: By class, as the comparison lists them.
+        gained: By class, the samples that it alone has right; the baseline's are ``lost``.
+        lost: See there.
+    """
+
+    name: str
+    scores: dict[str, float]
+    gain: float | None
+    paired: dict[str, float]
+    recall: list[float | None]
+    gained: list[float | None]
+    lost: list[float | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a compare stage found; ``classes`` are names of classes, ``counts`` their samples, ``of`` all there are."""
+
+    split: str
+    baseline: str | None
+    n: float | None
+    unit: str
+    method: str | None
+    teacher: Scored | None
+    students: list[Scored]
+    classes: list[str]
+    counts: list[float | None]
+    of: float | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network of a stage that trains several."""
+
+    name: str
+    metrics: dict[str, float]
+    size: dict[str, float]
+    history: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One stage's record. ``parents`` maps a role to the parent's name and fingerprint."""
+    """One stage's record.
+
+    ``parents`` maps a role to the parent's name and fingerprint; ``family`` is the stage that a member's row is of.
+    """
 
     name: str
     job: str | None
@@ -57,6 +109,11 @@ class Stage:
     history: list[dict[str, float]]
     levels: list[Level]
     exports: list[Export]
+    members: list[Member]
+    comparison: Comparison | None
+    bytes: float | None
+    samples: float | None
+    family: str | None = None
 
 
 def read(run: Path, own: Path | None = None) -> list[Stage]:
@@ -90,6 +147,32 @@ def read(run: Path, own: Path | None = None) -> list[Stage]:
     return _ordered(stages)
 
 
+def expand(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages, one that trained a family replaced by its members, named stage/member; each has its own arguments."""
+    return [made for stage in stages for made in (_members(stage) or [stage])]
+
+
+def _members(stage: Stage) -> list[Stage]:
+    names = {member.name for member in stage.members}
+
+    def own(value: Any, name: str) -> Any:
+        return value[name] if isinstance(value, dict) and names <= set(value) else value
+
+    return [
+        replace(
+            stage,
+            name=f"{stage.name}/{member.name}",
+            family=stage.name,
+            arguments={key: own(value, member.name) for key, value in stage.arguments.items()},
+            metrics=member.metrics,
+            size=member.size,
+            history=member.history,
+            members=[],
+        )
+        for member in stage.members
+    ]
+
+
 def _read(folder: Path) -> dict[str, Any] | None:
     """The record in ``folder``, its text cleaned of control characters, or None if there is none."""
     try:
@@ -105,11 +188,16 @@ def _ordered(stages: Mapping[str, Stage]) -> list[Stage]:
     placed: list[Stage] = []
     while waiting:
         names = {s.name for s in waiting}
-        ready = (s for s in waiting if not any(p in names and p != s.name for p, _ in s.parents.values()))
+        ready = (s for s in waiting if not any(_family(p) in names - {s.name} for p, _ in s.parents.values()))
         stage = next(ready, waiting[0])
         waiting.remove(stage)
         placed.append(stage)
     return placed
+
+
+def _family(name: str) -> str:
+    """The stage of ``stage/member``, or the name itself."""
+    return name.partition("/")[0]
 
 
 def _stage(path: Path, folder: str, record: dict[str, Any]) -> Stage:
@@ -138,7 +226,48 @@ def _stage(path: Path, folder: str, record: dict[str, Any]) -> Stage:
         history=_history(path, record),
         levels=[_level(path, level) for level in _list(path, record, "levels")],
         exports=[_export(export) for export in _list(path, record, "exports")],
+        members=[_member(path, name, entry) for name, entry in _objects(path, record, "students").items()],
+        comparison=_comparison(path, _mapping(path, record, "comparison")),
+        bytes=_number(record, "bytes"),
+        samples=_number(record, "samples"),
     )
+
+
+def _member(path: Path, name: str, record: dict[str, Any]) -> Member:
+    size = _numbers(_mapping(path, record, "size"), finite=True)
+    return Member(printable(name), _numbers(_mapping(path, record, "metrics")), size, _history(path, record))
+
+
+def _comparison(path: Path, record: dict[str, Any]) -> Comparison | None:
+    if not record:
+        return None
+    classes = _mapping(path, record, "per_class")
+    by_class = _objects(path, classes, "students")
+    students = _objects(path, record, "students")
+    teacher = _mapping(path, record, "teacher")
+    named = classes.get("names") or classes.get("classes")
+    methods = (_text(_mapping(path, entry, "paired"), "method") for entry in students.values())
+    return Comparison(
+        split=_text(record, "split") or "test",
+        baseline=_text(record, "baseline"),
+        n=_number(record, "n"),
+        unit=_text(record, "unit") or "samples",
+        method=next((method for method in methods if method), None),
+        teacher=_scored(path, _text(teacher, "name") or "teacher", teacher, {"recall": classes.get("teacher")}),
+        students=[_scored(path, printable(name), s, by_class.get(name, {})) for name, s in students.items()],
+        classes=[printable(str(name)) for name in named] if isinstance(named, list) else [],
+        counts=_column(classes, "n"),
+        of=_number(classes, "of"),
+    )
+
+
+def _scored(path: Path, name: str, record: dict[str, Any], by_class: dict[str, Any]) -> Scored:
+    paired = _mapping(path, record, "paired")
+    numbers = _numbers(record)
+    gain = numbers.pop("gain", None)
+    paired = {**_numbers(paired), **_numbers(_mapping(path, paired, "interval"))}
+    recall, gained, lost = (_column(by_class, key) for key in ("recall", "gained", "lost"))
+    return Scored(name, numbers, gain, paired, recall, gained, lost)
 
 
 def _level(path: Path, record: dict[str, Any]) -> Level:
@@ -193,6 +322,19 @@ def _list(path: Path, record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     if value is not None and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
         raise ValueError(f'{path}: "{key}" is not a list of objects, which is what a record holds there')
     return value or []
+
+
+def _objects(path: Path, record: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    found = _mapping(path, record, key)
+    if not all(isinstance(entry, dict) for entry in found.values()):
+        raise ValueError(f'{path}: "{key}" has an entry that is no object; a record holds objects there')
+    return found
+
+
+def _column(record: dict[str, Any], key: str) -> list[float | None]:
+    """A list of numbers; what is none is None."""
+    values = record.get(key)
+    return [_number({"": value}, "") for value in values] if isinstance(values, list) else []
 
 
 def _numbers(mapping: dict[str, Any], finite: bool = False) -> dict[str, float]:

@@ -56,11 +56,11 @@ def stages(found: Facts, brief: bool = False) -> Table:
         (heading, True, lambda r: _change(r, alike)),
         ("on disk", True, lambda r: Cell(size(r.bytes), r.form or "", _exact(r.bytes))),
         ("times smaller", True, lambda r: Cell(times(r.smaller))),
-        ("took", True, lambda r: Cell(duration(r.stage.seconds), title=_seconds(r.stage.seconds))),
+        ("took", True, _took),
     ]
     columns = [column for column in columns if not (brief and column[0] in ("activation", "from", "kept"))]
     lines = [Line([cell(row) for _, _, cell in columns], row.stage.name) for row in found.rows]
-    return _without_empty(Table([c[0] for c in columns], [c[1] for c in columns], lines))
+    return without_empty(Table([c[0] for c in columns], [c[1] for c in columns], lines))
 
 
 def legend(found: Facts) -> str:
@@ -159,6 +159,21 @@ def caveat(found: Facts) -> str:
     )
 
 
+def aside(found: Facts) -> str:
+    """Finished stages that the main table has no row for, and what they left; comparisons are told elsewhere."""
+    told = []
+    for stage in found.aside:
+        if stage.comparison is None:
+            left = [
+                "" if stage.bytes is None else size(stage.bytes),
+                "" if stage.samples is None else f"{count(stage.samples)} samples",
+                "" if stage.seconds is None else f"took {duration(stage.seconds)}",
+            ]
+            job = "" if stage.job == stage.name else f" ({stage.job})"
+            told.append(f"{stage.name}{job}: {', '.join(filter(None, left)) or 'nothing to tell'}")
+    return f"Also finished: {'; '.join(told)}." if told else ""
+
+
 def unfinished(found: Facts) -> str:
     """Which stages the tables leave out, and why; empty if none."""
     if not found.unfinished:
@@ -188,8 +203,9 @@ def sparsest(hunt: Hunt) -> str:
 def sample(found: Facts, names: Iterable[str]) -> str:
     """What stands under each figure: n, the interval's kind, the fingerprints of the stages drawn."""
     drawn = set(names)
-    rows = [row for row in found.rows if row.stage.name in drawn]
-    listed = ", ".join(f"{r.stage.name} {short(r.stage.fingerprint)}" for r in rows)
+    rows = [row for row in found.rows if {row.stage.name, row.stage.family} & drawn]
+    stages = [*(row.stage for row in rows), *(stage for stage in found.aside if stage.name in drawn)]
+    listed = ", ".join(f"{stage.name} {short(stage.fingerprint)}" for stage in stages)
     seeds = _known_seeds(rows)
     n = f"n = 1 seed ({_list(seeds)})" if len(seeds) == 1 else f"n = 1 seed each ({_list(seeds)})"
     return f"{n}, no interval. Recipe fingerprints: {listed}."
@@ -205,11 +221,23 @@ def short(fingerprint: str | None) -> str:
     return fingerprint[:8] if fingerprint else DASH
 
 
+def without_empty(table: Table) -> Table:
+    """The table less the columns that hold nothing but dashes, the first one aside."""
+    keep = [i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))]
+    lines = [Line(list(compress(line.cells, keep)), line.stage, line.marked) for line in table.lines]
+    return Table(list(compress(table.headers, keep)), list(compress(table.numeric, keep)), lines)
+
+
 def _headings(found: Facts) -> tuple[bool, str, str]:
     """Whether all stages share one metric, and what the columns of it and of its differences are called."""
     measured = {row.metric for row in found.rows}
     first = found.rows[0].metric
     return (True, first.name, first.heading) if len(measured) == 1 else (False, "metric", "change")
+
+
+def _took(row: Row) -> Cell:
+    together = "all together" if row.stage.family and row.stage.seconds is not None else ""
+    return Cell(duration(row.stage.seconds), together, _seconds(row.stage.seconds))
 
 
 def _level(level: int | None) -> str:
@@ -246,14 +274,6 @@ def _export(row: Row, export: Export, dense: float | None) -> Line:
         Cell(same),
     ]
     return Line(cells, row.stage.name)
-
-
-def _without_empty(table: Table) -> Table:
-    """The table less the columns that hold nothing but dashes, the first one aside."""
-    keep = [i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))]
-
-    lines = [Line(list(compress(line.cells, keep)), line.stage, line.marked) for line in table.lines]
-    return Table(list(compress(table.headers, keep)), list(compress(table.numeric, keep)), lines)
 
 
 def _seeds(rows: Sequence[Row]) -> str:
