@@ -1,9 +1,10 @@
 """TaskModule: a network and a task as a LightningModule; what every supervised module here shares."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,7 +12,8 @@ from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workbench.tasks import Task
+from workbench.means import GlobalMean, Means, everyone
+from workbench.tasks import Imitation, Task
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRSchedulerTypeUnion]
@@ -33,72 +35,62 @@ def configured(
 
 
 @final
-class Means:
-    """Weighted means of named numbers over many batches, summed in fp64 without waiting for the device.
+class Streams:
+    """A stream of random numbers for each network of a family, so that one's dropout does not depend on the others'.
 
-    Logging every batch through Lightning took a quarter of a small network's step, and forgot what came before a
-    checkpoint in the middle of an epoch.
+    All begin with the state that torch's generators have at their first use.
+
+    Attributes:
+        states: By name, that of the CPU and, where there is one, of the device.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self.states: dict[str, list[Tensor]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._sums)
+    @contextmanager
+    def of(self, member: str, device: torch.device) -> Iterator[None]:
+        """Inside, numbers are drawn from the stream of ``member``; the generators are then as they were."""
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if (state := self.states.get(member)) is not None:
+                torch.set_rng_state(state[0])
+                for index, where in enumerate(devices, 1):
+                    torch.cuda.set_rng_state(state[index], where)
+            yield
+            self.states[member] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(where) for where in devices)]
 
-    def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Count ``values``, scalars that are means over ``weight`` positions, a scalar."""
-        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-        weight = weight.to(dtype)
-        for name, value in values.items():
-            row = torch.stack((value.detach().to(dtype) * weight, weight))
-            # Not in place: validation makes tensors in inference mode, which may not be updated outside of it.
-            self._sums[name] = self._sums[name] + row if name in self._sums else row
 
-    def log(self, module: Any, prefix: str = "") -> None:
-        """Log the means over all batches of all ranks, from a hook of ``module`` or of a callback."""
-        for name, (total, weight) in self.local().items():
-            mean = total / weight if weight else 0.0
-            # The weight stays a float: Lightning 2.6 averages integer ones over ranks and rounds down.
-            module.log(f"{prefix}{name}", mean, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
+class Step(NamedTuple):
+    """What a batch has to say to an update.
 
-    def reset(self) -> None:
-        """Start anew."""
-        self._sums = {}
+    Args:
+        loss: A scalar to minimise, a mean over ``count`` positions.
+        logged: Scalars worth logging, means over as many.
+        count: How many positions of the batch count, a scalar.
+    """
 
-    def local(self) -> dict[str, list[float]]:
-        """This rank's [sum of value * weight, sum of weight] by name."""
-        return {name: row.tolist() for name, row in self._sums.items()}
-
-    def state(self) -> list[dict[str, list[float]]]:
-        """What every rank has, for a checkpoint. Called on every rank."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return [self.local()]
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, self.local())
-        return states
-
-    def restore(self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, world: int) -> None:
-        """Go on from a checkpoint's ``state``; with another number of ranks, rank 0 takes it all."""
-        mine = [states[rank]] if len(states) == world else states if rank == 0 else []
-        self.reset()
-        for state in mine:
-            for name, row in state.items():
-                before = self._sums.get(name, torch.zeros(2, dtype=torch.float64))
-                self._sums[name] = before + torch.tensor(row, dtype=torch.float64)
+    loss: Tensor
+    logged: Mapping[str, Tensor]
+    count: Tensor
 
 
 class SupervisedModule(LightningModule, ABC):
-    """A network trained on a task; subclasses say only what its loss is made of.
+    """A network trained on a task, or a family of them side by side; subclasses say only what its loss is made of.
 
     Logs ``train/*`` at the end of every epoch, and ``val/*`` and ``test/*``: means over all valid positions of the
-    split and of all ranks. An epoch that was resumed in its middle counts as a whole.
+    split and of all ranks; for a family ``train/NAME/*`` and so on. An epoch that was resumed in its middle counts as a
+    whole. The gradient of an update is a mean over all valid positions, however they are shared out among
+    micro-batches and ranks.
 
     Args:
-        network: The network that is trained and shipped.
+        network: The network that is trained and shipped, or several by name.
         task: Loss and metrics.
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
+        target: Arguments of a network -> what a task without labels compares its output with.
+
+    Raises:
+        ValueError: If a family has no member or one whose name is no name.
     """
 
     network: nn.Module
@@ -106,40 +98,70 @@ class SupervisedModule(LightningModule, ABC):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | Mapping[str, nn.Module],
         task: Task,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        target: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            if odd := [name for name in network if not name.isidentifier()] or ([] if network else ["nothing"]):
+                raise ValueError(
+                    f"a family of {odd[0]!r}: give one network or more, each by a name of letters and digits"
+                )
+            self.family = tuple(network)
+            network = nn.ModuleDict(network)
+        else:
+            self.family = ()
         # A transformers model comes from from_pretrained in eval mode, and nobody else wakes it up.
         self.network = network.train()
         self.task = task
-        self.metrics = nn.ModuleDict({split: task.metrics(f"{split}/") for split in ("val", "test")})
+        self.metrics = nn.ModuleDict(
+            {
+                named(split, member): task.metrics(f"{named(split, member)}/")
+                for split in ("val", "test")
+                for member in self.members
+            }
+        )
         self.means = {split: Means() for split in ("train", "val", "test")}
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.target = target
         self._epoch, self._logged = 0, False
+        self._global_mean = GlobalMean()
+        self.streams = Streams()
+
+    @property
+    def members(self) -> dict[str, nn.Module]:
+        """The networks of the family by name; the one network by the empty name."""
+        return {name: self.network.get_submodule(name) for name in self.family} or {"": self.network}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's own output."""
-        return self.network(*args, **kwargs)
+        """The network's own output; of a family a mapping of them."""
+        outputs = {name: network(*args, **kwargs) for name, network in self.members.items()}
+        return outputs if self.family else outputs[""]
 
     @abstractmethod
-    def terms(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
-        """The training loss for ``output`` as ``"loss"``, a scalar, and the terms worth logging beside it.
+    def step(self, batch: Any) -> Step:
+        """The forward pass of a training batch and its loss."""
 
-        Each is a mean over the valid positions of the batch.
-        """
+    def attach(self, loader: Any) -> Any:
+        """The training loader as this module wants it; recipes call this, with a Trainer of your own you do."""
+        return loader
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One forward pass and its loss."""
         if self._epoch != self.current_epoch:
             # Lightning skips on_train_epoch_start after resuming from the last batch of the epoch before.
             self._start(self.current_epoch)
-        terms = self.terms(self._output(batch), batch)
-        self.means["train"].add(terms, self.task.valid(batch).sum())
-        return terms["loss"]
+        step = self.step(batch)
+        self.means["train"].add(step.logged, step.count)
+        return step.loss if self._trainer is None else self._global_mean.weigh(step.loss, step.count, self.trainer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over all positions of the update."""
+        self._global_mean.settle(self.parameters(), self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's means."""
@@ -182,21 +204,21 @@ class SupervisedModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's sums so far."""
         checkpoint["train_means"] = {"epoch": self._epoch, "ranks": self.means["train"].state()}
+        if self.family:
+            checkpoint["streams"] = everyone(self.streams.states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the checkpoint's sums."""
         if (stored := checkpoint.get("train_means")) is not None and self._trainer is not None:
             self._epoch, self._logged = stored["epoch"], False
             self.means["train"].restore(stored["ranks"], self.trainer.global_rank, self.trainer.world_size)
+            ranks = checkpoint.get("streams", [])
+            self.streams.states = ranks[self.trainer.global_rank] if len(ranks) == self.trainer.world_size else {}
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the network's trainable parameters, and its scheduler."""
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        """The optimizer over all trainable parameters, and its scheduler."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return configured(parameters, self.optimizer, self.lr_scheduler)
-
-    def _output(self, batch: Any) -> Tensor:
-        args, kwargs = self.task.inputs(batch)
-        return self.task.output(self.network(*args, **kwargs))
 
     def _start(self, epoch: int) -> None:
         self._epoch, self._logged = epoch, False
@@ -208,14 +230,21 @@ class SupervisedModule(LightningModule, ABC):
         self._logged = True
 
     def _evaluate(self, split: str, batch: Any) -> None:
-        output = self._output(batch)
-        metrics: Any = self.metrics[split]
-        metrics.update(output, self.task.targets(batch))
-        self.means[split].add({"loss": self.task.loss(output, batch)}, self.task.valid(batch).sum())
+        args, kwargs = self.task.inputs(batch)
+        if self.target is not None and isinstance(self.task, Imitation):
+            batch = self.task.with_target(batch, self.target(*args, **kwargs))
+        losses: dict[str, Tensor] = {}
+        for member, network in self.members.items():
+            output = self.task.output(network(*args, **kwargs))
+            metrics: Any = self.metrics[named(split, member)]
+            metrics.update(output, self.task.targets(batch))
+            losses[named(member, "loss")] = self.task.loss(output, batch)
+        self.means[split].add(losses, self.task.valid(batch).sum())
 
     def _log(self, split: str) -> None:
         self.means[split].log(self, f"{split}/")
-        self.log_dict(self.metrics[split])  # type: ignore[arg-type] - Lightning computes and resets them
+        for member in self.members:
+            self.log_dict(self.metrics[named(split, member)])  # type: ignore[arg-type] - Lightning computes and resets them
 
 
 @final
@@ -229,9 +258,16 @@ class TaskModule(SupervisedModule):
         >>> module = TaskModule(MLP(64, [100, 100], 10), Classification(10))
     """
 
-    def terms(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
+    def step(self, batch: Any) -> Step:
         """The task's loss."""
-        return {"loss": self.task.loss(output, batch)}
+        args, kwargs = self.task.inputs(batch)
+        loss = self.task.loss(self.task.output(self.network(*args, **kwargs)), batch)
+        return Step(loss, {"loss": loss}, self.task.valid(batch).sum())
+
+
+def named(*parts: str) -> str:
+    """A metric's name of those parts that are not empty: ``val/small/accuracy``."""
+    return "/".join(part for part in parts if part)
 
 
 def network_of(module: nn.Module) -> nn.Module:

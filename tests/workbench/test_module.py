@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.module import Means, SupervisedModule, TaskModule, network_of, with_optimizer
+from workbench.module import SupervisedModule, TaskModule, network_of, with_optimizer
 from workbench.tasks import Classification
 from workbench.training import train
 
@@ -82,8 +82,8 @@ def fit(subject: lp.LightningModule, data: Any, *callbacks: lp.Callback, ckpt_pa
 def test_the_training_loss_is_the_mean_over_samples_of_what_every_batch_had() -> None:
     data, seen, subject = loader(), Seen(), module()
     losses: list[Tensor] = []
-    original = subject.terms
-    subject.terms = lambda output, batch: (losses.append((t := original(output, batch))["loss"].detach()), t)[1]  # type: ignore[method-assign]
+    original = subject.step
+    subject.step = lambda batch: (losses.append((step := original(batch)).loss.detach()), step)[1]  # type: ignore[method-assign]
     fit(subject, data, seen)
     for epoch in range(2):
         mine = losses[4 * epoch : 4 * epoch + 4]
@@ -258,7 +258,7 @@ def test_frozen_parameters_are_not_in_the_optimizer() -> None:
     assert len(group["params"]) == 3
 
 
-def test_a_module_without_terms_is_abstract() -> None:
+def test_a_module_without_a_step_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         SupervisedModule(MLP(6, [4], 3), Classification(3))  # type: ignore[abstract]
 
@@ -272,32 +272,6 @@ def test_network_of() -> None:
     subject = module()
     assert network_of(subject) is subject.network
     assert network_of(subject.network) is subject.network
-
-
-def test_means_weigh_and_remember() -> None:
-    means = Means()
-    assert not means
-    means.add({"a": torch.tensor(1.0), "b": torch.tensor(0.5)}, torch.tensor(3))
-    means.add({"a": torch.tensor(5.0)}, torch.tensor(1))
-    assert means.local() == {"a": [8.0, 4.0], "b": [1.5, 3.0]}
-    other = Means()
-    other.restore(means.state(), 0, 1)
-    assert other.local() == means.local()
-    for rank in range(3):
-        part = Means()
-        part.restore([{"a": [1.0, 1.0]}, {"a": [2.0, 3.0]}], rank, 3)
-        assert part.local() == ({"a": [3.0, 4.0]} if rank == 0 else {}), "another world: rank 0 has it all"
-        part.restore([{"a": [1.0, 1.0]}, {"a": [2.0, 3.0]}, {}], rank, 3)
-        assert part.local() == [{"a": [1.0, 1.0]}, {"a": [2.0, 3.0]}, {}][rank]
-
-
-def test_means_take_no_graph_and_keep_their_precision() -> None:
-    means = Means()
-    loss = torch.tensor(0.1, requires_grad=True)
-    for _ in range(1000):
-        means.add({"loss": loss}, torch.tensor(10**6))
-    total, weight = means.local()["loss"]
-    assert total / weight == pytest.approx(loss.item(), rel=1e-12)
 
 
 def _rank(rank: int, port: int, out: Path, results: Any) -> None:

@@ -2,6 +2,7 @@
 
 from workbench.tasks.base import Task, logits_of
 from workbench.tasks.classification import Classification
+from workbench.tasks.imitation import Embedding, Imitation
 from workbench.tasks.language import LanguageModelling
 from workbench.tasks.scores import NLL, Accuracy, Perplexity, cross_entropy
 
@@ -9,6 +10,8 @@ __all__ = [
     "NLL",
     "Accuracy",
     "Classification",
+    "Embedding",
+    "Imitation",
     "LanguageModelling",
     "Perplexity",
     "Task",

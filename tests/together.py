@@ -1,0 +1,58 @@
+"""Functions run by several processes that form one group, as data-parallel training does."""
+
+import multiprocessing
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def together(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``ranks`` forked processes under a launcher's variables, by rank.
+
+    The function may use tensors and modules of the parent as they are. A result is pickled: give plain values.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
+        processes = [
+            context.Process(target=_rank, args=(r, ranks, port, results, function, args)) for r in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+    try:
+        found = dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(60)
+            process.kill()
+    if failed := {rank: value for rank, (fine, value) in found.items() if not fine}:
+        raise RuntimeError(f"ranks failed: {failed}")
+    return [found[rank][1] for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()} | {"TORCHELASTIC_RUN_ID": "test"})
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, (True, function(*args))))
+    except BaseException as error:
+        results.put((rank, (False, f"{type(error).__name__}: {error}")))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
