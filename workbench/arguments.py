@@ -118,7 +118,18 @@ class Arguments:
             (_build_module, nn.Module, True),
             (functools.partial(_build_data, self.seed or 0), LightningDataModule, True),
         ]
-        made = self._parser.instantiate(_replaced(self._values, folder_of), instantiators=builders).as_dict()
+        values = _replaced(self._values, folder_of)
+        families = {name: value for name, value in vars(values).items() if _is_family(value)}
+        for name in families:
+            values[name] = None
+        made = self._parser.instantiate(values, instantiators=builders).as_dict()
+        for name, family in families.items():
+            made[name] = {}
+            for member, value in family.items():
+                # Each as if it were alone: its weights must not depend on who was made before it.
+                seed_everything(self.seed or 0, workers=True, verbose=False)
+                alone = self._parser.instantiate(Namespace({name: {member: value}}), instantiators=builders)
+                made[name] |= alone[name]
         if self.trains:
             made["trainer"] = {name: made["trainer"][name] for name in self._trainer}
         return made
@@ -199,6 +210,12 @@ def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> Modul
             given = {name: remembered(value) for name, value in kwargs.items()}
             setattr(made, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
     return made
+
+
+def _is_family(value: Any) -> bool:
+    """Whether an argument is several objects by name, each with a class of its own."""
+    members = list(value.values()) if isinstance(value, dict) else []
+    return bool(members) and all(isinstance(member, Namespace) and "class_path" in member for member in members)
 
 
 def _sources(value: Any, key: str) -> Iterator[tuple[str, Source]]:

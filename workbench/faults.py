@@ -5,6 +5,7 @@ So each class in the arguments is checked by itself, the innermost first, until 
 """
 
 import copy
+import dataclasses
 import inspect
 import pkgutil
 import re
@@ -32,6 +33,11 @@ def explain(text: str, arguments: Mapping[str, Any], function: Callable[..., Any
     if unknown := re.search(r"Group 'trainer' does not accept option '([^']+)'", text):
         names = list(inspect.signature(Trainer).parameters)
         return f"trainer.{unknown[1]}", f"Lightning's Trainer has no such argument{nearest(unknown[1], names)}"
+    for path, option in re.findall(r"class_path '([\w.]+)':\s+Option '([^']+)' is not accepted", text):
+        if dataclasses.is_dataclass(cls := _resolved(path)):
+            names = [field.name for field in dataclasses.fields(cls)]
+            key = next(_keys(_at(arguments, blamed), option, blamed or ""), blamed)
+            return key, f"{getattr(cls, '__name__', path)} has no such argument{nearest(option, names)}"
     if required := _required(text):
         return required[0], f"is required by job '{function.__name__}' and not given"
     return blamed, _type_fault(text, _at(arguments, blamed))
@@ -56,6 +62,14 @@ def _classes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _classes(item, f"{key}[{index}]")
 
 
+def _keys(value: Any, name: str, key: str) -> Iterator[str]:
+    """Dotted keys of every entry called ``name`` inside ``value``, which is at ``key``."""
+    for each, item in value.items() if isinstance(value, Mapping) else ():
+        if each == name:
+            yield f"{key}.{each}"
+        yield from _keys(item, name, f"{key}.{each}")
+
+
 def _class_fault(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str] | None:
     """What is wrong with one class and its arguments, classes inside it aside; ``text`` is the parser's, if on it."""
     path, given = node["class_path"], {} if node.get("init_args") is None else node["init_args"]
@@ -70,11 +84,14 @@ def _class_fault(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str
     cls = _resolved(path)
     if isinstance(cls, str):
         return f"{key}.class_path", cls
-    if not inspect.isclass(cls):
+    if not callable(cls):
         return None
     parser = ArgumentParser(exit_on_error=False)
     try:
-        parser.add_class_arguments(cls, fail_untyped=False)
+        if inspect.isclass(cls):
+            parser.add_class_arguments(cls, fail_untyped=False)
+        else:
+            parser.add_function_arguments(cls, fail_untyped=False)
         parser.parse_object(copy.deepcopy(dict(given)))  # it makes objects inside what it parses
     except (ArgumentError, TypeError, ValueError) as error:
         return _init_fault(f"{key}.init_args", cls, given, str(error), text)
@@ -83,7 +100,9 @@ def _class_fault(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str
     return None
 
 
-def _init_fault(key: str, cls: type, given: Mapping[str, Any], own: str, text: str) -> tuple[str, str] | None:
+def _init_fault(
+    key: str, cls: Callable[..., Any], given: Mapping[str, Any], own: str, text: str
+) -> tuple[str, str] | None:
     if unknown := re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", own):
         name = unknown[1] or unknown[2]
         names = [name for name in inspect.signature(cls).parameters if name not in ("self", "args", "kwargs")]
@@ -118,11 +137,11 @@ def _resolved(path: str) -> Any:
     return f"module '{module}' has no '{name}'{nearest(name, [n for n in dir(found) if not n.startswith('_')])}"
 
 
-def _kinship(path: str, cls: type, text: str) -> str:
+def _kinship(path: str, cls: Any, text: str) -> str:
     """Why ``cls`` is refused where another kind of class is expected."""
     wanted = re.search(rf"{re.escape(path)} does not correspond to a subclass of (.+)", text)
     expected = types_said(wanted[1]) if wanted else "of the kind that is expected"
-    if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in cls.__mro__):
+    if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in getattr(cls, "__mro__", ())):
         return (
             f"{cls.__name__} belongs to pytorch_lightning, recipes run on lightning.pytorch: "
             "take it from there, or change the import of its base class"

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,22 @@ def check(recipe: Recipe) -> list[Arguments]:
     """
     plan = [Arguments(recipe, stage) for stage in recipe.stages]
     names = [stage.name for stage in recipe.stages]
-    refers = {a.stage.name: [str(source) for _, source in a.sources()] for a in plan}
+    refers = {a.stage.name: [_stage_of(source, names) or str(source) for _, source in a.sources()] for a in plan}
     for position, arguments in enumerate(plan):
         name = arguments.stage.name
         for key, source in arguments.sources():
-            if source in names[:position]:
+            stage = _stage_of(source, names)
+            if stage in names[:position]:
                 continue
-            if source == name:
+            if stage == name:
                 raise recipe.error(
                     f"the stage names itself: name one above it{nearest('', names[:position])}", name, key
                 )
-            if source in names:
-                if path := _path(refers, str(source), name):
+            if stage is not None:
+                if path := _path(refers, stage, name):
                     cycle = " -> ".join([name, *path])
                     raise recipe.error(f"the stages need each other in a cycle: {cycle}", name, key)
-                raise recipe.error(f"stage '{source}' is named before it exists: move it above '{name}'", name, key)
+                raise recipe.error(f"stage '{stage}' is named before it exists: move it above '{name}'", name, key)
             if not Path(source).exists() and not _hub_name(source):
                 hint = nearest(source, names[:position])
                 raise recipe.error(f"'{source}' is neither a stage above nor a folder{hint}", name, key)
@@ -124,7 +125,7 @@ def _run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str,
     began = time.monotonic()
     try:
         seed_everything(arguments.seed or 0, workers=True, verbose=False)
-        made = arguments.build(lambda source: Source(out / source) if source in lineage else source)
+        made = arguments.build(lambda source: Source(out / source) if _stage_of(source, lineage) else source)
         result = _result(arguments.stage.job.function(**made, out=folder))
         seconds = round(time.monotonic() - began, 3)
         finished = {**record, "seconds": seconds, **result, "status": "finished", "ended": records.now()}
@@ -172,16 +173,25 @@ def _lineage(plan: Sequence[Arguments]) -> dict[str, tuple[str, dict[str, Any]]]
     """For each stage its fingerprint, and its parents by the argument that names them."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for arguments in plan:
-        prints = {key: found[source][0] if source in found else _content(source) for key, source in arguments.sources()}
-        parents = {
-            key: {"stage": str(source), "fingerprint": prints[key] if source in found else None}
-            for key, source in arguments.sources()
-        }
+        prints: dict[str, str] = {}
+        parents: dict[str, Any] = {}
+        for key, source in arguments.sources():
+            stage = _stage_of(source, found)
+            prints[key] = found[stage][0] if stage else _content(source)
+            parents[key] = {"stage": str(source), "fingerprint": prints[key] if stage else None}
         if not prints and not arguments.trains:
             # It names no stage and trains nothing: like a report, it may look at everything above it.
             prints = {f"above/{name}": fingerprint for name, (fingerprint, _) in found.items()}
         found[arguments.stage.name] = arguments.fingerprint(prints), parents
     return found
+
+
+def _stage_of(source: Source, names: Container[str]) -> str | None:
+    """The stage that ``source`` means, if it is one of ``names``: by its name, or as ``stage/student`` of a family."""
+    stage, _, member = source.partition("/")
+    if source in names:
+        return str(source)
+    return stage if stage in names and member and "/" not in member else None
 
 
 def _content(source: Source) -> str:

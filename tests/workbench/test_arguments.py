@@ -278,3 +278,24 @@ def test_data_is_drawn_from_the_seed_whatever_model_was_made_before() -> None:
     torch.rand(100)
     assert _build_data(3, Split).held_out == first
     assert _build_data(4, Split).held_out != first
+
+
+def test_each_of_a_family_is_made_as_if_alone(tmp_path: Path) -> None:
+    """Its initial weights are the seed's, whoever stands before it."""
+    one = "{class_path: workbench.models.MLP, init_args: {hidden: [4]}}"
+    other = "{class_path: workbench.models.MLP, init_args: {hidden: [5]}}"
+    shared = "teacher: t, data: configs/data/digits.yaml, trainer: {max_steps: 1}, seed_everything: 7"
+    (tmp_path / "t").mkdir()
+
+    def built(model: str) -> Any:
+        path = tmp_path / "r.yaml"
+        path.write_text(f"s: {{job: distill, model: {model}, {shared.replace('t,', f'{tmp_path}/t,', 1)}}}\n")
+        (stage,) = check(recipe.read(path))
+        torch.manual_seed(7)
+        return stage.build(lambda source: source)["model"]
+
+    family = built(f"{{small: {one}, tiny: {other}}}")
+    assert list(family) == ["small", "tiny"]
+    for name, model in (("small", one), ("tiny", other)):
+        for key, value in built(model).state_dict().items():
+            assert torch.equal(family[name].state_dict()[key], value)

@@ -260,6 +260,31 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
         "level",
         "is 'lst': expected int or 'last' or 'winning'; did you mean 'last'?",
     ),
+    (
+        "distill",
+        {"losses": {"soft": {"weigth": 0.9}}},
+        "losses.soft.weigth",
+        "Term has no such argument; did you mean 'weight'?",
+    ),
+    (
+        "distill",
+        {"losses": {"soft": {"loss": {"class_path": "distill.losses.SoftTarget", "init_args": {"temprature": 2}}}}},
+        "losses.soft.loss.init_args.temprature",
+        "SoftTarget has no such argument; did you mean 'temperature'?",
+    ),
+    (
+        "distill",
+        {"model": {"small": {"class_path": "workbench.models.MLP", "init_args": {"hiden": [4]}}}},
+        "model.small.init_args.hiden",
+        "MLP has no such argument; did you mean 'hidden'?",
+    ),
+    (
+        "distill",
+        {"model": {"class_path": "workbench.models.LeNet300", "init_args": {"widht": 3}}},
+        "model.init_args.widht",
+        "LeNet300 has no such argument; allowed: activation, classes, norm, init",
+    ),
+    ("distill", {"precision": "fp8"}, "precision", "is 'fp8': expected 'bf16' or 'int8' or null"),
     ("export", {"of": "x", "values": None}, "values", "is null: expected 'float32' or 'float16' or 'bfloat16'"),
 ]
 
@@ -280,4 +305,5 @@ def test_a_fault_in_a_fit_is_named_where_it_is(wrong: dict[str, Any], key: str, 
 
 @pytest.mark.parametrize(("job", "wrong", "key", "said"), OTHERS, ids=[f"{row[0]}.{row[2]}" for row in OTHERS])
 def test_a_fault_in_another_job(job: str, wrong: dict[str, Any], key: str, said: str) -> None:
-    assert message(job, wrong) == f"r.yaml, stage 's', key '{key}': {said}"
+    given = {"model": net(), "teacher": "x", "data": DATA, "trainer": {"max_steps": 1}} if job == "distill" else {}
+    assert message(job, {**given, **wrong}) == f"r.yaml, stage 's', key '{key}': {said}"

@@ -89,6 +89,24 @@ def test_stages_run_in_order_and_leave_records(plugin: Any, out: Path) -> None:
     assert first["ended"] >= first["started"]
 
 
+def test_a_part_of_a_stage_is_named_by_a_slash(plugin: Any, out: Path) -> None:
+    """As one student of a family: the folder inside the stage's own."""
+    execute(out, "first: {job: make}\n")
+    (out / "first" / "small").mkdir()
+    (out / "first" / "small" / "made.txt").write_text("part")
+    found = execute(out, "first: {job: make}\nsecond: {job: use, of: first/small}\n")
+    assert found[1]["read"] == "part"
+    assert found[1]["parents"] == {"of": {"stage": "first/small", "fingerprint": found[0]["fingerprint"]}}
+    again = execute(out, "first: {job: make}\nthird: {job: use, of: first}\n")
+    assert again[1]["fingerprint"] != found[1]["fingerprint"]
+    with pytest.raises(RecipeError, match="stage 'first' is named before it exists"):
+        execute(out, "second: {job: use, of: first/small}\nfirst: {job: make}\n")
+    with pytest.raises(RecipeError, match="cycle: a -> b -> a"):
+        execute(out, "a: {job: use, of: b/c}\nb: {job: use, of: a/c}\n")
+    with pytest.raises(RecipeError, match="the stage names itself"):
+        execute(out, "a: {job: use, of: a/c}\n")
+
+
 def test_what_is_finished_is_kept_untouched(plugin: Any, out: Path) -> None:
     before = execute(out)
     files = tree(out)
