@@ -210,6 +210,12 @@ def make_projector(student: Tensor, teacher: Tensor) -> nn.Module:
     return maps[0] if maps else nn.Identity()
 
 
+def matches(name: str, place: str) -> bool:
+    """Whether ``name``, as :func:`capture` yields it, is what the path or pattern ``place`` stands for."""
+    (path, _, side), (pattern, _, wanted) = name.partition(":"), place.partition(":")
+    return (side or "output") == (wanted or "output") and _regex(pattern).fullmatch(path) is not None
+
+
 def _put_input(features: Features, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     features._put(name, (args, kwargs.get("hidden_states"), kwargs))
 

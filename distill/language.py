@@ -175,13 +175,65 @@ def chunked_soft_target(
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2; gradients in the forward pass after Hsu et al.,
         "Liger Kernel", 2024, arXiv:2410.10989, section 3.2.
     """
-    check_temperature(temperature)
     check_alpha(alpha)
+    total, _, _ = chunked_terms(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        temperature,
+        labels,
+        (alpha, 1 - alpha),
+        valid,
+        student_bias,
+        teacher_bias,
+        chunk,
+    )
+    return total
+
+
+def chunked_terms(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float,
+    labels: Tensor | None,
+    weights: tuple[float, float],
+    valid: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`chunked_soft_target`, for any two weights.
+
+    Args:
+        student_hidden: There.
+        student_weight: There.
+        teacher_hidden: There.
+        teacher_weight: There.
+        temperature: There.
+        labels: There.
+        weights: Of the soft targets and of cross-entropy, at least 0; a term of weight 0 is not computed.
+        valid: There.
+        student_bias: There.
+        teacher_bias: There.
+        chunk: There.
+
+    Returns:
+        The weighted sum, with its graph; soft targets and cross-entropy by themselves, for logging, 0 if not computed.
+
+    Raises:
+        ValueError: There.
+    """
+    check_temperature(temperature)
+    if not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"weights are {weights}: give finite numbers of at least 0")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: give at least 1 token at a time")
     student, teacher = _Head(student_weight, student_bias), _Head(teacher_weight.detach(), teacher_bias)
-    _check(student_hidden, student, teacher_hidden, teacher, labels, alpha, valid)
-    hard = labels if alpha < 1 else None
+    _check(student_hidden, student, teacher_hidden, teacher, labels, weights, valid)
+    hard = labels if weights[1] else None
     if valid is None and labels is not None:
         valid = labels != IGNORED
     hs, ht = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
@@ -195,9 +247,9 @@ def chunked_soft_target(
             f"labels that count are {int(y.min())} to {int(y.max())}: give 0 to {len(student_weight) - 1}, "
             f"or leave the others out by {IGNORED} or valid"
         )
-    settings = _Settings(temperature, alpha, chunk, torch.is_grad_enabled())
-    loss: Any = _Chunked.apply(hs, *student, ht, *teacher, y, settings)
-    return loss
+    settings = _Settings(temperature, weights, chunk, torch.is_grad_enabled())
+    found: Any = _Chunked.apply(hs, *student, ht, *teacher, y, settings)
+    return found
 
 
 class _Head(NamedTuple):
@@ -207,7 +259,7 @@ class _Head(NamedTuple):
 
 class _Settings(NamedTuple):
     temperature: float
-    alpha: float
+    weights: tuple[float, float]
     chunk: int
     grad: bool
 
@@ -229,7 +281,7 @@ class _Chunked(torch.autograd.Function):
         bt: Tensor | None,
         y: Tensor | None,
         settings: _Settings,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = hs.device.type
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = casts or ws.dtype
@@ -240,14 +292,13 @@ class _Chunked(torch.autograd.Function):
             gh = torch.empty_like(hs) if need_h else None
             gw = torch.zeros_like(ws, dtype=wide) if need_w else None
             gb = torch.zeros_like(bs, dtype=wide) if need_b and bs is not None else None
-            total = torch.zeros((), dtype=wide, device=hs.device)
+            terms = torch.zeros(2, dtype=wide, device=hs.device)
             for start in range(0, len(hs), settings.chunk):
                 rows = slice(start, start + settings.chunk)
                 h = hs[rows].to(dtype)
                 zs = nn.functional.linear(h, *student).to(wide)
-                zt = nn.functional.linear(ht[rows].to(teacher.weight.dtype), *teacher) if settings.alpha else None
-                value, gz = _scored(zs, None if zt is None else zt.to(wide), None if y is None else y[rows], settings)
-                total += value
+                zt = nn.functional.linear(ht[rows].to(teacher.weight.dtype), *teacher) if settings.weights[0] else None
+                gz = _scored(zs, None if zt is None else zt.to(wide), None if y is None else y[rows], settings, terms)
                 if gb is not None:
                     gb += gz.sum(0)
                 gz = gz.to(dtype)
@@ -260,7 +311,9 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(gh, gw, gb)
         ctx.count = max(len(hs), 1)
         ctx.dtypes = (hs.dtype, ws.dtype, None if bs is None else bs.dtype)
-        return total / ctx.count
+        soft, hard = terms / ctx.count
+        ctx.mark_non_differentiable(soft, hard)
+        return settings.weights[0] * soft + settings.weights[1] * hard, soft, hard
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -282,16 +335,16 @@ def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Head:
     return _Head(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and its gradient by ``zs`` [C, V]; both logits are overwritten."""
-    t, alpha = settings.temperature, settings.alpha
-    value, gradient = zs.new_zeros(()), None
+def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings, terms: Tensor) -> Tensor:
+    """The gradient of a chunk by ``zs`` [C, V]; adds its summed losses to ``terms``, and overwrites both logits."""
+    t, (alpha, beta) = settings.temperature, settings.weights
+    gradient = None
     if y is not None:
         log_q = torch.log_softmax(zs, -1)
-        value -= (1 - alpha) * log_q.gather(1, y[:, None]).sum()
+        terms[1] -= log_q.gather(1, y[:, None]).sum()
         gradient = log_q.exp_()
         gradient[torch.arange(len(y), device=y.device), y] -= 1
-        gradient *= 1 - alpha
+        gradient *= beta
     if zt is not None:
         log_q, log_p = torch.log_softmax(zs.div_(t), -1), torch.log_softmax(zt.div_(t), -1)
         p = log_p.exp()
@@ -299,10 +352,9 @@ def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings
         # 0 log 0 = 0, also where the student gives such a class no probability either.
         ratio.masked_fill_(p == 0, 0.0)
         soft = log_q.exp_().sub_(p)
-        value += alpha * t**2 * p.mul_(ratio).sum()
+        terms[0] += t**2 * p.mul_(ratio).sum()
         gradient = soft.mul_(alpha * t) if gradient is None else gradient.add_(soft, alpha=alpha * t)
-    assert gradient is not None
-    return value, gradient
+    return torch.zeros_like(zs) if gradient is None else gradient
 
 
 def _check(
@@ -311,7 +363,7 @@ def _check(
     teacher_hidden: Tensor,
     teacher: _Head,
     labels: Tensor | None,
-    alpha: float,
+    weights: tuple[float, float],
     valid: Tensor | None,
 ) -> None:
     shape = student_hidden.shape[:-1]
@@ -333,8 +385,8 @@ def _check(
             f"the student's head has {len(student.weight)} rows and the teacher's {len(teacher.weight)}: compare their "
             "tokens (check_vocabulary) and cut both to the vocabulary, weight[:vocabulary]"
         )
-    if alpha < 1 and labels is None:
-        raise ValueError(f"alpha is {alpha} without labels: give labels, or alpha=1 for soft targets alone")
+    if weights[1] and labels is None:
+        raise ValueError(f"alpha is {weights[0]} without labels: give labels, or alpha=1 for soft targets alone")
     if labels is not None and labels.shape != shape:
         raise ValueError(f"labels are {list(labels.shape)}: give {list(shape)}, one a token")
     if valid is not None and (valid.shape != shape or valid.dtype != torch.bool):

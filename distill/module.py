@@ -1,102 +1,326 @@
-"""DistillModule: a student and its teacher as a LightningModule, and the ``distill`` job."""
+"""DistillModule: one student or a family of them and their teacher as a LightningModule, and the ``distill`` job."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from distill.losses import check_alpha, check_temperature, mix, soft_target
+from distill.cache import CachedTeacher, Taught, open_teacher
+from distill.features import capture
+from distill.language import chunked_terms, headless
+from distill.losses import SoftTarget
+from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
+from workbench.continuation import random_state, set_random_state
 from workbench.duration import Duration
-from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule
+from workbench.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
 from workbench.source import Source
-from workbench.tasks import Task
+from workbench.tasks import Imitation, LanguageModelling, Task
 from workbench.training import check_namespace, task_for, train_and_save, trains
+
+AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
 
 
 @final
 class DistillModule(SupervisedModule):
-    """A student trained on its teacher's temperature-softened outputs and on the labels.
+    """A student trained on its teacher's outputs and on the labels; or a family of students, each as if alone.
 
-    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss
+    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss, or the weighted sum of ``losses``
 
     The teacher is frozen, in eval mode and outside the module tree: not in ``parameters()``, the optimizer, DDP or
-    any checkpoint. Logged: ``train/loss``, ``train/soft``, ``train/hard``. At alpha 0 it is not asked at all, and there
-    is no ``train/soft``; at alpha 1 the task loss is only logged.
+    any checkpoint; it is asked once a batch, however many students there are. Where no term of some weight needs it,
+    it is not asked at all. Logged: ``train/loss`` and every term by name, of a family under ``train/STUDENT/``. The
+    task's own loss is logged at weight 0 too.
+
+    Students of a family share the optimizer, the batches and the teacher's answers, and nothing else: gradients are
+    clipped for each of them, dropout has a stream of random numbers for each. With an optimizer that treats parameters
+    one by one, as SGD and Adam do, each comes out as if trained alone; where data loaders draw from torch's global
+    generator, which those of recipes do not, its dropout is another.
 
     Args:
-        student: The network to train, ``network`` from then on.
-        teacher: A Teacher, a trained network, or where to load one from.
+        student: The network to train, ``network`` from then on; or several by name.
+        teacher: A Teacher, a trained network, or where to load one or a cache of its outputs from.
         task: Loss on labels, and metrics.
         temperature: T > 0.
         alpha: Weight of the soft targets, 0 (labels only) to 1 (teacher only).
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
+        losses: The terms of the objective by name, instead of ``temperature`` and ``alpha``.
+        chunked: For language models of transformers with large vocabularies: compute soft and hard loss from hidden
+            states a chunk of tokens at a time, so that logits of [tokens, vocabulary] are never held in training.
 
     Raises:
-        ValueError: If alpha is outside [0, 1] or the temperature is not positive; in training, if the teacher's
-            classes are not the student's.
+        ValueError: If an argument is out of range; in training, if the teacher's classes are not the student's, or
+            what a term compares is not there.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: Teacher | nn.Module | Source | Path,
+        student: nn.Module | Mapping[str, nn.Module],
+        teacher: AnyTeacher,
         task: Task,
         temperature: float = 4.0,
         alpha: float = 0.9,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        losses: Mapping[str, Term] | None = None,
+        chunked: bool = False,
     ) -> None:
-        check_alpha(alpha)
-        check_temperature(temperature)
-        super().__init__(student, task, optimizer, lr_scheduler)
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        self.temperature = temperature
-        self.alpha = alpha
+        terms = soft_and_hard(temperature, alpha) if losses is None else losses
+        imitates = isinstance(task, Imitation)
+        if imitates and losses is None:
+            terms = {"imitation": Term()}
+        super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
+        self.teacher = teacher if isinstance(teacher, Teacher | CachedTeacher) else open_teacher(teacher)
+        self.objective = Objective(terms, tuple(self.members))
+        self.chunked = chunked
+        if chunked:
+            _check_chunked(terms, task, self.teacher)
+        if self.family:
+            self.configure_gradient_clipping = self._clip_each
 
-    def terms(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
-        """Soft and hard loss and their weighted sum."""
-        hard = self.task.loss(output if self.alpha < 1 else output.detach(), batch)
-        if self.alpha == 0:
-            return {"loss": hard, "hard": hard}
+    def attach(self, loader: Any) -> Any:
+        """The training loader, its batches with the cached teacher's outputs; as it is if the teacher is live."""
+        return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
+
+    def setup(self, stage: str) -> None:
+        """Look at a batch, where the objective has projectors to make, before the optimizer is made."""
+        if stage != "fit":
+            return
+        self.streams.states = {}
+        if self.objective.projects and not self.objective.projectors:
+            state = random_state()
+            try:
+                self.prepare(next(iter(self.trainer.fit_loop._data_source.dataloader())))
+            finally:
+                set_random_state(state)
+
+    @torch.no_grad()
+    def prepare(self, batch: Any) -> None:
+        """Make the projectors between features of unequal widths, for batches like this one.
+
+        ``fit`` calls it; in a loop of your own, call it before the optimizer is made. The students and the random state
+        of torch stay as they are but for what drawing the projectors takes.
+        """
+        batch, taught = _bare(batch)
         args, kwargs = self.task.inputs(batch)
-        targets = self.task.output(self.teacher(*args, **kwargs))
-        soft = soft_target(output, targets, self.temperature, self.task.valid(batch))
-        return {"loss": mix(soft, hard, self.alpha), "soft": soft, "hard": hard}
+        lesson = self._lesson(args, kwargs, taught, None)
+        state = random_state()
+        for member, student in self.members.items():
+            set_random_state(state)
+            modes = {module: module.training for module in student.modules()}
+            try:
+                seen = self._seen(student.eval(), args, kwargs, self.objective.student_places(member))
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+            self.objective.prepare(seen.features, lesson.features, member)
+
+    def step(self, batch: Any) -> Step:
+        """One look at the teacher, one forward pass of each student, and the terms of its objective."""
+        batch, taught = _bare(batch)
+        weights = self.objective.weights(self._elapsed)
+        args, kwargs = self.task.inputs(batch)
+        lesson = Seen(None)
+        if not self.chunked and (self.target is not None or self.objective.asks_teacher(weights)):
+            lesson = self._lesson(args, kwargs, taught, weights)
+        if isinstance(self.task, Imitation):
+            batch = self.task.with_target(batch, lesson.logits)
+        valid, logged, total = self.task.valid(batch), {}, None
+        for member, student in self.members.items():
+            stream: AbstractContextManager[None] = nullcontext()
+            if self.family:
+                stream = self.streams.of(member, valid.device)
+            with stream:
+                if self.chunked:
+                    terms = self._chunks(student, args, kwargs, batch, weights)
+                else:
+                    seen = self._seen(student, args, kwargs, self.objective.student_places(member, weights))
+                    terms = self.objective(
+                        seen,
+                        lesson,
+                        weights,
+                        own=lambda logits: self.task.loss(logits, batch),
+                        valid=valid,
+                        labels=self.task.targets(batch),
+                        tokens=_tokens(batch),
+                        member=member,
+                    )
+            logged |= {named(member, name): value for name, value in terms.items()}
+            total = terms["loss"] if total is None else total + terms["loss"]
+        assert total is not None
+        return Step(total, logged, valid.sum())
+
+    def _lesson(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], taught: Mapping[str, Tensor] | None, weights: Any
+    ) -> Seen:
+        """What the teacher says of a batch: out of its cache where there is one."""
+        if taught is not None:
+            features = {k.removeprefix("feature/"): v for k, v in taught.items() if k.startswith("feature/")}
+            aligned = self.task.aligned if isinstance(self.task, LanguageModelling) else (lambda sample: sample)
+            sampled = [aligned(taught[k]) for k in ("ids", "weights", "log_probs") if k in taught]
+            logits = self.task.output(taught["logits"]) if "logits" in taught else None
+            return Seen(logits, features, (sampled[0], sampled[1], sampled[2]) if sampled else None)
+        if isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                "the teacher is a cache and the batch comes without its outputs: train on module.attach(loader), or by "
+                "a recipe, which does so"
+            )
+        raw, features = self.teacher.outputs(args, kwargs, self.objective.teacher_places(weights))
+        asked = self.target is not None or weights is None or self.objective.asks_logits(weights)
+        return Seen(self.task.output(raw) if asked and _scores(raw) else None, features)
+
+    def _seen(self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], places: Sequence[str]) -> Seen:
+        if not places:
+            return Seen(self.task.output(student(*args, **kwargs)))
+        with capture(student, places) as features:
+            logits = self.task.output(student(*args, **kwargs))
+            return Seen(logits, features.take())
+
+    def _imitated(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the students are to say in validation."""
+        if isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                "the task has no labels, so validation asks the teacher, which a cache cannot be: give it live"
+            )
+        return self.task.output(self.teacher(*args, **kwargs))
+
+    def _clip_each(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] | None = None,
+    ) -> None:
+        """Clip the gradients of each student, and of its projectors, as if it were alone."""
+        if not gradient_clip_val:
+            return
+        for member, student in self.members.items():
+            mine = [*student.parameters(), *self.objective.parameters_of(member)]
+            if gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(mine, gradient_clip_val)
+            else:
+                nn.utils.clip_grad_norm_(mine, gradient_clip_val)
+
+    def _elapsed(self, unit: str) -> float:
+        """Epochs or updates done so far; none outside of a Trainer."""
+        if self._trainer is None:
+            return 0.0
+        if unit == "it":
+            return float(self.trainer.global_step)
+        return self.current_epoch + self.trainer.fit_loop.epoch_loop.batch_idx / self.trainer.num_training_batches
+
+    def _chunks(
+        self,
+        student: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        batch: Any,
+        weights: Mapping[str, float],
+    ) -> dict[str, Tensor]:
+        """Soft and hard loss from hidden states."""
+        assert isinstance(self.task, LanguageModelling)
+        assert isinstance(self.teacher, Teacher)
+        soft: Any = self.objective.terms["soft"].loss
+        with headless(student) as head:
+            hidden = self.task.aligned(student(*args, **kwargs))
+        with headless(self.teacher.module) as known:
+            taught = self.task.aligned(self.teacher(*args, **kwargs))
+        size = self.task.vocabulary
+        total, *terms = chunked_terms(
+            hidden,
+            head.weight[:size],
+            taught,
+            known.weight[:size],
+            soft.temperature,
+            self.task.targets(batch),
+            (weights["soft"], weights.get("hard", 0.0)),
+            self.task.valid(batch),
+            None if head.bias is None else head.bias[:size],
+            None if known.bias is None else known.bias[:size],
+        )
+        return {"loss": total, **dict(zip(("soft", "hard"), terms))}
+
+
+def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
+    """Raises: ValueError: unless the objective can be computed from hidden states."""
+    if not isinstance(task, LanguageModelling):
+        raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it away")
+    soft = terms["soft"].loss if "soft" in terms else None
+    if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize:
+        raise ValueError(f"chunked computes the terms soft (SoftTarget) and hard, and not {', '.join(terms)}")
+    if not isinstance(teacher, Teacher) or not isinstance(getattr(teacher, "module", None), nn.Module):
+        raise ValueError("chunked needs hidden states of one live teacher: leave chunked away with a cache or several")
+
+
+def _bare(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:
+    """The batch that the task knows, and what a cache added to it."""
+    return (batch.batch, batch.taught) if isinstance(batch, Taught) else (batch, None)
+
+
+def _scores(raw: Any) -> bool:
+    """Whether a teacher's output has something to score; an encoder asked for its features need not."""
+    return (
+        isinstance(raw, Tensor)
+        or (raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)) is not None
+    )
+
+
+def _tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a padded batch are none of the padding, bool [B, L]."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def module_for(
-    model: nn.Module,
-    teacher: Source,
+    model: nn.Module | dict[str, nn.Module],
+    teacher: list[Source] | Source,
     data: LightningDataModule,
     task: Task | None = None,
     temperature: float = 4.0,
     alpha: float = 0.9,
+    losses: dict[str, Term] | None = None,
+    chunked: bool = False,
+    precision: Literal["bf16", "int8"] | None = None,
+    teacher_weights: list[float] | None = None,
     optimizer: OptimizerCallable | None = None,
     lr_scheduler: LRSchedulerCallable | None = None,
 ) -> DistillModule:
     """The module that :func:`distill` trains."""
-    check_namespace(model)
-    if isinstance(model, LightningModule):
-        raise ValueError(
-            f"the student {type(model).__name__} is a LightningModule, whose own training_step and optimizer would not "
-            "be used here: give its network, or fit it with distill.DistillationCallback in trainer.callbacks"
-        )
-    return DistillModule(model, teacher, task_for(data, task), temperature, alpha, optimizer, lr_scheduler)
+    students = model if isinstance(model, dict) else {"": model}
+    for student in students.values():
+        check_namespace(student)
+        if isinstance(student, LightningModule):
+            raise ValueError(
+                f"the student {type(student).__name__} is a LightningModule, whose own training_step and optimizer "
+                "would not be used here: give its network, or fit it with distill.DistillationCallback in "
+                "trainer.callbacks"
+            )
+    if losses is not None and (temperature, alpha) != (4.0, 0.9):
+        raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
+    taught = open_teacher(teacher, precision=precision, weights=teacher_weights)
+    return DistillModule(
+        model, taught, task_for(data, task), temperature, alpha, optimizer, lr_scheduler, losses, chunked
+    )
 
 
 @trains(module_for)
 def distill(
-    model: nn.Module,
-    teacher: Source,
+    model: nn.Module | dict[str, nn.Module],
+    teacher: list[Source] | Source,
     data: LightningDataModule,
     task: Task | None = None,
     temperature: float = 4.0,
     alpha: float = 0.9,
+    losses: dict[str, Term] | None = None,
+    chunked: bool = False,
+    precision: Literal["bf16", "int8"] | None = None,
+    teacher_weights: list[float] | None = None,
     optimizer: OptimizerCallable | None = None,
     lr_scheduler: LRSchedulerCallable | None = None,
     trainer: dict[str, Any] | None = None,
@@ -104,15 +328,20 @@ def distill(
     checkpoint: Duration = Duration(1, "ep"),  # noqa: B008 - frozen
     out: Path = Path("runs/distill"),
 ) -> dict[str, Any]:
-    """Train a student on its teacher's temperature-softened outputs and on the labels (Hinton et al. 2015).
+    """Train a student, or a family of them, on its teacher's softened outputs and on the labels (Hinton et al. 2015).
 
     Args:
-        model: The student network.
-        teacher: A stage of the recipe that trained one, or a folder or hub name to load one from.
+        model: The student network; or several by name, trained side by side, each as if alone.
+        teacher: A stage that trained one or cached its outputs, or a folder or hub name to load one from; or several
+            that train, whose logits are averaged.
         data: The data module.
         task: Loss and metrics; by default classification over the data module's `classes`.
         temperature: Softens both outputs; the loss is scaled by its square.
         alpha: Weight of the soft targets, 0 (labels only) to 1 (teacher only).
+        losses: Terms of the objective by name, instead of temperature and alpha.
+        chunked: For language models: soft and hard loss without logits of [tokens, vocabulary].
+        precision: What the teacher computes in: its own by default, or bf16, or int8 for its linear layers.
+        teacher_weights: Of several teachers, equal by default.
         optimizer: AdamW at 1e-3 by default.
         lr_scheduler: Stepped once an epoch; constant by default.
         trainer: Arguments of Lightning's Trainer; `max_epochs` or `max_steps` is needed.
@@ -121,7 +350,20 @@ def distill(
         out: The stage's folder, given by the recipe.
 
     Returns:
-        Metrics, history and size, for the record.
+        Metrics, history and size, for the record; of a family by student.
     """
-    module = module_for(model, teacher, data, task, temperature, alpha, optimizer, lr_scheduler)
+    module = module_for(
+        model,
+        teacher,
+        data,
+        task,
+        temperature,
+        alpha,
+        losses,
+        chunked,
+        precision,
+        teacher_weights,
+        optimizer,
+        lr_scheduler,
+    )
     return train_and_save(module, data, trainer, seed_everything, out, checkpoint)

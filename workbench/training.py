@@ -18,11 +18,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workbench import artifact, progress
+from workbench import artifact, progress, records
 from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
 from workbench.duration import Duration
 from workbench.files import replacing
-from workbench.module import LRSchedulerCallable, OptimizerCallable, TaskModule, network_of, with_optimizer
+from workbench.module import (
+    LRSchedulerCallable,
+    OptimizerCallable,
+    SupervisedModule,
+    TaskModule,
+    network_of,
+    with_optimizer,
+)
 from workbench.order import ordered
 from workbench.tasks import Classification, Task
 
@@ -146,10 +153,35 @@ def train_and_save(
     checkpoint: Duration,
     start: Path | None = None,
 ) -> dict[str, Any]:
-    """Train ``module``, then write its network as ``out/artifact`` with a few inputs beside it."""
+    """Train ``module``, then write its network as ``out/artifact`` with a few inputs beside it.
+
+    A family's are ``out/NAME/artifact``, each with a record of its own, and in the result under ``students``.
+    """
     result = train(module, data, trainer=trainer, seed=seed, out=out, checkpoint=checkpoint, start=start)
-    save_network(module, data, out, result, result.pop("masks"))
+    masks = result.pop("masks")
+    family = module.family if isinstance(module, SupervisedModule) else ()
+    if not family:
+        save_network(module, data, out, result, masks)
+    for name in family:
+        mine = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}
+        mine["history"] = [_of_member(row, name) for row in result["history"]]
+        kept = {key.removeprefix(f"{name}."): mask for key, mask in (masks or {}).items() if key.startswith(f"{name}.")}
+        save_network(module, data, out / name, mine, kept or None, member=name)
+        if rank() == 0:
+            records.write(out / name, {"stage": f"{out.name}/{name}", "status": "finished", **mine})
+        result.setdefault("students", {})[name] = mine
     return result
+
+
+def _of_member(row: Mapping[str, float], member: str) -> dict[str, float]:
+    """Those numbers of a row that are of one student, and those that are of none."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        split, _, rest = name.partition("/")
+        whose, _, metric = rest.partition("/")
+        if not metric or whose == member:
+            found[f"{split}/{metric}" if metric else name] = value
+    return found
 
 
 def train(
@@ -203,7 +235,7 @@ def train(
         if ended.is_file():
             restore_ended(ended, module, every)
         else:
-            with _ordered(data, seed, made):
+            with _ordered(module, data, seed, made):
                 made.fit(module, datamodule=data, ckpt_path=last if last.is_file() else start, weights_only=False)
             if made.interrupted:
                 raise KeyboardInterrupt
@@ -265,12 +297,13 @@ def save_network(
     result: dict[str, Any],
     masks: Mapping[str, Tensor] | None = None,
     example: bool = True,
+    member: str = "",
 ) -> None:
     """Write the shipped network to ``out/artifact`` and inputs to try it on to ``out/example.safetensors``.
 
-    Adds ``size`` to ``result``. On ranks above zero only that.
+    Of a family it is the network called ``member``. Adds ``size`` to ``result``. On ranks above zero only that.
     """
-    network = network_of(module)
+    network = network_of(module).get_submodule(member)
     folder = out / "artifact"
     check_ranks_agree(network)
     if rank() == 0:
@@ -379,15 +412,15 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 
 
 @contextmanager
-def _ordered(data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
-    """Inside, the data module's training loader has an order that is a function of (seed, epoch)."""
+def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
+    """Inside, the data module's training loader is as the module wants it, in an order of (seed, epoch) alone."""
     original = data.train_dataloader
-    if trainer.overfit_batches:  # type: ignore[attr-defined] - the same few batches every epoch, by Lightning
-        yield
-        return
+    attach = module.attach if isinstance(module, SupervisedModule) else (lambda loader: loader)
 
     def train_dataloader() -> Any:
-        return ordered(original(), seed, trainer.global_rank, trainer.world_size)
+        if trainer.overfit_batches:  # type: ignore[attr-defined] - the same few batches every epoch, by Lightning
+            return attach(original())
+        return ordered(attach(original()), seed, trainer.global_rank, trainer.world_size)
 
     data.train_dataloader = train_dataloader  # type: ignore[method-assign]
     try:

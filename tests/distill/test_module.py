@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distill.losses import soft_target
+from distill.cache import CachedTeacher, cache_teacher
+from distill.losses import Hint, SoftTarget, soft_target
 from distill.module import DistillModule, distill
+from distill.objective import Term
 from distill.teacher import Teacher
 from workbench import artifact
 from workbench.data import Digits
+from workbench.duration import Duration
 from workbench.models import MLP
 from workbench.module import TaskModule
+from workbench.order import ordered
 from workbench.source import Source
-from workbench.tasks import Classification
+from workbench.tasks import Classification, Embedding, LanguageModelling
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -71,7 +75,7 @@ def test_the_loss_is_what_it_says(alpha: float, temperature: float) -> None:
     module = distilled(alpha, temperature)
     x, y = next(iter(data()))
     output = module(x)
-    terms = module.terms(output, (x, y))
+    terms = module.step((x, y)).logged
     soft = soft_target(output, teacher().eval()(x), temperature)
     hard = nn.functional.cross_entropy(output, y)
     assert torch.allclose(terms["loss"], alpha * soft + (1 - alpha) * hard)
@@ -219,6 +223,246 @@ def test_transformers_networks_on_both_sides() -> None:
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     module.training_step(batch, 0).backward()
     assert all(p.grad is not None for p in module.network.parameters())
+
+
+def family(**options: Any) -> DistillModule:
+    """Two students with dropout, of two sizes."""
+    return DistillModule(members(), teacher(), Classification(3), optimizer=SGD, **options)
+
+
+def members() -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {}
+    for name, width in (("small", 7), ("tiny", 4)):
+        torch.manual_seed(1)
+        made[name] = nn.Sequential(nn.Linear(6, width), nn.GELU(), nn.Dropout(0.4), nn.Linear(width, 3))
+    return made
+
+
+def ordered_data() -> Any:
+    """A loader that draws nothing from the global generator, as recipes have it."""
+    return ordered(DataLoader(data().dataset, 4, shuffle=True), seed=3)
+
+
+def quiet_data() -> DataLoader:
+    """A validation loader that draws nothing from it either."""
+    return DataLoader(data().dataset, 4, generator=torch.Generator())
+
+
+def alone(name: str, losses: Any = None, **options: Any) -> tuple[DistillModule, Seen]:
+    module = DistillModule(members()[name], teacher(), Classification(3), optimizer=SGD, losses=losses)
+    return module, run(module, **options)
+
+
+def run(module: DistillModule, **options: Any) -> Seen:
+    seen = Seen()
+    options = {**QUIET, "max_epochs": 3, "limit_val_batches": 1.0, **options}
+    torch.manual_seed(4)
+    lp.Trainer(**options, callbacks=[seen]).fit(module, ordered_data(), quiet_data())
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_clip_val": 0.01}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}],
+    ids=["plain", "norm", "value"],
+)
+def test_each_of_a_family_comes_out_as_if_alone(options: dict[str, Any]) -> None:
+    """Dropout, metrics, clipping and all, from one pass of the teacher a batch."""
+    asked: list[int] = []
+    expert = teacher()
+    expert.register_forward_hook(lambda *_: asked.append(1))
+    together = DistillModule(members(), expert, Classification(3), optimizer=SGD)
+    rows = run(together, **options)
+    assert len(asked) == 3 * 4
+    for name in ("small", "tiny"):
+        module, expected = alone(name, **options)
+        mine = together.members[name].state_dict()
+        for key, value in module.network.state_dict().items():
+            assert torch.allclose(mine[key], value, atol=1e-6), (name, key)
+        for row, other in zip(rows.rows, expected.rows, strict=True):
+            for metric, value in other.items():
+                split, _, rest = metric.partition("/")
+                assert row[f"{split}/{name}/{rest}"] == pytest.approx(value, abs=1e-5)
+    states = [network.state_dict() for network in together.members.values()]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_a_family_with_features_of_their_own_widths() -> None:
+    term = {"hint": Term(Hint(), student="0", teacher="0"), "hard": Term()}
+    together = family(losses=term)
+    run(together)
+    assert {name: list(p.shape) for name, p in together.objective.projectors.named_parameters()} == {
+        "small-hint-0.weight": [8, 7],
+        "small-hint-0.bias": [8],
+        "tiny-hint-0.weight": [8, 4],
+        "tiny-hint-0.bias": [8],
+    }
+    for name in ("small", "tiny"):
+        module, _ = alone(name, term)
+        for key, value in module.network.state_dict().items():
+            assert torch.allclose(together.members[name].state_dict()[key], value, atol=1e-6)
+
+
+def test_a_family_resumes_with_every_member_s_random_numbers(tmp_path: Path) -> None:
+    whole, halves = family(), family()
+    run(whole, max_epochs=4)
+    first = lp.Trainer(**{**QUIET, "max_epochs": 2})
+    torch.manual_seed(4)
+    first.fit(halves, ordered_data(), quiet_data())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = family()
+    rest = lp.Trainer(**{**QUIET, "max_epochs": 4})
+    rest.fit(again, ordered_data(), quiet_data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[key], value)
+
+
+def test_projectors_are_trained_resumed_and_not_shipped(tmp_path: Path) -> None:
+    def make() -> DistillModule:
+        terms = {"hint": Term(Hint(), student="layers.0", teacher="0"), "hard": Term()}
+        return DistillModule(student(), teacher(), Classification(3), optimizer=SGD, losses=terms)
+
+    whole = make()
+    trainer = fit(whole, max_epochs=2)
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in whole.objective.parameters()} < held
+    assert all("projector" not in name for name in whole.network.state_dict())
+    part = make()
+    trainer = fit(part, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = make()
+    lp.Trainer(**{**QUIET, "max_epochs": 2}).fit(
+        again, data(), data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False
+    )
+    assert again.objective.state_dict().keys() == whole.objective.state_dict().keys()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    fresh = make()
+    fresh.load_state_dict(whole.state_dict())
+    assert not list(fresh.objective.parameters()), "a student is read without the projectors"
+
+
+def test_making_projectors_moves_nothing() -> None:
+    terms = {"hint": Term(Hint(), student="0", teacher="0"), "hard": Term()}
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    module = DistillModule(network, teacher(), Classification(3), losses=terms)
+    before = copy.deepcopy(network.state_dict())
+    module.prepare(next(iter(data())))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(part.training for part in network.modules())
+
+
+def test_terms_warm_up_by_epochs_and_by_updates() -> None:
+    terms = {
+        "soft": Term(SoftTarget(), 0.5, warmup=Duration(2, "ep")),
+        "hard": Term(weight=1.0, decay=Duration(4, "it"), final=0.5),
+    }
+    module = DistillModule(student(), teacher(), Classification(3), optimizer=SGD, losses=terms)
+    weights: list[dict[str, float]] = []
+
+    class Look(lp.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            weights.append(pl_module.objective.weights(pl_module._elapsed))
+
+    fit(module, Look(), max_epochs=3)
+    assert [row["soft"] for row in weights] == pytest.approx([0.5 * min(1, i / 8) for i in range(12)])
+    assert [row["hard"] for row in weights] == pytest.approx([1 - 0.5 * min(1, i / 4) for i in range(12)])
+
+
+def test_a_cache_needs_its_loader(tmp_path: Path) -> None:
+    loader = data()
+    path = cache_teacher(teacher(), loader, tmp_path / "cache")
+    live, cached = distilled(), distilled(taught_by=CachedTeacher(path))
+    with pytest.raises(ValueError, match=r"train on module\.attach"):
+        fit(cached)
+    fit(live)
+    trainer = lp.Trainer(**{**QUIET, "max_epochs": 2})
+    cached = distilled(taught_by=CachedTeacher(path))
+    trainer.fit(cached, cached.attach(loader), data())
+    expected = live.network.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in cached.network.state_dict().items())
+
+
+def test_embeddings_imitate_their_teacher() -> None:
+    class Encoder(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, width), nn.Linear(width, 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.out(self.table(input_ids).mean(1))
+
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(0, 9, (5,))} for _ in range(32)]
+    loader = DataLoader(rows, 8)  # type: ignore[arg-type]
+    module = DistillModule(Encoder(3), Encoder(6), Embedding(), optimizer=functools.partial(torch.optim.Adam, lr=0.1))
+    seen = Seen()
+    options = {**QUIET, "max_epochs": 20, "limit_val_batches": 1.0}
+    lp.Trainer(**options, callbacks=[seen]).fit(module, loader, loader)
+    first, last = seen.rows[0], seen.rows[-1]
+    assert {"train/imitation", "val/cosine", "val/spearman"} <= last.keys()
+    assert last["val/cosine"] > max(first["val/cosine"], 0.8)
+    assert last["val/spearman"] > first["val/spearman"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"student": {}}, "a family of 'nothing'"),
+        ({"student": {"a.b": MLP(6, [4], 3)}}, r"a family of 'a\.b'"),
+        ({"losses": {}}, "nothing to learn from"),
+        ({"chunked": True}, "chunked is for language models, and the task is Classification"),
+    ],
+)
+def test_modules_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
+    given = {"student": student(), "teacher": teacher(), "task": Classification(3), **arguments}
+    with pytest.raises(ValueError, match=message):
+        DistillModule(**given)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_chunked_language_models_learn_the_same(temperature: float) -> None:
+    """A causal model of transformers, padded on the right; logits of [tokens, vocabulary] are never made."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 19, "n_positions": 8, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+    def models() -> tuple[Any, Any]:
+        torch.manual_seed(5)
+        return tuple(GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=1, **sizes)) for width in (8, 12))
+
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    batch = {"input_ids": torch.randint(0, 19, (3, 7)), "attention_mask": mask}
+    found = []
+    for chunked in (False, True):
+        mine, expert = models()
+        module = DistillModule(mine, expert, LanguageModelling(19), temperature=temperature, alpha=0.6, chunked=chunked)
+        step = module.step(batch)
+        step.loss.backward()
+        found.append((step, [p.grad for p in mine.parameters()]))
+    (one, expected), (other, gradients) = found
+    assert one.count == other.count == 16
+    for name in ("loss", "soft", "hard"):
+        assert torch.allclose(one.logged[name], other.logged[name], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients, strict=True))
+
+
+def test_the_job_distills_a_family(tmp_path: Path) -> None:
+    artifact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
+    result = distill(
+        {"small": MLP(64, [8], 10), "tiny": MLP(64, [4], 10)},
+        Source(tmp_path / "teacher"),
+        Digits(256),
+        trainer={"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
+        out=tmp_path / "students",
+    )
+    for name, width in (("small", 8), ("tiny", 4)):
+        mine = result["students"][name]
+        assert {"train/loss", "train/soft", "train/hard", "val/accuracy"} <= mine["history"][0].keys()
+        assert mine["metrics"]["test/accuracy"] == result["metrics"][f"test/{name}/accuracy"]
+        assert Teacher(tmp_path / "students" / name).module.init_args["hidden"] == [width]  # type: ignore[index]
+        assert (tmp_path / "students" / name / "example.safetensors").is_file()
 
 
 def test_the_job_distills_from_a_folder(tmp_path: Path) -> None:

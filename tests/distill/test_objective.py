@@ -1,0 +1,201 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from distill.losses import DKD, Hint, LabelSmoothing, SimilarityPreserving, SoftTarget, hint, soft_target
+from distill.objective import Objective, Seen, Term, soft_and_hard
+from workbench.duration import Duration
+
+
+def never(unit: str) -> float:
+    return 0.0
+
+
+def own(logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, torch.tensor([0, 2, 1, 1]))
+
+
+def seen(classes: int = 3, width: int = 5, names: tuple[str, ...] = ("a",)) -> Seen:
+    return Seen(
+        torch.randn(4, classes, requires_grad=True),
+        {name: torch.randn(4, width, requires_grad=True) for name in names},
+    )
+
+
+def test_soft_and_hard_is_the_loss_of_hinton() -> None:
+    objective, student, teacher = Objective(soft_and_hard(4.0, 0.7)), seen(), seen()
+    assert student.logits is not None
+    assert teacher.logits is not None
+    found = objective(student, teacher, objective.weights(never), own)
+    soft, hard = soft_target(student.logits, teacher.logits, 4.0), own(student.logits)
+    assert torch.equal(found["soft"], soft)
+    assert torch.equal(found["hard"], hard)
+    assert torch.equal(found["loss"], 0.7 * soft + 0.30000000000000004 * hard)
+
+
+def test_terms_of_weight_zero_are_not_computed_and_the_own_one_is_logged() -> None:
+    class Broken(SoftTarget.__base__):  # type: ignore[misc, name-defined]
+        needs_labels, needs_teacher = False, True
+
+        def forward(self, *_: Any) -> Tensor:
+            raise AssertionError("computed")
+
+    objective = Objective({"broken": Term(Broken(), 0.0), "soft": Term(SoftTarget()), "hard": Term(weight=0.0)})
+    student = seen()
+    assert student.logits is not None
+    found = objective(student, seen(), objective.weights(never), own)
+    assert found.keys() == {"loss", "soft", "hard"}
+    assert torch.equal(found["loss"], found["soft"])
+    assert not found["hard"].requires_grad
+
+
+@given(st.floats(0, 5), st.integers(0, 10), st.one_of(st.none(), st.integers(1, 10)), st.floats(0, 1), st.floats(0, 20))
+def test_the_weight_over_time(weight: float, warmup: int, decay: int | None, final: float, now: float) -> None:
+    term = Term(SoftTarget(), weight, warmup=Duration(warmup, "ep"), decay=decay and Duration(decay, "it"), final=final)
+    found = term.at(lambda unit: now if unit == "ep" else 2 * now)
+    up = 1.0 if warmup == 0 else min(1.0, now / warmup)
+    down = 1.0 if not decay else 1 - (1 - final) * min(1.0, 2 * now / decay)
+    assert math.isclose(found, weight * up * down, abs_tol=1e-12)
+
+
+def test_a_lone_term_before_its_warm_up_teaches_nothing() -> None:
+    objective = Objective({"soft": Term(SoftTarget(), warmup=Duration(2, "ep"))})
+    weights = objective.weights(never)
+    assert weights == {"soft": 0.0}
+    assert not objective.asks_teacher(weights)
+    student = seen()
+    assert student.logits is not None
+    loss = objective(student, Seen(None), weights, own)["loss"]
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(student.logits.grad, torch.zeros(4, 3))  # type: ignore[arg-type]
+
+
+def test_features_of_equal_width_need_no_projector_to_learn() -> None:
+    objective = Objective({"hint": Term(Hint(), 2.0, student="a", teacher="b"), "hard": Term()})
+    student, teacher = seen(), seen(names=("b",))
+    objective.prepare(student.features, teacher.features)
+    assert not list(objective.parameters())
+    found = objective(student, teacher, objective.weights(never), own)
+    expected = hint(student.features["a"], teacher.features["b"])
+    assert torch.allclose(found["hint"], expected)
+    assert torch.allclose(found["loss"], 2 * expected + found["hard"])
+
+
+def test_projectors_learn_and_belong_to_their_student() -> None:
+    term = Term(Hint(), student={"small": ["a", "c"], "tiny": "a.*"}, teacher=["b", "d"])
+    objective = Objective({"hint": term}, ("small", "tiny"))
+    teacher = seen(width=7, names=("b", "d"))
+    students = {"small": seen(names=("a", "c")), "tiny": seen(width=3, names=("a.1", "a.2"))}
+    for name, student in students.items():
+        objective.prepare(student.features, teacher.features, name)
+    shapes = {name: [list(p.shape) for p in objective.parameters_of(name)] for name in students}
+    assert shapes == {"small": [[7, 5], [7]] * 2, "tiny": [[7, 3], [7]] * 2}
+    for name, student in students.items():
+        objective.zero_grad()
+        objective(student, teacher, {"hint": 1.0}, own, member=name)["loss"].backward()
+        for member in students:
+            assert all((p.grad is not None) == (member == name) for p in objective.parameters_of(member))
+        assert all(feature.grad is not None for feature in student.features.values())
+    assert objective.student_places("tiny") == ["a.*"]
+    assert objective.teacher_places() == ["b", "d"]
+
+
+def test_projectors_must_be_made_first() -> None:
+    objective = Objective({"hint": Term(Hint(), student="a")})
+    with pytest.raises(ValueError, match="has no projector yet: call prepare"):
+        objective(seen(), seen(), {"hint": 1.0}, own)
+
+
+def test_a_checkpoint_s_projectors_are_left_alone_where_there_are_none() -> None:
+    term = Term(Hint(), student="a")
+    made, fresh = Objective({"hint": term}), Objective({"hint": term})
+    made.prepare(seen().features, seen(width=7).features)
+    assert made.state_dict()
+    fresh.load_state_dict(made.state_dict())
+    assert not fresh.state_dict()
+    again = Objective({"hint": term})
+    again.prepare(seen().features, seen(width=7).features)
+    again.load_state_dict(made.state_dict())
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_tokens_mask_features_of_tokens_and_valid_those_of_samples() -> None:
+    objective = Objective({"hint": Term(Hint(), student="a")})
+    tokens = torch.tensor([[True, True, False], [True, False, False]])
+    mine, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    student, teacher = Seen(torch.randn(2, 3), {"a": mine}), Seen(None, {"a": theirs})
+    objective.prepare(student.features, teacher.features)
+    valid = torch.tensor([True, False])
+    found = objective(student, teacher, {"hint": 1.0}, own, valid=valid, tokens=tokens)["hint"]
+    assert torch.allclose(found, hint(mine[tokens], theirs[tokens]))
+    found = objective(student, teacher, {"hint": 1.0}, own, valid=valid)["hint"]
+    assert torch.allclose(found, hint(mine[:1], theirs[:1]))
+
+
+def test_who_is_asked() -> None:
+    objective = Objective(
+        {
+            "smooth": Term(LabelSmoothing()),
+            "soft": Term(DKD(), warmup=Duration(1, "ep")),
+            "like": Term(SimilarityPreserving(), 0.0, student="a"),
+        }
+    )
+    early, late = objective.weights(never), objective.weights(lambda unit: 1.0)
+    assert (objective.asks_teacher(early), objective.asks_logits(early)) == (False, False)
+    assert (objective.asks_teacher(late), objective.asks_logits(late)) == (True, True)
+    assert objective.asks_teacher({"smooth": 0, "soft": 0, "like": 1})
+    assert not objective.asks_logits({"smooth": 0, "soft": 0, "like": 1})
+    assert not objective.projects
+    assert Objective({"hint": Term(Hint(), student="a")}).projects
+
+
+def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
+    student = torch.randn(4, 6)
+    log_probs = torch.log_softmax(torch.randn(4, 6), -1)
+    ids = torch.arange(6).expand(4, 6)
+    teacher = Seen(None, {}, (ids, log_probs.exp(), log_probs))
+    found = Objective({"soft": Term(SoftTarget(1.0))})(Seen(student), teacher, {"soft": 1.0}, own)["soft"]
+    assert torch.allclose(found, soft_target(student, log_probs, 1.0), atol=1e-6)
+    with pytest.raises(ValueError, match="DKD needs all of the teacher's logits"):
+        Objective({"soft": Term(DKD())})(Seen(student), teacher, {"soft": 1.0}, own)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Term(weight=-1.0), "weight is -1.0"),
+        (lambda: Term(weight=math.inf), "weight is inf"),
+        (lambda: Term(final=1.5), "final is 1.5"),
+        (lambda: Term(decay=Duration(0, "ep")), "decay is 0ep"),
+        (lambda: Term(Hint()), "Hint compares features: say which"),
+        (lambda: Term(SoftTarget(), student="a"), "SoftTarget compares outputs"),
+        (lambda: Term(student="a"), "the task's own loss compares outputs"),
+        (lambda: Objective({}), "nothing to learn from"),
+        (lambda: Objective({"hard": Term(weight=0.0)}), "nothing to learn from"),
+        (lambda: Objective({"loss": Term()}), "a term is called 'loss'"),
+        (lambda: Objective({"a/b": Term()}), "a term is called 'a/b'"),
+        (
+            lambda: Objective({"hint": Term(Hint(), student={"big": "a"}, teacher="b")}, ("small",)),
+            r"names the students \['big'\]: the family is \['small'\]",
+        ),
+    ],
+)
+def test_what_makes_no_sense(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_features_that_do_not_pair_are_counted() -> None:
+    objective = Objective({"like": Term(SimilarityPreserving(), student="a.*", teacher="b")})
+    student = seen(names=("a.1", "a.2"))
+    with pytest.raises(ValueError, match=r"compares 2 features of the student \(a.1, a.2\) with 1 of the teacher"):
+        objective(student, seen(names=("b",)), {"like": 1.0}, own)
+    by_name = Objective({"like": Term(SimilarityPreserving(), student={"s": "a"})}, ("s",))
+    with pytest.raises(ValueError, match="say the teacher's too"):
+        by_name.teacher_places()
