@@ -303,7 +303,7 @@ def standardize(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     .. math:: (z - \bar z) / \sigma(z), \qquad \sigma(z)^2 = \tfrac 1 C \sum_c (z_c - \bar z)^2
 
     Student and teacher then agree up to a shift and a scale of their own; T is left to choose how soft both are. The
-    authors' code divides by C - 1 instead of C, which is a temperature smaller by sqrt(1 - 1/C).
+    authors' code has C - 1 instead of C in the deviation, as if the temperature were higher by sqrt(C / (C - 1)).
 
     Args:
         logits: [..., classes]; a class at ``-inf`` stays there and counts neither in mean nor in deviation.
@@ -327,4 +327,4 @@ def standardize(logits: Tensor, valid: Tensor | None = None) -> Tensor:
         z = z.masked_fill(out, 0.0)
         centred = (z - z.sum(-1, keepdim=True) / count).masked_fill(out, 0.0)
         size = torch.linalg.vector_norm(z, dim=-1, keepdim=True).detach()
-        return (unit(centred, -1, size) * count.sqrt()).masked_fill(out, -INF)
+        return (unit(centred, -1, size) * count.to(z.dtype).sqrt()).masked_fill(out, -INF)
