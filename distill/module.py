@@ -77,7 +77,8 @@ class DistillModule(SupervisedModule):
         if imitates and losses is None:
             terms = {"imitation": Term()}
         super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
-        self.teacher = teacher if isinstance(teacher, Teacher | CachedTeacher) else open_teacher(teacher)
+        given: Any = teacher
+        self.teacher = given if isinstance(given, Teacher | CachedTeacher) else open_teacher(given)
         self.objective = Objective(terms, tuple(self.members))
         self.chunked = chunked
         if chunked:
@@ -131,6 +132,7 @@ class DistillModule(SupervisedModule):
         if not self.chunked and (self.target is not None or self.objective.asks_teacher(weights)):
             lesson = self._lesson(args, kwargs, taught, weights)
         if isinstance(self.task, Imitation):
+            assert lesson.logits is not None
             batch = self.task.with_target(batch, lesson.logits)
         valid, logged, total = self.task.valid(batch), {}, None
         for member, student in self.members.items():
@@ -195,7 +197,7 @@ class DistillModule(SupervisedModule):
         self,
         optimizer: Any,
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: Literal["norm", "value"] | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of each student, and of its projectors, as if it were alone."""
         if not gradient_clip_val:
@@ -227,6 +229,8 @@ class DistillModule(SupervisedModule):
         assert isinstance(self.task, LanguageModelling)
         assert isinstance(self.teacher, Teacher)
         soft: Any = self.objective.terms["soft"].loss
+        head: Any
+        known: Any
         with headless(student) as head:
             hidden = self.task.aligned(student(*args, **kwargs))
         with headless(self.teacher.module) as known:
@@ -303,7 +307,8 @@ def module_for(
             )
     if losses is not None and (temperature, alpha) != (4.0, 0.9):
         raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
-    taught = open_teacher(teacher, precision=precision, weights=teacher_weights)
+    source: Any = teacher
+    taught = open_teacher(source, precision=precision, weights=teacher_weights)
     return DistillModule(
         model, taught, task_for(data, task), temperature, alpha, optimizer, lr_scheduler, losses, chunked
     )

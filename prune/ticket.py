@@ -24,9 +24,11 @@ from workbench.arguments import rebuild
 from workbench.duration import Duration
 from workbench.files import sha256
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
+from workbench.ranks import barrier, rank
+from workbench.saving import save_network
 from workbench.source import Source
 from workbench.tasks import Task
-from workbench.training import barrier, module_for, rank, save_network, train
+from workbench.training import module_for, train
 
 
 def hunt(

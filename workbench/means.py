@@ -6,6 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from workbench.ranks import everyone
+
 
 @final
 class Means:
@@ -96,12 +98,3 @@ class GlobalMean:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
-
-
-def everyone(value: Any) -> list[Any]:
-    """What every rank has in place of ``value``, by rank. Called on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

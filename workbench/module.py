@@ -12,7 +12,8 @@ from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workbench.means import GlobalMean, Means, everyone
+from workbench.means import GlobalMean, Means
+from workbench.ranks import everyone
 from workbench.tasks import Imitation, Task
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -64,14 +65,14 @@ class Step(NamedTuple):
     """What a batch has to say to an update.
 
     Args:
-        loss: A scalar to minimise, a mean over ``count`` positions.
+        loss: A scalar to minimise, a mean over ``positions``.
         logged: Scalars worth logging, means over as many.
-        count: How many positions of the batch count, a scalar.
+        positions: How many of the batch count, a scalar.
     """
 
     loss: Tensor
     logged: Mapping[str, Tensor]
-    count: Tensor
+    positions: Tensor
 
 
 class SupervisedModule(LightningModule, ABC):
@@ -156,8 +157,8 @@ class SupervisedModule(LightningModule, ABC):
             # Lightning skips on_train_epoch_start after resuming from the last batch of the epoch before.
             self._start(self.current_epoch)
         step = self.step(batch)
-        self.means["train"].add(step.logged, step.count)
-        return step.loss if self._trainer is None else self._global_mean.weigh(step.loss, step.count, self.trainer)
+        self.means["train"].add(step.logged, step.positions)
+        return step.loss if self._trainer is None else self._global_mean.weigh(step.loss, step.positions, self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient the mean over all positions of the update."""

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from workbench import artifact, progress, records, yaml_io
 from workbench.arguments import Arguments, essential
+from workbench.ranks import rank
 from workbench.recipe import REPLACED, Recipe, nearest
 from workbench.source import Source
-from workbench.training import rank
 
 _POLL = 0.2
 _RECORDED = (

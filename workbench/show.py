@@ -9,9 +9,9 @@ from rich.console import Console
 
 from workbench import yaml_io
 from workbench.arguments import Arguments
+from workbench.ranks import rank
 from workbench.recipe import Recipe, headline
 from workbench.report import summary
-from workbench.training import rank
 
 _WIDE = 120
 

@@ -1,10 +1,8 @@
 """Training one module to the end, resumably, and the ``fit`` job."""
 
 import copy
-import hashlib
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,26 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from workbench import artifact, progress, records
+from workbench import progress
 from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
 from workbench.duration import Duration
-from workbench.files import replacing
-from workbench.module import (
-    LRSchedulerCallable,
-    OptimizerCallable,
-    SupervisedModule,
-    TaskModule,
-    network_of,
-    with_optimizer,
-)
+from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule, TaskModule, with_optimizer
 from workbench.order import ordered
-from workbench.tasks import Classification, Task
+from workbench.ranks import check_world_size
+from workbench.saving import save_family, save_network
+from workbench.tasks import Classification, Imitation, Task
 
 JobT = TypeVar("JobT", bound=Callable[..., Any])
 _DEFAULTS: dict[str, Any] = {
@@ -39,7 +29,6 @@ _DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
-_SAMPLES = 16
 # Importing pytorch_lightning beside lightning.pytorch makes it the speaker of both.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 _NOISE = (
@@ -153,35 +142,43 @@ def train_and_save(
     checkpoint: Duration,
     start: Path | None = None,
 ) -> dict[str, Any]:
-    """Train ``module``, then write its network as ``out/artifact`` with a few inputs beside it.
-
-    A family's are ``out/NAME/artifact``, each with a record of its own, and in the result under ``students``.
-    """
+    """Train ``module``, then write its network, or those of its family, into ``out``; the result for the record."""
     result = train(module, data, trainer=trainer, seed=seed, out=out, checkpoint=checkpoint, start=start)
     masks = result.pop("masks")
-    family = module.family if isinstance(module, SupervisedModule) else ()
-    if not family:
+    if isinstance(module, SupervisedModule) and module.family:
+        save_family(module, data, out, result, masks)
+    else:
         save_network(module, data, out, result, masks)
-    for name in family:
-        mine = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}
-        mine["history"] = [_of_member(row, name) for row in result["history"]]
-        kept = {key.removeprefix(f"{name}."): mask for key, mask in (masks or {}).items() if key.startswith(f"{name}.")}
-        save_network(module, data, out / name, mine, kept or None, member=name)
-        if rank() == 0:
-            records.write(out / name, {"stage": f"{out.name}/{name}", "status": "finished", **mine})
-        result.setdefault("students", {})[name] = mine
     return result
 
 
-def _of_member(row: Mapping[str, float], member: str) -> dict[str, float]:
-    """Those numbers of a row that are of one student, and those that are of none."""
-    found: dict[str, float] = {}
-    for name, value in row.items():
-        split, _, rest = name.partition("/")
-        whose, _, metric = rest.partition("/")
-        if not metric or whose == member:
-            found[f"{split}/{metric}" if metric else name] = value
-    return found
+def pretrained(
+    model: nn.Module,
+    data: LightningDataModule | None = None,
+    task: Task | None = None,
+    out: Path = Path("runs/pretrained"),
+) -> dict[str, Any]:
+    """Take a network that is trained already as a stage, which others can name as their teacher or cut a student from.
+
+    Args:
+        model: The network with its weights, e.g. of `workbench.models.hub.pretrained`.
+        data: The data module to score it on, and to keep example inputs of; neither if not given.
+        task: Loss and metrics; by default classification over the data module's `classes`.
+        out: The stage's folder, given by the recipe.
+
+    Returns:
+        Metrics and size, for the record.
+    """
+    module: LightningModule = (
+        TaskModule(model, task or Classification(2)) if data is None else module_for(model, data, task)
+    )
+    metrics: dict[str, float] = {}
+    if data is not None and not isinstance(getattr(module, "task", None), Imitation):
+        with _quiet(progress.current() is not None):
+            metrics = _evaluate(make_trainer({"max_epochs": 1}, (), out), module, data)
+    result: dict[str, Any] = {"metrics": metrics, "monitor": _monitor(module)}
+    save_network(module, data, out, result)
+    return result
 
 
 def train(
@@ -242,11 +239,10 @@ def train(
             if made.global_step == 0:
                 raise ValueError("training took no step: give max_epochs or max_steps, and batches, above 0")
         metrics = _evaluate(made, module, data)
-    task = getattr(module, "task", None)
     return {
         "metrics": metrics,
         "history": history.rows,
-        "monitor": list(task.monitor) if isinstance(task, Task) else ["loss", "min"],
+        "monitor": _monitor(module),
         "world_size": made.world_size,
         "seconds": round(time.monotonic() - began, 3),
         "masks": next((found for callback in every if (found := getattr(callback, "masks", None))), None),
@@ -270,128 +266,10 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     return made
 
 
-def check_world_size(world_size: int) -> None:
-    """Refuse to run N independent trainings under a launcher that means one training of N processes.
-
-    Raises:
-        ValueError: If torchrun's or Lightning's launcher started another number of processes than ``world_size``.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        launched = torch.distributed.get_world_size()
-    elif "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-    else:
-        return  # nobody has launched anything yet; a Trainer of several devices will
-    if launched != world_size:
-        raise ValueError(
-            f"the launcher started {launched} processes, but this stage's trainer has a world size of {world_size}: "
-            f"set trainer.devices and trainer.num_nodes so that they multiply to {launched}, with strategy ddp, "
-            "for every training stage"
-        )
-
-
-def save_network(
-    module: LightningModule,
-    data: LightningDataModule,
-    out: Path,
-    result: dict[str, Any],
-    masks: Mapping[str, Tensor] | None = None,
-    example: bool = True,
-    member: str = "",
-) -> None:
-    """Write the shipped network to ``out/artifact`` and inputs to try it on to ``out/example.safetensors``.
-
-    Of a family it is the network called ``member``. Adds ``size`` to ``result``. On ranks above zero only that.
-    """
-    network = network_of(module).get_submodule(member)
-    folder = out / "artifact"
-    check_ranks_agree(network)
-    if rank() == 0:
-        if artifact.describe(network) is None:
-            warnings.warn(
-                f"{type(network).__name__} does not say what it was built with, so its checkpoint loads only into a "
-                "given module: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
-                "call save_hyperparameters() in a LightningModule",
-                stacklevel=2,
-            )
-        artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]})
-        if example and (inputs := example_inputs(module, data)):
-            with replacing(out / "example.safetensors") as temporary:
-                save_file(inputs, temporary)
-    barrier()
-    result["size"] = size_of(network, masks, folder)
-
-
-def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path) -> dict[str, int]:
-    """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``."""
-    parameters = list(network.parameters())
-    pruned = (
-        {
-            "prunable": sum(mask.numel() for mask in masks.values()),
-            "kept": sum(int(mask.sum()) for mask in masks.values()),
-        }
-        if masks
-        else {}
-    )
-    return {
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        **pruned,
-        "nonzero": sum(int(parameter.detach().count_nonzero()) for parameter in parameters),
-        "dense_fp32_bytes": 4 * sum(parameter.numel() for parameter in parameters),
-        "artifact_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-    }
-
-
-def example_inputs(module: LightningModule, data: LightningDataModule) -> dict[str, Tensor]:
-    """Up to 16 validation inputs by name, ``input_0``, ... for positional ones; empty if they are not tensors."""
-    if not is_overridden("val_dataloader", data, LightningDataModule):
-        return {}
-    data.setup("validate")
-    loader = data.val_dataloader()
-    while isinstance(loader, (Mapping, list, tuple)):
-        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
-    batch = next(iter(loader))
+def _monitor(module: nn.Module) -> list[str]:
+    """The main metric, by its name without prefix, and its better direction."""
     task = getattr(module, "task", None)
-    if isinstance(task, Task):
-        args, kwargs = task.inputs(batch)
-    elif isinstance(batch, Mapping):
-        args, kwargs = (), {name: value for name, value in batch.items() if name not in ("label", "labels")}
-    else:
-        args, kwargs = (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
-    named = {**{f"input_{i}": value for i, value in enumerate(args)}, **kwargs}
-    if not all(isinstance(value, Tensor) for value in named.values()):
-        return {}
-    return {name: value[:_SAMPLES].detach().cpu().contiguous() for name, value in named.items()}
-
-
-def rank() -> int:
-    """This process's global rank: of the process group if there is one, else as the launcher says."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-
-
-def check_ranks_agree(network: nn.Module) -> None:
-    """Make sure that data-parallel ranks hold the same parameters, bit for bit.
-
-    Raises:
-        RuntimeError: If they do not: then what rank 0 is about to save is not what was trained.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    digest = hashlib.sha256()
-    for parameter in network.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"ranks hold different parameters after training: SHA-256 {[d[:12] for d in digests]}")
-
-
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    return list(task.monitor) if isinstance(task, Task) else ["loss", "min"]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -442,7 +442,7 @@ def test_chunked_language_models_learn_the_same(temperature: float) -> None:
         step.loss.backward()
         found.append((step, [p.grad for p in mine.parameters()]))
     (one, expected), (other, gradients) = found
-    assert one.count == other.count == 16
+    assert one.positions == other.positions == 16
     for name in ("loss", "soft", "hard"):
         assert torch.allclose(one.logged[name], other.logged[name], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients, strict=True))

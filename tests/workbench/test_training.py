@@ -2,8 +2,6 @@
 
 import functools
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from workbench.continuation import CPUThreads, random_state, set_random_state
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.training import check_world_size, fit, make_trainer, module_for, train
+from workbench.training import fit, make_trainer, module_for, pretrained, train
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -260,65 +258,6 @@ def test_a_checkpoint_never_is_refused(tmp_path: Path) -> None:
         fit(Own(), OwnData(), trainer={"max_epochs": 1}, checkpoint=Duration(0, "ep"), out=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("environment", "world_size", "refused"),
-    [
-        ({}, 1, False),
-        ({}, 2, False),
-        ({"WORLD_SIZE": "4"}, 1, False),
-        ({"WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 1, True),
-        ({"WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 4, False),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, True),
-    ],
-)
-def test_launcher_and_trainer_must_agree(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], world_size: int, refused: bool
-) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if refused:
-        with pytest.raises(ValueError, match=f"world size of {world_size}"):
-            check_world_size(world_size)
-    else:
-        check_world_size(world_size)
-
-
-RANKS = """
-import sys
-import torch
-from torch import nn
-from workbench.training import check_ranks_agree
-torch.distributed.init_process_group("gloo")
-torch.manual_seed(0)
-network = nn.Linear(3, 2)
-check_ranks_agree(network)
-with torch.no_grad():
-    network.bias[1] += 1e-6 * torch.distributed.get_rank()
-try:
-    check_ranks_agree(network)
-except RuntimeError as error:
-    open(f"{sys.argv[1]}/{torch.distributed.get_rank()}", "w").write(str(error))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_ranks_with_different_parameters_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        str(tmp_path / "ranks.py"),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all("ranks hold different parameters" in (tmp_path / rank).read_text() for rank in "01")
-
-
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     """Lightning writes in place: a full disk left half a file under the name that the next run resumes from."""
 
@@ -392,3 +331,16 @@ def test_a_training_that_ended_early_does_not_go_on(tmp_path: Path, monkeypatch:
 def test_a_training_without_a_step_is_refused(tmp_path: Path, budget: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="took no step"):
         train(module_for(Noisy(), data := Digits()), data, trainer={**CPU, **budget}, seed=0, out=tmp_path)
+
+
+def test_a_network_that_is_trained_already_is_a_stage(tmp_path: Path) -> None:
+    network = MLP(64, [8], 10)
+    result = pretrained(network, Digits(256), out=tmp_path / "scored")
+    assert {"val/accuracy", "test/accuracy"} <= result["metrics"].keys()
+    assert result["size"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert (tmp_path / "scored" / "example.safetensors").is_file()
+    assert pretrained(network, out=tmp_path / "bare")["metrics"] == {}
+    assert not (tmp_path / "bare" / "example.safetensors").exists()
+    for name in ("scored", "bare"):
+        loaded = load(tmp_path / name).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())

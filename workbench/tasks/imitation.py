@@ -148,4 +148,5 @@ class SpearmanOfPairs(Metric):
             torch.cat([torch.cosine_similarity(part, part.roll(-lag, 0), dim=-1) for lag in lags]).cpu().numpy()
             for part in (output, target)
         )
-        return torch.tensor(float(spearmanr(here, there).statistic), device=output.device)
+        found: Any = spearmanr(here, there)
+        return torch.tensor(float(found.statistic), device=output.device)
