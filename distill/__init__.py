@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill import losses
+    from distill.cache import CachedTeacher, cache_teacher
     from distill.callbacks import DistillationCallback
     from distill.features import capture
     from distill.module import DistillModule
     from distill.student import cut_student
     from distill.teacher import Teacher
 
-__all__ = ["DistillModule", "DistillationCallback", "Teacher", "capture", "cut_student", "losses"]
+__all__ = [
+    "CachedTeacher",
+    "DistillModule",
+    "DistillationCallback",
+    "Teacher",
+    "cache_teacher",
+    "capture",
+    "cut_student",
+    "losses",
+]
 
 _HOME = {
+    "CachedTeacher": "distill.cache",
     "DistillModule": "distill.module",
     "DistillationCallback": "distill.callbacks",
     "Teacher": "distill.teacher",
+    "cache_teacher": "distill.cache",
     "capture": "distill.features",
     "cut_student": "distill.student",
 }
