@@ -16,7 +16,7 @@ from workbench.activations import gain, names, swap_activation
 from workbench.architecture import describe
 from workbench.data import Digits
 from workbench.models import MLP, LeNet5, LeNet300, ResNet, SentenceEncoder
-from workbench.models.encoder import pool
+from workbench.models.encoder import pool, sentence_encoder
 
 CASES = [
     (
@@ -448,3 +448,48 @@ def test_encoders_that_are_none_are_named(folder, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, such as 'encoder\.layer\.1\.output\.dense\.weight'"):
         SentenceEncoder(folder)
+
+
+def sentence_folder(folder, pooling, kinds=("Transformer", "Pooling", "Normalize")):
+    """As sentence-transformers lays it out."""
+    paths = {"Transformer": ""}
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": paths.get(kind, f"{i}_{kind}"),
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("mode", "pooling"), [("mean_tokens", "mean"), ("cls_token", "cls")])
+def test_a_folder_of_sentence_transformers(folder, mode, pooling, normalize):
+    modes = {f"pooling_mode_{name}": name == mode for name in ("mean_tokens", "cls_token", "max_tokens")}
+    kinds = ("Transformer", "Pooling", "Normalize")[: 3 if normalize else 2]
+    sentence_folder(folder, {"word_embedding_dimension": 16, **modes}, kinds)
+    model = sentence_encoder(folder).eval()
+    assert (model.pooling, model.normalize) == (pooling, normalize)
+    expected = SentenceEncoder(folder, pooling, normalize).eval()
+    assert torch.equal(model(**tokens()), expected(**tokens()))
+
+
+def test_other_folders_of_sentence_transformers_are_named(folder):
+    with pytest.raises(ValueError, match=r"modules\.json: cannot be read .*No such file"):
+        sentence_encoder(folder)
+    mean = {"pooling_mode_mean_tokens": True}
+    for kinds in ((), ("Transformer",), ("Transformer", "Pooling", "Dense")):
+        with pytest.raises(ValueError, match=rf"asks for {', '.join(kinds) or 'nothing'}; only Transformer, Pooling"):
+            sentence_encoder(sentence_folder(folder, mean, kinds))
+    for pooling, found in (({}, "nothing"), ({**mean, "pooling_mode_max_tokens": True}, "pooling_mode_mean_tokens, p")):
+        with pytest.raises(ValueError, match=f"pools by {found}"):
+            sentence_encoder(sentence_folder(folder, pooling))
+    (folder / "modules.json").write_text("{")
+    with pytest.raises(ValueError, match="give a folder that sentence-transformers saved"):
+        sentence_encoder(folder)

@@ -1,7 +1,9 @@
 """A transformers encoder that gives one vector for a sentence."""
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -94,6 +96,41 @@ class SentenceEncoder(nn.Module):
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **segments).last_hidden_state
         embeddings = pool(hidden, mask, self.pooling)
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+
+
+def sentence_encoder(folder: str | os.PathLike[str]) -> SentenceEncoder:
+    """The encoder in a folder that sentence-transformers saved, pooled and normalised as its ``modules.json`` says.
+
+    Args:
+        folder: With the model's own files beside modules.json; a path or ``package:NAME/folder``.
+
+    Raises:
+        ValueError: If there is no such file, or it asks for more than a transformer, a pooling by mean or first token,
+            and a norm; or the model cannot be loaded.
+    """
+    path = Path(located(folder))
+    modules = _json(path / "modules.json")
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
+        raise ValueError(
+            f"{path / 'modules.json'}: asks for {', '.join(kinds) or 'nothing'}; only Transformer, Pooling and "
+            "Normalize are known: build a SentenceEncoder, or a module of your own, around the encoder"
+        )
+    config = _json(path / str(modules[1].get("path", "")) / "config.json")
+    modes = [str(mode) for mode, on in config.items() if mode.startswith("pooling_mode") and on is True]
+    known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(f"{path}: pools by {', '.join(modes) or 'nothing'}; only the mean or the first token is known")
+    return SentenceEncoder(path, known[modes[0]], normalize=len(kinds) == 3)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); give a folder that sentence-transformers saved."
+        ) from error
 
 
 def _from_config(config: Mapping[str, Any]) -> nn.Module:
