@@ -41,8 +41,8 @@ def compare(
 
     Args:
         teacher: A stage of the recipe, or a folder with a compact checkpoint.
-        students: The same, several; a student of a family is stage/name.
-        data: The data module.
+        students: Stages or folders like that, e.g. [alone, distilled]; a student of a family is stage/name.
+        data: The data module; its `names`, if it has any, are the classes'.
         task: How to read batches and outputs; by default classification over the data module's `classes`.
         split: Which part of the data to score on, test or val.
         baseline: The student that the others are compared with, by its name in `students`; the first by default.
@@ -75,7 +75,7 @@ def compare(
             tally.add(task, _moved(data, batch, place), judge, networks)
             done += 1
             progress.show(done, max(total, done), split)
-    return {"comparison": {"split": split, **tally.result(getattr(data, "class_names", None))}}
+    return {"comparison": {"split": split, **tally.result(getattr(data, "names", None))}}
 
 
 @final
@@ -124,8 +124,8 @@ class _Tally:
             counts = [torch.bincount(positions[alone[valid]], minlength=classes).cpu() for alone in pair]
             self.classes[name] = self.classes.get(name, torch.tensor(0)) + torch.stack(counts)
 
-    def result(self, class_names: Sequence[str] | None) -> dict[str, Any]:
-        """Everything, as JSON."""
+    def result(self, names: Any) -> dict[str, Any]:
+        """Everything, as JSON; ``names`` are those of the classes, if there are any."""
         if not self.judge.count:
             raise ValueError("the split has no sample to score: compare on another")
         told: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ class _Tally:
             "unit": "positions" if self.nested else "samples",
             "teacher": {"name": self.teacher, **self.judge.compute()},
             "students": told,
-            "per_class": self._per_class(class_names),
+            "per_class": self._per_class(names),
         }
 
     def _paired(self, name: str) -> stats.Difference:
@@ -151,7 +151,7 @@ class _Tally:
             return stats.mcnemar(sum(gained), sum(lost), self.judge.count)
         return stats.clustered(gained, lost, torch.cat(self.sizes).tolist())
 
-    def _per_class(self, class_names: Sequence[str] | None) -> dict[str, Any]:
+    def _per_class(self, names: Any) -> dict[str, Any]:
         count, right = self.judge.per_class()
         moved = torch.stack([(pair[0] - pair[1]).abs() for pair in self.classes.values()]).amax(0)
         order = sorted(torch.nonzero(count).flatten().tolist(), key=lambda c: (-int(moved[c]), c))
@@ -170,8 +170,8 @@ class _Tally:
                 for name, scores in self.scores.items()
             },
         }
-        if class_names is not None and len(class_names) == len(count):
-            found["names"] = [str(class_names[c]) for c in chosen]
+        if isinstance(names, (list, tuple)) and len(names) == len(count):
+            found["names"] = [str(names[c]) for c in chosen]
         return found
 
 

@@ -160,7 +160,7 @@ def test_of_many_classes_those_that_move_are_kept(family, tmp_path, monkeypatch)
     moved = [max(abs(s["gained"][c] - s["lost"][c]) for s in whole["students"].values()) for c in range(3)]
     monkeypatch.setattr(comparison, "CLASSES", 2)
     data = Points()
-    data.class_names = ["zero", "one", "two"]  # type: ignore[attr-defined]
+    data.names = ["zero", "one", "two"]  # type: ignore[attr-defined]
     found = run_it(family, tmp_path, data=data)["per_class"]
     assert found["classes"] == sorted(sorted(range(3), key=lambda c: (-moved[c], c))[:2])
     assert found["names"] == [["zero", "one", "two"][c] for c in found["classes"]]

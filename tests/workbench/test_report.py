@@ -867,6 +867,17 @@ def test_members_of_a_family_are_rows_of_their_own(tmp_path):
     assert [row[0] for row in cells(page, "prints")].count("many") == 1
 
 
+def test_several_teachers_are_all_named(tmp_path):
+    records = [realistic()[0], {**realistic()[0], "stage": "second"}, realistic()[1]]
+    records[2]["parents"] = {f"teacher[{i}]": {"stage": name} for i, name in enumerate(("second", "teacher"))}
+    found = known(tmp_path, records)
+    row = found.rows[2]
+    assert (row.parent, row.against) == (("teacher[0]", "second"), "second"), "compared with the first"
+    assert (tables.stages(found).lines[2].cells[3].text, row.activation) == ("second, teacher", "gelu")
+    assert found.reference is not None
+    assert found.reference.stage.name in ("second", "teacher")
+
+
 def test_a_member_can_be_a_parent(tmp_path):
     records = [*distilled(), exported("shipped", "many/tiny", 300, compact=9_000)]
     records[-1]["parents"]["of"]["fingerprint"] = records[4]["fingerprint"]

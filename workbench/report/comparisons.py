@@ -96,7 +96,7 @@ def about(found: Comparison) -> str:
         return text
     text += f" Points: with its {_confidence(tested[0])} interval; {found.method or 'paired test'}"
     text += f", p adjusted for {len(tested)} comparisons (Holm)" if len(tested) > 1 else ""
-    return f"{text}. They say what other samples would change, not what another seed would."
+    return f"{text}. Interval and p say what other samples would change, not what another seed would."
 
 
 def movement(found: Comparison, shown: Sequence[Move]) -> str:

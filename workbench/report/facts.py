@@ -129,7 +129,7 @@ def gather(stages: Sequence[Stage]) -> Facts:
     metrics = _metrics(measured)
     hunts = [_hunt(s, metrics[s.monitor]) for s in measured if s.levels]
     sized = [s for s in measured if _outcome(s)[1].get("dense_fp32_bytes")]
-    teachers = {parent for s in finished for role, (parent, _) in s.parents.items() if role == "teacher"}
+    teachers = {parent for s in finished for parent in teachers_of(s)}
     reference = next((s for s in sized if s.name in teachers), sized[0] if sized else None)
     dense = None if reference is None else _outcome(reference)[1]["dense_fp32_bytes"]
     rows = [_row(s, named, metrics, dense) for s in measured]
@@ -141,6 +141,11 @@ def gather(stages: Sequence[Stage]) -> Facts:
 def dense_bytes(row: Row) -> float | None:
     """What the stage's weights take in dense fp32."""
     return _outcome(row.stage)[1].get("dense_fp32_bytes")
+
+
+def teachers_of(stage: Stage) -> list[str]:
+    """The stages that taught it."""
+    return [name for role, (name, _) in stage.parents.items() if _teaches(role)]
 
 
 def stale(stages: Iterable[Stage]) -> list[tuple[str, str]]:
@@ -241,6 +246,11 @@ def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], M
     )
 
 
+def _teaches(role: str) -> bool:
+    """Whether it is ``teacher``, or one of several, ``teacher[0]``."""
+    return role.partition("[")[0] == "teacher"
+
+
 def _measured(name: str | None, named: dict[str, Stage]) -> Stage | None:
     """The stage called ``name``; of one that has measured nothing, such as a cache, the one that it came from."""
     seen: set[str] = set()
@@ -252,7 +262,7 @@ def _measured(name: str | None, named: dict[str, Stage]) -> Stage | None:
 
 def _by_role(stage: Stage) -> list[tuple[str, tuple[str, str | None]]]:
     """The parents, the teacher first: a student that starts from another network is compared with it."""
-    return sorted(stage.parents.items(), key=lambda item: item[0] != "teacher")
+    return sorted(stage.parents.items(), key=lambda item: not _teaches(item[0]))
 
 
 def _activation(stage: Stage, named: dict[str, Stage], seen: tuple[str, ...] = ()) -> str | None:
@@ -260,7 +270,7 @@ def _activation(stage: Stage, named: dict[str, Stage], seen: tuple[str, ...] = (
     for arguments in (stage.arguments.get("model"), stage.arguments):
         if (name := _named_activation(arguments)) is not None:
             return name
-    begun = [name for role, (name, _) in stage.parents.items() if role != "teacher"]
+    begun = [name for role, (name, _) in stage.parents.items() if not _teaches(role)]
     if len(begun) != 1 or begun[0] not in named or begun[0] in seen:
         return None
     return _activation(named[begun[0]], named, (*seen, stage.name))

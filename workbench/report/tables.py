@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-from workbench.report.facts import TOLERANCE, Curve, Facts, Hunt, LevelRow, Row, dense_bytes
+from workbench.report.facts import TOLERANCE, Curve, Facts, Hunt, LevelRow, Row, dense_bytes, teachers_of
 from workbench.report.reading import Export, Stage
 from workbench.report.wording import DASH, count, duration, percent, plural, size, times
 
@@ -154,7 +154,7 @@ def headline(found: Facts) -> str:
 def caveat(found: Facts) -> str:
     """What the headline must not be read as."""
     return (
-        f"{_seeds(found.rows)}, so no interval can be given and small differences may be noise. "
+        f"{_seeds(found.rows)}, so no interval over seeds can be given and small differences may be noise. "
         "Picks are made on validation data alone; test figures are those of the last epoch."
     )
 
@@ -246,6 +246,8 @@ def _level(level: int | None) -> str:
 
 def _parent(row: Row) -> Cell:
     role, name = row.parent or ("", DASH)
+    if len(teachers := teachers_of(row.stage)) > 1:
+        return Cell(", ".join(teachers), "teachers")
     return Cell(name, "" if role == name else role)
 
 
