@@ -8,14 +8,31 @@ if TYPE_CHECKING:
     from workbench.data.digits import Digits
     from workbench.data.idx import IDXImages
     from workbench.data.parquet import ParquetImages
+    from workbench.data.text.classification import TextClassification
+    from workbench.data.text.sentences import Sentences
+    from workbench.data.text.sequences import TextSequences
+    from workbench.data.text.stream import TextStream
 
-__all__ = ["Augment", "Digits", "IDXImages", "ParquetImages"]
+__all__ = [
+    "Augment",
+    "Digits",
+    "IDXImages",
+    "ParquetImages",
+    "Sentences",
+    "TextClassification",
+    "TextSequences",
+    "TextStream",
+]
 
 _HOME = {
     "Augment": "workbench.data.augment",
     "Digits": "workbench.data.digits",
     "IDXImages": "workbench.data.idx",
     "ParquetImages": "workbench.data.parquet",
+    "Sentences": "workbench.data.text.sentences",
+    "TextClassification": "workbench.data.text.classification",
+    "TextSequences": "workbench.data.text.sequences",
+    "TextStream": "workbench.data.text.stream",
 }
 
 
