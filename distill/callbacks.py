@@ -1,62 +1,112 @@
 """Distillation for a LightningModule that was not written for it, in either Lightning namespace."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from lightning.pytorch import Callback
 from pytorch_lightning import Callback as OtherCallback
 from torch import Tensor, nn
 
-from distill.losses import check_alpha, check_temperature, mix, soft_target
-from distill.teacher import Teacher
-from workbench.module import Means
-from workbench.source import Source
+from distill.cache import CachedTeacher, Taught
+from distill.features import Features, capture
+from distill.lesson import (
+    AnyTeacher,
+    average_gradients,
+    lesson_of,
+    logits_of,
+    make_projectors,
+    objective_of,
+    opened,
+    tokens_of,
+)
+from distill.losses import LogitLoss
+from distill.objective import Seen, Term
+from workbench.means import Means
+
+
+class _Call(NamedTuple):
+    """One forward pass of the student, with gradient."""
+
+    args: Any
+    kwargs: Any
+    output: Any
+    features: dict[str, Tensor]
 
 
 @final
 class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
     """Lets the student of an unmodified LightningModule learn from a teacher beside its own loss.
 
-    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * what ``training_step`` returned
+    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * what ``training_step`` returned, or the weighted sum of
+    ``losses``, in which a term without a loss is what ``training_step`` returned
 
     The student's logits are those that its network produced in the step; the teacher gets the same inputs, without
-    ``labels``. ``training_step`` is wrapped while ``fit`` runs, and is as it was afterwards. At alpha 0 the teacher is
-    not asked. Logged per epoch: ``train/soft``, the mean soft-target loss.
+    ``labels``. ``training_step`` is wrapped while ``fit`` runs, and is as it was afterwards. Where no term of some
+    weight needs the teacher, it is not asked. Logged per epoch: ``train/TERM``, the mean of each term, such as
+    ``train/soft``. Every term is a mean over a micro-batch, as the module's own loss is: Lightning averages these over
+    micro-batches and ranks, however many positions each has.
+
+    A cached teacher comes with the batches: ``trainer.fit(module, callback.attach(loader))``. ``training_step`` gets
+    the batch as it was; other hooks of the module that look at training batches see a ``distill.cache.Taught``.
+
+    Projectors between unequal widths are made at the first batch and live beside the module. They are trained by an
+    optimizer of the class and defaults of the module's first one, at the learning rate of its first group, right after
+    it steps; gradient clipping leaves them out. The Trainer's checkpoint has them,
+    as ``distillation_projectors``, and the module's ``state_dict`` has not.
 
     Args:
-        teacher: A Teacher, a trained network, or where to load one from.
+        teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache.
         temperature: T > 0.
         alpha: Weight of the soft targets, 0 (own loss only) to 1 (teacher only).
         student: Name of the submodule that makes the logits; ``network``, ``model`` or else the module itself if None.
         valid: Batch -> bool tensor of the logits' shape without the classes: the positions that count, e.g.
             ``lambda batch: batch["labels"] != -100``. All if None.
+        losses: The terms of the objective by name, instead of ``temperature`` and ``alpha``; features of the student
+            are named as in the submodule that makes the logits.
+        labels: Batch -> classes at these positions, for losses that need them. If None, ``labels`` of a mapping, or the
+            last entry of a tuple.
 
     Raises:
-        ValueError: If alpha or the temperature is out of range; when training starts, if the module has no such part
-            or steps its optimizers by hand; in training, if the part was not called exactly once, did not return
-            logits, or its classes are not the teacher's.
+        ValueError: If alpha, the temperature or a term is out of range; when training starts, if the module has no such
+            part or steps its optimizers by hand; in training, if the part was not called exactly once, did not return
+            logits, or its classes are not the teacher's, or what a term compares is not there.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module | Source | Path,
+        teacher: AnyTeacher,
         temperature: float = 4.0,
         alpha: float = 0.9,
         student: str | None = None,
         valid: Callable[[Any], Tensor] | None = None,
+        losses: Mapping[str, Term] | None = None,
+        labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        check_alpha(alpha)
-        check_temperature(temperature)
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        self.temperature, self.alpha, self.student, self.valid = temperature, alpha, student, valid
+        self.objective = objective_of(temperature, alpha, losses)
+        self.teacher = opened(teacher)
+        self.temperature, self.alpha, self.student, self.valid, self.labels = temperature, alpha, student, valid, labels
         self._means = Means()
         self._wrapped: Any = None
         self._before: Any = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._scaler: Any = None
+        self._after_step: Any = None
+        self._restored: dict[str, Any] = {}
+
+    def attach(self, loader: Any) -> Any:
+        """The training loader, its batches with the cached teacher's outputs; as it is if the teacher is live."""
+        return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the projectors of an earlier fit."""
+        if stage == "fit":
+            self.objective.projectors.clear()
+            self._optimizer, self._scaler, self._restored = None, None, {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap ``training_step``."""
@@ -67,8 +117,6 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 "add distill.losses.soft_target to the loss in its training_step"
             )
         self._part(pl_module)
-        if self.alpha == 0:
-            return
         original = pl_module.training_step
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
             raise ValueError(f"{type(pl_module).__name__} has a DistillationCallback already: give the Trainer one")
@@ -76,6 +124,11 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         step = functools.update_wrapper(functools.partial(self._step, pl_module, original), original)
         self._wrapped, self._before = pl_module, vars(pl_module).get("training_step")
         pl_module.training_step = step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Follow the module's first optimizer."""
+        if self.objective.projects and trainer.optimizers:
+            self._after_step = trainer.optimizers[0].register_step_post_hook(self._step_projectors)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give ``training_step`` back."""
@@ -94,57 +147,141 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         self._means.log(pl_module, "train/")
         self._means.reset()
 
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Clear the projectors' gradients when the module's first optimizer does."""
+        if trainer.optimizers and optimizer is trainer.optimizers[0]:
+            self.objective.projectors.zero_grad()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Share the projectors' gradients between ranks."""
+        if trainer.optimizers and optimizer is trainer.optimizers[0]:
+            average_gradients(self.objective)
+            self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if self._scaler is not None and self._optimizer is not None:
+                self._scaler.unscale_(self._optimizer)
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's sums so far."""
+        """Add the epoch's sums so far, and the projectors with their optimizer."""
         checkpoint["distillation_means"] = self._means.state()
+        state = self._restored
+        if self._optimizer is not None:
+            state = {"projectors": self.objective.projectors.state_dict(), "optimizer": self._optimizer.state_dict()}
+        if state:
+            checkpoint["distillation_projectors"] = state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's sums."""
+        """Go on from the checkpoint's sums, and at the first batch from its projectors."""
         self._means.restore(checkpoint.get("distillation_means", []), trainer.global_rank, trainer.world_size)
+        self._restored = checkpoint.get("distillation_projectors", {})
 
     def _unwrap(self) -> None:
+        if self._after_step is not None:
+            self._after_step.remove()
         if self._wrapped is not None:
             vars(self._wrapped).pop("training_step", None)
             if self._before is not None:
                 self._wrapped.training_step = self._before
-        self._wrapped = self._before = None
+        self._wrapped = self._before = self._after_step = None
 
     def _step(self, module: Any, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """``training_step``, its loss mixed with the teacher's."""
-        calls: list[tuple[Any, Any, Any]] = []
-
-        def capture(_: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            if torch.is_grad_enabled():
-                calls.append((inputs, named, output))
-
-        handle = self._part(module).register_forward_hook(capture, with_kwargs=True)
-        try:
-            result = original(*args, **kwargs)
-        finally:
-            handle.remove()
+        """``training_step``, its loss one of the terms."""
+        taught: Any = None
+        if args and isinstance(args[0], Taught):
+            taught, args = args[0].taught, (args[0].batch, *args[1:])
+        weights = self.objective.weights(functools.partial(_elapsed, module._trainer))
+        new = self.objective.projects and not self.objective.projectors
+        part, calls = self._part(module), list[_Call]()
+        with capture(part, self.objective.student_places(weights=None if new else weights)) as features:
+            keep = functools.partial(_keep, calls, features)
+            handle = part.register_forward_hook(keep, with_kwargs=True)
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                handle.remove()
         own = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(own, Tensor):
             return result  # no step to take, or an error that Lightning words
         batch = args[0] if args else kwargs.get("batch")
-        loss = mix(self._soft(module, calls, batch), own, self.alpha)
+        loss = self._mixed(module, own, calls, weights, batch, taught, new)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
-    def _soft(self, module: Any, calls: list[tuple[Any, Any, Any]], batch: Any) -> Tensor:
+    def _mixed(
+        self,
+        module: Any,
+        own: Tensor,
+        calls: list[_Call],
+        weights: Mapping[str, float],
+        batch: Any,
+        taught: Mapping[str, Tensor] | None,
+        new: bool,
+    ) -> Tensor:
+        """The weighted sum of the terms; ``new``: the projectors are still to be made."""
+        counting = {name for name, weight in weights.items() if weight}
+        if not new and counting and all(self.objective.terms[name].loss is None for name in counting):
+            # Nothing but the module's own loss: whatever the module did is fine, and there need not be logits.
+            terms = self.objective(Seen(own), Seen(None), weights, own=lambda _: own)
+            self._means.add(_without_sum(terms), torch.ones((), device=own.device))
+            return terms["loss"]
         if len(calls) != 1:
             name = self.student or type(self._part(module)).__name__
             raise ValueError(
                 f"'{name}' was called {len(calls)} times in a training_step of {type(module).__name__}: give "
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
-        [(inputs, named, output)] = calls
-        student = _logits(output, "student")
-        named = {name: value for name, value in named.items() if name != "labels"}
-        teacher = _logits(self.teacher(*inputs, **named), "teacher")
+        [call] = calls
+        seen = Seen(logits_of(call.output, "student"), call.features)
+        lesson = Seen(None)
+        if new or self.objective.asks_teacher(weights):
+            places = self.objective.teacher_places(None if new else weights)
+            asks = self.objective.asks_logits(weights)
+            lesson = lesson_of(self.teacher, call.args, call.kwargs, taught, places, asks)
+        if new:
+            self._make_projectors(seen, lesson, module.trainer.optimizers)
+        assert seen.logits is not None
         valid = None if self.valid is None else self.valid(batch)
-        soft = soft_target(student, teacher, self.temperature, valid)
-        positions = torch.ones(student.shape[:-1], device=student.device) if valid is None else valid
-        self._means.add({"soft": soft}, positions.sum())
-        return soft
+        tokens = tokens_of(call.kwargs)
+        terms = self.objective(
+            seen,
+            lesson,
+            weights,
+            own=lambda _: own,
+            valid=valid,
+            labels=self._labels(batch),
+            tokens=tokens_of(batch) if tokens is None else tokens,
+        )
+        positions = torch.ones(seen.logits.shape[:-1], device=own.device) if valid is None else valid
+        self._means.add(_without_sum(terms), positions.sum())
+        return terms["loss"]
+
+    def _make_projectors(self, seen: Seen, lesson: Seen, optimizers: list[torch.optim.Optimizer]) -> None:
+        make_projectors(self.objective, seen, lesson)
+        if self._restored:
+            self.objective.projectors.load_state_dict(self._restored["projectors"])
+        if parameters := list(self.objective.projectors.parameters()):
+            self._optimizer = _like(optimizers[0], parameters)
+            if self._restored:
+                self._optimizer.load_state_dict(self._restored["optimizer"])
+        self._restored = {}
+
+    def _step_projectors(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """What happens after each step of the module's first optimizer."""
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = optimizer.param_groups[0]["lr"]
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+
+    def _labels(self, batch: Any) -> Tensor | None:
+        if not any(isinstance(loss, LogitLoss) and loss.needs_labels for loss in self.objective.losses.values()):
+            return None
+        if self.labels is not None:
+            return self.labels(batch)
+        if isinstance(batch, Mapping):
+            return batch.get("labels")
+        return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
     def _part(self, module: Any) -> nn.Module:
         if self.student is None:
@@ -159,11 +296,32 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             ) from error
 
 
-def _logits(output: Any, who: str) -> Tensor:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ValueError(
-        f"the {who} returned {type(output).__name__} without logits: return a tensor or an output with them"
-    )
+def _keep(calls: list[_Call], features: Features, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if torch.is_grad_enabled():
+        calls.append(_Call(args, kwargs, output, features.take()))
+
+
+def _elapsed(trainer: Any, unit: str) -> float:
+    """Epochs or updates done so far; none outside of a Trainer, where a copy of a module may be."""
+    if trainer is None:
+        return 0.0
+    if unit == "it":
+        return float(trainer.global_step)
+    return trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
+
+
+def _without_sum(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in terms.items() if name != "loss"}
+
+
+def _like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer of the same class and defaults."""
+    known = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
+    try:
+        return type(optimizer)(parameters, **defaults)
+    except TypeError as error:
+        raise ValueError(
+            f"no {type(optimizer).__name__} can be made for the projectors ({error}): compare features by a loss that "
+            "needs none, or train the module with AdamW or SGD"
+        ) from error

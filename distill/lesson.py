@@ -1,0 +1,140 @@
+"""What trainers of all kinds share: asking a teacher about a batch, and the projectors of several ranks."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill.cache import CachedTeacher, open_teacher
+from distill.objective import Objective, Seen, Term, soft_and_hard
+from distill.teacher import Teacher
+from workbench.source import Source
+
+AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
+
+
+def opened(teacher: AnyTeacher) -> Teacher | CachedTeacher:
+    """The teacher itself, or one made of a network, or loaded from a folder, which may hold a cache.
+
+    Raises:
+        ValueError: If there is nothing to load.
+    """
+    if isinstance(teacher, Teacher | CachedTeacher):
+        return teacher
+    return open_teacher(teacher) if isinstance(teacher, str | Path) else Teacher(teacher)
+
+
+def objective_of(temperature: float, alpha: float, losses: Mapping[str, Term] | None) -> Objective:
+    """The objective of ``losses``, or of soft targets and own loss.
+
+    Raises:
+        ValueError: If a number is out of range, or both are given.
+    """
+    if losses is None:
+        return Objective(soft_and_hard(temperature, alpha))
+    if (temperature, alpha) != (4.0, 0.9):
+        raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
+    return Objective(losses)
+
+
+def logits_of(output: Any, who: str) -> Tensor:
+    """The tensor itself, or ``logits`` of a mapping or of a transformers output.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"the {who} returned {type(output).__name__} without logits: return a tensor or an output with them"
+    )
+
+
+def tokens_of(named: Any) -> Tensor | None:
+    """Which tokens of a padded batch are none of the padding, bool [B, L]; None if there is no such mask."""
+    mask = named.get("attention_mask") if isinstance(named, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def lesson_of(
+    teacher: Teacher | CachedTeacher,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    taught: Mapping[str, Tensor] | None = None,
+    places: Sequence[str] = (),
+    logits: bool = True,
+    score: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+) -> Seen:
+    """What a teacher says of a batch.
+
+    Args:
+        teacher: Live, or a cache.
+        args: Positional arguments of the student.
+        kwargs: Keyword arguments; ``labels`` are kept from the teacher.
+        taught: What a cache said, see :class:`distill.cache.Taught`; None if the teacher is to be asked.
+        places: Its submodules whose features are wanted.
+        logits: Whether the answer must have logits.
+        score: Outputs of the model -> those that are scored, such as all but the last of a causal model.
+
+    Raises:
+        ValueError: If the teacher is a cache and nothing of it came with the batch, or there are no logits.
+    """
+    if taught is not None:
+        features = {
+            name.removeprefix("feature/"): value for name, value in taught.items() if name.startswith("feature/")
+        }
+        known = score(taught["logits"]) if "logits" in taught else None
+        if "ids" not in taught:
+            return Seen(known, features)
+        return Seen(known, features, (score(taught["ids"]), score(taught["weights"]), score(taught["log_probs"])))
+    if isinstance(teacher, CachedTeacher):
+        raise ValueError(
+            "the teacher is a cache and the batch comes without what it says: train on a loader that attach returned"
+        )
+    named = {name: value for name, value in kwargs.items() if name != "labels"}
+    raw, features = teacher.outputs(args, named, places)
+    return Seen(score(logits_of(raw, "teacher")) if logits else None, features)
+
+
+def make_projectors(objective: Objective, student: Seen, teacher: Seen) -> None:
+    """Give an objective new projectors, the same on all ranks, which all call this. Nothing is drawn."""
+    with same_random_state(), torch.no_grad():
+        objective.prepare(student.features, teacher.features)
+    objective.projectors.requires_grad_(True).train()
+    if _ranks() > 1:
+        for value in objective.projectors.state_dict().values():
+            torch.distributed.broadcast(value, 0)
+
+
+def average_gradients(objective: Objective) -> None:
+    """Make the gradients of the projectors means over all ranks. Called on every rank, after the last backward pass."""
+    if (ranks := _ranks()) == 1:
+        return
+    for parameter in objective.projectors.parameters():
+        if parameter.grad is None:  # on this rank alone, perhaps
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad.div_(ranks)
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Inside, python, numpy and torch draw as they please; afterwards their generators are as they were."""
+    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)  # noqa: NPY002
+
+
+def _ranks() -> int:
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if on else 1
