@@ -35,7 +35,9 @@ def feature(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def gradient(loss: Feature, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     value = loss.call(student, teacher, valid)
-    return value.detach(), torch.autograd.grad(value, student)[0]
+    # Not a NaN on the way either, that a mask would hide afterwards.
+    with torch.autograd.set_detect_anomaly(True):
+        return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 @every

@@ -40,7 +40,9 @@ def labels(*shape: int, classes: int) -> Tensor:
 def gradient(loss: Logit, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     value = loss.call(student, teacher, *rest)
-    return value.detach(), torch.autograd.grad(value, student)[0]
+    # Not a NaN on the way either, that a mask would hide afterwards.
+    with torch.autograd.set_detect_anomaly(True):
+        return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 @every
@@ -409,6 +411,10 @@ def test_dist_where_nothing_varies(dtype: torch.dtype) -> None:
     value, grad = gradient(LOGIT["dist"], bumpy, flat, 1.0, None, y)
     assert value.item() == 0
     assert not grad.any()
+    # The mean of many equal numbers is not quite theirs.
+    flat = logits(50, 1, dtype=dtype).expand(50, 999)
+    _, grad = gradient(LOGIT["dist"], flat, logits(50, 999, dtype=dtype), 1.0, None, labels(50, classes=999))
+    assert grad.abs().max() < 1
 
 
 def test_dist_of_one_position_relates_classes_only() -> None:
