@@ -71,9 +71,9 @@ def test_calibration_error_is_that_of_torchmetrics(bins):
 
 
 def test_a_bin_holds_its_upper_edge():
-    """Confidence 1/2 is the upper edge of the first of two bins; at 1, the last bin holds it."""
+    """Confidence 1/2, wrong, is the upper edge of the first of two bins; the last one holds 1."""
     logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf], [2.0, 0.0, -math.inf]])
-    labels = torch.tensor([0, 0, 0])
+    labels = torch.tensor([1, 0, 0])
     sure = probabilities([2.0, 0.0])[0]
     assert float(scores.ece(logits, labels, bins=2)) == pytest.approx((0.5 + (1 - sure)) / 3)
 
