@@ -54,7 +54,8 @@ def _value(stage: Stage, parameter: Parameter) -> str:
     if parameter.name in stage.arguments:
         given = stage.arguments[parameter.name]
         if isinstance(given, dict) and "class_path" in given:
-            return str(given["class_path"])
+            path = str(given["class_path"])
+            return path if len(path) <= 40 else f"...{path[-37:]}"
         text = yaml_io.inline(given)
         return text if len(text) <= 40 else f"{text[:37]}..."
     if parameter.default == REQUIRED:

@@ -50,7 +50,7 @@ def test_the_recipes_values_beat_the_defaults(tmp_path: Path) -> None:
     assert "  --two.temperature FLOAT  (2)" in lines
     assert "  --two.alpha FLOAT  (0.9)" in lines
     assert "  --two.checkpoint DURATION  (1ep)" in lines
-    assert "  --two.teacher SOURCE  (one)" in lines
+    assert "  --two.teacher LIST|SOURCE  (one)" in lines
     assert "  --two.data DATAMODULE  (required)" in lines
     assert "  --two.trainer DICT  ({max_epochs: 3, accelerator: cpu})" in lines
     assert "  --two.task TASK" in lines, "None says nothing"
