@@ -75,13 +75,17 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     whole = torch.tensor(gradient(1))
-    print(f"gradient of {len(whole):,} weights, largest entry {whole.abs().max():.3g}; largest difference to one batch:")
+    print(
+        f"gradient of {len(whole):,} weights, largest entry {whole.abs().max():.3g}; largest difference to one batch:"
+    )
     print(f"{'ranks':>5} {'micro-batches':>13} {'global mean':>12} {'mean of means':>14}")
     for ranks in (1, 2):
         for pieces in (1, 2, 4):
             found = []
             for naive in (False, True):
-                every = together(gradient, pieces, ranks, naive, ranks=ranks) if ranks > 1 else [gradient(pieces, 1, naive)]
+                every = (
+                    together(gradient, pieces, ranks, naive, ranks=ranks) if ranks > 1 else [gradient(pieces, 1, naive)]
+                )
                 assert all(each == every[0] for each in every), "ranks differ"
                 found.append(float((torch.tensor(every[0]) - whole).abs().max()))
             print(f"{ranks:5} {pieces:13} {found[0]:12.2e} {found[1]:14.2e}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.teacher import Teacher
 from workbench.activations import swap_activation
-from workbench.models import MLP
+from workbench.models import MLP, SentenceEncoder
 from workbench.source import Source
 
 Sizes = tuple[int, int, int]  # hidden, heads, feed-forward
@@ -95,15 +95,16 @@ def cut_student(
     Tensors whose shape stays are copied. Of the others the most important units are kept, in their order, ties to the
     lower index; w is a row or column of a teacher's weight (a row with its bias), all norms are L2:
 
-    - hidden units, one choice for embeddings, norms, attention, feed-forward nets, pooler and output:
-      :math:`\sum \|w_u\|` over all matrices that read or write unit u, of the layers kept;
+    - hidden units, one choice for the whole model: :math:`\sum |\gamma_u| \sum \|w_u\|`, the gains of its norms, in
+      the layers kept and around them, times the matrices of embeddings and heads. (Not the matrices in the layers:
+      where those of a trained encoder are large, the gains are small, and their sum chooses worse than chance.)
     - heads, in each layer: the norm of the columns by which the output projection reads the head;
     - where heads get narrower, the dimensions of each: :math:`\|q_d\| \|k_d\|` for queries and keys,
       :math:`\|v_d\| \|o_d\|` for values. Queries are scaled so that scores are still divided by the teacher's root;
     - feed-forward units, in each layer: :math:`\|in_u\| \|out_u\|`; the hidden units of an MLP likewise.
 
-    BERT, RoBERTa, DistilBERT, GPT-2 and ViT of transformers, and what is laid out as they are: a head is hidden / heads
-    wide. ``hidden`` alone narrows every head and ``heads`` alone keeps their width, so that hidden becomes heads times
+    BERT, RoBERTa, DistilBERT, GPT-2 and ViT of transformers, what is laid out as they are, and a
+    :class:`workbench.models.SentenceEncoder` around one: a head is hidden / heads wide. ``hidden`` alone narrows every head and ``heads`` alone keeps their width, so that hidden becomes heads times
     it; with both, heads may get narrower but not wider. ``ffn`` is kept unless given.
 
     An :class:`workbench.models.MLP`: layers are its hidden layers, and ``hidden`` is their width or widths. Of any
@@ -131,6 +132,9 @@ def cut_student(
     """
     if not isinstance(teacher, nn.Module):
         teacher = teacher.module if isinstance(teacher, Teacher) else Teacher(teacher).module
+    if isinstance(teacher, SentenceEncoder):
+        inner = cut_student(teacher.encoder, layers, every, hidden, heads, ffn, activation)
+        return SentenceEncoder(inner, teacher.pooling, teacher.normalize).train()
     if isinstance(teacher, MLP):
         _refuse(teacher, {"heads": heads, "ffn": ffn}, "hidden, layers, every and activation")
         student = _cut_mlp(teacher, layers, every, hidden)
@@ -384,11 +388,15 @@ def _fill(
         taken[name] = tensor
     axes = {name: list(_residual(taken[name], target, size)) for name, target in targets.items()}
     if any(axes.values()):
-        read: dict[tuple[int, int], Tensor] = {}  # a tied tensor counts once
+        gains: list[Tensor] = []
+        norms: dict[tuple[int, int], Tensor] = {}  # a tied tensor counts once
         for name, target in targets.items():
-            for axis in axes[name] if target.dim() > 1 else []:
-                read[id(target), axis] = _norm(taken[name].movedim(axis, 0))
-        units = _keep(torch.stack(list(read.values())).sum(0), size[1])
+            for axis in axes[name]:
+                if target.dim() > 1 and not name.startswith(f"{prefix}."):
+                    norms[id(target), axis] = _norm(taken[name].movedim(axis, 0))
+                elif target.dim() == 1 and name.endswith(".weight"):
+                    gains.append(taken[name].double().abs())
+        units = _keep(torch.stack(gains).sum(0) * torch.stack(list(norms.values())).sum(0), size[1])
         for name, along in axes.items():
             for axis in along:
                 taken[name] = taken[name].index_select(axis, units)

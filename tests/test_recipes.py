@@ -4,18 +4,36 @@ from pathlib import Path
 
 import pytest
 
+from tests.miniatures import miniatures
 from workbench import recipe as recipes
 from workbench.run import check, run
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 FRAGMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
-SHORT = [("trainer.max_epochs", "2"), ("trainer.limit_train_batches", "2"), ("trainer.limit_test_batches", "2")]
+SHORT = [("trainer.accelerator", "cpu"), ("trainer.limit_train_batches", "2"), ("trainer.limit_test_batches", "2")]
+BERT = "{model_type: bert, vocab_size: 100, hidden_size: 16, num_hidden_layers: 6, num_attention_heads: 2}"
+# What makes a recipe for real data run on a few samples: batches that they fill, a model that is not downloaded.
+SMALL: dict[str, list[tuple[str, str]]] = {
+    "cifar10": [("data.batch_size", "8"), ("data.validation", "20")],
+    "clinc150": [("data.batch_size", "8")],
+    "minilm": [("data.batch_size", "8"), ("data.tokenizer", "word"), ("teacher.model.encoder", BERT)],
+    "mnist": [("data.batch_size", "8"), ("data.validation", "20")],
+    "shakespeare": [("data.batch_size", "4"), ("data.length", "16")],
+    "wikitext": [("data.batch_size", "4"), ("data.length", "16")],
+}
+STUDENTS = {"distill", "fit"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return miniatures(tmp_path_factory.mktemp("data"))
 
 
 def test_the_number_of_recipes() -> None:
-    assert len(FILES) == 1, "a recipe was added or lost: say so here"
+    assert len(FILES) == 7, "a recipe was added or lost: say so here"
     assert len(recipes.recipes()) == len(FILES)
+    assert SMALL.keys() == {path.stem for path in FILES} - {"digits"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -32,10 +50,15 @@ def test_every_fragment_is_used_and_not_runnable_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_recipe_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
-    hunts = [stage.name for stage in recipes.read(path).stages if stage.job.name == "hunt"]
-    short = [(f"{name}.{key}", value) for name in hunts for key, value in (("rewind", "1it"), ("density", "0.5"))]
-    recipe = recipes.read(path, [*SHORT, *short])
+def test_a_recipe_runs_for_two_steps(path: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", str(data))
+    stages = recipes.read(path).stages
+    changes = [*SHORT, *SMALL.get(path.stem, [])]
+    changes += [(f"{stage.name}.trainer.max_steps", "2") for stage in stages if stage.job.name in STUDENTS]
+    hunts = [stage.name for stage in stages if stage.job.name == "hunt"]
+    changes += [(f"{name}.{key}", value) for name in hunts for key, value in (("rewind", "1it"), ("density", "0.5"))]
+    recipe = recipes.read(path, changes)
     check(recipe)
     records = run(recipe, tmp_path)
     assert [record["status"] for record in records] == ["finished"] * len(recipe.stages)
+    assert (tmp_path / "report" / "index.html").is_file(), "each tells what came of it"
