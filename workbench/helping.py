@@ -55,7 +55,7 @@ def _value(stage: Stage, parameter: Parameter) -> str:
         given = stage.arguments[parameter.name]
         if isinstance(given, dict) and "class_path" in given:
             path = str(given["class_path"])
-            return path if len(path) <= 40 else f"...{path[-37:]}"
+            return path if len(path) <= 36 else f"...{path[-33:]}"
         text = yaml_io.inline(given)
         return text if len(text) <= 40 else f"{text[:37]}..."
     if parameter.default == REQUIRED:
