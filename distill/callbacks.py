@@ -157,7 +157,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if trainer.optimizers and optimizer is trainer.optimizers[0]:
             average_gradients(self.objective)
             self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if self._scaler is not None and self._optimizer is not None:
+            if self._scaler is not None and self._optimizer is not None and self._has_gradients():
                 self._scaler.unscale_(self._optimizer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -238,7 +238,8 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if new:
             self._make_projectors(seen, lesson, module.trainer.optimizers)
         assert seen.logits is not None
-        valid = None if self.valid is None else self.valid(batch)
+        every = torch.ones(seen.logits.shape[:-1], dtype=torch.bool, device=seen.logits.device)
+        valid = every if self.valid is None else self.valid(batch)
         tokens = tokens_of(call.kwargs)
         terms = self.objective(
             seen,
@@ -249,8 +250,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             labels=self._labels(batch),
             tokens=tokens_of(batch) if tokens is None else tokens,
         )
-        positions = torch.ones(seen.logits.shape[:-1], device=own.device) if valid is None else valid
-        self._means.add(_without_sum(terms), positions.sum())
+        self._means.add(_without_sum(terms), valid.sum())
         return terms["loss"]
 
     def _make_projectors(self, seen: Seen, lesson: Seen, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -265,14 +265,17 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 
     def _step_projectors(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """What happens after each step of the module's first optimizer."""
-        if self._optimizer is None:
-            return
+        if self._optimizer is None or not self._has_gradients():
+            return  # there is nothing yet, before a warm-up
         for group in self._optimizer.param_groups:
             group["lr"] = optimizer.param_groups[0]["lr"]
         if self._scaler is None:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
+
+    def _has_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.objective.projectors.parameters())
 
     def _labels(self, batch: Any) -> Tensor | None:
         if not any(isinstance(loss, LogitLoss) and loss.needs_labels for loss in self.objective.losses.values()):

@@ -117,10 +117,9 @@ def average_gradients(objective: Objective) -> None:
     if (ranks := _ranks()) == 1:
         return
     for parameter in objective.projectors.parameters():
-        if parameter.grad is None:  # on this rank alone, perhaps
-            parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad.div_(ranks)
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad.div_(ranks)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 import copy
 import functools
 import inspect
-import multiprocessing
 import os
-import socket
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,17 @@ import lightning.pytorch as lp
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, DistillModule, Teacher
+from distill.cache import CachedTeacher, cache_teacher
+from distill.losses import DKD, RKD, Hint, SoftTarget
+from distill.objective import Objective, Term
+from tests.together import together
 from workbench import artifact
+from workbench.duration import Duration
 from workbench.models import MLP
 from workbench.tasks import Classification
 
@@ -370,37 +374,252 @@ def test_logs_the_mean_soft_loss_and_resumes_it(namespace: Any, tmp_path: Path) 
     assert metric(resumed) == expected
 
 
-def _rank(rank: int, port: int, results: Any) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()} | {"TORCHELASTIC_RUN_ID": "test"})
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def _on_ranks() -> list[list[Any]]:
+    found = []
+    for run in (lambda: _called(devices=2, strategy="ddp"), lambda: native(devices=2, strategy="ddp")):
+        found.append([value.tolist() for value in run()])
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def _called(**options: Any) -> list[Tensor]:
     module = theirs()
-    fit(module, DistillationCallback(teacher()), devices=2, strategy="ddp")
-    found = weights(module)
-    results.put([value.tolist() for value in found])
-    results.put([value.tolist() for value in native(devices=2, strategy="ddp")])
-    torch.distributed.destroy_process_group()
+    fit(module, DistillationCallback(teacher()), **options)
+    return weights(module)
 
 
 def test_equals_it_on_two_ranks() -> None:
     """Pitfall 10: gradients are averaged, so the wrapper was not bypassed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-        for process in ranks:
-            process.start()
-    rows = [results.get(timeout=60) for _ in range(4)]
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    rows = [row for rank in together(_on_ranks) for row in rank]
     assert all(row == rows[0] for row in rows)
     assert rows[0] != [value.tolist() for value in native()], "each rank had half of the batches"
+
+
+HINTS = {
+    "soft": Term(SoftTarget(2.0), 0.5, decay=Duration(2, "ep"), final=0.2),
+    "hard": Term(None, 0.5),
+    "hint": Term(Hint(), 0.3, "layers.1", warmup=Duration(3, "it")),
+    "pairs": Term(RKD(), 0.1, "layers.0:output", "layers.1"),
+}
+
+
+def same_projectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides draw them from one random state."""
+    original = Objective.prepare
+
+    def prepare(self: Objective, *args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "prepare", prepare)
+
+
+def hinted(namespace: Any = lp, losses: Any = HINTS, **options: Any) -> tuple[Any, DistillationCallback]:
+    module, callback = theirs(namespace), DistillationCallback(teacher(), losses=losses)
+    fit(module, callback, namespace=namespace, **{"max_epochs": 3, **options})
+    return module, callback
+
+
+def natively_hinted(**options: Any) -> Any:
+    module = DistillModule(network(), teacher(), Classification(3), optimizer=SGD, losses=HINTS)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    fit(module, **{"max_epochs": 3, **options})
+    return module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2, "loader": data(16)}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}],
+    ids=str,
+)
+def test_terms_schedules_and_projectors_equal_the_module(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_projectors(monkeypatch)
+    expected = natively_hinted(**options)
+    module, callback = hinted(**options)
+    assert equal(weights(module), weights(expected.network))
+    assert equal(weights(callback.objective), weights(expected.objective))
+    assert [tuple(value.shape) for value in weights(callback.objective)] == [(9, 5), (9,)]
+    assert not any("projector" in name for name in module.state_dict())
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_every_term_is_logged_by_name() -> None:
+    module, loader = theirs(), data()
+    callback = DistillationCallback(teacher(), losses=HINTS)
+    metrics = fit(module, callback, loader=loader).callback_metrics
+    assert {name for name in metrics if name.startswith("train/")} == {f"train/{name}" for name in HINTS}
+    assert all(0 < value < 10 for value in metrics.values())
+
+
+def test_projectors_follow_the_learning_rate_and_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam, whose defaults have entries that its constructor does not take, and a schedule."""
+    same_projectors(monkeypatch)
+
+    def configure_optimizers(self: Any) -> Any:
+        made = torch.optim.AdamW(self.parameters(), lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+        return [made], [torch.optim.lr_scheduler.ExponentialLR(made, 0.5)]
+
+    module = theirs()
+    monkeypatch.setattr(type(module), "configure_optimizers", configure_optimizers)
+    callback = DistillationCallback(teacher(), losses=HINTS)
+    fit(module, callback, max_epochs=3)
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+    schedule = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    expected = DistillModule(network(), teacher(), Classification(3), 4.0, 0.9, optimizer, schedule, HINTS)
+    expected.validation_step = None  # type: ignore[assignment, method-assign]
+    fit(expected, max_epochs=3)
+    assert equal(weights(module), weights(expected.network))
+    assert equal(weights(callback.objective), weights(expected.objective))
+
+
+def test_optimizers_that_nobody_can_make_again_are_refused() -> None:
+    class Odd(torch.optim.SGD):
+        def __init__(self, parameters: Any, module: nn.Module) -> None:
+            super().__init__(parameters, lr=0.1)
+
+    module = theirs()
+    module.configure_optimizers = lambda: Odd(module.parameters(), module)
+    with pytest.raises(ValueError, match=r"no Odd can be made for the projectors .*'module'"):
+        fit(module, DistillationCallback(teacher(), losses=HINTS))
+
+
+@BOTH
+def test_projectors_resume_bit_for_bit(namespace: Any, tmp_path: Path) -> None:
+    def run(epochs: int, path: Any = None) -> tuple[Any, DistillationCallback]:
+        module, callback = theirs(namespace), DistillationCallback(teacher(), losses=HINTS)
+        module.model.layers[2].p = 0.0
+        trainer = namespace.Trainer(**QUIET, max_epochs=epochs, callbacks=[callback])
+        torch.manual_seed(3)
+        trainer.fit(module, data(), ckpt_path=path, **({"weights_only": False} if path else {}))
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module, callback
+
+    run(1)
+    stored = torch.load(tmp_path / "1.ckpt", weights_only=False)
+    assert set(stored["distillation_projectors"]) == {"projectors", "optimizer"}
+    assert not any("projector" in name for name in stored["state_dict"])
+    resumed, callback = run(3, tmp_path / "1.ckpt")
+    whole = theirs(namespace)
+    whole.model.layers[2].p = 0.0
+    made = DistillationCallback(teacher(), losses=HINTS)
+
+    trainer = namespace.Trainer(**QUIET, max_epochs=3, callbacks=[made])
+    torch.manual_seed(3)
+    trainer.fit(whole, data())
+    assert equal(weights(resumed), weights(whole))
+    assert equal(weights(callback.objective), weights(made.objective))
+    # A checkpoint of a fit that had nothing left to do still has them.
+    run(3, tmp_path / "3.ckpt")
+    again = torch.load(tmp_path / "3.ckpt", weights_only=False)
+    assert torch.equal(again["distillation_projectors"]["projectors"]["hint-0.weight"], weights(made.objective)[0])
+
+
+def test_no_hook_is_left_on_the_optimizer() -> None:
+    class Late(lp.Callback):
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.optimizer = trainer.optimizers[0]
+            assert self.optimizer._optimizer_step_post_hooks
+            if self.fails:
+                raise RuntimeError("power failure")
+
+    for fails in (False, True):
+        module, late = theirs(), Late(fails)
+        with pytest.raises(RuntimeError, match="power failure") if fails else nullcontext():
+            fit(module, DistillationCallback(teacher(), losses=HINTS), late)
+        assert not late.optimizer._optimizer_step_post_hooks
+        assert "training_step" not in vars(module)
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_a_second_fit_makes_new_projectors() -> None:
+    callback = DistillationCallback(teacher(), losses=HINTS)
+    fit(theirs(), callback)
+    once = weights(callback.objective)
+    fit(theirs(), callback)
+    assert equal(weights(callback.objective), once)
+
+
+def test_loss_scaling_reaches_the_projectors_too() -> None:
+    """fp16 on a GPU; here the scaler alone, whose scale is a power of two and so changes nothing."""
+
+    def run(*plugins: Any) -> list[Tensor]:
+        module, callback = theirs(), DistillationCallback(teacher(), losses=HINTS)
+        with torch.random.fork_rng():
+            fit(module, callback, plugins=list(plugins), max_epochs=2)
+        return weights(callback.objective) + weights(module)
+
+    scaled = MixedPrecision("bf16-mixed", "cpu")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert all(torch.allclose(a, b) for a, b in zip(run(scaled), run(MixedPrecision("bf16-mixed", "cpu"))))
+
+
+def _hinted_on_ranks(losses: Any) -> Any:
+    own = DataLoader(Subset(data(16).dataset, range(int(os.environ["RANK"]), 16, 2)), 4)
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    module, callback = hinted(losses=losses, loader=own, accumulate_grad_batches=2, **options)
+    return [value.tolist() for value in weights(callback.objective) + weights(module)]
+
+
+def test_projectors_are_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as on one, to rounding: the ranks' batches together are those of one rank."""
+    same_projectors(monkeypatch)
+    losses = {name: term for name, term in HINTS.items() if name != "pairs"}  # which compares samples of a batch
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    one, other = together(_hinted_on_ranks, losses)
+    assert one == other
+    module, callback = hinted(losses=losses, loader=DataLoader(data(16).dataset, 8), accumulate_grad_batches=2)
+    for mine, found in zip(weights(callback.objective) + weights(module), one):
+        torch.testing.assert_close(mine, torch.tensor(found))
+
+
+def test_a_cached_teacher_equals_a_live_one(tmp_path: Path) -> None:
+    cache_teacher(teacher(), data(16), tmp_path, features=["layers.1"])
+    losses = {"soft": Term(SoftTarget()), "hard": Term(None, 0.5), "hint": Term(Hint(), 0.3, "layers.1")}
+    found = []
+    for taught_by in (teacher(), CachedTeacher(tmp_path), str(tmp_path)):
+        module, callback = theirs(), DistillationCallback(taught_by, losses=losses)
+        fit(module, callback, loader=callback.attach(data(16)), max_epochs=2)
+        found.append(weights(module) + weights(callback.objective))
+    assert equal(found[0], found[1])
+    assert equal(found[0], found[2])
+    with pytest.raises(ValueError, match="the teacher is a cache and the batch comes without what it says"):
+        fit(theirs(), DistillationCallback(tmp_path))
+
+
+def test_losses_that_need_labels_find_them() -> None:
+    losses = {"decoupled": Term(DKD(), 0.5), "hard": Term(None)}
+    module = theirs()
+    fit(module, DistillationCallback(teacher(), losses=losses))
+    expected = DistillModule(network(), teacher(), Classification(3), optimizer=SGD, losses=losses)
+    expected.validation_step = None  # type: ignore[assignment, method-assign]
+    fit(expected)
+    assert equal(weights(module), weights(expected.network))
+    given = theirs()
+    fit(given, DistillationCallback(teacher(), losses=losses, labels=lambda batch: batch[1] * 1))
+    assert equal(weights(given), weights(module))
+    with pytest.raises(ValueError, match="DKD needs labels and got None"):
+        fit(theirs(), DistillationCallback(teacher(), losses=losses, labels=lambda batch: None))  # type: ignore[arg-type, return-value]
+
+
+def test_the_teacher_is_asked_only_when_a_term_needs_it() -> None:
+    asked: list[int] = []
+    expert = teacher()
+    expert.register_forward_hook(lambda *_: asked.append(1))
+    module = theirs()
+    losses = {"soft": Term(SoftTarget(), decay=Duration(2, "it")), "hard": Term(None)}
+    fit(module, DistillationCallback(expert, losses=losses))
+    assert len(asked) == 2, "of five steps"
+
+
+def test_numbers_beside_terms_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
+        DistillationCallback(teacher(), 2.0, losses=HINTS)
 
 
 def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
