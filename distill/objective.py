@@ -283,10 +283,11 @@ def _fitting(feature: Tensor, valid: Tensor | None, tokens: Tensor | None) -> Te
 
 
 def _sampled(loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tensor], valid: Tensor | None) -> Tensor:
-    if not isinstance(loss, SoftTarget):
+    # Drawn from the teacher's own probabilities, a sample says nothing of softened ones.
+    if not isinstance(loss, SoftTarget) or loss.temperature != 1 or loss.standardize:
         raise ValueError(
-            f"{type(loss).__name__} needs all of the teacher's logits, and the cache holds a sample: use SoftTarget, "
-            "or cache with store: full"
+            f"{loss} needs all of the teacher's logits, and the cache holds a sample of them: use SoftTarget at "
+            "temperature 1, or cache with store: full"
         )
     return sampled_soft_target(logits, *sample, valid=valid)
 

@@ -162,8 +162,9 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
     teacher = Seen(None, {}, (ids, log_probs.exp(), log_probs))
     found = Objective({"soft": Term(SoftTarget(1.0))})(Seen(student), teacher, {"soft": 1.0}, own)["soft"]
     assert torch.allclose(found, soft_target(student, log_probs, 1.0), atol=1e-6)
-    with pytest.raises(ValueError, match="DKD needs all of the teacher's logits"):
-        Objective({"soft": Term(DKD())})(Seen(student), teacher, {"soft": 1.0}, own)
+    for loss in (DKD(), SoftTarget(2.0), SoftTarget(1.0, standardize=True)):
+        with pytest.raises(ValueError, match=r"needs all of the teacher's logits.*SoftTarget at temperature 1"):
+            Objective({"soft": Term(loss)})(Seen(student), teacher, {"soft": 1.0}, own)
 
 
 @pytest.mark.parametrize(
