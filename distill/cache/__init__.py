@@ -43,7 +43,7 @@ def cache(
         dtype: Of what is kept, e.g. float16; the teacher's own by default.
         precision: Of the teacher, bf16 or int8; its own by default.
         splits: Of the data module; train by default.
-        task: Reads batches and the teacher's output; by default as in classification.
+        task: Says what of a batch the teacher gets; by default all but the labels.
         batch_size: Of the questions; the data module's by default, which is what distillation has to use as well to
             give the same bits as a live teacher.
         seed_everything: Seed of the draws.

