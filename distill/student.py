@@ -104,8 +104,9 @@ def cut_student(
     - feed-forward units, in each layer: :math:`\|in_u\| \|out_u\|`; the hidden units of an MLP likewise.
 
     BERT, RoBERTa, DistilBERT, GPT-2 and ViT of transformers, what is laid out as they are, and a
-    :class:`workbench.models.SentenceEncoder` around one: a head is hidden / heads wide. ``hidden`` alone narrows every head and ``heads`` alone keeps their width, so that hidden becomes heads times
-    it; with both, heads may get narrower but not wider. ``ffn`` is kept unless given.
+    :class:`workbench.models.SentenceEncoder` around one: a head is hidden / heads wide. ``hidden`` alone narrows every
+    head and ``heads`` alone keeps their width, so that hidden becomes heads times it; with both, heads may get narrower
+    but not wider. ``ffn`` is kept unless given.
 
     An :class:`workbench.models.MLP`: layers are its hidden layers, and ``hidden`` is their width or widths. Of any
     other network only the activation can be changed.
