@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from distill.cache import CachedTeacher, cache_teacher
     from distill.callbacks import DistillationCallback
     from distill.features import capture
+    from distill.hf import DistillationMixin, DistillationTrainer
     from distill.module import DistillModule
     from distill.student import cut_student
     from distill.teacher import Teacher
@@ -19,6 +20,8 @@ __all__ = [
     "CachedTeacher",
     "DistillModule",
     "DistillationCallback",
+    "DistillationMixin",
+    "DistillationTrainer",
     "Teacher",
     "cache_teacher",
     "capture",
@@ -30,6 +33,8 @@ _HOME = {
     "CachedTeacher": "distill.cache",
     "DistillModule": "distill.module",
     "DistillationCallback": "distill.callbacks",
+    "DistillationMixin": "distill.hf",
+    "DistillationTrainer": "distill.hf",
     "Teacher": "distill.teacher",
     "cache_teacher": "distill.cache",
     "capture": "distill.features",

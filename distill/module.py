@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
 from distill.language import chunked_terms, headless
+from distill.lesson import AnyTeacher, lesson_of, opened, tokens_of
 from distill.losses import SoftTarget
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
@@ -21,8 +22,6 @@ from workbench.module import LRSchedulerCallable, OptimizerCallable, Step, Super
 from workbench.source import Source
 from workbench.tasks import Imitation, LanguageModelling, Task
 from workbench.training import check_namespace, task_for, train_and_save, trains
-
-AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
 
 
 @final
@@ -77,8 +76,7 @@ class DistillModule(SupervisedModule):
         if imitates and losses is None:
             terms = {"imitation": Term()}
         super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
-        given: Any = teacher
-        self.teacher = given if isinstance(given, Teacher | CachedTeacher) else open_teacher(given)
+        self.teacher = opened(teacher)
         self.objective = Objective(terms, tuple(self.members))
         self.chunked = chunked
         if chunked:
@@ -151,7 +149,7 @@ class DistillModule(SupervisedModule):
                         own=lambda logits: self.task.loss(logits, batch),
                         valid=valid,
                         labels=self.task.targets(batch),
-                        tokens=_tokens(batch),
+                        tokens=tokens_of(batch),
                         member=member,
                     )
             logged |= {named(member, name): value for name, value in terms.items()}
@@ -162,21 +160,13 @@ class DistillModule(SupervisedModule):
     def _lesson(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], taught: Mapping[str, Tensor] | None, weights: Any
     ) -> Seen:
-        """What the teacher says of a batch: out of its cache where there is one."""
-        if taught is not None:
-            features = {k.removeprefix("feature/"): v for k, v in taught.items() if k.startswith("feature/")}
-            aligned = self.task.aligned if isinstance(self.task, LanguageModelling) else (lambda sample: sample)
-            sampled = [aligned(taught[k]) for k in ("ids", "weights", "log_probs") if k in taught]
-            logits = self.task.output(taught["logits"]) if "logits" in taught else None
-            return Seen(logits, features, (sampled[0], sampled[1], sampled[2]) if sampled else None)
-        if isinstance(self.teacher, CachedTeacher):
-            raise ValueError(
-                "the teacher is a cache and the batch comes without its outputs: train on module.attach(loader), or by "
-                "a recipe, which does so"
-            )
-        raw, features = self.teacher.outputs(args, kwargs, self.objective.teacher_places(weights))
-        asked = self.target is not None or weights is None or self.objective.asks_logits(weights)
-        return Seen(self.task.output(raw) if asked and _scores(raw) else None, features)
+        """What the teacher says of a batch, where the task scores it; without ``weights`` features only."""
+        asks = weights is not None and (self.target is not None or self.objective.asks_logits(weights))
+        places, task = self.objective.teacher_places(weights), self.task
+        if not isinstance(task, LanguageModelling):
+            return lesson_of(self.teacher, args, kwargs, taught, places, asks, task.output)
+        lesson = lesson_of(self.teacher, args, kwargs, taught, places, asks, task.aligned)
+        return lesson if lesson.logits is None else lesson._replace(logits=lesson.logits[..., : task.vocabulary])
 
     def _seen(self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], places: Sequence[str]) -> Seen:
         if not places:
@@ -265,20 +255,6 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
 def _bare(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:
     """The batch that the task knows, and what a cache added to it."""
     return (batch.batch, batch.taught) if isinstance(batch, Taught) else (batch, None)
-
-
-def _scores(raw: Any) -> bool:
-    """Whether a teacher's output has something to score; an encoder asked for its features need not."""
-    return (
-        isinstance(raw, Tensor)
-        or (raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)) is not None
-    )
-
-
-def _tokens(batch: Any) -> Tensor | None:
-    """Which tokens of a padded batch are none of the padding, bool [B, L]."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def module_for(
