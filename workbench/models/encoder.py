@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.architecture import describe, is_architecture, remembered
 from workbench.located import located
+from workbench.models.hub import pretrained
 
 Pooling = Literal["mean", "cls"]
 
@@ -67,7 +68,7 @@ class SentenceEncoder(nn.Module):
         if isinstance(encoder, Mapping):
             encoder = _from_config(encoder)
         elif not isinstance(encoder, nn.Module):
-            encoder = _from_pretrained(located(encoder))
+            encoder = pretrained(os.fspath(encoder))
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler = None  # type: ignore[assignment]
         self.encoder = encoder
@@ -147,20 +148,3 @@ def _from_config(config: Mapping[str, Any]) -> nn.Module:
             f"no encoder can be built from the configuration {', '.join(given) or '{}'}: "
             f"{' '.join(str(error).split())[:300]}; give model_type and its fields, as in a config.json."
         ) from error
-
-
-def _from_pretrained(name: str) -> nn.Module:
-    """The encoder in a folder, or of that name on the hub, with all its weights."""
-    from transformers import AutoModel
-
-    try:
-        model, found = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"encoder '{name}' is not a model that transformers loads: {' '.join(str(error).split())[:300]}"
-        ) from error
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        # transformers fills them with random numbers and goes on.
-        raise ValueError(f"encoder '{name}' lacks {len(missing)} weights, such as '{missing[0]}': give a whole one.")
-    return model.train()
