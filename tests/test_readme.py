@@ -1,4 +1,4 @@
-"""What the README shows works as shown."""
+"""What the README and the pages beside it show works as shown."""
 
 import re
 import subprocess
@@ -7,42 +7,57 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-RECIPES = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+from workbench import recipe as recipes
+from workbench.run import check
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+README = PAGES["README"]
+QUIET = "Trainer(accelerator='cpu', enable_progress_bar=False, enable_checkpointing=False, logger=False, "
+
+
+def examples(language: str) -> dict[str, str]:
+    """Every block of code, by its page and number."""
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return {f"{page}-{n}": code for page, text in PAGES.items() for n, code in enumerate(pattern.findall(text))}
+
+
+PYTHON, RECIPES = examples("python"), examples("yaml")
 
 
 def test_every_kind_of_example_is_there() -> None:
-    assert (len(PYTHON), len(RECIPES)) == (3, 1)
+    count = {name: [sum(key.startswith(name) for key in kind) for kind in (PYTHON, RECIPES)] for name in PAGES}
+    assert count == {"README": [3, 1], "distillation": [3, 1]}
 
 
-@pytest.mark.parametrize("code", [code for code in PYTHON if "runs/" not in code], ids=["callback", "loss"])
-def test_python_runs(code: str, tmp_path: Path) -> None:
-    code = code.replace("Trainer(", "Trainer(enable_progress_bar=False, enable_checkpointing=False, logger=False, ")
+@pytest.mark.parametrize("name", [name for name, code in PYTHON.items() if "load(" not in code])
+def test_python_runs(name: str, tmp_path: Path) -> None:
+    code = re.sub(r"(?<!\w)Trainer\(", QUIET, PYTHON[name])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_recipe_is_one(tmp_path: Path) -> None:
-    from workbench import recipe as recipes
-    from workbench.run import check
-
-    (tmp_path / "recipe.yaml").write_text(RECIPES[0], encoding="utf-8")
-    assert [arguments.stage.name for arguments in check(recipes.read(tmp_path / "recipe.yaml"))] == [
-        "teacher",
-        "student",
-        "ticket",
-        "checkpoint",
-    ]
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPES[name], encoding="utf-8")
+    stages = [arguments.stage.name for arguments in check(recipes.read(tmp_path / "recipe.yaml"))]
+    assert stages == re.findall(r"^(\w+):\n  job:", RECIPES[name], re.MULTILINE)
+    assert len(stages) > 3
 
 
 def test_every_path_named_exists() -> None:
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (root / target).exists(), target
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_every_bundled_recipe_is_named_in_a_page() -> None:
+    for name in recipes.recipes():
+        assert any(f"`{name}`" in text or f"run {name}" in text for text in PAGES.values()), name
 
 
 def test_the_test_command_is_the_one_that_continuous_integration_runs() -> None:
     command = next(line for line in README.splitlines() if line.endswith("python -m pytest")).split(" && ")[-1]
-    ci = (Path(__file__).parent.parent / ".ci" / "run").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert command in ci.splitlines()
