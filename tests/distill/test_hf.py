@@ -1,6 +1,7 @@
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ from workbench.duration import Duration
 from workbench.tasks import Classification
 
 VOCABULARY = 19
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Every Trainer collects garbage, which takes longer than its training where so much is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def bert(kind: Any, hidden: int, layers: int = 2, seed: int = 1, dropout: float = 0.0, **options: Any) -> Any:
