@@ -228,15 +228,15 @@ class DistillModule(SupervisedModule):
         size = self.task.vocabulary
         total, *terms = chunked_terms(
             hidden,
-            head.weight[:size],
+            _first(head.weight, size),
             taught,
-            known.weight[:size],
+            _first(known.weight, size),
             soft.temperature,
             self.task.targets(batch),
             (weights["soft"], weights.get("hard", 0.0)),
             self.task.valid(batch),
-            None if head.bias is None else head.bias[:size],
-            None if known.bias is None else known.bias[:size],
+            None if head.bias is None else _first(head.bias, size),
+            None if known.bias is None else _first(known.bias, size),
         )
         return {"loss": total, **dict(zip(("soft", "hard"), terms))}
 
@@ -250,6 +250,11 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
         raise ValueError(f"chunked computes the terms soft (SoftTarget) and hard, and not {', '.join(terms)}")
     if not isinstance(teacher, Teacher) or not isinstance(getattr(teacher, "module", None), nn.Module):
         raise ValueError("chunked needs hidden states of one live teacher: leave chunked away with a cache or several")
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first rows; a slice of all of them would copy them in backward."""
+    return rows if len(rows) == count else rows[:count]
 
 
 def _bare(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:

@@ -12,7 +12,7 @@ FILES = sorted(path for name in ("workbench", "distill", "prune") for path in (R
 FORBIDDEN = {"workbench": {"distill", "prune"}, "distill": {"prune"}, "prune": {"distill"}}
 TORCH_ONLY = {
     "prune": ("masks", "structure", "criteria", "allocation", "schedule", "pruner", "storage"),
-    "distill": ("losses",),
+    "distill": ("losses", "features", "language", "int8"),
 }
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
 
@@ -60,7 +60,8 @@ def test_the_pure_files_import_torch_only(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     allowed = {"torch", "safetensors", "workbench", package, *sys.stdlib_module_names}
     assert tops(path) <= allowed
-    assert {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")} <= {"workbench.bits"}
+    shared = {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")}
+    assert shared <= {"workbench.bits", "workbench.tokens"}
     inside = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
     assert inside <= set(TORCH_ONLY[package]), "and of their own package only one another"
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _ATTENTION = ("eager", "sdpa")
+_POOLER = "add_pooling_layer"
 _MODULE, _CLASS = "torch.nn.Module", "type[torch.nn.Module]"
 
 
@@ -29,6 +30,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
             # transformers leaves it out of the file, and the two differ in the last bits.
             if (attention := getattr(config, "_attn_implementation", None)) in _ATTENTION:
                 found["config"]["attn_implementation"] = attention
+            if _POOLER in inspect.signature(cls).parameters and getattr(model, "pooler", None) is None:
+                found["pooler"] = False
         else:
             found["init_args"] = _arguments(model)
         if swapped := getattr(model, "swapped_activation", None):
@@ -50,7 +53,8 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
     cls = _module_class(name, path)
     try:
         if "config" in architecture:
-            model = cls(cls.config_class.from_dict(dict(architecture["config"])))  # type: ignore[attr-defined]
+            options = {} if architecture.get("pooler", True) else {_POOLER: False}
+            model = cls(cls.config_class.from_dict(dict(architecture["config"])), **options)  # type: ignore[attr-defined]
         else:
             model = cls(**{name: _made(value, path) for name, value in architecture["init_args"].items()})
         if "activation" in architecture:
@@ -104,8 +108,10 @@ def is_architecture(value: Any) -> bool:
     given = [value[key] for key in ("init_args", "config") if key in value]
     if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
         return False
+    if not isinstance(value.get("pooler", False), bool):
+        return False
     # transformers would fetch any other attention from its hub, and run it.
-    todo: list[Any] = [value.get("config")]
+    todo: list[Any] = [value.get("config"), value.get("init_args")]
     while todo:
         inner = todo.pop()
         pairs = list(inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distill.features import Features, capture, make_projector
+from distill.features import Features, capture, make_projector, matches
 
 
 class Block(nn.Module):
@@ -503,3 +503,21 @@ def test_a_projector_has_the_precision_that_trains() -> None:
 def test_shapes_that_no_projector_fits(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="both are to be"):
         make_projector(torch.randn(student), torch.randn(teacher))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "fits"),
+    [
+        ("layers.1", "layers.1", True),
+        ("layers.1", "layers.*", True),
+        ("layers.1", "layers.1:output", True),
+        ("layers.1:input", "layers.*:input", True),
+        ("layers.1:input", "layers.*", False),
+        ("layers.1", "layers.*:input", False),
+        ("layers.1.norm", "layers.*", False),
+        ("layers.1.norm", "layers.**", True),
+        ("layers.10", "layers.?", False),
+    ],
+)
+def test_which_names_a_place_stands_for(name: str, place: str, fits: bool) -> None:
+    assert matches(name, place) == fits

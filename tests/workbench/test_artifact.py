@@ -937,6 +937,24 @@ CLASSES: dict[str, tuple[dict[str, Any], str]] = {
         {"class_path": "transformers.BertForSequenceClassification", "config": {"attn_implementation": "evil/kernels"}},
         "damaged",
     ),
+    "attention from a hub in a part": (
+        {
+            "class_path": "workbench.models.SentenceEncoder",
+            "init_args": {
+                "encoder": {
+                    "torch.nn.Module": {
+                        "class_path": "transformers.BertModel",
+                        "config": {"attn_implementation": "evil/kernels"},
+                    }
+                }
+            },
+        },
+        "damaged",
+    ),
+    "a pooler that is no choice": (
+        {"class_path": "transformers.BertModel", "config": {}, "pooler": "evil"},
+        "damaged",
+    ),
 }
 
 
@@ -950,6 +968,21 @@ def test_a_forged_class_is_refused(saved: Path, tmp_path: Path, case: str) -> No
     with limited(), pytest.raises(ValueError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_an_encoder_with_and_without_its_pooler(tmp_path: Path, pooler: bool) -> None:
+    """Its configuration does not say."""
+    from transformers import BertModel
+
+    config = bert().config
+    model = BertModel(config, add_pooling_layer=pooler).eval()
+    save(model, tmp_path)
+    back: Any = load(tmp_path)
+    assert (back.pooler is not None) == pooler
+    ids = torch.randint(0, 40, (3, 7))
+    with torch.no_grad():
+        assert torch.equal(back(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_a_mask_that_is_missing_is_not_read_off_the_zeros(saved: Path, tmp_path: Path) -> None:
