@@ -13,18 +13,32 @@ from typing import Any
 
 import pytest
 
+from workbench.artifact import find, read_index
+
 RECIPE = """# a miniature of the main recipe
 seed_everything: 3
 data: {class_path: workbench.data.Digits, init_args: {batch_size: 64}}
 trainer: {max_epochs: 12, accelerator: cpu}
 teacher: {job: fit, model: {class_path: workbench.models.MLP, init_args: {hidden: [64]}}}
 student: {job: distill, teacher: teacher, model: {class_path: workbench.models.MLP, init_args: {hidden: [24]}}}
+answers: {job: cache, teacher: teacher, features: [layers.1]}
+family:
+  job: distill
+  teacher: answers
+  model:
+    small: {class_path: workbench.models.MLP, init_args: {hidden: [16]}}
+    tiny: {class_path: workbench.models.MLP, init_args: {hidden: [8]}}
+  losses:
+    soft: {loss: {class_path: distill.losses.DKD, init_args: {temperature: 2}}, weight: 0.5, warmup: 2ep}
+    hard: {}
+    hint: {loss: distill.losses.Hint, student: layers.1, decay: 10ep}
+bought: {job: compare, teacher: teacher, students: [student, family/small, family/tiny]}
 ticket: {job: hunt, start: student, levels: 2, rate: 0.5, rewind: 7it}
 checkpoint: {job: export, of: ticket, formats: [torch, onnx]}
 report: {job: report}
 """
-STAGES = ["teacher", "student", "ticket", "checkpoint", "report"]
-TRAINED = STAGES[:3]
+STAGES = ["teacher", "student", "answers", "family", "bought", "ticket", "checkpoint", "report"]
+TRAINED = ["teacher", "student", "family", "ticket"]
 
 
 def start(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -65,10 +79,17 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in TRAINED:
         entry = record(folder, stage)
-        found[stage] = [entry["metrics"], entry["history"], entry["size"]["nonzero"]]
+        parts = entry.get("students", {"": entry})
+        found[stage] = [[part["metrics"], part["history"], part["size"]["nonzero"]] for part in parts.values()]
+        found[f"{stage}, weights"] = [weights(folder / "run" / stage / name) for name in parts]
+    found["comparison"] = record(folder, "bought")["comparison"]
     found["levels"] = [(entry["mask_hash"], entry["metrics"]) for entry in record(folder, "ticket")["levels"]]
-    weights = json.loads((folder / "run" / "checkpoint" / "compact" / "artifact.json").read_text())["weights"]
-    return {**found, "weights": weights["sha256"]}
+    return {**found, "checkpoint": weights(folder / "run" / "checkpoint" / "compact")}
+
+
+def weights(stage: Path) -> str:
+    """Hash of the weights in a stage's checkpoint."""
+    return read_index(find(stage))["weights"]["sha256"]
 
 
 @pytest.fixture(scope="module")
