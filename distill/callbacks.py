@@ -157,8 +157,6 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if trainer.optimizers and optimizer is trainer.optimizers[0]:
             average_gradients(self.objective)
             self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if self._scaler is not None and self._optimizer is not None and self._has_gradients():
-                self._scaler.unscale_(self._optimizer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's sums so far, and the projectors with their optimizer."""
@@ -265,7 +263,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 
     def _step_projectors(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """What happens after each step of the module's first optimizer."""
-        if self._optimizer is None or not self._has_gradients():
+        if self._optimizer is None or all(each.grad is None for each in self.objective.projectors.parameters()):
             return  # there is nothing yet, before a warm-up
         for group in self._optimizer.param_groups:
             group["lr"] = optimizer.param_groups[0]["lr"]
@@ -273,9 +271,6 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
-
-    def _has_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.objective.projectors.parameters())
 
     def _labels(self, batch: Any) -> Tensor | None:
         if not any(isinstance(loss, LogitLoss) and loss.needs_labels for loss in self.objective.losses.values()):

@@ -510,7 +510,13 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_making_projectors_leaves_the_random_state_alone(tmp_path: Path) -> None:
     """The same order of data and the same dropout as without the term."""
     losses = {**PLAIN, "hint": Term(Hint(), 0.0, "bert.encoder.layer.0")}
-    options = {"train_sampling_strategy": "random"}
+
+    def noisy(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        noise = torch.rand(len(rows), 6) < 0.2
+        batch = collated(rows)
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(noise, 3)}
+
+    options = {"train_sampling_strategy": "random", "data_collator": noisy}
     with_, without = (
         trained(tmp_path, classifier(dropout=0.3), expert(), sentences(), losses=terms, **options)
         for terms in (losses, PLAIN)
