@@ -1,10 +1,12 @@
-"""Students and teachers whose weights are spread over processes: FSDP2 on two of them, over gloo."""
+"""Teachers that are asked; the largest part is of weights spread over processes: FSDP2 on two of them, over gloo."""
 
 import functools
 import os
+import random
 from typing import Any
 
 import lightning.pytorch as lp
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, Teacher, capture, losses
+from distill.lesson import lesson_of, logits_of, objective_of, same_random_state
 from distill.losses import Hint, SoftTarget
 from distill.objective import Term
 from tests.together import together
@@ -129,3 +132,46 @@ def test_a_callback_with_model_parallelism() -> None:
     assert one == other
     for found, expected in zip(one, _called(False), strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+
+
+def test_a_teacher_is_asked_without_labels_and_a_cache_recalls() -> None:
+    given: list[Any] = []
+
+    def ask(x: Tensor, **named: Any) -> dict[str, Tensor]:
+        given.append(set(named))
+        return {"logits": x}
+
+    logits = torch.randn(2, 3, 4)
+    live = lesson_of(Teacher(ask), (logits,), {"mask": 1, "labels": 2}, score=lambda z: z[:, :-1])
+    assert given == [{"mask"}]
+    cached = lesson_of(Teacher(ask), (), {}, {"logits": logits, "feature/a.0": logits}, score=lambda z: z[:, :-1])
+    for found in (live, cached):
+        assert found.logits is not None
+        assert torch.equal(found.logits, logits[:, :-1])
+    assert set(cached.features) == {"a.0"}
+    sample = {name: logits + place for place, name in enumerate(("ids", "weights", "log_probs"))}
+    drawn = lesson_of(Teacher(ask), (), {}, sample, score=lambda z: z[:, :-1])
+    assert drawn.logits is None
+    assert drawn.sample is not None
+    assert all(torch.equal(each, logits[:, :-1] + place) for place, each in enumerate(drawn.sample))
+    assert len(given) == 1
+
+
+def test_what_is_no_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="the teacher returned list without logits"):
+        logits_of([], "teacher")
+    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
+        objective_of(2.0, 0.9, TERMS)
+
+
+def test_the_random_state_is_kept_also_after_an_exception() -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+    expected = draw()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+    with pytest.raises(RuntimeError, match="stop"), same_random_state():
+        assert draw() == expected
+        raise RuntimeError("stop")
+    assert draw() == expected
