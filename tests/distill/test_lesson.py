@@ -171,7 +171,11 @@ def test_the_random_state_is_kept_also_after_an_exception() -> None:
     torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
     expected = draw()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
-    with pytest.raises(RuntimeError, match="stop"), same_random_state():
+
+    def fail() -> None:
         assert draw() == expected
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), same_random_state():
+        fail()
     assert draw() == expected
