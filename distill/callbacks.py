@@ -15,6 +15,7 @@ from distill.features import Features, capture
 from distill.lesson import (
     AnyTeacher,
     average_gradients,
+    elapsed,
     lesson_of,
     logits_of,
     make_projectors,
@@ -186,7 +187,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         taught: Any = None
         if args and isinstance(args[0], Taught):
             taught, args = args[0].taught, (args[0].batch, *args[1:])
-        weights = self.objective.weights(functools.partial(_elapsed, module._trainer))
+        weights = self.objective.weights(functools.partial(elapsed, module._trainer))
         new = self.objective.projects and not self.objective.projectors
         part, calls = self._part(module), list[_Call]()
         with capture(part, self.objective.student_places(weights=None if new else weights)) as features:
@@ -297,15 +298,6 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 def _keep(calls: list[_Call], features: Features, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.is_grad_enabled():
         calls.append(_Call(args, kwargs, output, features.take()))
-
-
-def _elapsed(trainer: Any, unit: str) -> float:
-    """Epochs or updates done so far; none outside of a Trainer, where a copy of a module may be."""
-    if trainer is None:
-        return 0.0
-    if unit == "it":
-        return float(trainer.global_step)
-    return trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
 
 
 def _without_sum(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

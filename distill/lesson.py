@@ -1,18 +1,17 @@
 """What trainers of all kinds share: asking a teacher about a batch, and the projectors of several ranks."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, open_teacher
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
+from workbench.continuation import random_state, set_random_state
 from workbench.source import Source
 
 AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
@@ -29,17 +28,19 @@ def opened(teacher: AnyTeacher) -> Teacher | CachedTeacher:
     return open_teacher(teacher) if isinstance(teacher, str | Path) else Teacher(teacher)
 
 
-def objective_of(temperature: float, alpha: float, losses: Mapping[str, Term] | None) -> Objective:
-    """The objective of ``losses``, or of soft targets and own loss.
+def objective_of(
+    temperature: float, alpha: float, losses: Mapping[str, Term] | None, members: Sequence[str] = ("",)
+) -> Objective:
+    """The objective of ``losses``, or of soft targets and own loss; ``members`` are the students' names.
 
     Raises:
         ValueError: If a number is out of range, or both are given.
     """
     if losses is None:
-        return Objective(soft_and_hard(temperature, alpha))
+        return Objective(soft_and_hard(temperature, alpha), members)
     if (temperature, alpha) != (4.0, 0.9):
         raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
-    return Objective(losses)
+    return Objective(losses, members)
 
 
 def logits_of(output: Any, who: str) -> Tensor:
@@ -125,13 +126,20 @@ def average_gradients(objective: Objective) -> None:
 @contextmanager
 def same_random_state() -> Iterator[None]:
     """Inside, python, numpy and torch draw as they please; afterwards their generators are as they were."""
-    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
+    state = random_state()
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)  # noqa: NPY002
+        set_random_state(state)
+
+
+def elapsed(trainer: Any, unit: str) -> float:
+    """Epochs ("ep") or updates ("it") that a Lightning trainer has done so far; 0 without one."""
+    if trainer is None:
+        return 0.0
+    if unit == "it":
+        return float(trainer.global_step)
+    return trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
 
 
 def _ranks() -> int:

@@ -1,5 +1,6 @@
 """DistillModule: one student or a family of them and their teacher as a LightningModule, and the ``distill`` job."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
 from distill.language import chunked_terms, headless
-from distill.lesson import AnyTeacher, lesson_of, opened, tokens_of
+from distill.lesson import AnyTeacher, elapsed, lesson_of, objective_of, opened, same_random_state, tokens_of
 from distill.losses import SoftTarget
-from distill.objective import Objective, Seen, Term, soft_and_hard
+from distill.objective import Seen, Term
 from distill.teacher import Teacher
 from workbench.continuation import random_state, set_random_state
 from workbench.duration import Duration
@@ -71,16 +72,15 @@ class DistillModule(SupervisedModule):
         losses: Mapping[str, Term] | None = None,
         chunked: bool = False,
     ) -> None:
-        terms = soft_and_hard(temperature, alpha) if losses is None else losses
         imitates = isinstance(task, Imitation)
         if imitates and losses is None:
-            terms = {"imitation": Term()}
+            losses = {"imitation": Term()}
         super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
         self.teacher = opened(teacher)
-        self.objective = Objective(terms, tuple(self.members))
+        self.objective = objective_of(temperature, alpha, losses, tuple(self.members))
         self.chunked = chunked
         if chunked:
-            _check_chunked(terms, task, self.teacher)
+            _check_chunked(self.objective.terms, task, self.teacher)
         if self.family:
             self.configure_gradient_clipping = self._clip_each
 
@@ -94,11 +94,8 @@ class DistillModule(SupervisedModule):
             return
         self.streams.states = {}
         if self.objective.projects and not self.objective.projectors:
-            state = random_state()
-            try:
+            with same_random_state():
                 self.prepare(next(iter(self.trainer.fit_loop._data_source.dataloader())))
-            finally:
-                set_random_state(state)
 
     @torch.no_grad()
     def prepare(self, batch: Any) -> None:
@@ -124,7 +121,7 @@ class DistillModule(SupervisedModule):
     def step(self, batch: Any) -> Step:
         """One look at the teacher, one forward pass of each student, and the terms of its objective."""
         batch, taught = _bare(batch)
-        weights = self.objective.weights(self._elapsed)
+        weights = self.objective.weights(functools.partial(elapsed, self._trainer))
         args, kwargs = self.task.inputs(batch)
         lesson = Seen(None)
         if not self.chunked and (self.target is not None or self.objective.asks_teacher(weights)):
@@ -198,14 +195,6 @@ class DistillModule(SupervisedModule):
                 nn.utils.clip_grad_value_(mine, gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(mine, gradient_clip_val)
-
-    def _elapsed(self, unit: str) -> float:
-        """Epochs or updates done so far; none outside of a Trainer."""
-        if self._trainer is None:
-            return 0.0
-        if unit == "it":
-            return float(self.trainer.global_step)
-        return self.current_epoch + self.trainer.fit_loop.epoch_loop.batch_idx / self.trainer.num_training_batches
 
     def _chunks(
         self,
@@ -286,8 +275,6 @@ def module_for(
                 "would not be used here: give its network, or fit it with distill.DistillationCallback in "
                 "trainer.callbacks"
             )
-    if losses is not None and (temperature, alpha) != (4.0, 0.9):
-        raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
     source: Any = teacher
     taught = open_teacher(source, precision=precision, weights=teacher_weights)
     return DistillModule(

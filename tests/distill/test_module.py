@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
+from distill.lesson import elapsed
 from distill.losses import Hint, SoftTarget, soft_target
 from distill.module import DistillModule, distill
 from distill.objective import Term
@@ -362,7 +363,7 @@ def test_terms_warm_up_by_epochs_and_by_updates() -> None:
 
     class Look(lp.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            weights.append(pl_module.objective.weights(pl_module._elapsed))
+            weights.append(pl_module.objective.weights(functools.partial(elapsed, trainer)))
 
     fit(module, Look(), max_epochs=3)
     assert [row["soft"] for row in weights] == pytest.approx([0.5 * min(1, i / 8) for i in range(12)])
@@ -411,6 +412,7 @@ def test_embeddings_imitate_their_teacher() -> None:
         ({"student": {}}, "a family of 'nothing'"),
         ({"student": {"a.b": MLP(6, [4], 3)}}, r"a family of 'a\.b'"),
         ({"losses": {}}, "nothing to learn from"),
+        ({"losses": {"hard": Term()}, "alpha": 0.5}, "temperature and alpha are given beside losses"),
         ({"chunked": True}, "chunked is for language models, and the task is Classification"),
     ],
 )
