@@ -1,21 +1,17 @@
-"""A student cut from its teacher: fewer layers, narrower ones, another activation; the rest of the weights kept."""
+"""Transformers cut: layers, heads, hidden and feed-forward units of BERT, RoBERTa, DistilBERT, GPT-2 and ViT."""
 
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.teacher import Teacher
+from distill.student.units import chosen_layers, keep, norms, smaller
 from workbench.activations import swap_activation
-from workbench.models import MLP, SentenceEncoder
-from workbench.source import Source
 
 Sizes = tuple[int, int, int]  # hidden, heads, feed-forward
 Picks = dict[str, list[tuple[int, Tensor]]]  # tensor: (axis, indices to keep along it)
@@ -23,7 +19,7 @@ Scales = dict[str, tuple[int, int, float]]  # tensor: (axis, length, factor of t
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where a transformer's base model has its layers, and a layer its parts.
 
     Attributes:
@@ -49,11 +45,11 @@ def _three(pattern: str, names: str = "query key value") -> tuple[str, ...]:
 
 _LAYOUTS = (
     # BERT, RoBERTa
-    _Layout(
+    Layout(
         "encoder.layer", _three("attention.self.{}"), "attention.output.dense", "intermediate.dense", "output.dense"
     ),
     # ViT of the first transformers 5
-    _Layout(
+    Layout(
         "encoder.layer",
         _three("attention.attention.{}"),
         "attention.output.dense",
@@ -61,9 +57,9 @@ _LAYOUTS = (
         "output.dense",
     ),
     # ViT
-    _Layout("layers", _three("attention.{}_proj", "q k v"), "attention.o_proj", "mlp.fc1", "mlp.fc2"),
+    Layout("layers", _three("attention.{}_proj", "q k v"), "attention.o_proj", "mlp.fc1", "mlp.fc2"),
     # DistilBERT
-    _Layout(
+    Layout(
         "transformer.layer",
         _three("attention.{}_lin", "q k v"),
         "attention.out_lin",
@@ -72,123 +68,12 @@ _LAYOUTS = (
         "hidden_dim",
     ),
     # GPT-2
-    _Layout("h", ("attn.c_attn",), "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "n_inner"),
+    Layout("h", ("attn.c_attn",), "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "n_inner"),
 )
 
 
-def cut_student(
-    teacher: nn.Module | Teacher | Source | Path,
-    layers: Sequence[int] | None = None,
-    every: int | None = None,
-    hidden: int | Sequence[int] | None = None,
-    heads: int | None = None,
-    ffn: int | None = None,
-    activation: str | None = None,
-) -> nn.Module:
-    r"""A smaller network made of the teacher's own weights.
-
-    ::
-
-        cut_student(teacher, layers=[1, 3, 5])                   # these three layers, all else as it is
-        cut_student(teacher, every=2, hidden=192, heads=6, ffn=768, activation="relu")
-
-    Tensors whose shape stays are copied. Of the others the most important units are kept, in their order, ties to the
-    lower index; w is a row or column of a teacher's weight (a row with its bias), all norms are L2:
-
-    - hidden units, one choice for the whole model: :math:`\sum |\gamma_u| \sum \|w_u\|`, the gains of its norms, in
-      the layers kept and around them, times the matrices of embeddings and heads. (Not the matrices in the layers:
-      where those of a trained encoder are large, the gains are small, and their sum chooses worse than chance.)
-    - heads, in each layer: the norm of the columns by which the output projection reads the head;
-    - where heads get narrower, the dimensions of each: :math:`\|q_d\| \|k_d\|` for queries and keys,
-      :math:`\|v_d\| \|o_d\|` for values. Queries are scaled so that scores are still divided by the teacher's root;
-    - feed-forward units, in each layer: :math:`\|in_u\| \|out_u\|`; the hidden units of an MLP likewise.
-
-    BERT, RoBERTa, DistilBERT, GPT-2 and ViT of transformers, what is laid out as they are, and a
-    :class:`workbench.models.SentenceEncoder` around one: a head is hidden / heads wide. ``hidden`` alone narrows every
-    head and ``heads`` alone keeps their width, so that hidden becomes heads times it; with both, heads may get narrower
-    but not wider. ``ffn`` is kept unless given.
-
-    An :class:`workbench.models.MLP`: layers are its hidden layers, and ``hidden`` is their width or widths. Of any
-    other network only the activation can be changed.
-
-    Args:
-        teacher: The network, which is not changed; or a Teacher, or where to load one from.
-        layers: Indices from 0, ascending: exactly these layers. All if None.
-        every: Instead of ``layers``, the first of every so many: 2 keeps 0, 2, 4, ...
-        hidden: Hidden size.
-        heads: Attention heads of a layer.
-        ffn: Width of the feed-forward nets.
-        activation: A row of :mod:`workbench.activations`, put in place of the teacher's.
-
-    Returns:
-        A trainable network of the teacher's class in train mode, on its device and in its precision, with a
-        configuration (``config`` or ``init_args``) from which it can be saved and loaded. Tied weights are tied.
-
-    Raises:
-        ValueError: If the teacher is not of a kind that can be cut so, or a size is larger than the teacher's or
-            cannot be expressed by its class.
-
-    Source: Sanh et al. 2019, arXiv:1910.01108, section 3 (one layer of two); Michel et al. 2019, arXiv:1905.10650, and
-    Muralidharan et al. 2024, arXiv:2407.14679, section 2.2, for the widths, with norms of weights as importance.
-    """
-    if not isinstance(teacher, nn.Module):
-        teacher = teacher.module if isinstance(teacher, Teacher) else Teacher(teacher).module
-    if isinstance(teacher, SentenceEncoder):
-        inner = cut_student(teacher.encoder, layers, every, hidden, heads, ffn, activation)
-        return SentenceEncoder(inner, teacher.pooling, teacher.normalize).train()
-    if isinstance(teacher, MLP):
-        _refuse(teacher, {"heads": heads, "ffn": ffn}, "hidden, layers, every and activation")
-        student = _cut_mlp(teacher, layers, every, hidden)
-    elif (layout := _layout(teacher)) is not None:
-        if isinstance(hidden, Sequence):
-            raise ValueError(f"hidden={list(hidden)}: a transformer has one hidden size, give a number")
-        student = _cut_transformer(teacher, layout, layers, every, hidden, heads, ffn)
-    else:
-        given = {"layers": layers, "every": every, "hidden": hidden, "heads": heads, "ffn": ffn}
-        _refuse(teacher, given, "activation; others of BERT, RoBERTa, DistilBERT, GPT-2, ViT and workbench.models.MLP")
-        student = copy.deepcopy(teacher)
-    if activation is not None:
-        swap_activation(student, activation)
-    for parameter in student.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return student.train()
-
-
-def _refuse(teacher: nn.Module, given: dict[str, Any], allowed: str) -> None:
-    if odd := [f"{name}={value}" for name, value in given.items() if value is not None]:
-        raise ValueError(f"{', '.join(odd)}: of a {type(teacher).__name__} can be changed {allowed}")
-
-
-def _chosen(count: int, layers: Sequence[int] | None, every: int | None) -> list[int]:
-    """The layers to keep, out of ``count``."""
-    if layers is not None and every is not None:
-        raise ValueError(f"layers={list(layers)} and every={every}: give one of them")
-    if every is not None and not 1 <= every <= max(count, 1):
-        raise ValueError(f"every={every}: the teacher has {count} layers, give 1 to {count}")
-    if layers is None:
-        return list(range(0, count, every or 1))
-    chosen = list(layers)
-    if odd := [layer for layer in chosen if not 0 <= layer < count]:
-        raise ValueError(f"layers={chosen}: the teacher has no layer {odd[0]}, only 0 to {count - 1}")
-    if not chosen or any(a >= b for a, b in pairwise(chosen)):
-        raise ValueError(f"layers={chosen}: give at least one, each once and in ascending order")
-    return chosen
-
-
-def _keep(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores along the last axis, ascending; ties to the lower index."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
-
-
-def _norm(weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """L2 norms of the rows [out, ...], each with its bias; in float64."""
-    rows = weight.detach().double().flatten(1)
-    if bias is not None:
-        rows = torch.cat([rows, bias.detach().double()[:, None]], 1)
-    return rows.norm(dim=1)
-
-
-def _layout(teacher: nn.Module) -> _Layout | None:
+def layout_of(teacher: nn.Module) -> Layout | None:
+    """How the teacher is laid out; None if it is none of these transformers."""
     base = _base(teacher)
     if base is None or not hasattr(getattr(teacher, "config", None), "num_hidden_layers"):
         return None
@@ -213,22 +98,23 @@ def _at(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _cut_transformer(
+def cut_transformer(
     teacher: nn.Module,
-    layout: _Layout,
+    layout: Layout,
     layers: Sequence[int] | None,
     every: int | None,
     hidden: int | None,
     heads: int | None,
     ffn: int | None,
 ) -> nn.Module:
+    """A student of the teacher's class, see :func:`distill.cut_student`."""
     base: Any = _base(teacher)
     config: Any = copy.deepcopy(teacher.config)
     blocks: Any = _at(base, layout.layers)
-    chosen = _chosen(len(blocks), layers, every)
+    chosen = chosen_layers(len(blocks), layers, every)
     width = _matrix(blocks[0], layout.up)[0].shape[0]
     before = (config.hidden_size, config.num_attention_heads, width)
-    after = (*_hidden_and_heads(config, hidden, heads), width if ffn is None else _smaller("ffn", ffn, width))
+    after = (*_hidden_and_heads(config, hidden, heads), width if ffn is None else smaller("ffn", ffn, width))
     if before != after and getattr(config, "add_cross_attention", False):
         raise ValueError("hidden, heads and ffn cannot be cut with cross-attention to another model: cut layers only")
     config.num_hidden_layers = len(chosen)
@@ -254,8 +140,8 @@ def _hidden_and_heads(config: Any, hidden: int | None, heads: int | None) -> tup
     width = size // count
     if getattr(config, "head_dim", width) != width:
         raise ValueError(f"heads of {config.head_dim} in a hidden size of {size}: only layers and ffn can be cut")
-    count = count if heads is None else _smaller("heads", heads, count)
-    size = count * width if hidden is None else _smaller("hidden", hidden, size)
+    count = count if heads is None else smaller("heads", heads, count)
+    size = count * width if hidden is None else smaller("hidden", hidden, size)
     if size % count:
         fitting = [n for n in range(1, config.num_attention_heads + 1) if size % n == 0 and size // n <= width]
         raise ValueError(
@@ -269,12 +155,6 @@ def _hidden_and_heads(config: Any, hidden: int | None, heads: int | None) -> tup
             f"by the other, and the teacher's are {width}: give hidden={count * width} or less, or more heads"
         )
     return size, count
-
-
-def _smaller(name: str, given: int, own: int) -> int:
-    if not 1 <= given <= own:
-        raise ValueError(f"{name}={given}: the teacher has {own}, give 1 to {own}")
-    return given
 
 
 def _built(teacher: nn.Module, config: Any) -> nn.Module:
@@ -292,7 +172,7 @@ def _built(teacher: nn.Module, config: Any) -> nn.Module:
 
 
 def _picks(
-    blocks: Any, layout: _Layout, prefix: str, chosen: list[int], before: Sizes, after: Sizes, config: Any
+    blocks: Any, layout: Layout, prefix: str, chosen: list[int], before: Sizes, after: Sizes, config: Any
 ) -> tuple[Picks, Scales]:
     """What to keep of the layers' heads and feed-forward units, and what to scale, by the teacher's names."""
     picks: Picks = {}
@@ -315,7 +195,7 @@ def _picks(
             factor *= (new + 1) / (old + 1)
         if before[2] != after[2]:
             (up, bias), (down, _) = _matrix(block, layout.up), _matrix(block, layout.down)
-            kept = _keep(_norm(up, bias) * _norm(down.T), after[2])
+            kept = keep(norms(up, bias) * norms(down.T), after[2])
             units += [(layout.up, True, kept), (layout.down, False, kept)]
         for part, out, kept in units:
             picks.setdefault(f"{place}.{part}.weight", []).append((_axis(_at(block, part), out), kept))
@@ -328,19 +208,19 @@ def _picks(
     return picks, scales
 
 
-def _heads(block: nn.Module, layout: _Layout, count: int, heads: int, narrow: int) -> tuple[Tensor, Tensor]:
+def _heads(block: nn.Module, layout: Layout, count: int, heads: int, narrow: int) -> tuple[Tensor, Tensor]:
     """The rows of queries and keys to keep, and those of values."""
     made = [_matrix(block, part) for part in layout.inputs]
     if len(made) == 1:
         [(weight, bias)] = made
         made = list(zip(weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)))
-    q, k, v = (_norm(*part) for part in made)
-    o = _norm(_matrix(block, layout.output)[0].T)
+    q, k, v = (norms(*part) for part in made)
+    o = norms(_matrix(block, layout.output)[0].T)
     width = len(o) // count
-    kept = _keep(o.unflatten(0, (count, width)).norm(dim=1), heads)
+    kept = keep(o.unflatten(0, (count, width)).norm(dim=1), heads)
 
     def rows(scores: Tensor) -> Tensor:
-        return (kept[:, None] * width + _keep(scores.unflatten(0, (count, width))[kept], narrow)).flatten()
+        return (kept[:, None] * width + keep(scores.unflatten(0, (count, width))[kept], narrow)).flatten()
 
     return rows(q * k), rows(v * o)
 
@@ -390,14 +270,14 @@ def _fill(
     axes = {name: list(_residual(taken[name], target, size)) for name, target in targets.items()}
     if any(axes.values()):
         gains: list[Tensor] = []
-        norms: dict[tuple[int, int], Tensor] = {}  # a tied tensor counts once
+        sums: dict[tuple[int, int], Tensor] = {}  # a tied tensor counts once
         for name, target in targets.items():
             for axis in axes[name]:
                 if target.dim() > 1 and not name.startswith(f"{prefix}."):
-                    norms[id(target), axis] = _norm(taken[name].movedim(axis, 0))
+                    sums[id(target), axis] = norms(taken[name].movedim(axis, 0))
                 elif target.dim() == 1 and name.endswith(".weight"):
                     gains.append(taken[name].double().abs())
-        units = _keep(torch.stack(gains).sum(0) * torch.stack(list(norms.values())).sum(0), size[1])
+        units = keep(torch.stack(gains).sum(0) * torch.stack(list(sums.values())).sum(0), size[1])
         for name, along in axes.items():
             for axis in along:
                 taken[name] = taken[name].index_select(axis, units)
@@ -423,52 +303,3 @@ def _residual(tensor: Tensor, target: Tensor, size: tuple[int, int]) -> Iterator
         for axis, pair in enumerate(zip(tensor.shape, target.shape)):
             if pair == size:
                 yield axis
-
-
-def _cut_mlp(
-    teacher: MLP, layers: Sequence[int] | None, every: int | None, hidden: int | Sequence[int] | None
-) -> nn.Module:
-    own: list[int] = teacher.init_args["hidden"]
-    chosen = _chosen(len(own), layers, every)
-    widths = [own[layer] for layer in chosen]
-    if hidden is not None:
-        given = [hidden] * len(chosen) if isinstance(hidden, int) else list(hidden)
-        if len(given) != len(chosen):
-            raise ValueError(f"hidden={given}: the student has {len(chosen)} hidden layers, give as many widths")
-        widths = [_smaller("hidden", width, most) for width, most in zip(given, widths)]
-    stages = _stages(teacher.layers)
-    parts = [stages[layer] for layer in [*chosen, -1]]
-    ins = [teacher.init_args["in_features"], *(own[layer] for layer in chosen)]
-    for (linear, *_), size, name in zip(parts, ins, [*(f"layer {layer}" for layer in chosen), "the output"]):
-        if linear.in_features != size:
-            raise ValueError(
-                f"layers={chosen}: {name} reads {linear.in_features} numbers and would be given {size}: "
-                "keep the layer before it, or leave out only layers as wide as what they read"
-            )
-    weight = parts[0][0].weight
-    with torch.random.fork_rng(devices=[]):
-        student = type(teacher)(**{**teacher.init_args, "hidden": widths}).to(weight.device, weight.dtype)
-    read = torch.arange(ins[0], device=weight.device)
-    with torch.no_grad():
-        for index, (theirs, mine) in enumerate(zip(parts, _stages(student.layers))):
-            linear, units = theirs[0], torch.arange(theirs[0].out_features, device=weight.device)
-            if index < len(widths):
-                units = _keep(_norm(linear.weight, linear.bias) * _norm(parts[index + 1][0].weight.T), widths[index])
-            mine[0].weight.copy_(linear.weight[units][:, read])
-            mine[0].bias.copy_(linear.bias[units])
-            for norm, other in zip(mine[1:], theirs[1:]):
-                state = {name: tensor[units] if tensor.dim() else tensor for name, tensor in other.state_dict().items()}
-                norm.load_state_dict(state)
-            read = units
-    return student
-
-
-def _stages(layers: Iterable[nn.Module]) -> list[list[Any]]:
-    """The linear layers, each with the norm behind it."""
-    found: list[list[Any]] = []
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            found.append([layer])
-        elif list(layer.state_dict()):
-            found[-1].append(layer)
-    return found
