@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, open_teacher
+from distill.features import matches
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
 from workbench.continuation import random_state, set_random_state
@@ -84,12 +85,14 @@ def lesson_of(
         score: Outputs of the model -> those that are scored, such as all but the last of a causal model.
 
     Raises:
-        ValueError: If the teacher is a cache and nothing of it came with the batch, or there are no logits.
+        ValueError: If the teacher is a cache and nothing of it came with the batch, or what came lacks the logits or
+            features that are wanted; or if a live teacher's answer has no logits.
     """
     if taught is not None:
         features = {
             name.removeprefix("feature/"): value for name, value in taught.items() if name.startswith("feature/")
         }
+        _check_kept(taught, features, places, logits)
         known = score(taught["logits"]) if "logits" in taught else None
         if "ids" not in taught:
             return Seen(known, features)
@@ -101,6 +104,20 @@ def lesson_of(
     named = {name: value for name, value in kwargs.items() if name != "labels"}
     raw, features = teacher.outputs(args, named, places)
     return Seen(score(logits_of(raw, "teacher")) if logits else None, features)
+
+
+def _check_kept(taught: Mapping[str, Any], features: Mapping[str, Any], places: Sequence[str], logits: bool) -> None:
+    """Raises: ValueError: if a cache has not what is wanted of it."""
+    if logits and not {"logits", "ids"} & set(taught):
+        raise ValueError(
+            f"the cache has no logits, which a term compares, only {', '.join(sorted(taught)) or 'nothing'}: cache a "
+            "teacher that returns logits, or leave that term away"
+        )
+    if lacking := [place for place in places if not any(matches(name, place) for name in features)]:
+        raise ValueError(
+            f"the cache has features of {', '.join(features) or 'nothing'} and not of '{lacking[0]}': cache again with "
+            f"features: {list(places)}"
+        )
 
 
 def make_projectors(objective: Objective, student: Seen, teacher: Seen) -> None:

@@ -592,6 +592,25 @@ def test_a_cached_teacher_equals_a_live_one(tmp_path: Path) -> None:
         fit(theirs(), DistillationCallback(tmp_path))
 
 
+def test_a_cache_that_lacks_what_a_term_compares_is_refused(tmp_path: Path) -> None:
+    """The soft loss must not be that of the student with itself."""
+
+    class Encoder(Noisy):
+        def forward(self, x: Tensor) -> Any:
+            return {"hidden": self.layers[0](x)}
+
+    cache_teacher(Encoder(9), data(16), tmp_path / "features", features=["layers.0"])
+    callback = DistillationCallback(tmp_path / "features")
+    with pytest.raises(ValueError, match=r"cache has no logits, .* only feature/layers.0: .*leave that term away"):
+        fit(theirs(), callback, loader=callback.attach(data(16)))
+    cache_teacher(teacher(), data(16), tmp_path / "logits")
+    callback = DistillationCallback(tmp_path / "logits", losses=HINTS)
+    with pytest.raises(
+        ValueError, match=r"cache has features of nothing and not of 'layers.1': cache again with features"
+    ):
+        fit(theirs(), callback, loader=callback.attach(data(16)))
+
+
 def test_losses_that_need_labels_find_them() -> None:
     losses = {"decoupled": Term(DKD(), 0.5), "hard": Term(None)}
     module = theirs()

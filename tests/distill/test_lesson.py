@@ -157,6 +157,25 @@ def test_a_teacher_is_asked_without_labels_and_a_cache_recalls() -> None:
     assert len(given) == 1
 
 
+def test_a_cache_without_what_is_wanted_is_told_from_one_with_it() -> None:
+    teacher, feature = Teacher(network(1)), torch.randn(2, 8)
+    kept = {"feature/2": feature}
+    found = lesson_of(teacher, (), {}, kept, ["2"], logits=False)
+    assert found.logits is None
+    assert torch.equal(found.features["2"], feature)
+    with pytest.raises(ValueError, match=r"cache has no logits, .* only feature/2: cache a teacher that"):
+        lesson_of(teacher, (), {}, kept)
+    logits = {"logits": torch.randn(2, 4)}
+    with pytest.raises(
+        ValueError, match=r"has features of nothing and not of '2': cache again with features: \['2', 'layer.\*'\]"
+    ):
+        lesson_of(teacher, (), {}, logits, ["2", "layer.*"])
+    # Of a module's output and its input one may be there and the other not.
+    with pytest.raises(ValueError, match=r"has features of 2 and not of '2:input'"):
+        lesson_of(teacher, (), {}, logits | kept, ["2", "2:input"])
+    assert set(lesson_of(teacher, (), {}, logits | kept, ["*"]).features) == {"2"}
+
+
 def test_what_is_no_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="the teacher returned list without logits"):
         logits_of([], "teacher")
