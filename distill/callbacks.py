@@ -25,7 +25,8 @@ from distill.lesson import (
 )
 from distill.losses import LogitLoss
 from distill.objective import Seen, Term
-from workbench.means import Means
+from workbench.means import GlobalMean, Means
+from workbench.module import Step, SupervisedModule
 
 
 class _Call(NamedTuple):
@@ -48,7 +49,8 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
     ``labels``. ``training_step`` is wrapped while ``fit`` runs, and is as it was afterwards. Where no term of some
     weight needs the teacher, it is not asked. Logged per epoch: ``train/TERM``, the mean of each term, such as
     ``train/soft``. Every term is a mean over a micro-batch, as the module's own loss is: Lightning averages these over
-    micro-batches and ranks, however many positions each has.
+    micro-batches and ranks, however many positions each has; a :class:`workbench.TaskModule` weighs them by the
+    positions that its task scores, as it weighs its own loss.
 
     A cached teacher comes with the batches: ``trainer.fit(module, callback.attach(loader))``. ``training_step`` gets
     the batch as it was; other hooks of the module that look at training batches see a ``distill.cache.Taught``.
@@ -90,8 +92,9 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
     ) -> None:
         self.objective = objective_of(temperature, alpha, losses)
         self.teacher = opened(teacher)
-        self.temperature, self.alpha, self.student, self.valid, self.labels = temperature, alpha, student, valid, labels
+        self.student, self.valid, self.labels = student, valid, labels
         self._means = Means()
+        self._global_mean = GlobalMean()
         self._wrapped: Any = None
         self._before: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -110,7 +113,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             self._optimizer, self._scaler, self._restored = None, None, {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Wrap ``training_step``."""
+        """Wrap ``training_step``, or what a module here makes it of."""
         self._unwrap()
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -118,16 +121,18 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 "add distill.losses.soft_target to the loss in its training_step"
             )
         self._part(pl_module)
-        original = pl_module.training_step
+        name = _step_of(pl_module)
+        original = getattr(pl_module, name)
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
             raise ValueError(f"{type(pl_module).__name__} has a DistillationCallback already: give the Trainer one")
         # A partial, not a closure: it is copied along with a module that is copied in training.
         step = functools.update_wrapper(functools.partial(self._step, pl_module, original), original)
-        self._wrapped, self._before = pl_module, vars(pl_module).get("training_step")
-        pl_module.training_step = step
+        self._wrapped, self._before = pl_module, vars(pl_module).get(name)
+        setattr(pl_module, name, step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Follow the module's first optimizer."""
+        self._global_mean = GlobalMean()
         if self.objective.projects and trainer.optimizers:
             self._after_step = trainer.optimizers[0].register_step_post_hook(self._step_projectors)
 
@@ -154,9 +159,10 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             self.objective.projectors.zero_grad()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Share the projectors' gradients between ranks."""
+        """Share the projectors' gradients between ranks, and between micro-batches as the module's."""
         if trainer.optimizers and optimizer is trainer.optimizers[0]:
             average_gradients(self.objective)
+            self._global_mean.settle(self.objective.projectors.parameters(), trainer)
             self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -177,13 +183,13 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if self._after_step is not None:
             self._after_step.remove()
         if self._wrapped is not None:
-            vars(self._wrapped).pop("training_step", None)
+            vars(self._wrapped).pop(name := _step_of(self._wrapped), None)
             if self._before is not None:
-                self._wrapped.training_step = self._before
+                setattr(self._wrapped, name, self._before)
         self._wrapped = self._before = self._after_step = None
 
     def _step(self, module: Any, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """``training_step``, its loss one of the terms."""
+        """``training_step``, or the ``step`` inside of it, its loss one of the terms."""
         taught: Any = None
         if args and isinstance(args[0], Taught):
             taught, args = args[0].taught, (args[0].batch, *args[1:])
@@ -197,11 +203,17 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 result = original(*args, **kwargs)
             finally:
                 handle.remove()
-        own = result.get("loss") if isinstance(result, Mapping) else result
+        own = result.loss if isinstance(result, Step) else result
+        own = result.get("loss") if isinstance(result, Mapping) else own
         if not isinstance(own, Tensor):
             return result  # no step to take, or an error that Lightning words
         batch = args[0] if args else kwargs.get("batch")
         loss = self._mixed(module, own, calls, weights, batch, taught, new)
+        if isinstance(result, Step):
+            if self.objective.projects:
+                # Projectors are none of the module, whose own mean sees the same counts.
+                self._global_mean.weigh(loss.detach(), result.positions, module.trainer)
+            return result._replace(loss=loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _mixed(
@@ -293,6 +305,11 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             raise ValueError(
                 f"student is '{self.student}', but {type(module).__name__} has no such submodule: it has {names}"
             ) from error
+
+
+def _step_of(module: Any) -> str:
+    """The method whose loss becomes a term: what comes before, where ``training_step`` weighs micro-batches."""
+    return "step" if isinstance(module, SupervisedModule) else "training_step"
 
 
 def _keep(calls: list[_Call], features: Features, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

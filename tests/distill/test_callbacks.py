@@ -23,6 +23,7 @@ from tests.together import together
 from workbench import artifact
 from workbench.duration import Duration
 from workbench.models import MLP
+from workbench.module import TaskModule
 from workbench.tasks import Classification
 
 QUIET: dict[str, Any] = {
@@ -446,6 +447,26 @@ def test_terms_schedules_and_projectors_equal_the_module(
     assert not any(part._forward_hooks for part in module.modules())
 
 
+@pytest.mark.parametrize("size", [10, 18, 24])
+def test_micro_batches_of_a_module_that_weighs_them_count_by_their_positions(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Own loss, teacher's terms and projectors; of 18 the last update is one of two samples, the first of 16."""
+    same_projectors(monkeypatch)
+    loader = DataLoader(data(size).dataset, 8)
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "loader": loader}
+    expected = natively_hinted(**options)
+    module = TaskModule(network(), Classification(3), SGD)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    callback = DistillationCallback(teacher(), losses=HINTS)
+    metrics = fit(module, callback, max_epochs=3, **options).callback_metrics
+    assert equal(weights(module.network), weights(expected.network))
+    assert equal(weights(callback.objective), weights(expected.objective))
+    assert "step" not in vars(module)
+    # Its own loss is logged as without a teacher.
+    assert torch.equal(metrics["train/loss"], metrics["train/hard"])
+
+
 def test_every_term_is_logged_by_name() -> None:
     module, loader = theirs(), data()
     callback = DistillationCallback(teacher(), losses=HINTS)
@@ -649,5 +670,5 @@ def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
         given = {"class_path": "distill.DistillationCallback", "init_args": {"teacher": str(tmp_path), "alpha": 0.5}}
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
         assert isinstance(made, DistillationCallback)
-        assert made.alpha == 0.5
+        assert made.objective.weights(lambda _: 0.0) == {"soft": 0.5, "hard": 0.5}
         assert isinstance(made.teacher.module, MLP)
