@@ -67,12 +67,13 @@ class GlobalMean:
 
     Lightning averages the gradients of micro-batches, and data-parallel strategies those of ranks, whatever each of
     them held. Here a loss is weighed by its share of positions. How many an update will have in all is only known at
-    its last micro-batch, so each is weighed against the first, and the gradient is set right once before the update.
+    its last micro-batch, so each is weighed against some number, and the gradient is set right once before the update.
     """
 
     def __init__(self) -> None:
         self._unit: Tensor | None = None
         self._total: Tensor | None = None
+        self._largest = torch.ones(())
 
     def weigh(self, loss: Tensor, count: Tensor, trainer: Any) -> Tensor:
         """``loss``, a mean over ``count`` positions, by its share of the update so far. Called on every rank."""
@@ -84,7 +85,10 @@ class GlobalMean:
         if ranks > 1:
             torch.distributed.all_reduce(every)
         if self._unit is None or self._total is None:
-            self._unit, self._total = every.clamp(min=1), every
+            # Of several, against the largest so far: after a first one with hardly any, half precision would overflow.
+            self._largest = torch.maximum(self._largest.to(every.device), every)
+            self._unit = self._largest if trainer.accumulate_grad_batches > 1 else every.clamp(min=1)
+            self._total = every
         else:
             self._total = self._total + every
         return loss * (ranks * mine / self._unit)

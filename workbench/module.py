@@ -107,9 +107,10 @@ class SupervisedModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            if odd := [name for name in network if not name.isidentifier()] or ([] if network else ["nothing"]):
+            taken = [name for name in network if not name.isidentifier() or hasattr(nn.ModuleDict, name)]
+            if odd := taken or ([] if network else ["nothing"]):
                 raise ValueError(
-                    f"a family of {odd[0]!r}: give one network or more, each by a name of letters and digits"
+                    f"a family of {odd[0]!r}: give one network or more, each by a name of its own, not torch's"
                 )
             self.family = tuple(network)
             network = nn.ModuleDict(network)
@@ -158,7 +159,15 @@ class SupervisedModule(LightningModule, ABC):
             self._start(self.current_epoch)
         step = self.step(batch)
         self.means["train"].add(step.logged, step.positions)
-        return step.loss if self._trainer is None else self._global_mean.weigh(step.loss, step.positions, self.trainer)
+        return self.weighed(step.loss, step.positions)
+
+    def weighed(self, loss: Tensor, positions: Tensor) -> Tensor:
+        """A micro-batch's mean over ``positions`` by its share of the update; as it is where it is all of that."""
+        return loss if self._trainer is None else self._global_mean.weigh(loss, positions, self.trainer)
+
+    def on_train_start(self) -> None:
+        """Forget the micro-batches of an update that was broken off."""
+        self._global_mean = GlobalMean()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient the mean over all positions of the update."""
@@ -219,7 +228,13 @@ class SupervisedModule(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its scheduler."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return configured(parameters, self.optimizer, self.lr_scheduler)
+        made = configured(parameters, self.optimizer, self.lr_scheduler)
+        if self.family and isinstance(made, dict):
+            raise ValueError(
+                "the learning rate of a family is one, and ReduceLROnPlateau would follow one metric for all of them: "
+                "use a scheduler of time alone, or a stage for each student"
+            )
+        return made
 
     def _start(self, epoch: int) -> None:
         self._epoch, self._logged = epoch, False

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils.data import DataLoader
 
 from workbench import progress
 from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
@@ -291,7 +293,10 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 
 @contextmanager
 def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
-    """Inside, the data module's training loader is as the module wants it, in an order of (seed, epoch) alone."""
+    """Inside, the data module's training loader is as the module wants it, in an order of (seed, epoch) alone.
+
+    Validation draws nothing from torch's generator, so that training is the same whether and how often there is any.
+    """
     original = data.train_dataloader
     attach = module.attach if isinstance(module, SupervisedModule) else (lambda loader: loader)
 
@@ -300,11 +305,22 @@ def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trai
             return attach(original())
         return ordered(attach(original()), seed, trainer.global_rank, trainer.world_size)
 
+    validate = data.val_dataloader
     data.train_dataloader = train_dataloader  # type: ignore[method-assign]
+    if is_overridden("val_dataloader", data, LightningDataModule):
+        data.val_dataloader = lambda: _apart(validate())  # type: ignore[method-assign]
     try:
         yield
     finally:
         del data.train_dataloader
+        vars(data).pop("val_dataloader", None)
+
+
+def _apart(loader: Any) -> Any:
+    """``loader`` with a generator of its own, where it is a plain one without."""
+    if type(loader) is DataLoader and loader.generator is None:
+        loader.generator = torch.Generator()
+    return loader
 
 
 @contextmanager

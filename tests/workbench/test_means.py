@@ -1,5 +1,6 @@
 import functools
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lp
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.together import together
-from workbench.means import Means
+from workbench.means import GlobalMean, Means
 from workbench.models import MLP
 from workbench.module import TaskModule
 from workbench.tasks import Classification
@@ -93,6 +94,40 @@ def test_an_update_of_fewer_pieces_counts_what_it_has() -> None:
     short = trained(batches(list(range(12)), 4), accumulate_grad_batches=3)
     for planned in (4, 8):
         assert largest(trained(batches(list(range(12)), 4), accumulate_grad_batches=planned), short) < 1e-6
+
+
+def test_an_update_that_was_broken_off_leaves_nothing_behind() -> None:
+    """Its micro-batches do not count in the next one."""
+
+    class Enough(lp.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("power failure")
+
+    torch.manual_seed(1)
+    module = TaskModule(MLP(6, [5], 3), Classification(3, ignore_index=-1), functools.partial(torch.optim.SGD, lr=1.0))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    loader = batches(list(range(16)), 4)
+    options = {**QUIET, "max_epochs": 1, "accumulate_grad_batches": 4}
+    with pytest.raises(RuntimeError, match="power failure"):
+        lp.Trainer(**options, callbacks=[Enough()]).fit(module, loader, loader)
+    module.load_state_dict(before)
+    module.zero_grad()
+    lp.Trainer(**options).fit(module, loader, loader)
+    whole = trained(batches(list(range(16)), 16))
+    assert largest([p.flatten().tolist() for p in module.network.parameters()], whole) < 1e-6
+
+
+def test_a_first_piece_with_hardly_any_does_not_blow_up_the_others() -> None:
+    """In half precision a loss of thousands of positions, weighed against one, overflows."""
+    mean, loss = GlobalMean(), torch.ones(())
+    trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
+    weight = nn.Parameter(torch.zeros(2))
+    for first, second in ((4096, 1), (0, 4096), (1, 4096), (0, 0)):
+        factors = [float(mean.weigh(loss, torch.tensor(count), trainer)) for count in (first, second)]
+        assert max(factors) <= 1
+        weight.grad = torch.ones(2) * sum(factors) / 2
+        mean.settle([weight], trainer)
+        assert weight.grad.tolist() == pytest.approx([1.0 if first + second else 0.0] * 2, rel=1e-5)
 
 
 def test_pieces_in_which_nothing_counts() -> None:

@@ -163,6 +163,20 @@ class OwnData(lp.LightningDataModule):
         return self._loader(False)
 
 
+def test_validation_moves_no_random_number_of_training(tmp_path: Path) -> None:
+    """A plain validation loader draws from torch's generator, and so would change dropout."""
+
+    def weights(limit: int) -> dict[str, torch.Tensor]:
+        lp.seed_everything(3, verbose=False)
+        module = Own()
+        trainer = {**CPU, "max_epochs": 2, "limit_val_batches": limit}
+        train(module, OwnData(), trainer=trainer, seed=3, out=tmp_path / str(limit))
+        return module.state_dict()
+
+    expected = weights(0)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(2).items())
+
+
 @pytest.mark.parametrize("stop", [3, 7, 12])
 def test_an_own_module_resumes_in_the_middle_of_an_epoch(tmp_path: Path, stop: int) -> None:
     def weights(name: str, stops: tuple[int | None, ...]) -> dict[str, torch.Tensor]:
