@@ -1,11 +1,12 @@
 """Distilling language models: positions, vocabularies, a loss that never holds [tokens, vocabulary]. Torch only."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distill.losses import check_alpha, check_temperature
 from workbench.tokens import IGNORED, shift, valid_tokens
@@ -21,7 +22,14 @@ __all__ = [
 ]
 
 # What a configuration calls an operation between the head and the logits.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_AFTER_HEAD = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
 
 
 def check_vocabulary(student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int]) -> int:
@@ -100,7 +108,8 @@ def headless(model: nn.Module) -> Iterator[nn.Module]:
     """
     owner, head = _head(model)
     config = getattr(owner, "config", None)
-    if changes := [name for name in _AFTER_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]:
+    configs = [config, getattr(config, "text_config", None)]
+    if changes := [name for name in _AFTER_HEAD for each in configs if getattr(each, name, None) not in (None, 1, 1.0)]:
         raise ValueError(
             f"{type(owner).__name__} changes its logits after the head ({', '.join(changes)} in its config): "
             "use its logits and distill.losses"
@@ -113,6 +122,37 @@ def headless(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parent, name in places:
             parent._modules[name] = head
+
+
+@torch.no_grad()
+def check_headless(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Make sure that the head on hidden states gives the model's logits, on the first sample of a batch.
+
+    Args:
+        model: A language model that :func:`headless` takes, which is in eval mode meanwhile.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ValueError: If it does not: the model does something to its logits besides.
+    """
+    args, kwargs = tree_map_only(Tensor, lambda value: value[:1], (tuple(args), dict(kwargs)))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        logits = model.eval()(*args, **kwargs).logits
+        with headless(model) as head:
+            found = head(model(*args, **kwargs).logits)
+        same = found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-2)
+    except RuntimeError:
+        same = False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not same:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than its output layer: leave chunked away, or use its "
+            "logits and distill.losses"
+        )
 
 
 def _head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -1,10 +1,10 @@
 """DistillModule: one student or a family of them and their teacher as a LightningModule, and the ``distill`` job."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
-from distill.language import chunked_terms, headless
+from distill.language import check_headless, chunked_terms, headless
 from distill.lesson import AnyTeacher, elapsed, lesson_of, objective_of, opened, same_random_state, tokens_of
 from distill.losses import SoftTarget
 from distill.objective import Seen, Term
@@ -40,6 +40,9 @@ class DistillModule(SupervisedModule):
     clipped for each of them, dropout has a stream of random numbers for each. With an optimizer that treats parameters
     one by one, as SGD and Adam do, each comes out as if trained alone; where data loaders draw from torch's global
     generator, which those of recipes do not, its dropout is another.
+
+    A loss on features is a mean over the tokens, or samples, of a micro-batch; micro-batches are then weighed by the
+    positions that the task scores, so with padding it is not quite the mean over all of an update's tokens.
 
     Args:
         student: The network to train, ``network`` from then on; or several by name.
@@ -74,13 +77,24 @@ class DistillModule(SupervisedModule):
     ) -> None:
         imitates = isinstance(task, Imitation)
         if imitates and losses is None:
+            if (temperature, alpha) != (4.0, 0.9):
+                raise ValueError(
+                    f"temperature is {temperature} and alpha {alpha}, but {type(task).__name__} has neither classes "
+                    "nor labels: leave them away, or give losses"
+                )
             losses = {"imitation": Term()}
         super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
         self.teacher = opened(teacher)
         self.objective = objective_of(temperature, alpha, losses, tuple(self.members))
         self.chunked = chunked
+        if imitates and isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                f"{type(task).__name__} has no labels, so validation asks the teacher, which a cache cannot be: "
+                "give it live"
+            )
         if chunked:
             _check_chunked(self.objective.terms, task, self.teacher)
+        self._heads_known = False
         if self.family:
             self.configure_gradient_clipping = self._clip_each
 
@@ -89,13 +103,22 @@ class DistillModule(SupervisedModule):
         return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
 
     def setup(self, stage: str) -> None:
-        """Look at a batch, where the objective has projectors to make, before the optimizer is made."""
+        """Look at a batch, where the objective has projectors to make, before the optimizer is made.
+
+        Data that can be read only once lose it: call :meth:`prepare` before, with a batch of your own.
+        """
         if stage != "fit":
             return
         self.streams.states = {}
         if self.objective.projects and not self.objective.projectors:
+            loader = self.trainer.fit_loop._data_source.dataloader()
+            if isinstance(loader, Mapping | list | tuple):
+                raise ValueError(
+                    "there are several training loaders, and projectors are made for one batch: call prepare(batch) on "
+                    "the module before fit"
+                )
             with same_random_state():
-                self.prepare(next(iter(self.trainer.fit_loop._data_source.dataloader())))
+                self.prepare(self._apply_batch_transfer_handler(next(iter(loader)), self.device, 0))
 
     @torch.no_grad()
     def prepare(self, batch: Any) -> None:
@@ -124,7 +147,10 @@ class DistillModule(SupervisedModule):
         weights = self.objective.weights(functools.partial(elapsed, self._trainer))
         args, kwargs = self.task.inputs(batch)
         lesson = Seen(None)
-        if not self.chunked and (self.target is not None or self.objective.asks_teacher(weights)):
+        known: _Hidden | None = None
+        if self.chunked:
+            known = self._known(args, kwargs) if weights["soft"] else None
+        elif self.target is not None or self.objective.asks_teacher(weights):
             lesson = self._lesson(args, kwargs, taught, weights)
         if isinstance(self.task, Imitation):
             assert lesson.logits is not None
@@ -136,7 +162,7 @@ class DistillModule(SupervisedModule):
                 stream = self.streams.of(member, valid.device)
             with stream:
                 if self.chunked:
-                    terms = self._chunks(student, args, kwargs, batch, weights)
+                    terms = self._chunks(student, args, kwargs, batch, weights, known)
                 else:
                     seen = self._seen(student, args, kwargs, self.objective.student_places(member, weights))
                     terms = self.objective(
@@ -174,10 +200,7 @@ class DistillModule(SupervisedModule):
 
     def _imitated(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the students are to say in validation."""
-        if isinstance(self.teacher, CachedTeacher):
-            raise ValueError(
-                "the task has no labels, so validation asks the teacher, which a cache cannot be: give it live"
-            )
+        assert isinstance(self.teacher, Teacher)
         return self.task.output(self.teacher(*args, **kwargs))
 
     def _clip_each(
@@ -203,31 +226,53 @@ class DistillModule(SupervisedModule):
         kwargs: Mapping[str, Any],
         batch: Any,
         weights: Mapping[str, float],
+        known: "_Hidden | None",
     ) -> dict[str, Tensor]:
-        """Soft and hard loss from hidden states."""
-        assert isinstance(self.task, LanguageModelling)
-        assert isinstance(self.teacher, Teacher)
+        """Soft and hard loss from hidden states; ``known`` are the teacher's, if they are needed."""
         soft: Any = self.objective.terms["soft"].loss
-        head: Any
-        known: Any
-        with headless(student) as head:
-            hidden = self.task.aligned(student(*args, **kwargs))
-        with headless(self.teacher.module) as known:
-            taught = self.task.aligned(self.teacher(*args, **kwargs))
-        size = self.task.vocabulary
+        mine = self._hidden(student, student, args, kwargs)
+        theirs = mine if known is None else known  # not looked at where soft targets have no weight
         total, *terms = chunked_terms(
-            hidden,
-            _first(head.weight, size),
-            taught,
-            _first(known.weight, size),
+            mine.states,
+            mine.weight,
+            theirs.states,
+            theirs.weight,
             soft.temperature,
             self.task.targets(batch),
             (weights["soft"], weights.get("hard", 0.0)),
             self.task.valid(batch),
-            None if head.bias is None else _first(head.bias, size),
-            None if known.bias is None else _first(known.bias, size),
+            mine.bias,
+            theirs.bias,
         )
         return {"loss": total, **dict(zip(("soft", "hard"), terms))}
+
+    def _known(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Hidden":
+        """The teacher's hidden states and head."""
+        assert isinstance(self.teacher, Teacher)
+        if not self._heads_known:
+            for model in (self.teacher.module, *self.members.values()):
+                check_headless(model, args, kwargs)
+            self._heads_known = True
+        return self._hidden(self.teacher.module, self.teacher, args, kwargs)
+
+    def _hidden(
+        self, model: nn.Module, ask: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> "_Hidden":
+        """Hidden states of a model at the positions that are scored, and its head over the vocabulary."""
+        assert isinstance(self.task, LanguageModelling)
+        head: Any
+        with headless(model) as head:
+            states = self.task.aligned(ask(*args, **kwargs))
+        size = self.task.vocabulary
+        return _Hidden(states, _first(head.weight, size), None if head.bias is None else _first(head.bias, size))
+
+
+class _Hidden(NamedTuple):
+    """Hidden states [..., D], and the head that makes logits of them, [V, D] and [V]."""
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
@@ -235,9 +280,13 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
     if not isinstance(task, LanguageModelling):
         raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it away")
     soft = terms["soft"].loss if "soft" in terms else None
-    if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize:
-        raise ValueError(f"chunked computes the terms soft (SoftTarget) and hard, and not {', '.join(terms)}")
-    if not isinstance(teacher, Teacher) or not isinstance(getattr(teacher, "module", None), nn.Module):
+    own = terms["hard"].loss if "hard" in terms else None
+    if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize or own is not None:
+        said = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
+        raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {said}")
+    if task.label_smoothing:
+        raise ValueError(f"chunked smooths no labels, and label_smoothing is {task.label_smoothing}: leave one away")
+    if not isinstance(teacher, Teacher) or isinstance(teacher.module, nn.ModuleList):
         raise ValueError("chunked needs hidden states of one live teacher: leave chunked away with a cache or several")
 
 

@@ -110,8 +110,11 @@ class Objective(nn.Module):
         super().__init__()
         if not any(term.weight for term in terms.values()):
             raise ValueError(f"no term of {list(terms)} has a weight above 0: there is nothing to learn from")
-        if odd := [name for name in terms if name == "loss" or "/" in name or "." in name]:
-            raise ValueError(f"a term is called {odd[0]!r}: 'loss' is their sum, and a name has no '/' or '.'")
+        if odd := [n for n in terms if n == "loss" or not n.isidentifier() or hasattr(nn.ModuleDict, n)]:
+            raise ValueError(
+                f"a term is called {odd[0]!r}: give it a name of letters and digits that is none of torch's own; "
+                "'loss' is the sum of all"
+            )
         for name, term in terms.items():
             if isinstance(term.student, dict) and set(term.student) != set(members):
                 raise ValueError(
@@ -129,10 +132,10 @@ class Objective(nn.Module):
 
     def parameters_of(self, member: str) -> Iterator[nn.Parameter]:
         """Parameters of a student's projectors."""
-        for name in self.terms:
-            for key, projector in self.projectors.items():
-                if key.rpartition("-")[0] == _key(member, name, 0).rpartition("-")[0]:
-                    yield from projector.parameters()
+        mine = {_key(member, name) for name in self.terms}
+        for key, projector in self.projectors.items():
+            if key.rpartition("-")[0] in mine:
+                yield from projector.parameters()
 
     def weights(self, elapsed: Callable[[str], float]) -> dict[str, float]:
         """Weight of each term now."""
@@ -166,7 +169,7 @@ class Objective(nn.Module):
             if not (isinstance(term.loss, FeatureLoss) and term.loss.projects):
                 continue
             for index, (mine, theirs) in enumerate(self._pairs(name, member, student, teacher)):
-                self.projectors[_key(member, name, index)] = make_projector(mine, theirs).to(mine.device)
+                self.projectors[_key(member, name, str(index))] = make_projector(mine, theirs).to(mine.device)
 
     def forward(
         self,
@@ -188,23 +191,27 @@ class Objective(nn.Module):
             own: Logits -> the task's own loss.
             valid: Bool, of the logits' shape without the classes: the positions that count; all if None.
             labels: Targets at these positions, where a term needs them.
-            tokens: Bool [B, L], where features have a place for each token: those that are not padding.
+            tokens: Bool [B, L], where features have a place for each token: those that are not padding; a prompt's too.
             member: Which student of a family this is.
         """
         found: dict[str, Tensor] = {}
         total: Tensor | None = None
+        idle: list[str] = []
         assert student.logits is not None
         for name, term in self.terms.items():
             weight = weights[name]
             if term.loss is None:
                 value = own(student.logits if weight else student.logits.detach())
             elif not weight:
+                idle += [name] if term.weight else []
                 continue
             elif isinstance(term.loss, FeatureLoss):
                 value = self._features(name, term.loss, student, teacher, valid, tokens, member)
             elif teacher.sample is not None and term.loss.needs_teacher:
                 value = _sampled(term.loss, student.logits, teacher.sample, valid)
             else:
+                if teacher.logits is None and term.loss.needs_teacher:
+                    raise ValueError(f"term {name!r} compares logits, and the teacher gave none: cache them as well")
                 # A loss that needs no teacher still takes a tensor in its place.
                 logits = student.logits if teacher.logits is None else teacher.logits
                 value = term.loss(student.logits, logits, valid, labels)
@@ -213,10 +220,21 @@ class Objective(nn.Module):
                 # A weight of 1 leaves the value as it is, bit for bit; and 0 * NaN is NaN.
                 part = value if weight == 1 else weight * value
                 total = part if total is None else total + part
-        if total is None:
-            # Before its warm-up a lone term has no weight yet: nothing to learn, with a graph.
-            total = student.logits.sum() * 0.0
+        if total is None or idle:
+            # A term whose time has not come, or is over: data-parallel training wants every parameter to take part.
+            nothing = self._nothing(student.logits, idle, member)
+            total = nothing if total is None else total + nothing
         return {"loss": total, **found}
+
+    def _nothing(self, logits: Tensor, idle: Sequence[str], member: str) -> Tensor:
+        """Zero, with a graph to the student's output and to the projectors of these terms."""
+        # Not the logits' sum: 0 times infinity is NaN.
+        total = logits.masked_fill(~logits.isfinite(), 0).sum()
+        for name in idle:
+            for key, projector in self.projectors.items():
+                if key.rpartition("-")[0] == _key(member, name):
+                    total = sum((parameter.sum() for parameter in projector.parameters()), total)
+        return 0.0 * total
 
     def _features(
         self,
@@ -230,7 +248,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         values = []
         for index, (mine, theirs) in enumerate(self._pairs(name, member, student.features, teacher.features)):
-            key = _key(member, name, index)
+            key = _key(member, name, str(index))
             if loss.projects:
                 if key not in self.projectors:
                     raise ValueError(
@@ -299,5 +317,5 @@ def _without_projectors(objective: nn.Module, state: dict[str, Tensor], prefix: 
             del state[key]
 
 
-def _key(member: str, name: str, index: int) -> str:
-    return "-".join(part for part in (member, name, str(index)) if part)
+def _key(*parts: str) -> str:
+    return "-".join(part for part in parts if part)

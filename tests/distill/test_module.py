@@ -6,15 +6,17 @@ from typing import Any
 import lightning.pytorch as lp
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
 from distill.lesson import elapsed
-from distill.losses import Hint, SoftTarget, soft_target
+from distill.losses import Hint, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
 from distill.module import DistillModule, distill
 from distill.objective import Term
 from distill.teacher import Teacher
+from tests.together import together
 from workbench import artifact
 from workbench.data import Digits
 from workbench.duration import Duration
@@ -414,12 +416,97 @@ def test_embeddings_imitate_their_teacher() -> None:
         ({"losses": {}}, "nothing to learn from"),
         ({"losses": {"hard": Term()}, "alpha": 0.5}, "temperature and alpha are given beside losses"),
         ({"chunked": True}, "chunked is for language models, and the task is Classification"),
+        ({"student": {"half": MLP(6, [4], 3)}}, "a family of 'half': .* not torch's"),
+        ({"task": Embedding(), "temperature": 2.0}, "but Embedding has neither classes nor labels"),
+        ({"task": LanguageModelling(9, label_smoothing=0.1), "chunked": True}, "chunked smooths no labels"),
+        ({"task": LanguageModelling(9), "chunked": True, "teacher": Teacher([MLP(), MLP()])}, "one live teacher"),
+        (
+            {
+                "task": LanguageModelling(9),
+                "chunked": True,
+                "losses": {"soft": Term(SoftTarget()), "hard": Term(ReverseKL())},
+            },
+            "hard, the task's own loss, and not",
+        ),
     ],
 )
 def test_modules_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
     given = {"student": student(), "teacher": teacher(), "task": Classification(3), **arguments}
     with pytest.raises(ValueError, match=message):
         DistillModule(**given)
+
+
+def test_a_cache_cannot_be_asked_what_to_imitate(tmp_path: Path) -> None:
+    path = cache_teacher(teacher(), data(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="validation asks the teacher, which a cache cannot be"):
+        DistillModule(student(), CachedTeacher(path), Embedding())
+
+
+def test_a_family_follows_no_single_metric() -> None:
+    scheduler = functools.partial(ReduceLROnPlateau, monitor="val/small/loss")
+    with pytest.raises(ValueError, match="ReduceLROnPlateau would follow one metric for all"):
+        run(DistillModule(members(), teacher(), Classification(3), optimizer=SGD, lr_scheduler=scheduler))
+
+
+def test_each_of_a_family_forgets_the_random_numbers_of_an_earlier_fit() -> None:
+    once, twice = family(), family()
+    run(once)
+    run(twice)
+    twice.load_state_dict(family().state_dict())
+    run(twice)
+    for key, value in once.network.state_dict().items():
+        assert torch.equal(twice.network.state_dict()[key], value)
+
+
+def test_projectors_are_clipped_with_their_student() -> None:
+    module = family(losses={"hint": Term(Hint(), student="0", teacher="0"), "hard": Term()})
+    module.prepare(next(iter(data())))
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    module._clip_each(None, 0.5, "norm")
+    for name, network in module.members.items():
+        mine = [p.grad for p in (*network.parameters(), *module.objective.parameters_of(name))]
+        assert sum(float(grad.square().sum()) for grad in mine if grad is not None) ** 0.5 == pytest.approx(
+            0.5, rel=1e-4
+        )
+    module._clip_each(None, 0.001, "value")
+    assert all(float(p.grad.abs().max()) < 0.0011 for p in module.objective.parameters())  # type: ignore[union-attr]
+
+
+def test_projectors_are_made_of_what_the_device_gets() -> None:
+    class Normalised(lp.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            x, y = torch.randint(0, 255, (16, 6), dtype=torch.uint8), torch.randint(0, 3, (16,))
+            return DataLoader(TensorDataset(x, y), 4)
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0].float() / 255, batch[1]
+
+    terms = {"hint": Term(Hint(), student="layers.0", teacher="0"), "hard": Term()}
+    module = DistillModule(student(), teacher(), Classification(3), losses=terms)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, Normalised())
+    assert list(module.objective.parameters())
+    module = DistillModule(student(), teacher(), Classification(3), losses=terms)
+    with pytest.raises(ValueError, match=r"several training loaders.*call prepare\(batch\)"):
+        lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, [data(), data()], data())
+
+
+def _warming(decay: bool) -> Any:
+    time: dict[str, Any] = {"decay": Duration(3, "it")} if decay else {"warmup": Duration(3, "it")}
+    terms = {"hint": Term(Hint(), student="0", teacher="0", **time), "soft": Term(SoftTarget(), **time)}
+    if not decay:
+        terms["alike"] = Term(SimilarityPreserving(), student="0", teacher="0")
+    module = family(losses=terms)
+    run(module, devices=2, strategy="ddp", use_distributed_sampler=False, num_sanity_val_steps=0)
+    return [p.flatten().tolist() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_ranks_where_terms_have_no_weight_yet_or_any_more(decay: bool) -> None:
+    """Every parameter takes part in every step, or data-parallel training gives up."""
+    one, other = together(_warming, decay)
+    assert one == other
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -448,6 +535,44 @@ def test_chunked_language_models_learn_the_same(temperature: float) -> None:
     for name in ("loss", "soft", "hard"):
         assert torch.allclose(one.logged[name], other.logged[name], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients, strict=True))
+
+
+def test_chunks_of_a_family_ask_the_teacher_once_and_not_at_weight_zero() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 24, "n_positions": 8, "n_head": 2, "n_layer": 1}
+
+    def model(width: int) -> Any:
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, **sizes))
+
+    asked: list[int] = []
+    expert = model(12)
+    expert.register_forward_hook(lambda *_: asked.append(1))
+    batch = {"input_ids": torch.randint(0, 19, (3, 7))}
+    for alpha in (0.5, 0.0):
+        students: dict[str, nn.Module] = {"a": model(8), "b": model(4)}
+        module = DistillModule(students, expert, LanguageModelling(19), alpha=alpha, chunked=True)
+        module.step(batch)
+        asked.clear()
+        step = module.step(batch)
+        assert len(asked) == (1 if alpha else 0)
+        step.loss.backward()
+        assert all(p.grad is not None for p in module.network.parameters())
+
+
+def test_heads_that_are_not_all_are_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Softer(GPT2LMHeadModel):
+        def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+            output = super().forward(**inputs)
+            output.logits = output.logits.tanh()  # type: ignore[union-attr]
+            return output
+
+    config = GPT2Config(vocab_size=24, n_positions=8, n_head=2, n_layer=1, n_embd=8)
+    module = DistillModule(GPT2LMHeadModel(config), Softer(config), LanguageModelling(19), chunked=True)
+    with pytest.raises(ValueError, match="Softer does more to its logits than its output layer"):
+        module.step({"input_ids": torch.randint(0, 19, (3, 7))})
 
 
 def test_the_job_distills_a_family(tmp_path: Path) -> None:

@@ -76,6 +76,29 @@ def test_a_lone_term_before_its_warm_up_teaches_nothing() -> None:
     assert torch.equal(student.logits.grad, torch.zeros(4, 3))  # type: ignore[arg-type]
 
 
+def test_a_term_whose_time_has_not_come_keeps_every_parameter_in_the_graph() -> None:
+    """Data-parallel training fails on parameters that took no part; and a class may have no probability."""
+    late = Duration(2, "ep")
+    terms = {"soft": Term(SoftTarget(), warmup=late), "hint": Term(Hint(), student="a", warmup=late), "hard": Term()}
+    objective, student, teacher = Objective(terms), seen(), seen(width=7)
+    objective.prepare(student.features, teacher.features)
+    assert student.logits is not None
+    logits = torch.cat([student.logits, torch.full((4, 1), -math.inf)], 1)
+    found = objective(Seen(logits, student.features), Seen(None), objective.weights(never), lambda z: z[:, :1].sum())
+    assert torch.equal(found["loss"], found["hard"])
+    found["loss"].backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in objective.parameters())  # type: ignore[arg-type]
+    assert student.logits.grad is not None
+    assert student.logits.grad.isfinite().all()
+
+
+def test_logits_that_a_teacher_does_not_give_are_missed() -> None:
+    """The student would be compared with itself."""
+    objective = Objective({"soft": Term(SoftTarget())})
+    with pytest.raises(ValueError, match="term 'soft' compares logits, and the teacher gave none"):
+        objective(seen(), Seen(None), {"soft": 1.0}, own)
+
+
 def test_features_of_equal_width_need_no_projector_to_learn() -> None:
     objective = Objective({"hint": Term(Hint(), 2.0, student="a", teacher="b"), "hard": Term()})
     student, teacher = seen(), seen(names=("b",))
@@ -181,6 +204,7 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
         (lambda: Objective({"hard": Term(weight=0.0)}), "nothing to learn from"),
         (lambda: Objective({"loss": Term()}), "a term is called 'loss'"),
         (lambda: Objective({"a/b": Term()}), "a term is called 'a/b'"),
+        (lambda: Objective({"float": Term()}), "a term is called 'float'"),
         (
             lambda: Objective({"hint": Term(Hint(), student={"big": "a"}, teacher="b")}, ("small",)),
             r"names the students \['big'\]: the family is \['small'\]",
