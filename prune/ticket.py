@@ -168,6 +168,10 @@ def _subject(
     if given := [name for name in ("model", "task") if plain[name] is not None]:
         raise ValueError(f"{', '.join(given)} is given beside start, which brings its own: give one or the other")
     module, made = rebuild(Path(start), {} if seed is None else {"seed_everything": seed})
+    if family := getattr(module, "family", ()):
+        raise ValueError(
+            f"{start} trained a family, {', '.join(family)}: hunt in one network, of a stage that trains it alone"
+        )
     module = with_optimizer(module, plain["optimizer"], plain["lr_scheduler"])
     return module, data or made["data"], {**made["trainer"], **(trainer or {})}, made["seed_everything"]
 

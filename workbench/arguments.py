@@ -166,6 +166,8 @@ def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Lig
         raise ValueError(f"{folder} holds no finished stage: name a finished fit or distill stage")
     job = find_jobs().get(record.get("job", ""))
     build = getattr(job.function, "build", None) if job else None
+    if "job" not in record:
+        raise ValueError(f"{folder} is one of a family: name a stage that trains this network alone")
     if job is None or build is None:
         raise ValueError(
             f"{folder} is of job {record.get('job')!r}, which trains no module: name a fit or distill stage"

@@ -16,9 +16,12 @@ from prune.masks import Masks
 from prune.schedule import geometric, kept
 from prune.ticket import _winning, hunt
 from workbench import artifact, load, records
+from workbench import recipe as recipes
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
+from workbench.run import StageError
+from workbench.run import run as run_recipe
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -284,3 +287,22 @@ def test_the_winner_by_score_and_direction(mode: str, scores: list[float | None]
 def test_density_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="density is 0"):
         run(tmp_path, density=0.0)
+
+
+def test_a_family_is_no_subject(tmp_path: Path) -> None:
+    """A ticket is one network."""
+    mlp = "{class_path: workbench.models.MLP, init_args: {hidden: [4]}}"
+    text = f"""
+data: {{class_path: workbench.data.Digits, init_args: {{batch_size: 256}}}}
+trainer: {{max_steps: 1, accelerator: cpu}}
+teacher: {{job: fit, model: {mlp}}}
+family: {{job: distill, teacher: teacher, model: {{a: {mlp}, b: {mlp}}}}}
+ticket: {{job: hunt, start: START, levels: 1}}
+"""
+    for start, message in (
+        ("family", "trained a family, a, b: hunt in one network"),
+        ("family/a", "is one of a family"),
+    ):
+        (tmp_path / "r.yaml").write_text(text.replace("START", start))
+        with pytest.raises(StageError, match=message):
+            run_recipe(recipes.read(tmp_path / "r.yaml"), tmp_path / "out", replace=True)
