@@ -58,6 +58,9 @@ class Asker:
         args, kwargs = tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
         raw, features = self.teacher.outputs(args, kwargs, self.features)
         logits = logits_of(raw, bool(features))
+        if logits is not None and self.draws:
+            # Of a padded lm head: what a student is not scored on is not drawn either.
+            logits = logits[..., : getattr(self.task, "vocabulary", None)]
         values = {} if logits is None else {"logits": logits}
         values |= {f"feature/{name}": value for name, value in features.items()}
         for name, value in values.items():

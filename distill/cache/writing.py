@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -102,16 +103,18 @@ def cache_teacher(
         seed: Of the draws.
         task: Says what of a batch the teacher gets. If None, a mapping by keyword without ``label`` and ``labels``, of
             a tuple all but the last. What comes back is a tensor, or has ``logits``; these are kept as they are, so
-            ``task.output`` applies to what is read as it does to what a live teacher says.
+            ``task.output`` applies to what is read as it does to what a live teacher says; ids are drawn from the
+            task's ``vocabulary``, if it has one, rather than from all rows of a padded lm head.
         device: Where the teacher is asked; an accelerator if there is one and None is given.
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: If the data set or the collate_fn is random, cannot be read by index, or the folder holds something
-            else: the cache of another teacher, transform, tokenizer, dtype; in reading, if the teacher's output has
-            no row a sample, or does not fit into ``dtype``.
+        ValueError: If the data set or the collate_fn is random, cannot be read by index, or the data module changes
+            batches on their way to the device; if the folder holds something else: the cache of another teacher,
+            transform, tokenizer, dtype; in reading, if the teacher's output has no row a sample, or does not fit into
+            ``dtype``.
     """
     write(
         teacher,
@@ -257,6 +260,12 @@ def loader_of(data: Any, split: str) -> Any:
         return data
     if split not in _STAGES:
         raise ValueError(f"split is {split!r}: a data module has {', '.join(_STAGES)}")
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        if is_overridden(name, data, LightningDataModule):
+            raise ValueError(
+                f"{type(data).__name__} changes batches in {name}, where the teacher is not asked: do that in the data "
+                "set or in collate_fn, or ask the teacher live"
+            )
     data.prepare_data()
     data.setup(_STAGES[split])
     return getattr(data, f"{split}_dataloader")()

@@ -30,6 +30,7 @@ from workbench.jobs import find_jobs
 from workbench.models import MLP
 from workbench.order import At, ordered
 from workbench.source import Source
+from workbench.tasks import LanguageModelling
 
 N, WIDTH, CLASSES = 22, 6, 3
 
@@ -82,6 +83,10 @@ def pad(items: list[dict[str, Any]], left: bool = False, to: int = 0) -> dict[st
 
 def pad_left(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     return pad(items, left=True, to=7)
+
+
+def pad_unlabelled(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: value for name, value in pad(items).items() if name != "labels"}
 
 
 class Speaking(nn.Module):
@@ -397,6 +402,22 @@ def test_drawn_ids_come_back_at_their_positions(tmp_path: Path, ragged: bool) ->
             mine = real[row][own[row]]
             assert torch.equal(taught["ids"][row][own[row]][mine], expected.ids.long())
             at += 1
+
+
+def test_ids_are_drawn_from_the_vocabulary_of_the_task_and_not_from_padded_rows(tmp_path: Path) -> None:
+    network, task = Speaking(), LanguageModelling(vocabulary=8)
+    with torch.no_grad():
+        network.head.bias[8:] += 20.0  # where every draw would fall
+    teacher, given = Teacher(network), loader(Words(), 3, collate_fn=pad_unlabelled)
+    cache_teacher(teacher, given, tmp_path, store="sampled", samples=5, task=task)
+    for batch, taught in CachedTeacher(tmp_path).attach(given):
+        own, real = batch["attention_mask"].bool(), taught["weights"] > 0
+        live = teacher(batch["input_ids"], batch["attention_mask"])["logits"][..., :8].log_softmax(-1)
+        assert taught["ids"].max() < 8
+        assert torch.allclose(taught["log_probs"][real], live.gather(-1, taught["ids"])[real], atol=1e-5)
+        assert torch.allclose(taught["weights"].sum(-1)[own], torch.ones(()))
+    with pytest.raises(ValueError, match="holds a cache of other shapes"):
+        cache_teacher(teacher, given, tmp_path, store="sampled", samples=5, task=LanguageModelling(vocabulary=11))
 
 
 def test_the_sampled_store_is_small(tmp_path: Path) -> None:
@@ -764,6 +785,19 @@ class Endless(IterableDataset):
 def test_wrong_arguments(tmp_path: Path, given: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cache_teacher(nn.Linear(WIDTH, 2), given, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_a_data_module_that_changes_batches_later_is_refused(tmp_path: Path, hook: str) -> None:
+    """The teacher would be asked about other batches than the student gets."""
+
+    def normalised(self: Any, batch: Any, dataloader_idx: int) -> Any:
+        return (batch[0] / 16, batch[1])
+
+    data: Any = type("Later", (Digits,), {hook: normalised})()
+    with pytest.raises(ValueError, match=rf"Later changes batches in {hook}, .* data set or in collate_fn, or ask"):
+        cache_teacher(nn.Linear(64, 10), data, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
