@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -21,6 +22,7 @@ from workbench.architecture import describe
 Asked = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
 Average = Literal["logits", "probabilities"]
+_HALF = (torch.bfloat16, torch.float16)
 # Where a configuration was read from and by which version is not what it says.
 _PASSING = ("_name_or_path", "transformers_version")
 
@@ -41,7 +43,8 @@ class Teacher:
             transformers loads (also a hub name), as the class that its configuration names; or a function of the
             model's arguments, which is called as it is. Or a list of these.
         precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits (:class:`distill.int8.Int8Linear`),
-            both on a GPU and on CPU, and what it answers is float32. None leaves the network in its own precision.
+            both on a GPU and on CPU, and what it answers is float32. None leaves the network in its own precision,
+            also where the student is trained under autocast.
         compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
         weights: Of several teachers, equal if None.
         average: What of several teachers is averaged.
@@ -168,6 +171,11 @@ class _Member:
                 raise ValueError(f"{asked} is asked of a function: only a network's can be chosen here")
             self._function = source
             return
+        if not isinstance(source, nn.Module | str | Path):
+            raise ValueError(
+                f"a teacher is a {type(source).__name__}: give networks, folders to load them from or functions; to "
+                "learn from several out of a cache, cache them together, cache_teacher([one, other], ...)"
+            )
         # The copy keeps freezing from reaching into the caller's network; what was just loaded is nobody else's.
         network = copy.deepcopy(source) if isinstance(source, nn.Module) else _load(source)
         if precision == "bf16":
@@ -183,17 +191,18 @@ class _Member:
             assert self._function is not None
             return self._function(*args, **kwargs), {}
         self.network.eval()
-        args, kwargs = self._moved(args, kwargs)
-        if features:
-            from distill.features import capture
+        args, kwargs, device = self._moved(args, kwargs)
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            if features:
+                from distill.features import capture
 
-            # The module itself: compiled code does not look for hooks that came after it.
-            with capture(self.network, features, clone=True) as captured:
-                raw = self.network(*args, **kwargs)
-                return self._wide(raw), self._wide(captured.take())
-        if self._function is None:
-            self._function = torch.compile(self.network) if self._compile else self.network
-        return self._wide(self._function(*args, **kwargs)), {}
+                # The module itself: compiled code does not look for hooks that came after it.
+                with capture(self.network, features, clone=True) as captured:
+                    raw = self.network(*args, **kwargs)
+                    return self._wide(raw), self._wide(captured.take())
+            if self._function is None:
+                self._function = torch.compile(self.network) if self._compile else self.network
+            return self._wide(self._function(*args, **kwargs)), {}
 
     def fingerprint(self) -> bytes:
         """SHA-256 of architecture and weights; of a function its name and code."""
@@ -201,25 +210,27 @@ class _Member:
             return _digest_of_function(self._function)
         return _digest_of_network(self.network)
 
-    def _moved(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments in the network's precision, after the network went to their device."""
+    def _moved(self, args: Any, kwargs: Any) -> tuple[Any, Any, str]:
+        """The arguments in the network's precision, after the network went to their device; which kind that is."""
         assert self.network is not None
         state = chain(self.network.parameters(), self.network.buffers())
         own = next((tensor for tensor in state if tensor.is_floating_point()), None)
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if own is None or first is None:
-            return args, kwargs
+            known = first if own is None else own
+            return args, kwargs, "cpu" if known is None else known.device.type
         if own.device != first.device:
             self.network.to(first.device)
         dtype = own.dtype
-        return tree_map_only(
+        args, kwargs = tree_map_only(
             Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, (tuple(args), dict(kwargs))
         )
+        return args, kwargs, first.device.type
 
     def _wide(self, output: Any) -> Any:
         if self._precision is None:
             return output
-        return tree_map_only(Tensor, lambda value: value.float() if value.dtype == torch.bfloat16 else value, output)
+        return tree_map_only(Tensor, lambda value: value.float() if value.dtype in _HALF else value, output)
 
 
 def _shares(weights: Sequence[float] | None, count: int, several: bool) -> list[float]:

@@ -599,13 +599,14 @@ def test_projectors_are_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(mine, torch.tensor(found))
 
 
-def test_a_cached_teacher_equals_a_live_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_cached_teacher_equals_a_live_one(tmp_path: Path, precision: Any) -> None:
     cache_teacher(teacher(), data(16), tmp_path, features=["layers.1"])
     losses = {"soft": Term(SoftTarget()), "hard": Term(None, 0.5), "hint": Term(Hint(), 0.3, "layers.1")}
     found = []
     for taught_by in (teacher(), CachedTeacher(tmp_path), str(tmp_path)):
         module, callback = theirs(), DistillationCallback(taught_by, losses=losses)
-        fit(module, callback, loader=callback.attach(data(16)), max_epochs=2)
+        fit(module, callback, loader=callback.attach(data(16)), max_epochs=2, precision=precision)
         found.append(weights(module) + weights(callback.objective))
     assert equal(found[0], found[1])
     assert equal(found[0], found[2])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from distill.cache import CachedTeacher, cache_teacher
 from distill.int8 import Int8Linear, quantize
 from distill.teacher import Teacher, averaged
 from workbench import artifact, load
@@ -281,6 +283,52 @@ def test_a_narrower_precision_answers_in_float32_and_nearly_the_same(precision: 
     error = float((narrow - exact).abs().max() / exact.abs().max())
     assert 0 < error < 0.03
     assert next(network.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [[], ["layers.0"]], ids=["output", "features"])
+def test_autocast_of_who_asks_changes_nothing(half: torch.dtype, features: list[str]) -> None:
+    """A live teacher says in a Trainer of mixed precision what it says to a cache outside of one."""
+    network, x = MLP(6, [5], 3), torch.randn(4, 6)
+    precisions: list[Any] = [None, "bf16", "int8"]
+    for precision in precisions:
+        teacher = Teacher(network, precision)
+        alone = teacher.outputs((x,), {}, features)
+        with torch.autocast("cpu", half):
+            inside = teacher.outputs((x,), {}, features)
+            asked = teacher.outputs((x.to(half),), {})[0]
+            assert torch.is_autocast_enabled("cpu")
+        assert inside[0].dtype == asked.dtype == torch.float32
+        assert torch.equal(inside[0], alone[0])
+        assert inside[1].keys() == alone[1].keys()
+        assert all(torch.equal(inside[1][name], value) for name, value in alone[1].items())
+
+
+def test_a_function_is_left_to_autocast() -> None:
+    network, x = nn.Linear(6, 3), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Teacher(network.forward)(x).dtype == torch.bfloat16
+        assert Teacher(network)(x).dtype == torch.float32
+
+
+def test_networks_without_weights_or_inputs_are_asked_too() -> None:
+    class Constant(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.ones(3)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Teacher(nn.ReLU())(torch.ones(2, device="meta")).device.type == "meta"
+        assert torch.equal(Teacher(Constant())(), torch.ones(3))
+
+
+def test_what_is_no_teacher_is_named(tmp_path: Path) -> None:
+    network = nn.Linear(6, 3)
+    cache_teacher(network, DataLoader(TensorDataset(torch.randn(4, 6)), 2), tmp_path)
+    both: Any = [network, CachedTeacher(tmp_path)]
+    with pytest.raises(
+        ValueError, match=r"a teacher is a CachedTeacher: give networks, .* cache_teacher\(\[one, other\]"
+    ):
+        Teacher(both)
 
 
 def test_bf16_reads_bf16_and_holds_half_the_bytes() -> None:
