@@ -77,6 +77,13 @@ class Arguments:
             if faults.wrongly_null(parameters[name], given):
                 expected = faults.types_said(parameters[name].annotation)
                 raise recipe.error(f"is null: expected {expected}", stage.name, name)
+        for name, value in vars(self._values).items():
+            for part, item in value.items() if isinstance(value, dict) and not _is_family(value) else ():
+                try:
+                    # Settings, such as the terms of a loss, check themselves when they are made, which costs nothing.
+                    self._parser.instantiate(Namespace({name: {part: item}}))
+                except ValueError as error:
+                    raise recipe.error(faults.innermost(str(error)), stage.name, f"{name}.{part}") from error
         if self.seed is not None and self.seed not in _SEEDS:
             what = f"is {self.seed}: a seed is between 0 and {_SEEDS[-1]}"
             raise recipe.error(what, stage.name, "seed_everything")
@@ -87,6 +94,11 @@ class Arguments:
         if self.trains and not self._inherits and not set(_BUDGETS) & set(self._trainer):
             what = "has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}"
             raise recipe.error(what, stage.name, "trainer")
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the family that the stage trains; none if it trains one network."""
+        return next((tuple(value) for value in vars(self._values).values() if _is_family(value)), ())
 
     @property
     def seed(self) -> int | None:

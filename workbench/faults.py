@@ -22,6 +22,16 @@ from workbench.recipe import nearest
 
 _ENTRIES = ("class_path", "init_args", "dict_kwargs")
 _LONGEST = 300
+_ACCOUNT = (
+    "Does not",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a",
+    "Import path",
+    "Problem with",
+    "Parser key",
+)
 
 
 def explain(text: str, arguments: Mapping[str, Any], function: Callable[..., Any]) -> tuple[str | None, str]:
@@ -41,6 +51,13 @@ def explain(text: str, arguments: Mapping[str, Any], function: Callable[..., Any
     if required := _required(text):
         return required[0], f"is required by job '{function.__name__}' and not given"
     return blamed, _type_fault(text, _at(arguments, blamed))
+
+
+def innermost(text: str) -> str:
+    """What a constructor said, out of the parser's account of every type that it tried."""
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith(_ACCOUNT)]
+    return said[0] if said else " ".join(lines)[:_LONGEST]
 
 
 def wrongly_null(parameter: Parameter, given: Mapping[str, Any]) -> bool:

@@ -1,10 +1,28 @@
 """Where a folder named in a recipe is. Imports nothing heavy."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 _PACKAGE = "package:"
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def expanded(name: str | os.PathLike[str]) -> str:
+    """``name`` with ``~`` and environment variables such as ``$DATA`` put in.
+
+    Raises:
+        ValueError: If a variable is not set, or empty.
+    """
+    text = os.fspath(name)
+    for braced, plain in _VARIABLE.findall(text):
+        if not os.environ.get(variable := braced or plain):
+            raise ValueError(
+                f"{text}: the environment variable {variable} is not set: put {variable}=/folder/of/data before the "
+                "command, or give the path itself, as in --data.root /folder"
+            )
+    return os.path.expanduser(os.path.expandvars(text))
 
 
 def located(name: str | os.PathLike[str]) -> str:
@@ -14,9 +32,9 @@ def located(name: str | os.PathLike[str]) -> str:
     which is found without being imported. Anything else, such as the name of a model on the hub, stays as it is.
 
     Raises:
-        ValueError: If the package is not installed or has no such folder or file.
+        ValueError: If the package is not installed or has no such folder or file, or a variable is not set.
     """
-    text = os.path.expanduser(os.path.expandvars(name))
+    text = expanded(name)
     if not text.startswith(_PACKAGE):
         return text
     package, _, inside = text.removeprefix(_PACKAGE).partition("/")

@@ -56,6 +56,7 @@ def check(recipe: Recipe) -> list[Arguments]:
         for key, source in arguments.sources():
             stage = _stage_of(source, names)
             if stage in names[:position]:
+                _check_member(recipe, plan[names.index(stage)], source, name, key)
                 continue
             if stage == name:
                 raise recipe.error(
@@ -192,6 +193,18 @@ def _stage_of(source: Source, names: Container[str]) -> str | None:
     if source in names:
         return str(source)
     return stage if stage in names and member and "/" not in member else None
+
+
+def _check_member(recipe: Recipe, family: Arguments, source: Source, name: str, key: str) -> None:
+    """Refuse a source that names no network, or not which of a stage's several."""
+    stage, _, member = source.partition("/")
+    if not family.trains or member in family.members or not (member or family.members):
+        return
+    whole = [f"{stage}/{known}" for known in family.members]
+    if not member:
+        raise recipe.error(f"stage '{stage}' trains a family: name one of {', '.join(whole)}", name, key)
+    hint = nearest(source, whole) if whole else f": it trains one network, name it '{stage}'"
+    raise recipe.error(f"stage '{stage}' has no '{member}'{hint}", name, key)
 
 
 def _content(source: Source) -> str:

@@ -299,3 +299,27 @@ def test_each_of_a_family_is_made_as_if_alone(tmp_path: Path) -> None:
     for name, model in (("small", one), ("tiny", other)):
         for key, value in built(model).state_dict().items():
             assert torch.equal(family[name].state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("family", "stage 'family' trains a family: name one of family/small, family/tiny"),
+        ("family/smal", "stage 'family' has no 'smal'; did you mean 'family/small'?"),
+        ("teacher/small", "stage 'teacher' has no 'small': it trains one network, name it 'teacher'"),
+    ],
+)
+def test_a_student_that_no_stage_trains_is_refused_before_any_training(
+    tmp_path: Path, source: str, message: str
+) -> None:
+    mlp = "{class_path: workbench.models.MLP, init_args: {hidden: [4]}}"
+    (tmp_path / "r.yaml").write_text(f"""
+data: configs/data/digits.yaml
+trainer: {{max_steps: 1}}
+teacher: {{job: fit, model: {mlp}}}
+family: {{job: distill, teacher: teacher, model: {{small: {mlp}, tiny: {mlp}}}}}
+bought: {{job: compare, teacher: teacher, students: [family/tiny, {source}]}}
+""")
+    with pytest.raises(recipe.RecipeError) as caught:
+        check(recipe.read(tmp_path / "r.yaml"))
+    assert str(caught.value).endswith(message)

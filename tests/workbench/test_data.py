@@ -704,7 +704,9 @@ def test_the_hub_offline_is_named():
 
 
 def test_missing_parquet_is_named(parquet, tmp_path):
-    for root in ("./nowhere", "$NOT_SET/cifar", str(parquet / "train.parquet")):
+    with pytest.raises(ValueError, match="environment variable NOT_SET is not set: put NOT_SET="):
+        ParquetImages("$NOT_SET/cifar")
+    for root in ("./nowhere", str(parquet / "train.parquet")):
         with pytest.raises(ValueError, match=r"no such folder; set root to the folder that holds train\.parquet"):
             ParquetImages(root).setup()
     (parquet / "test.parquet").unlink()
@@ -796,7 +798,7 @@ def test_shards_of_several_sizes_are_named(tmp_path):
         ("IDXImages", {"root": "x", "validation": 9}),
         ("IDXImages", {"root": "x", "augment": True, "views": 8}),
         ("ParquetImages", {"root": "owner/name", "augment": {"padding": 2, "flip": False}}),
-        ("ParquetImages", {"root": "$DATA/x", "augment": False, "channels": 1}),
+        ("ParquetImages", {"root": "~/x", "augment": False, "channels": 1}),
     ],
 )
 def test_modules_from_a_config(name, arguments):

@@ -284,6 +284,24 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
         "model.init_args.widht",
         "LeNet300 has no such argument; allowed: activation, classes, norm, init",
     ),
+    (
+        "distill",
+        {"losses": {"soft": {"loss": {"class_path": "distill.losses.SoftTarget", "init_args": {"temperature": -4}}}}},
+        "losses.soft",
+        "temperature is -4.0: a positive number is needed, usually 1 to 10",
+    ),
+    (
+        "distill",
+        {"losses": {"hint": {"loss": "distill.losses.Hint"}}},
+        "losses.hint",
+        "Hint compares features: say which, student: layers.1",
+    ),
+    (
+        "distill",
+        {"losses": {"hard": {"weight": -1}}},
+        "losses.hard",
+        "weight is -1.0: give a finite number of at least 0",
+    ),
     ("distill", {"precision": "fp8"}, "precision", "is 'fp8': expected 'bf16' or 'int8' or null"),
     ("export", {"of": "x", "values": None}, "values", "is null: expected 'float32' or 'float16' or 'bfloat16'"),
 ]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from workbench.located import located
+from workbench.located import expanded, located
 
 
 def test_names_and_paths_stay(monkeypatch):
     monkeypatch.setenv("SOMEWHERE", "/there")
-    for name in ("owner/name", "name", "./a", "/a b/c", "packages:x", "$NOT_SET/x"):
+    for name in ("owner/name", "name", "./a", "/a b/c", "packages:x"):
         assert located(name) == name
     assert located("$SOMEWHERE/x") == "/there/x"
     assert located(Path("~/x")) == os.path.expanduser("~/x")
@@ -60,3 +60,15 @@ def test_what_is_not_there_is_named(package, name, message):
 def test_it_is_light():
     code = "import sys, workbench.located; print(*{'torch', 'transformers'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.setenv("SET", "/somewhere")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert expanded("$SET/a/${SET}") == "/somewhere/a//somewhere"
+    for name in ("$NOT_SET/mnist", "${NOT_SET}/mnist"):
+        with pytest.raises(ValueError, match="NOT_SET is not set: put NOT_SET=/folder/of/data before the command"):
+            expanded(name)
+    with pytest.raises(ValueError, match="EMPTY is not set"):
+        located("$SET/$EMPTY/mnist")

@@ -81,7 +81,7 @@ def test_half_precision_is_scored_in_float32():
 
 
 def test_a_padding_label_that_was_not_announced_is_an_error():
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="labels go from -100 to 1"):
         Classification(4).loss(torch.randn(2, 4), (None, torch.tensor([1, -100])))
 
 
@@ -344,3 +344,8 @@ def test_wrong_language_outputs_are_named():
         task.output(BaseModelOutput(last_hidden_state=torch.zeros(1)))
     with pytest.raises(ValueError, match=r"logits are \[2, 5, 7\] for targets \[2, 4\], expected \[2, 4, 7\]"):
         task.loss(torch.zeros(2, 5, 7), sequences())
+
+
+def test_a_label_that_is_no_class_is_named():
+    with pytest.raises(ValueError, match="labels go from 0 to 6 and logits score 3 classes"):
+        cross_entropy(torch.randn(3, 3), torch.tensor([0, 6, -1]), ignore_index=-1)

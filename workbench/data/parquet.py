@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.data.augment import Augment
 from workbench.data.images import ImageModule
+from workbench.located import expanded
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
@@ -194,7 +195,7 @@ class ParquetImages(ImageModule):
         )
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: give 3 for colours or 1 for grey levels.")
-        self.root = os.path.expanduser(os.path.expandvars(root))
+        self.root = expanded(root)
         self.image, self.label, self.channels = image, label, channels
 
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

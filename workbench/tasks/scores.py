@@ -29,19 +29,29 @@ def cross_entropy(
         targets: y, int64 [...].
         label_smoothing: s in [0, 1).
         ignore_index: The target of positions that do not count.
+
+    Raises:
+        ValueError: On CPU, if a label is no class.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     skip = _NOTHING if ignore_index is None else ignore_index
     if ignore_index is not None:
         # Before the softmax: whatever stands at such a position, NaN too, must not reach the gradient of the others.
         logits = logits.masked_fill((targets == skip)[..., None], 0.0)
-    total = F.cross_entropy(
-        logits.flatten(0, -2),
-        targets.flatten(),
-        ignore_index=skip,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+    try:
+        total = F.cross_entropy(
+            logits.flatten(0, -2),
+            targets.flatten(),
+            ignore_index=skip,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    except IndexError as error:  # on a GPU the device says so, later
+        known = targets[targets != skip]
+        raise ValueError(
+            f"labels go from {int(known.min())} to {int(known.max())} and logits score {logits.shape[-1]} classes: "
+            "give the model as many outputs as there are classes"
+        ) from error
     return total / counted(targets, ignore_index).sum().clamp(min=1)
 
 
