@@ -3,7 +3,8 @@
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def same_random_state(seed: int | None = None) -> Iterator[None]:
+    """Inside, python, numpy and torch draw as they please, from ``seed`` if given; afterwards all is as it was."""
+    state = random_state()
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - the global one
+            torch.manual_seed(seed)
+        yield
+    finally:
+        set_random_state(state)
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:

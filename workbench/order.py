@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
+# What a loader is made with besides its data set and its order.
 _OPTIONS = (
     "num_workers",
     "collate_fn",
@@ -135,6 +136,11 @@ def stream(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
 
 
+def options_of(loader: DataLoader) -> dict[str, Any]:
+    """What ``loader`` was made with besides its data set and its order: arguments for another one."""
+    return {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
+
+
 def ordered(loader: Any, seed: int, rank: int = 0, world: int = 1) -> Any:
     """``loader`` with its order made a function of (seed, epoch) and split over the ranks.
 
@@ -179,5 +185,5 @@ def _ordered(loader: Any, seed: int, rank: int, world: int) -> Any:
     if getattr(sampler, "replacement", False) or len(sampler) != size:  # type: ignore[arg-type]
         return loader
     order = EpochOrder(size, seed, shuffle, rank, world, loader.drop_last)
-    kept = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
+    kept = options_of(loader)
     return OrderedLoader(loader.dataset, order, loader.batch_size, loader.drop_last, **kept)

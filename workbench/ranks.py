@@ -15,6 +15,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
+def world() -> int:
+    """How many processes there are in the process group; 1 without one."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if grouped else 1
+
+
 def check_ranks_agree(network: nn.Module) -> None:
     """Make sure that data-parallel ranks hold the same parameters, bit for bit.
 

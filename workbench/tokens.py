@@ -1,10 +1,19 @@
 """Which positions of a batch of token sequences count, and the shift of a causal model. Imports torch only."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 IGNORED = -100
 """The label of positions that do not count, by the habit of torch and transformers."""
+
+
+def tokens_of(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are none of its padding, by its ``attention_mask``: bool [B, L]; None without one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def shift(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

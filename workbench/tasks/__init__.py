@@ -1,6 +1,6 @@
 """Tasks: what a kind of problem needs besides a model - how to read a batch, a loss, metrics."""
 
-from workbench.tasks.base import Task, logits_of
+from workbench.tasks.base import Task, find_logits, logits_of
 from workbench.tasks.classification import Classification
 from workbench.tasks.imitation import Embedding, Imitation
 from workbench.tasks.language import LanguageModelling
@@ -16,5 +16,6 @@ __all__ = [
     "Perplexity",
     "Task",
     "cross_entropy",
+    "find_logits",
     "logits_of",
 ]

@@ -52,18 +52,21 @@ class Task(nn.Module, ABC):
         """Fresh metrics, updated with (output, targets), computed under ``prefix + name``."""
 
 
-def logits_of(raw: Any) -> Tensor:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output.
+def find_logits(raw: Any) -> Tensor | None:
+    """The tensor itself, or ``logits`` of a mapping or of a transformers output; None if there are none."""
+    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def logits_of(raw: Any, who: str = "the model") -> Tensor:
+    """What :func:`find_logits` finds in the output of ``who``.
 
     Raises:
         ValueError: If there are none.
     """
-    logits = raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
-    if logits is None and isinstance(raw, Mapping):
-        logits = raw.get("logits")
-    if isinstance(logits, Tensor):
+    if (logits := find_logits(raw)) is not None:
         return logits
     raise ValueError(
-        f"the model returned {type(raw).__name__} without logits: return a tensor, or an output or a "
+        f"{who} returned {type(raw).__name__} without logits: return a tensor, or an output or a "
         "mapping with 'logits' (in transformers a model with a head)."
     )
