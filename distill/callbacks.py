@@ -17,16 +17,16 @@ from distill.lesson import (
     average_gradients,
     elapsed,
     lesson_of,
-    logits_of,
     make_projectors,
     objective_of,
     opened,
-    tokens_of,
 )
 from distill.losses import LogitLoss
 from distill.objective import Seen, Term
 from workbench.means import GlobalMean, Means
 from workbench.module import Step, SupervisedModule
+from workbench.tasks import logits_of
+from workbench.tokens import tokens_of
 
 
 class _Call(NamedTuple):
@@ -240,7 +240,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
         [call] = calls
-        seen = Seen(logits_of(call.output, "student"), call.features)
+        seen = Seen(logits_of(call.output, "the student"), call.features)
         lesson = Seen(None)
         if new or self.objective.asks_teacher(weights):
             places = self.objective.teacher_places(None if new else weights)

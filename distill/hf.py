@@ -17,18 +17,20 @@ from distill.features import capture
 from distill.labelling import Positions, labelling, scored
 from distill.lesson import (
     AnyTeacher,
+    asleep,
     average_gradients,
     lesson_of,
-    logits_of,
     make_projectors,
     objective_of,
     opened,
-    same_random_state,
-    tokens_of,
 )
 from distill.objective import Seen, Term
+from workbench.continuation import same_random_state
 from workbench.files import replacing
-from workbench.means import Means, everyone
+from workbench.means import Means
+from workbench.ranks import everyone
+from workbench.tasks import logits_of
+from workbench.tokens import tokens_of
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -120,7 +122,7 @@ class DistillationMixin(_Trainer):
         positions = scored(inputs, self._labelling)
         with capture(model, self.objective.student_places(weights=weights)) as features:
             own, outputs = self._own(model, inputs, weights)
-            logits = positions.of(logits_of(outputs, "model"))
+            logits = positions.of(logits_of(outputs))
             seen = Seen(logits, features.take())
         valid, labels = positions.shaped(logits)
         # As the model: half precision is cast inside of its forward only.
@@ -255,24 +257,19 @@ class DistillationMixin(_Trainer):
         """Features of the first samples, by which projectors are measured."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "projectors between unequal widths do not go with FSDP or DeepSpeed: compare features of equal widths, "
-                "by a loss that needs no projector such as SimilarityPreserving, or train with DDP"
+                "projectors, which Hint and Cosine have at any width, do not go with FSDP or DeepSpeed: compare "
+                "features by SimilarityPreserving, RKD, AttentionRelation or AttentionTransfer, or train with DDP"
             )
         with same_random_state():
             loader = self.get_train_dataloader()
             batch: Any = loader.collate_fn(_first(loader.dataset, 2))
             inputs, model = self._prepare_inputs(batch), self.model
             assert model is not None
-            modes = {module: module.training for module in model.modules()}
             places, taught = self.objective.student_places(), inputs.pop(_TAUGHT, None)
-            try:
-                with self.accelerator.autocast(), capture(model.eval(), places) as features:
-                    model(**inputs)
-                    seen = Seen(None, features.take())
-                    return seen, self._lesson(inputs, taught, scored(inputs, self._labelling), None)
-            finally:
-                for module, mode in modes.items():
-                    module.training = mode
+            with asleep(model), self.accelerator.autocast(), capture(model, places) as features:
+                model(**inputs)
+                seen = Seen(None, features.take())
+                return seen, self._lesson(inputs, taught, scored(inputs, self._labelling), None)
 
     def _check(self) -> None:
         if self.args.n_gpu > 1:

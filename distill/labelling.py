@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from distill.lesson import tokens_of
-from workbench.tokens import IGNORED, valid_tokens
+from workbench.tokens import IGNORED, tokens_of, valid_tokens
 
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 

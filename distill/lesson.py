@@ -12,8 +12,11 @@ from distill.cache import CachedTeacher, open_teacher
 from distill.features import matches
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
-from workbench.continuation import random_state, set_random_state
+from workbench.continuation import same_random_state
+from workbench.ranks import world
 from workbench.source import Source
+from workbench.tasks import logits_of
+from workbench.tokens import tokens_of as tokens_of
 
 AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
 
@@ -42,26 +45,6 @@ def objective_of(
     if (temperature, alpha) != (4.0, 0.9):
         raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
     return Objective(losses, members)
-
-
-def logits_of(output: Any, who: str) -> Tensor:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ValueError(
-        f"the {who} returned {type(output).__name__} without logits: return a tensor or an output with them"
-    )
-
-
-def tokens_of(named: Any) -> Tensor | None:
-    """Which tokens of a padded batch are none of the padding, bool [B, L]; None if there is no such mask."""
-    mask = named.get("attention_mask") if isinstance(named, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def lesson_of(
@@ -103,7 +86,7 @@ def lesson_of(
         )
     named = {name: value for name, value in kwargs.items() if name != "labels"}
     raw, features = teacher.outputs(args, named, places)
-    return Seen(score(logits_of(raw, "teacher")) if logits else None, features)
+    return Seen(score(logits_of(raw, "the teacher")) if logits else None, features)
 
 
 def _check_kept(taught: Mapping[str, Any], features: Mapping[str, Any], places: Sequence[str], logits: bool) -> None:
@@ -125,14 +108,14 @@ def make_projectors(objective: Objective, student: Seen, teacher: Seen) -> None:
     with same_random_state(), torch.no_grad():
         objective.prepare(student.features, teacher.features)
     objective.projectors.requires_grad_(True).train()
-    if _ranks() > 1:
+    if world() > 1:
         for value in objective.projectors.state_dict().values():
             torch.distributed.broadcast(value, 0)
 
 
 def average_gradients(objective: Objective) -> None:
     """Make the gradients of the projectors means over all ranks. Called on every rank, after the last backward pass."""
-    if (ranks := _ranks()) == 1:
+    if (ranks := world()) == 1:
         return
     for parameter in objective.projectors.parameters():
         if parameter.grad is not None:
@@ -141,13 +124,15 @@ def average_gradients(objective: Objective) -> None:
 
 
 @contextmanager
-def same_random_state() -> Iterator[None]:
-    """Inside, python, numpy and torch draw as they please; afterwards their generators are as they were."""
-    state = random_state()
+def asleep(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
     try:
+        module.eval()
         yield
     finally:
-        set_random_state(state)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def elapsed(trainer: Any, unit: str) -> float:
@@ -157,8 +142,3 @@ def elapsed(trainer: Any, unit: str) -> float:
     if unit == "it":
         return float(trainer.global_step)
     return trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
-
-
-def _ranks() -> int:
-    on = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if on else 1

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from distill.int8 import quantize
 from workbench import artifact
 from workbench.architecture import describe
+from workbench.tasks import logits_of
 
 Asked = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
@@ -104,7 +105,7 @@ class Teacher:
             raise ValueError(f"features {names} are asked of {what}: only a single network has them")
         if len(self._members) == 1:
             return self._members[0].ask(args, kwargs, names)
-        answers = [_logits(member.ask(args, kwargs, [])[0]) for member in self._members]
+        answers = [logits_of(member.ask(args, kwargs, [])[0], "a teacher to be averaged") for member in self._members]
         if odd := [list(each.shape) for each in answers if each.shape != answers[0].shape]:
             raise ValueError(
                 f"teachers to be averaged give logits {list(answers[0].shape)} and {odd[0]}: "
@@ -245,16 +246,6 @@ def _shares(weights: Sequence[float] | None, count: int, several: bool) -> list[
     if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
         raise ValueError(f"weights is {list(weights)}: give finite numbers of at least 0, one of them above")
     return [weight / sum(weights) for weight in weights]
-
-
-def _logits(output: Any) -> Tensor:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ValueError(
-        f"a teacher to be averaged returned {type(output).__name__} without logits: average teachers that have them"
-    )
 
 
 def _digest_of_network(network: nn.Module) -> bytes:

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 from distill.cache.sampling import Drawn, draw, stream
 from distill.cache.store import Entry, dtype_name
 from distill.teacher import Teacher
-from workbench.tasks import Task
+from workbench.tasks import Task, find_logits
+from workbench.tokens import tokens_of
 
 
 class Answer(NamedTuple):
@@ -57,7 +58,12 @@ class Asker:
         args, kwargs = inputs_of(batch) if self.task is None else self.task.inputs(batch)
         args, kwargs = tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
         raw, features = self.teacher.outputs(args, kwargs, self.features)
-        logits = logits_of(raw, bool(features))
+        logits = find_logits(raw)
+        if logits is None and not features:
+            raise ValueError(
+                f"the teacher returned {type(raw).__name__} without logits: name features to keep, or wrap it to "
+                "return a tensor"
+            )
         if logits is not None and self.draws:
             # Of a padded lm head: what a student is not scored on is not drawn either.
             logits = logits[..., : getattr(self.task, "vocabulary", None)]
@@ -69,7 +75,9 @@ class Asker:
                     f"'{name}' is {value.dtype} {list(value.shape)} for a batch of {count}: only numbers with a row a "
                     "sample can be kept"
                 )
-        return Answer({name: value.detach().cpu() for name, value in values.items()}, mask_of(batch))
+        mask = tokens_of(batch)
+        kept = {name: value.detach().cpu() for name, value in values.items()}
+        return Answer(kept, None if mask is None else mask.cpu())
 
     def entries(self, answer: Answer) -> dict[str, Entry]:
         """How each of the values is stored, read off one answer."""
@@ -148,25 +156,6 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, (tuple, list)):
         return tuple(batch[:-1] if len(batch) > 1 else batch), {}
     return (batch,), {}
-
-
-def logits_of(raw: Any, optional: bool) -> Tensor | None:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output; None if there are none and may be."""
-    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
-    if isinstance(logits, Tensor):
-        return logits
-    if optional:
-        return None
-    raise ValueError(
-        f"the teacher returned {type(raw).__name__} without logits: name features to keep, or wrap it to "
-        "return a tensor"
-    )
-
-
-def mask_of(batch: Any) -> Tensor | None:
-    """Bool [B, L], True at a sample's own positions, of a batch with ``attention_mask``."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool().cpu() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _narrowed(name: str, value: Tensor, dtype: str) -> Tensor:

@@ -4,9 +4,7 @@ import functools
 import hashlib
 import json
 import pickle
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from workbench.continuation import same_random_state
 from workbench.order import At
 
 DIGEST = 8
 _TRIED, _BLOCK = 16, 2**17
-# What a loader is made with besides its data set, its order and what puts a batch together.
-OPTIONS = (
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
 
 
 class Identified(Dataset):
@@ -158,12 +145,12 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
     indices = [At(index, view % views) for view, index in enumerate(range(0, len(dataset), step))][:_TRIED]
     made: list[tuple[Tensor, bytes]] = []
     for seed in (1, 2):
-        with _random_state(seed):
+        with same_random_state(seed):
             first = digests(fetch(dataset, indices), len(indices))
         # The samples of the first time, so that only the collate_fn can make a difference.
-        with _random_state(3):
+        with same_random_state(3):
             data = fetch(dataset, indices)
-        with _random_state(seed):
+        with same_random_state(seed):
             made.append((first, digest(collate(data))))
     (one, batch), (other, again) = made
     if odd := [int(index) for index, a, b in zip(indices, one, other) if not torch.equal(a, b)]:
@@ -265,18 +252,3 @@ def _numbers(name: str, count: int) -> np.ndarray:
     """Random 64-bit numbers that belong to ``name``; numpy promises that its bit generators' streams stay the same."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return np.random.PCG64(seed).random_raw(count)
-
-
-@contextmanager
-def _random_state(seed: int) -> Iterator[None]:
-    """Inside, the global generators start from ``seed``; afterwards they are as they were."""
-    theirs, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - what transforms draw from
-    with torch.random.fork_rng(devices=[]):
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            yield
-        finally:
-            random.setstate(theirs)
-            np.random.set_state(numpys)  # noqa: NPY002

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.cache import store as disk
-from distill.cache.asking import mask_of
-from distill.cache.items import OPTIONS, Collated, Identified, check_loader, probe, tokenizer_digest, views_of
+from distill.cache.items import Collated, Identified, check_loader, probe, tokenizer_digest, views_of
 from distill.teacher import Asked, Teacher
+from workbench.order import options_of
+from workbench.tokens import tokens_of
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -93,8 +94,8 @@ class CachedTeacher:
         if self.verify:
             found.compare({} if tokenizer is None else {"tokenizer": tokenizer})
             found.compare(probe(loader.dataset, loader.collate_fn))
-        options = {name: getattr(loader, name) for name in OPTIONS if hasattr(loader, name)}
-        options |= {
+        options = {
+            **options_of(loader),
             "collate_fn": Collated(loader.collate_fn, partial(_taught, found)),
             "generator": loader.generator,
         }
@@ -241,7 +242,7 @@ class _Split:
 
 
 def _taught(split: _Split, batch: Any, indices: list[int], digests: Tensor | None) -> Taught:
-    return Taught(batch, split.look_up(indices, digests, mask_of(batch)))
+    return Taught(batch, split.look_up(indices, digests, tokens_of(batch)))
 
 
 class _Places:

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from distill.cache import store as disk
 from distill.cache.asking import Asker, join
 from distill.cache.items import (
-    OPTIONS,
     Collated,
     Identified,
     check_loader,
@@ -31,7 +30,7 @@ from distill.cache.items import (
 )
 from distill.teacher import Asked, Teacher
 from workbench import progress
-from workbench.order import At
+from workbench.order import At, options_of
 from workbench.tasks import Task
 
 Store = Literal["full", "sampled"]
@@ -230,14 +229,17 @@ class _Source:
         if not parts:
             return
         batches = {part: list(self._batches(part)) for part in parts}
-        options = {name: getattr(self.loader, name) for name in OPTIONS if hasattr(self.loader, name)}
         read = iter(
             DataLoader(
                 Identified(self.dataset),
                 batch_sampler=[rows for part in parts for _, rows in batches[part]],  # type: ignore[arg-type]
-                collate_fn=Collated(self.collate, _with_digests),  # type: ignore[arg-type] - of what Identified gives
                 generator=torch.Generator(),  # making an iterator draws a seed: not from the global state
-                **{**options, "pin_memory": False, "persistent_workers": False},
+                **{
+                    **options_of(self.loader),
+                    "collate_fn": Collated(self.collate, _with_digests),
+                    "pin_memory": False,
+                    "persistent_workers": False,
+                },
             )
         )
         for part in parts:

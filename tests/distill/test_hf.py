@@ -33,7 +33,7 @@ from transformers import (
 from distill import DistillationCallback, DistillationMixin, DistillationTrainer, DistillModule
 from distill.cache import CachedTeacher, cache_teacher
 from distill.labelling import labelling, scored
-from distill.losses import DKD, Hint, SimilarityPreserving, SoftTarget, soft_target
+from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
 from distill.objective import Objective, Term
 from tests.together import together
 from workbench.duration import Duration
@@ -610,6 +610,19 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     answers = bert(BertForQuestionAnswering, 4, num_labels=2)
     with pytest.raises(ValueError, match="the model returned QuestionAnsweringModelOutput without logits"):
         trained(tmp_path, answers, expert(), rows)
+
+
+def test_where_no_projectors_go_losses_without_them_are_named(tmp_path: Path) -> None:
+    trainer: Any = DistillationTrainer(
+        classifier(), arguments(tmp_path), train_dataset=sentences(), teacher=expert(), losses=HINTS
+    )
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"^projectors, which .* do not go with FSDP or DeepSpeed") as refused:
+        trainer.create_optimizer()
+    needing, remedy = str(refused.value).split(" do not go with ")
+    kinds = [kind for kind in FeatureLoss.__subclasses__() if kind.__module__.startswith("distill.")]
+    assert {kind.__name__ in remedy for kind in kinds if not kind.projects} == {True}
+    assert {(kind.__name__ in needing, kind.__name__ in remedy) for kind in kinds if kind.projects} == {(True, False)}
 
 
 def test_a_new_model_gets_new_projectors(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 import functools
 import os
-import random
 from typing import Any
 
 import lightning.pytorch as lp
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -17,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, Teacher, capture, losses
-from distill.lesson import lesson_of, logits_of, objective_of, same_random_state
+from distill.lesson import asleep, lesson_of, objective_of
 from distill.losses import Hint, SoftTarget
 from distill.objective import Term
 from tests.together import together
@@ -178,23 +176,21 @@ def test_a_cache_without_what_is_wanted_is_told_from_one_with_it() -> None:
 
 def test_what_is_no_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="the teacher returned list without logits"):
-        logits_of([], "teacher")
+        lesson_of(Teacher(list), (), {})
     with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
         objective_of(2.0, 0.9, TERMS)
 
 
-def test_the_random_state_is_kept_also_after_an_exception() -> None:
-    def draw() -> list[float]:
-        return [random.random(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
-
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
-    expected = draw()
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+def test_modes_of_all_parts_come_back_also_after_an_exception() -> None:
+    module = network(1)
+    module[1].eval()
+    before = [part.training for part in module.modules()]
 
     def fail() -> None:
-        assert draw() == expected
+        assert not any(part.training for part in module.modules())
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), same_random_state():
+    with pytest.raises(RuntimeError, match="stop"), asleep(module):
         fail()
-    assert draw() == expected
+    assert [part.training for part in module.modules()] == before
+    assert {True, False} == set(before)
