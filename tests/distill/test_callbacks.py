@@ -633,6 +633,28 @@ def test_a_cache_that_lacks_what_a_term_compares_is_refused(tmp_path: Path) -> N
         fit(theirs(), callback, loader=callback.attach(data(16)))
 
 
+def _weighed(loader: DataLoader, **options: Any) -> list[Tensor]:
+    module = TaskModule(network(), Classification(3), SGD)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    callback = DistillationCallback(teacher(), losses={"soft": Term(SoftTarget()), "hint": HINTS["hint"]})
+    fit(module, callback, loader=loader, max_epochs=3, accumulate_grad_batches=2, **options)
+    return weights(callback.objective) + weights(module)
+
+
+def _weighed_on_ranks() -> Any:
+    own = DataLoader(Subset(data(10).dataset, range(int(os.environ["RANK"]), 10, 2)), 4)
+    return [each.tolist() for each in _weighed(own, devices=2, strategy="ddp", use_distributed_sampler=False)]
+
+
+def test_micro_batches_on_two_ranks_count_by_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    same_projectors(monkeypatch)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    one, other = together(_weighed_on_ranks)
+    assert one == other
+    for mine, found in zip(_weighed(DataLoader(data(10).dataset, 8)), one, strict=True):
+        torch.testing.assert_close(mine, torch.tensor(found))
+
+
 def test_losses_that_need_labels_find_them() -> None:
     losses = {"decoupled": Term(DKD(), 0.5), "hard": Term(None)}
     module = theirs()
