@@ -328,7 +328,7 @@ class _Chunked(torch.autograd.Function):
         wide = torch.float64 if torch.float64 in (ws.dtype, wt.dtype) else torch.float32
         need_h, need_w, need_b = (settings.grad and need for need in ctx.needs_input_grad[:3])
         with torch.autocast(device, enabled=False):
-            student, teacher = _cast(ws, bs, dtype), _cast(wt, bt, casts or wt.dtype)
+            student, teacher = _cast(ws, bs, dtype), _cast(wt, bt, wt.dtype)
             gh = torch.empty_like(hs) if need_h else None
             gw = torch.zeros_like(ws, dtype=wide) if need_w else None
             gb = torch.zeros_like(bs, dtype=wide) if need_b and bs is not None else None

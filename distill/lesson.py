@@ -16,7 +16,6 @@ from workbench.continuation import same_random_state
 from workbench.ranks import world
 from workbench.source import Source
 from workbench.tasks import logits_of
-from workbench.tokens import tokens_of as tokens_of
 
 AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
 

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
 from distill.language import check_headless, chunked_terms, headless
-from distill.lesson import AnyTeacher, elapsed, lesson_of, objective_of, opened, same_random_state, tokens_of
+from distill.lesson import AnyTeacher, asleep, elapsed, lesson_of, objective_of, opened
 from distill.losses import SoftTarget
 from distill.objective import Seen, Term
 from distill.teacher import Teacher
-from workbench.continuation import random_state, set_random_state
+from workbench.continuation import random_state, same_random_state, set_random_state
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
 from workbench.source import Source
 from workbench.tasks import Imitation, LanguageModelling, Task
+from workbench.tokens import tokens_of
 from workbench.training import check_namespace, task_for, train_and_save, trains
 
 
@@ -133,12 +134,8 @@ class DistillModule(SupervisedModule):
         state = random_state()
         for member, student in self.members.items():
             set_random_state(state)
-            modes = {module: module.training for module in student.modules()}
-            try:
-                seen = self._seen(student.eval(), args, kwargs, self.objective.student_places(member))
-            finally:
-                for module, mode in modes.items():
-                    module.training = mode
+            with asleep(student):
+                seen = self._seen(student, args, kwargs, self.objective.student_places(member))
             self.objective.prepare(seen.features, lesson.features, member)
 
     def step(self, batch: Any) -> Step:

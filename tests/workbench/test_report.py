@@ -784,12 +784,21 @@ def test_classes_go_by_their_names(tmp_path):
 
 def test_the_terminal_says_in_one_line_what_distillation_bought(tmp_path):
     run = written(tmp_path / "run", distilled())
-    gains = [s["gain"] for s in compared()["comparison"]["students"].values()][1:]
-    told = [f"{100 * gain:+.2f}".replace("-", MINUS).replace("+0.00", "0.00") for gain in gains]
+    students = {name: s for name, s in compared()["comparison"]["students"].items() if name != "alone"}
+
+    def points(share: float) -> str:
+        return f"{100 * share:+.2f}".replace("-", MINUS).replace("+0.00", "0.00")
+
+    ends = {name: s["paired"]["interval"] for name, s in students.items()}
+    told = [
+        f"{name} {points(s['gain'])} ({points(ends[name]['low'])} to {points(ends[name]['high'])})"
+        for name, s in students.items()
+    ]
     line = (
-        "bought: what distillation bought over alone, 90.00% test accuracy: "
-        f"smoothing {told[0]}, many/small {told[1]}, many/tiny {told[2]} points; teacher 98.06% (n = 360 samples)."
+        f"bought: what distillation bought over alone, 90.00% test accuracy: {', '.join(told)} points; "
+        "teacher 98.06% (n = 360 samples)."
     )
+    assert len(told) == 3
     assert line in " ".join(terminal(summary(run)).split())
 
 

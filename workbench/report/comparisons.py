@@ -76,7 +76,7 @@ def names(found: Comparison) -> list[str]:
 
 def sentence(stage: str, found: Comparison) -> str:
     """The gains in one line, for a terminal."""
-    told = [f"{s.name} {ACCURACY.change(s.gain)}" for s in _others(found) if s.gain is not None]
+    told = [f"{s.name} {ACCURACY.change(s.gain)}{_range(s, ' (', ')')}" for s in _others(found) if s.gain is not None]
     base = next((s for s in found.students if s.name == found.baseline), None)
     text = f"{stage}: what distillation bought"
     if base is None or not told:
@@ -141,13 +141,17 @@ def _number(network: Scored, score: str) -> Cell:
 def _gain(found: Comparison, network: Scored) -> Cell:
     if network.gain is None or network.name == found.baseline or network is found.teacher:
         return Cell(DASH)
-    paired, notes = network.paired, []
-    if "low" in paired and "high" in paired:
-        notes.append(f"{ACCURACY.change(paired['low'])} to {ACCURACY.change(paired['high'])}")
-    p = paired.get("p_holm", paired.get("p"))
+    notes = list(filter(None, [_range(network)]))
+    p = network.paired.get("p_holm", network.paired.get("p"))
     if p is not None:
         notes.append("p < 0.001" if p < 0.001 else f"p = {p:.2g}")
     return Cell(ACCURACY.change(network.gain), ", ".join(notes), str(network.gain))
+
+
+def _range(network: Scored, before: str = "", after: str = "") -> str:
+    """The interval of a student's gain; empty if there is none."""
+    low, high = (network.paired.get(end) for end in ("low", "high"))
+    return "" if low is None or high is None else f"{before}{ACCURACY.change(low)} to {ACCURACY.change(high)}{after}"
 
 
 def _confidence(network: Scored) -> str:
