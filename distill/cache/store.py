@@ -183,7 +183,7 @@ def check_shard(folder: Path, known: Mapping[str, Any], thorough: bool) -> None:
         ValueError: If it is missing, has another size or, where ``thorough``, another SHA-256.
     """
     file = folder / known["file"]
-    remedy = "call cache_teacher again as before, it writes what is missing"
+    remedy = "call cache_teacher again as before, it writes what is missing; of a recipe, remove the stage's folder"
     if not file.is_file():
         raise ValueError(f"{file} is missing, and {INDEX} names it: {remedy}")
     if (size := file.stat().st_size) != known["bytes"]:

@@ -1,0 +1,17 @@
+"""Distilling language models: positions, vocabularies, a loss that never holds [tokens, vocabulary]. Torch only."""
+
+from distill.language.chunked import chunked_soft_target, chunked_terms
+from distill.language.heads import check_headless, check_vocabulary, headless, pad_vocabulary
+from workbench.tokens import IGNORED, shift, valid_tokens
+
+__all__ = [
+    "IGNORED",
+    "check_headless",
+    "check_vocabulary",
+    "chunked_soft_target",
+    "chunked_terms",
+    "headless",
+    "pad_vocabulary",
+    "shift",
+    "valid_tokens",
+]
