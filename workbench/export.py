@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 
 
 def load(folder=Path(__file__).parent):
-    """The network in eval mode, its 16-bit weights widened to float32; the size of the batch is free."""
+    """The network as it answers in eval mode, weights widened to float32; the size of the batch is free."""
     model = torch.export.load(Path(folder) / "graph.pt2").module()
     weights = load_file(Path(folder) / "weights.safetensors")
     state = {name: weights[name].to(old.dtype) for name, old in model.state_dict().items()}
