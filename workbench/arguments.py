@@ -21,7 +21,7 @@ from torch import nn
 
 from workbench import faults, records
 from workbench.architecture import remembered
-from workbench.continuation import random_state, set_random_state
+from workbench.continuation import same_random_state
 from workbench.duration import Duration
 from workbench.jobs import find_jobs
 from workbench.recipe import Recipe, Stage
@@ -207,12 +207,9 @@ def _beside(folder: Path, source: Source) -> Source:
 
 def _build_data(seed: int, class_type: type[DataT], *args: Any, **kwargs: Any) -> DataT:
     """Make a data module from the stage's seed alone: a split drawn here must not depend on the model made before."""
-    state = random_state()
-    seed_everything(seed, workers=True, verbose=False)
-    try:
+    with same_random_state():
+        seed_everything(seed, workers=True, verbose=False)
         return class_type(*args, **kwargs)
-    finally:
-        set_random_state(state)
 
 
 def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from workbench.ranks import everyone
+from workbench.ranks import everyone, world
 
 
 @final
@@ -77,7 +77,7 @@ class GlobalMean:
 
     def weigh(self, loss: Tensor, count: Tensor, trainer: Any) -> Tensor:
         """``loss``, a mean over ``count`` positions, by its share of the update so far. Called on every rank."""
-        ranks = trainer.world_size if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+        ranks = world()
         if ranks == 1 and trainer.accumulate_grad_batches == 1:
             return loss
         mine = count.to(torch.float32)

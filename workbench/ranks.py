@@ -10,15 +10,14 @@ from torch import nn
 
 def rank() -> int:
     """This process's global rank: of the process group if there is one, else as the launcher says."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _grouped():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def world() -> int:
     """How many processes there are in the process group; 1 without one."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if grouped else 1
+    return torch.distributed.get_world_size() if _grouped() else 1
 
 
 def check_ranks_agree(network: nn.Module) -> None:
@@ -27,7 +26,7 @@ def check_ranks_agree(network: nn.Module) -> None:
     Raises:
         RuntimeError: If they do not: then what rank 0 is about to save is not what was trained.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _grouped():
         return
     digest = hashlib.sha256()
     for parameter in network.parameters():
@@ -39,7 +38,7 @@ def check_ranks_agree(network: nn.Module) -> None:
 
 def barrier() -> None:
     """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _grouped():
         torch.distributed.barrier()
 
 
@@ -49,7 +48,7 @@ def check_world_size(world_size: int) -> None:
     Raises:
         ValueError: If torchrun's or Lightning's launcher started another number of processes than ``world_size``.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _grouped():
         launched = torch.distributed.get_world_size()
     elif "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,8 +64,12 @@ def check_world_size(world_size: int) -> None:
 
 def everyone(value: Any) -> list[Any]:
     """What every rank has in place of ``value``, by rank. Called on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _grouped():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
