@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prune.schedule import check_density, kept
-from prune.structure import keep_top_k
+from prune.selection import keep_top_k
 
 
 class Allocation(Protocol):

@@ -188,6 +188,16 @@ class Masks(Mapping[str, Tensor]):
                     if key != "step" and isinstance(value, Tensor) and value.shape == member.parameter.shape:
                         _fill(value, member.seen(self[name]))
 
+    def obeyed_by(self, model: nn.Module) -> bool:
+        """Whether the masks fit ``model`` and everything they prune is zero in it."""
+        known = dict(model.named_parameters(remove_duplicate=False))
+        return all(
+            name in known
+            and known[name].shape == mask.shape
+            and not known[name].detach()[~mask.to(known[name].device)].any()
+            for name, mask in self.items()
+        )
+
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The masked parameters by name, after checking that names and shapes belong."""
         known = dict(model.named_parameters(remove_duplicate=False))

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for name in ("workbench", "distill", "prune") for path in (ROOT / name).rglob("*.py"))
 FORBIDDEN = {"workbench": {"distill", "prune"}, "distill": {"prune"}, "prune": {"distill"}}
 TORCH_ONLY = {
-    "prune": ("masks", "structure", "criteria", "allocation", "schedule", "pruner", "storage"),
+    "prune": (
+        *("masks", "keeping", "selection", "structure", "criteria", "allocation", "schedule", "pruner", "storage"),
+        *("policies", "snapshot", "accounting"),
+    ),
     "distill": ("losses", "features", "language", "int8"),
 }
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
@@ -61,7 +64,7 @@ def test_the_pure_files_import_torch_only(path: Path) -> None:
     allowed = {"torch", "safetensors", "workbench", package, *sys.stdlib_module_names}
     assert tops(path) <= allowed
     shared = {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")}
-    assert shared <= {"workbench.bits", "workbench.tokens"}
+    assert shared <= {f"workbench.{name}" for name in ("anatomy", "bits", "duration", "ranks", "tokens")}
     inside = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
     assert inside <= set(TORCH_ONLY[package]), "and of their own package only one another"
 

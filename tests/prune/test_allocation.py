@@ -8,7 +8,8 @@ from torch import Tensor
 
 from prune.allocation import ALLOCATIONS, Allocation, Global, LayerwiseAsPaper, Uniform
 from prune.schedule import geometric, kept
-from prune.structure import Unstructured, keep_top_k
+from prune.selection import keep_top_k
+from prune.structure import Unstructured
 
 LENET = {"fc1": 784 * 300, "fc2": 300 * 100, "out": 100 * 10}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from lightning.pytorch import Callback
 from pytorch_lightning import Callback as OtherCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune.masks import Handle, Masks, pack, unpack
 from prune.pruner import Pruner
@@ -144,7 +144,7 @@ class GradualPruning(_Masking):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the masks of a checkpoint or of the fit before, or start anew; prune if it is time already."""
-        if self.masks is not None and (self._restored or _obeys(network_of(pl_module), self.masks)):
+        if self.masks is not None and (self._restored or self.masks.obeyed_by(network_of(pl_module))):
             self._mask(trainer, pl_module, self.masks)
         else:
             self.masks, self._target, self._moment, self._share = None, math.inf, -1.0, 1.0
@@ -223,14 +223,3 @@ def _check_ranks(trainer: Any, masks: Masks) -> None:
     first = trainer.strategy.broadcast(mine)
     if first != mine:
         raise ValueError(f"rank {trainer.global_rank} holds mask {mine[:12]}, rank 0 {first[:12]}: share one mask")
-
-
-def _obeys(network: nn.Module, masks: Masks) -> bool:
-    """Whether the masks fit the network and everything they prune is zero in it."""
-    known = dict(network.named_parameters(remove_duplicate=False))
-    return all(
-        name in known
-        and known[name].shape == mask.shape
-        and not known[name].detach()[~mask.to(known[name].device)].any()
-        for name, mask in masks.items()
-    )

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune.structure import Unstructured, keep_top_k, top_k_mask
+from prune.selection import keep_top_k, top_k_mask
+from prune.structure import Unstructured
 
 
 def naive(scores: dict[str, Tensor], k: int, within: dict[str, Tensor] | None = None) -> dict[str, list[bool]]:

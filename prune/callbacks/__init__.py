@@ -1,0 +1,5 @@
+"""Callbacks that make or keep a network sparse in a training somebody already has, in either Lightning namespace."""
+
+from prune.callbacks.masking import GradualPruning, KeepMasked
+
+__all__ = ["GradualPruning", "KeepMasked"]
