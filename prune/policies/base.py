@@ -70,9 +70,7 @@ class Policy(ABC):
     # What drives it
 
     @final
-    def attach(
-        self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], moment: Moment = START
-    ) -> None:
+    def attach(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], moment: Moment = START) -> None:
         """Start at ``moment``, or go on: after :meth:`load_state_dict`, or where ``model`` still obeys the masks held.
 
         Raises:
