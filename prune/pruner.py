@@ -59,7 +59,7 @@ class Pruner:
             ValueError: if a name is unknown, or the criterion needs data.
         """
         self.criterion: Criterion = _parse("criterion", criterion, CRITERIA)
-        if self.criterion.needs_data:
+        if self.criterion.needs_loader:
             raise ValueError(f"criterion '{self.criterion.name}' needs data, but a Pruner looks at weights only")
         self.structure: Structure = _parse("structure", structure, {n: make() for n, make in STRUCTURES.items()})
         self.allocation: Allocation = _parse("allocation", allocation, {n: make() for n, make in ALLOCATIONS.items()})

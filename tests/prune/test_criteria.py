@@ -24,7 +24,7 @@ def test_scores_are_at_least_fp32_and_of_the_weights_shape(name: str, stored: to
     extra = [seeded(0, "w")] if criterion.needs_generator else []
     scores = criterion.score(weight, *extra)
     assert (scores.dtype, scores.shape, scores.requires_grad) == (scored, weight.shape, False)
-    assert not criterion.needs_data
+    assert not criterion.needs_loader
 
 
 def test_registry_says_what_is_needed():

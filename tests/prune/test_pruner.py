@@ -354,7 +354,7 @@ def test_neither_a_name_nor_an_instance(axis: dict[str, Any]):
 
 def test_a_criterion_that_needs_data_is_refused():
     with pytest.raises(ValueError, match="'saliency' needs data"):
-        Pruner(Criterion("saliency", torch.abs, needs_data=True))
+        Pruner(Criterion("saliency", torch.abs, needs_loader=True))
 
 
 def test_repr_shows_every_choice():

@@ -1,0 +1,36 @@
+"""What a weight alone tells of its worth."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w|, any shape, on the weight's device.
+
+    Reference: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015,
+        arXiv:1506.02626.
+    """
+    return precise(weight).abs()
+
+
+def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), any shape; drawn on the CPU and moved to the weight's device, so devices agree.
+
+    Only the weight's shape, device and precision matter. Pass ``seeded(seed, name)`` for draws that depend on
+    nothing but the seed and the parameter's name.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.rand(weight.shape, generator=generator, dtype=dtype).to(weight.device)
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one parameter alone: the same in every process, whatever was drawn before."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def precise(value: Tensor) -> Tensor:
+    """``value`` without its graph, in fp32, or float64 if it is that."""
+    return value.detach() if value.dtype == torch.float64 else value.detach().float()
