@@ -42,6 +42,7 @@ def load(folder=Path(__file__).parent):
     weights = load_file(Path(folder) / "weights.safetensors")
     state = {name: weights[name].to(old.dtype) for name, old in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
+    model.eval = lambda: model  # as it is; torch's own raises
     return model
 '''
 

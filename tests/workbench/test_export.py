@@ -343,7 +343,7 @@ def test_one_example_is_enough(tmp_path: Path) -> None:
     try:
         import load as loader  # type: ignore[import-not-found]
 
-        assert loader.load()(torch.randn(5, 64)).shape == (5, 10)
+        assert loader.load().eval()(torch.randn(5, 64)).shape == (5, 10)
     finally:
         sys.path.pop(0)
         del sys.modules["load"]
