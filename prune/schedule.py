@@ -1,4 +1,4 @@
-"""How dense each level is, and how many weights a density keeps.
+"""How dense a network is at each level or moment, and how many weights a density keeps.
 
 A density is read as the decimal that it was written as (its ``repr``) and computed with exactly: in binary,
 0.07 of 100 is above 7 and 0.29 of 100 below 29, so a ceiling would keep 8 and a floor 28.
@@ -79,12 +79,36 @@ def cubic(progress: float, density: float, initial: float = 1.0) -> float:
 
     Reference: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
     """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"progress is {progress!r}: give the share of the way that is done, from 0 to 1")
-    last, first = check_density(density), check_density(initial)
-    if first < last:
-        raise ValueError(f"initial density {initial!r} is below the final one, {density!r}: pruning only removes")
-    return float(last + (first - last) * (1 - Fraction(progress)) ** 3)
+    done, last, first = _check_way(progress, density, initial)
+    return float(last + (first - last) * (1 - done) ** 3)
+
+
+def linear(progress: float, density: float, initial: float = 1.0) -> float:
+    """Density on a straight way: d(p) = d_i + (d_f - d_i) p. Arguments, ends and errors as in :func:`cubic`."""
+    done, last, first = _check_way(progress, density, initial)
+    return float(first + (last - first) * done)
+
+
+def exponential(progress: float, density: float, initial: float = 1.0) -> float:
+    """Density on a way that removes the same share of what is left in equal times, as :func:`geometric` levels do.
+
+    d(p) = d_i (d_f / d_i)^p. Arguments, ends and errors as in :func:`cubic`.
+
+    Reference: Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467, algorithm 1.
+    """
+    done, last, first = _check_way(progress, density, initial)
+    if done in (0, 1):
+        return float(last if done else first)
+    return min(float(first), max(float(last), float(first) * float(last / first) ** float(done)))
+
+
+def one_shot(progress: float, density: float, initial: float = 1.0) -> float:
+    """``density`` from the first moment on. Arguments and errors as in :func:`cubic`."""
+    _, last, _ = _check_way(progress, density, initial)
+    return float(last)
+
+
+SCHEDULES = {"one_shot": one_shot, "cubic": cubic, "geometric": exponential, "linear": linear}
 
 
 def levels_to(density: float, rate: float) -> int:
@@ -103,6 +127,15 @@ def levels_to(density: float, rate: float) -> int:
             raise ValueError(f"a rate of 0 never reaches density {density}: give a rate above 0")
         return 0
     return max(0, math.ceil(math.log(density) / math.log1p(-rate) - 1e-9))
+
+
+def _check_way(progress: float, density: float, initial: float) -> tuple[Fraction, Fraction, Fraction]:
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress!r}: give the share of the way that is done, from 0 to 1")
+    last, first = check_density(density), check_density(initial)
+    if first < last:
+        raise ValueError(f"initial density {initial!r} is below the final one, {density!r}: pruning only removes")
+    return Fraction(progress), last, first
 
 
 def _check_rate(rate: float) -> Fraction:

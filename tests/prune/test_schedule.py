@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune.schedule import geometric, kept, levels_to
+from prune.schedule import SCHEDULES, cubic, exponential, geometric, kept, levels_to, linear, one_shot
 
 densities = st.floats(min_value=1e-6, max_value=1)
 
@@ -98,3 +99,49 @@ def test_levels_out_of_range():
         geometric(0.2, -1)
     with pytest.raises(ValueError, match="leave nothing"):
         geometric(0.9, 400)
+
+
+# The way to a density
+
+Way = Callable[[float, float, float], float]
+
+
+def test_schedules_are_found_by_name():
+    assert SCHEDULES == {"one_shot": one_shot, "cubic": cubic, "geometric": exponential, "linear": linear}
+
+
+@given(densities, densities, st.floats(0, 1), st.floats(0, 1))
+@pytest.mark.parametrize("way", SCHEDULES.values())
+def test_a_way_falls_from_its_start_to_its_end(way: Way, a: float, b: float, p: float, q: float):
+    (last, first), (early, late) = sorted((a, b)), sorted((p, q))
+    assert way(0.0, last, first) == (last if way is one_shot else first)
+    assert way(1.0, last, first) == last
+    assert first >= way(early, last, first) >= way(late, last, first) * (1 - 1e-15)
+    assert way(late, last, first) >= last
+
+
+def test_ways_agree_with_their_equations():
+    for p in (0.0, 0.1, 0.35, 0.5, 0.9, 1.0):
+        sparsity = 0.9 + (0.2 - 0.9) * (1 - p) ** 3  # Zhu and Gupta 2017, equation 1
+        assert cubic(p, 0.1, 0.8) == pytest.approx(1 - sparsity)
+        assert linear(p, 0.1, 0.8) == pytest.approx((1 - p) * 0.8 + p * 0.1)
+        assert exponential(p, 0.01) == pytest.approx(100**-p)  # Tanaka et al. 2020, algorithm 1: rho^(-k/n)
+        assert one_shot(p, 0.1, 0.8) == 0.1
+
+
+@given(st.integers(1, 20), st.sampled_from([0.1, 0.2, 0.5]))
+def test_an_exponential_way_in_equal_steps_is_geometric(levels: int, rate: float):
+    end = geometric(rate, levels)[-1]
+    way = [exponential(level / levels, end) for level in range(levels + 1)]
+    assert way == pytest.approx(geometric(rate, levels), rel=1e-12)
+
+
+@pytest.mark.parametrize("way", SCHEDULES.values())
+def test_a_way_out_of_range(way: Way):
+    for progress in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="progress is"):
+            way(progress, 0.5, 1.0)
+    with pytest.raises(ValueError, match=r"initial density 0\.2 is below the final one, 0\.5"):
+        way(0.5, 0.5, 0.2)
+    with pytest.raises(ValueError, match="density is 0"):
+        way(0.5, 0, 1.0)
