@@ -10,9 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
+from prune.criteria.activations import wanda
+from prune.criteria.flow import synflow
+from prune.criteria.gradients import grasp, movement, movement_step, snip, snip_step, taylor, taylor_step
 from prune.criteria.weights import magnitude, random, seeded
 
-__all__ = ["CRITERIA", "Criterion", "magnitude", "random", "seeded"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "grasp",
+    "magnitude",
+    "movement",
+    "movement_step",
+    "random",
+    "seeded",
+    "snip",
+    "snip_step",
+    "synflow",
+    "taylor",
+    "taylor_step",
+    "wanda",
+]
 
 
 @dataclass(frozen=True)
@@ -45,5 +63,14 @@ class Criterion:
 
 CRITERIA = {
     criterion.name: criterion
-    for criterion in (Criterion("magnitude", magnitude), Criterion("random", random, needs_generator=True))
+    for criterion in (
+        Criterion("magnitude", magnitude),
+        Criterion("random", random, needs_generator=True),
+        Criterion("snip", snip, needs_loader=True, needs_loss=True, online=snip_step),
+        Criterion("grasp", grasp, needs_loader=True, needs_loss=True),
+        Criterion("synflow", synflow, needs_loader=True, rounds=100),
+        Criterion("taylor", taylor, needs_loader=True, needs_loss=True, online=taylor_step),
+        Criterion("movement", movement, needs_loader=True, needs_loss=True, online=movement_step),
+        Criterion("wanda", wanda, needs_loader=True),
+    )
 }

@@ -1,0 +1,121 @@
+"""What the inputs of a layer tell of its weights: Wanda."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from prune.criteria.batches import batches, call, check, everywhere, inputs_of, some, total, undisturbed
+from prune.criteria.weights import precise
+from workbench.tokens import tokens_of
+
+
+def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
+    """|W_ij| * ||X_j||_2, the norm of input j over all positions of all batches. The model is in eval mode.
+
+    Linear and transformers' Conv1D: X_j is an input feature. Where a batch has an ``attention_mask``, [B, L], what is
+    padding does not count in inputs [B, L, ...] or [B * L, ...]. Convolutions: X_j are the values that the weight is
+    multiplied with, one for every position the kernel is put on, padding included (the unfolded input); so it differs
+    between the weights of one filter. A weight that several layers share counts the inputs of all.
+
+    The paper compares the inputs of one output with one another (structure ``balanced``): norms of different layers are
+    of different scale.
+
+    Args:
+        model: run as ``model(**batch)`` without labels, ``model(batch[0])`` or ``model(batch)``, without a graph.
+        weights: parameters of its Linear and Conv layers by name; frozen ones too.
+        loader: batches, read once and not kept.
+
+    Returns:
+        Scores by name, 0 or more, in fp32 or float64.
+
+    Raises:
+        ValueError: if the loader is empty, a weight is sharded, tied by memory alone or of another layer, or its layer
+            was never called.
+
+    Reference: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695,
+        equation 1.
+    """
+    check(model, weights)
+    names = {id(weight): name for name, weight in weights.items()}
+    layers = [(names[id(own)], m) for m in model.modules() if id(own := getattr(m, "weight", None)) in names]
+    home, count, tokens = next(iter(weights.values())).device, 0, None
+    squares = _nothing_yet(weights, layers)
+    calls = torch.zeros(len(weights), dtype=torch.int64, device=home)
+    places = {name: place for place, name in enumerate(weights)}
+
+    def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = precise(args[0] if args else next(iter(kwargs.values()))).square()
+        squares[name] += _unfolded(layer, seen) if isinstance(layer, _ConvNd) else _flat(layer, seen, tokens)
+        calls[places[name]] += 1
+
+    with undisturbed(model, training=False), torch.no_grad(), ExitStack() as hooks:
+        for name, layer in layers:
+            hook = layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        for batch in batches(loader, home):
+            tokens = tokens_of(batch)
+            call(model, inputs_of(batch))
+            count += 1
+    total(count, home)
+    everywhere([calls, *squares.values()])
+    missed = [name for name, place in places.items() if not calls[place]]
+    if missed:
+        raise ValueError(
+            f"the layers of {some(missed)} were never called, so their inputs are not known: exclude them, or give "
+            "batches that reach them (nn.MultiheadAttention reads the weight of its out_proj without calling it)"
+        )
+    return {name: precise(weight).abs() * squares[name].sqrt().to(precise(weight)) for name, weight in weights.items()}
+
+
+def _nothing_yet(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """Zeros that broadcast to the weight, one for every input that it is multiplied with."""
+    zeros: dict[str, Tensor] = {}
+    for name, layer in layers:
+        weight = weights[name]
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        if isinstance(layer, _ConvNd):
+            shape = tuple(weight.shape)
+        elif isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+            shape = (1, weight.shape[1]) if isinstance(layer, nn.Linear) else (weight.shape[0], 1)
+        else:
+            raise ValueError(f"'{name}' is the weight of a {type(layer).__name__}: Wanda scores Linear and Conv layers")
+        if name in zeros and zeros[name].shape != shape:
+            raise ValueError(f"'{name}' is shared by layers that use it in different ways: exclude it")
+        zeros[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+    if other := weights.keys() - zeros.keys():
+        raise ValueError(f"{some(sorted(other))} are not the weight of any layer: Wanda scores Linear and Conv layers")
+    return zeros
+
+
+def _flat(layer: nn.Module, squares: Tensor, tokens: Tensor | None) -> Tensor:
+    """Sums over all positions but padding, for every input feature: [1, in], of Conv1D [in, 1]."""
+    if tokens is not None and squares.ndim > 2 and squares.shape[:2] == tokens.shape:
+        squares = squares[tokens]
+    elif tokens is not None and squares.ndim == 2 and len(squares) == tokens.numel():
+        squares = squares[tokens.flatten()]
+    sums = squares.reshape(-1, squares.shape[-1]).sum(0)
+    return sums[None] if isinstance(layer, nn.Linear) else sums[:, None]
+
+
+def _unfolded(layer: _ConvNd, squares: Tensor) -> Tensor:
+    """Sums over all positions of the kernel, of the weight's shape: the derivative of the sum of the outputs."""
+    dims, groups, padding = len(layer.kernel_size), layer.groups, layer.padding
+    squares = squares[None] if squares.ndim == dims + 1 else squares
+    if layer.transposed:
+        shape = (layer.in_channels, 1, *layer.kernel_size)
+    else:
+        shape = (groups, layer.in_channels // groups, *layer.kernel_size)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        squares, padding = F.pad(squares, layer._reversed_padding_repeated_twice, mode), [0] * dims
+    how = (layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, groups)
+    with torch.enable_grad():
+        probe = squares.new_zeros(shape).requires_grad_()
+        output = torch.convolution(squares, probe, None, *how)  # pyright: ignore[reportArgumentType]
+        (found,) = torch.autograd.grad(output.sum(), probe)
+    return found if layer.transposed else found.repeat_interleave(layer.out_channels // groups, 0)

@@ -1,0 +1,138 @@
+"""How criteria look at a model through batches: it is left as it was, and every rank has a part of them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prune.storage import shared_memory
+from workbench.ranks import world
+
+LABELS = ("label", "labels", "label_ids")
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, ``model`` is in the mode asked for; afterwards its modes, its buffers and torch's random state are as
+    they were, also after an exception.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
+        stack.enter_context(torch.inference_mode(False))
+        if isinstance(model, DistributedDataParallel):  # gradients are averaged here, not by its hooks
+            stack.enter_context(model.no_sync())
+        try:
+            model.train(training)
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def check(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that are not whole on this rank, and what is tied by memory alone.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not weights:
+        raise ValueError("there are no weights to score: give at least one, by name")
+    sharded = [name for name, weight in weights.items() if hasattr(weight, "placements")]
+    if sharded:
+        raise ValueError(
+            f"{some(sharded)} are sharded (DTensor), and a sharded model gives no gradients or inputs of single "
+            "batches: score the model before fully_shard, or sum up criterion.online over training steps"
+        )
+    of = {id(weight): name for name, weight in weights.items()}
+    for group in shared_memory(model):
+        views = {id(parameter): name for name, parameter in group}
+        if len(views) > 1 and views.keys() & of.keys():
+            raise ValueError(
+                f"{some(views.values())} are several parameters in one memory, so none of them sees all that the "
+                "weight does: make them one parameter (b.weight = a.weight), or exclude them"
+            )
+
+
+def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of ``loader`` on ``device``, one at a time."""
+    for batch in loader:
+        yield moved(batch, device)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """``batch`` on ``device``: tensors and whatever has a ``to``, in mappings, lists and tuples."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def inputs_of(batch: Any) -> Any:
+    """What a model is given of a batch: a mapping without its labels, the first of a sequence, or a tensor.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name not in LABELS}
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
+        return batch[0]
+    if isinstance(batch, Tensor):
+        return batch
+    raise ValueError(
+        f"a batch is {type(batch).__name__}: give a mapping, a tuple or list whose first is the input, or a tensor"
+    )
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on what ``inputs_of`` gave."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def everywhere(sums: Iterable[Tensor]) -> None:
+    """Add up tensors over all ranks, in place; called on every rank."""
+    if world() > 1:
+        for total in sums:
+            torch.distributed.all_reduce(total)
+
+
+def total(count: int, device: torch.device) -> int:
+    """How many batches all ranks had; called on every rank.
+
+    Raises:
+        ValueError: if none had any.
+    """
+    counted = torch.tensor(count, device=device)
+    everywhere([counted])
+    if not counted:
+        raise ValueError(
+            "the loader is empty: give at least one batch (an iterator that was read before has none left)"
+        )
+    return int(counted)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of ``names``, for messages."""
+    names = list(names)
+    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,93 @@
+"""What flows through a weight from ones at the input to the sum of the output: SynFlow. No data but its shape."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prune.criteria.batches import check, inputs_of, moved, undisturbed
+
+
+def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
+    """|w| * dR/d|w|, where R is the sum of the outputs for an input of ones with all parameters made positive.
+
+    Layers one after the other that are linear, or whose activation is homogeneous of degree 1 (ReLU), all have scores
+    of sum R. So none of them is pruned away as long as scores are taken anew in many small steps: the paper's 100
+    rounds. Activations are left as they are, batch norms use their running statistics (of which the paper's code takes
+    the mean's absolute value, too), and everything is computed in float64, for R is a product over layers. A mean that
+    is subtracted (LayerNorm) cancels ones and leaves little to be told.
+
+    Args:
+        model: takes floating inputs. Its own parameters are neither changed nor differentiated.
+        weights: parameters of it by name; frozen ones too.
+        loader: batches; only the first is read, and only for the shape of one sample.
+
+    Returns:
+        Scores by name, 0 or more, in float64.
+
+    Raises:
+        ValueError: if the loader is empty, inputs are integers, a weight is sharded or tied by memory alone, or R is
+            zero, infinite or NaN.
+
+    Reference: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+        arXiv:2006.05467, Algorithm 1.
+    """
+    check(model, weights)
+    device = next(iter(weights.values())).device
+    with undisturbed(model, training=False), torch.enable_grad():
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise ValueError("the loader is empty: SynFlow needs one batch, for the shape of the inputs")
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        state = {name: _positive(name, value, True, dtype) for name, value in model.named_parameters()}
+        state |= {name: _positive(name, value, False, dtype) for name, value in model.named_buffers()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        leaves = {name: state[names[id(weight)]].requires_grad_() for name, weight in weights.items()}
+        ones = moved(_ones(inputs_of(batch), dtype), device)
+        args, kwargs = ((), dict(ones)) if isinstance(ones, Mapping) else ((ones,), {})
+        flow = _first(functional_call(model, state, args, kwargs)).sum()
+        if not flow.isfinite() or flow == 0:
+            raise ValueError(
+                f"the flow through this {type(model).__name__} is {flow.item():g}, so its parts have no order: a "
+                "layer is pruned away, a norm subtracts all of it, or weights are not finite. Use another criterion"
+            )
+        found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else (grad * leaf).abs().detach()
+        for (name, leaf), grad in zip(leaves.items(), found)
+    }
+
+
+def _positive(name: str, value: Tensor, parameter: bool, dtype: torch.dtype) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    value = value.detach().to(dtype, copy=True)
+    return value.abs() if parameter or name.endswith("running_mean") else value
+
+
+def _ones(inputs: Any, dtype: torch.dtype) -> Any:
+    """One sample of ones in the shape of ``inputs``; what is a mask keeps its type."""
+    if isinstance(inputs, Mapping):
+        masks = {name: value for name, value in inputs.items() if name.endswith("mask") and isinstance(value, Tensor)}
+        rest = {name: _ones(value, dtype) for name, value in inputs.items() if name not in masks}
+        return {**rest, **{name: torch.ones_like(value[:1]) for name, value in masks.items()}}
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(
+            f"an input is {given}, but SynFlow sends ones through the network: give floating inputs (embeddings as "
+            "inputs_embeds in place of token ids), or use another criterion"
+        )
+    return torch.ones_like(inputs[:1], dtype=dtype)
+
+
+def _first(output: Any) -> Tensor:
+    """The output itself, or the first tensor in it."""
+    values = (
+        [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, Mapping) else output)
+    )
+    found = next((value for value in values if isinstance(value, Tensor)), None)
+    if found is None:
+        raise ValueError(f"the model returns {type(output).__name__} without a tensor in it: SynFlow sums its first")
+    return found

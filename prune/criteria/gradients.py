@@ -1,0 +1,168 @@
+"""What the loss tells of a weight: SNIP, GraSP, first-order Taylor and movement.
+
+All take ``loss(model, batch)``, a scalar that is the mean over the batch, and see the model in training mode as their
+papers do: with the statistics of the batch in batch norms, which start without any, and with dropout. Its buffers and
+torch's random state are put back, so a second call gives the same scores.
+
+Batches count alike, whatever their size; so do those of other ranks. Gradients are those of ``torch.autograd.grad``:
+``.grad`` is neither read nor written. A weight that the loss does not use has gradient 0.
+
+Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one batch, w = weight; per element.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prune.criteria.batches import batches, check, everywhere, some, total, undisturbed
+from prune.criteria.weights import precise
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Weights = Mapping[str, nn.Parameter]
+
+
+def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """Connection sensitivity, |g * w|: how fast the loss changes when the connection is scaled down.
+
+    The paper divides by the sum over all weights, which changes no order. It looks at one batch of an untrained
+    network.
+
+    Args:
+        model: differentiable, of any device and precision.
+        weights: parameters of it by name.
+        loader: batches, read once and not kept.
+        loss: ``loss(model, batch)``, on the model's device.
+
+    Returns:
+        Scores by name, 0 or more, in fp32 or float64.
+
+    Raises:
+        ValueError: if the loader is empty, a weight is frozen, sharded or tied by memory alone, or the loss is not a
+            scalar that depends on the weights.
+
+    Reference: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019,
+        arXiv:1810.02340, equations 4 and 5.
+    """
+    mean = _mean(model, weights, loader, loss, lambda weight, grad: precise(grad))
+    return {name: snip_step(weight, mean[name]) for name, weight in weights.items()}
+
+
+def taylor(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """Mean over batches of (g_b * w)^2: the squared change of the loss without the weight, to first order.
+
+    Arguments and errors are those of ``snip``; scores are 0 or more.
+
+    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771,
+        I^(1)_m, averaged over minibatches.
+    """
+    return _mean(model, weights, loader, loss, taylor_step)
+
+
+def movement(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """Mean over batches of -g_b * w: positive where a step of gradient descent moves the weight away from zero.
+
+    Arguments and errors are those of ``snip``; scores have either sign. In the paper weights are trained meanwhile:
+    sum up ``movement_step`` over the steps.
+
+    Reference: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1.
+    """
+    return _mean(model, weights, loader, loss, movement_step)
+
+
+def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """Gradient signal, w * Hg with H the Hessian of the mean loss: positive where the gradient shrinks without w.
+
+    The paper's score is its negative, of which the *largest* are pruned; so the highest w * Hg are kept. Hg is the
+    gradient of <g, g_b> with g held fixed, which needs all batches before any: they are kept between the two passes,
+    on the device the loader gave them on. The paper's code divides logits by 200, which belongs into ``loss``
+    (``cross_entropy(model(x) / 200, y)``). Attention is computed without fused kernels, which have no second
+    derivative.
+
+    Arguments and errors are those of ``snip``; scores have either sign.
+
+    Reference: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020,
+        arXiv:2002.07376, Algorithms 1 and 2.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seen = list(loader)
+    mean = list(_mean(model, weights, seen, loss, lambda weight, grad: precise(grad)).values())
+
+    def product(value: Tensor) -> list[Tensor | None]:
+        gradients = _gradients(value, weights, create_graph=True)
+        terms = [(grad.to(at.dtype) * at).sum() for grad, at in zip(gradients, mean) if grad is not None]
+        flow = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        if not flow.requires_grad:  # a loss that is linear in the weights
+            return [None] * len(mean)
+        return list(torch.autograd.grad(flow, list(weights.values()), allow_unused=True))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        curved = _mean(model, weights, seen, loss, lambda weight, grad: precise(grad), product)
+    return {name: precise(weight) * curved[name] for name, weight in weights.items()}
+
+
+def snip_step(weight: Tensor, grad: Tensor) -> Tensor:
+    """|g * w| of one training step, in fp32 or float64."""
+    return (precise(grad) * precise(weight)).abs()
+
+
+def taylor_step(weight: Tensor, grad: Tensor) -> Tensor:
+    """(g * w)^2 of one training step, in fp32 or float64."""
+    return (precise(grad) * precise(weight)).square()
+
+
+def movement_step(weight: Tensor, grad: Tensor) -> Tensor:
+    """-g * w of one training step, in fp32 or float64."""
+    return -(precise(grad) * precise(weight))
+
+
+def _mean(
+    model: nn.Module,
+    weights: Weights,
+    loader: Iterable[Any],
+    loss: Loss,
+    addend: Callable[[Tensor, Tensor], Tensor],
+    derive: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+) -> dict[str, Tensor]:
+    """Mean over the batches of all ranks of ``addend(weight, derivative)``."""
+    check(model, weights)
+    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{some(frozen)} are frozen, so the loss has no gradient there: set requires_grad, or exclude them"
+        )
+    sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
+    home, count = next(iter(sums.values())).device, 0
+    with undisturbed(model, training=True), torch.enable_grad():
+        for batch in batches(loader, home):
+            value = _scalar(loss(model, batch))
+            found = _gradients(value, weights) if derive is None else derive(value)
+            for (name, weight), grad in zip(weights.items(), found):
+                if grad is not None:
+                    sums[name] += addend(weight, grad)
+            count += 1
+        everyone = total(count, home)
+        everywhere(sums.values())
+    return {name: each / everyone for name, each in sums.items()}
+
+
+def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> Sequence[Tensor | None]:
+    found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    if all(grad is None for grad in found):
+        raise ValueError(
+            f"the loss depends on none of the {len(weights)} weights: compute it from what the model returns"
+        )
+    return found
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the loss is {given}: loss(model, batch) must return a scalar tensor, the mean over the batch"
+        )
+    if not value.requires_grad:
+        raise ValueError("the loss has no graph: compute it from what the model returns, without no_grad or detach")
+    return value.reshape(())
