@@ -1,5 +1,7 @@
 """What is pruned when: objects that any training loop can drive, and the callbacks of every trainer do."""
 
 from prune.policies.base import Moment, Policy
+from prune.policies.fixed import Fixed
+from prune.policies.gradual import Gradual
 
-__all__ = ["Moment", "Policy"]
+__all__ = ["Fixed", "Gradual", "Moment", "Policy"]

@@ -1,14 +1,20 @@
 """What every policy has: a model and optimizers it is attached to, masks in force, and moments it is told of."""
 
 import math
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from prune.masks import Handle, Masks, pack, unpack
+from prune.masks import _unwrapped as unwrapped
+from workbench.duration import Duration
+from workbench.ranks import everyone, world
 
 
 class Moment(NamedTuple):
@@ -22,6 +28,10 @@ class Moment(NamedTuple):
     step: int
     epoch: float
 
+    def at(self, unit: str) -> float:
+        """In updates (``"it"``) or epochs (``"ep"``)."""
+        return self.step if unit == "it" else self.epoch
+
 
 START = Moment(0, 0.0)
 
@@ -33,27 +43,54 @@ class Policy(ABC):
     hand: :meth:`attach` before the first batch, :meth:`before_step` when the gradients are whole and before they are
     clipped, :meth:`after_step` after every update, :meth:`detach` in the end.
 
+    A copy, by ``copy.deepcopy`` or pickle, is not attached.
+
     Attributes:
         masks: Those in force, or None. They stay after :meth:`detach`, and are part of :meth:`state_dict`.
+        reads_gradients: Whether it looks at gradients, so that they must be there before the optimizer steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *times: Duration) -> None:
         self.masks: Masks | None = None
+        self.reads_gradients = False
+        self._in_epochs = any(time.unit == "ep" for time in times)
+        self._restored, self._updates = False, 0
+        self._free()
+
+    def _free(self) -> None:
         self._model: nn.Module | None = None
         self._optimizers: list[Optimizer] = []
+        self._averages: list[nn.Module] = []
+        self._weights: dict[str, nn.Parameter] = {}
         self._handle: Handle | None = None
-        self._restored = False
-        self._updates = 0
+        self._driver: Handle | None = None
+        self._lead: Optimizer | None = None
+        self._moment, self._looked = START, False
+
+    @final
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what it is attached to."""
+        free = object.__new__(type(self))
+        free._free()
+        return {**vars(self), **vars(free)}
 
     # What a subclass says
+
+    @abstractmethod
+    def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights it decides about, by name; nobody else may."""
 
     @abstractmethod
     def _begin(self, moment: Moment, taken_up: bool) -> None:
         """Training starts, or goes on with the masks of before (``taken_up``), which are in force already."""
 
     @abstractmethod
+    def _needs_dense(self, moment: Moment) -> bool:
+        """Whether the next update's gradients of pruned weights are looked at."""
+
+    @abstractmethod
     def _observe(self, moment: Moment) -> None:
-        """The gradients of an update are whole, and dense."""
+        """The gradients of an update are whole, and dense where they were to be."""
 
     @abstractmethod
     def _advance(self, moment: Moment) -> None:
@@ -67,82 +104,174 @@ class Policy(ABC):
     def _take_up(self, progress: Mapping[str, Any]) -> None:
         """Remember it again; an empty mapping forgets everything."""
 
+    @abstractmethod
+    def check_budget(self, updates: float, epochs: float) -> None:
+        """Better now than after days: is a training of this length long enough?
+
+        Args:
+            updates: How many there will be; infinity if nobody knows.
+            epochs: Likewise.
+
+        Raises:
+            ValueError: If it is not.
+        """
+
+    @abstractmethod
+    def unmet(self) -> str | None:
+        """What was to be reached and has not been, in words; None if everything has."""
+
     # What drives it
 
     @final
-    def attach(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], moment: Moment = START) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        moment: Moment = START,
+        averages: Iterable[nn.Module] = (),
+    ) -> None:
         """Start at ``moment``, or go on: after :meth:`load_state_dict`, or where ``model`` still obeys the masks held.
 
+        Drive it by the steps of one optimizer, the first that holds one of the weights (:meth:`leads`).
+
+        Args:
+            model: What is pruned; compiled or data-parallel wrappers are looked through.
+            optimizers: All that step its weights.
+            moment: How far the training is.
+            averages: Models that its weights are averaged into (EMA, SWA), of the same parameter names: they are masked
+                whenever the masks change, so that an average is as sparse as the model.
+
         Raises:
-            ValueError: If masks do not fit the model, or no optimizer holds its weights.
+            ValueError: If masks do not fit the model, no optimizer holds its weights, or another policy that is
+                attached decides about one of them.
         """
         self.detach()
-        self._model = model
-        self._optimizers = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
-        taken_up = self.masks is not None and (self._restored or self.masks.obeyed_by(model))
-        self._restored = False
-        if taken_up and self.masks is not None:
-            self._enforce(self.masks)
-        else:
-            self.masks = None
-            self._take_up({})
-        self._begin(moment, taken_up)
+        try:
+            self._model = bare(model)
+            several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
+            self._optimizers = [unwrapped(optimizer) for optimizer in several]
+            self._averages = [bare(average) for average in averages]
+            self._moment = moment
+            taken_up = self.masks is not None and (self._restored or self.masks.obeyed_by(self._model))
+            self._restored = False
+            if not taken_up:
+                self.masks = None
+                self._take_up({})
+            self._weights = self._scope(self._model)
+            self._claim()
+            if taken_up and self.masks is not None:
+                self._enforce(self.masks, anew=False)
+            self._begin(moment, taken_up)
+            self._lead = self._leading()
+        except BaseException:
+            self.detach()
+            raise
 
     @final
     def before_step(self, moment: Moment, clip: bool = True) -> None:
         """Look at the gradients of the update that comes; with ``clip`` zero those of pruned weights."""
-        self._observe(moment)
+        self._moment = moment
+        self._look()
         if clip:
-            self.mask_gradients()
+            self._mask_gradients()
 
     @final
     def after_step(self, moment: Moment) -> None:
         """Go on to ``moment``: an update has been done."""
+        self._moment, self._updates, self._looked = moment, moment.step, False
         self._advance(moment)
 
     @final
-    def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, so that the norm they are clipped by counts only live ones."""
-        if self._handle is not None and self.masks is not None and self._model is not None:
-            self.masks.mask_gradients(self._model)
+    def leads(self, optimizer: Optimizer) -> bool:
+        """Whether a step of ``optimizer`` is an update: of several, the first that holds one of the weights."""
+        return self._lead is not None and unwrapped(optimizer) is self._lead
+
+    @final
+    def mask_gradients(self, whole: bool = True) -> None:
+        """Zero the gradients of pruned weights, so that the norm they are clipped by counts only live ones.
+
+        Args:
+            whole: Whether they are those of the update. If there may be more to come, those that the policy is still
+                to look at are left as they are.
+        """
+        if whole:
+            self._look()
+        if self._looked or not self._needs_dense(self._moment):
+            self._mask_gradients()
 
     @final
     def detach(self) -> None:
         """Take every hook off; a second call does nothing."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._model, self._optimizers = None, None, []
+        for handle in (self._handle, self._driver):
+            if handle is not None:
+                handle.remove()
+        for weight in self._weights.values():
+            if _OWNERS.get(id(weight)) is self:
+                del _OWNERS[id(weight)]
+        self._free()
 
     @final
     def follow(
-        self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], steps_per_epoch: int | None = None
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        steps_per_epoch: int | None = None,
+        averages: Iterable[nn.Module] = (),
     ) -> Handle:
         """Attach, and be driven by the optimizer's own step from now on: for a loop that is not to be touched.
 
-        An update is a step of the first optimizer; one that a gradient scaler skips is none. ``steps_per_epoch`` is
-        needed where times are given in epochs. Clip gradients after :meth:`mask_gradients`, if at all. After
-        :meth:`load_state_dict` counting goes on from the update that was saved.
+        An update is a step of the first optimizer that holds one of the weights; one that a gradient scaler skips is
+        none. Where gradients are clipped, call :meth:`mask_gradients` before. After :meth:`load_state_dict` counting
+        goes on from the update that was saved.
+
+        Args:
+            model: As for :meth:`attach`.
+            optimizers: As for :meth:`attach`.
+            steps_per_epoch: Updates in an epoch, where times are given in epochs.
+            averages: As for :meth:`attach`.
 
         Returns:
             A handle: ``handle.remove()``, or leaving ``with handle:``, detaches.
+
+        Raises:
+            ValueError: As :meth:`attach`, or if times are given in epochs and ``steps_per_epoch`` is not; in training,
+                if gradients are to be looked at and are computed in a closure, after the optimizer's step has begun.
         """
-        first = optimizers[0] if isinstance(optimizers, Sequence) else optimizers
+        if self._in_epochs and not steps_per_epoch:
+            raise ValueError(
+                f"steps_per_epoch is {steps_per_epoch}, but times of this {type(self).__name__} are in epochs: "
+                "give the number of updates in an epoch, or times such as '500it'"
+            )
         done = self._updates if self._restored else 0
 
         def moment() -> Moment:
-            return Moment(done, math.nan if steps_per_epoch is None else done / steps_per_epoch)
+            return Moment(done, done / steps_per_epoch if steps_per_epoch else math.nan)
 
-        def before(*_: Any) -> None:
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.reads_gradients and any(callable(given) for given in (*args, *kwargs.values())):
+                raise ValueError(
+                    f"the optimizer is given a closure, and this {type(self).__name__} looks at gradients before the "
+                    "step: call backward() first and step() without one"
+                )
             self.before_step(moment(), clip=False)
 
-        def after(*_: Any) -> None:
+        def after(stepped: Any, *_: Any) -> None:
             nonlocal done
-            done = self._updates = done + 1
-            self.after_step(moment())
+            if not _skipped(stepped):
+                done += 1
+                self.after_step(moment())
 
-        self.attach(model, optimizers, moment())
-        hooks = [first.register_step_pre_hook(before), first.register_step_post_hook(after)]
-        return Handle([*(hook.remove for hook in hooks), self.detach])
+        self.attach(model, optimizers, moment(), averages)
+        assert self._lead is not None, "attached"
+        hooks = [self._lead.register_step_pre_hook(before).remove, self._lead.register_step_post_hook(after).remove]
+        driver = self._driver = Handle(hooks)
+
+        def end() -> None:
+            driver.remove()
+            if self._driver is driver:
+                self.detach()
+
+        return Handle([end])
 
     # What it remembers
 
@@ -161,23 +290,105 @@ class Policy(ABC):
         self._take_up({name: value for name, value in state_dict.items() if name not in ("masks", "updates")})
         self._restored = True
 
+    @final
     def densities(self) -> dict[str, float]:
-        """``density``, and ``density/<parameter>`` of every one that has a mask: what callbacks log."""
-        if self.masks is None:
-            return {"density": 1.0}
-        layers = {f"density/{name}": kept / total for name, (kept, total) in self.masks.counts().items()}
-        return {"density": self.masks.density, **layers}
+        """``density``, and ``density/<parameter>`` of every weight that is decided about: what callbacks log."""
+        counts = self.masks.counts() if self.masks is not None else dict.fromkeys(self._weights, (1, 1))
+        layers = {f"density/{name}": kept / total for name, (kept, total) in counts.items()}
+        return {"density": 1.0 if self.masks is None else self.masks.density, **layers}
 
     # What subclasses use
 
     @final
-    def _enforce(self, masks: Masks) -> None:
-        """From now on the weights that ``masks`` prune are zero, after every step of every optimizer."""
+    def _enforce(self, masks: Masks, anew: bool = True) -> None:
+        """From now on the weights that ``masks`` prune are zero, after every step of every optimizer.
+
+        What the optimizers remember is cleared where a weight is pruned, or was until now; where masks are not set
+        ``anew`` but go on, it stays.
+        """
         assert self._model is not None, "attached"
+        _check_alike(masks)
         if self._handle is not None:
             self._handle.remove()
-        masks.apply(self._model)
-        for optimizer in self._optimizers:
-            masks.clear_state(optimizer, self._model)
+        for model in (self._model, *self._averages):
+            masks.apply(model)
+        if anew:
+            stayed = masks if self.masks is None or self.masks.keys() != masks.keys() else masks & self.masks
+            for optimizer in self._optimizers:
+                stayed.clear_state(optimizer, self._model)
         self._handle = masks.keep(self._optimizers, self._model)
         self.masks = masks
+
+    @final
+    def _gradients(self) -> dict[str, Tensor]:
+        """Those of the weights decided about, where there is one; none if one is not finite, so that the step is void.
+
+        Those that a fused optimizer is still to unscale are unscaled.
+        """
+        grads = {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
+        if not all(bool(whole(grad.abs().max()).isfinite()) for grad in grads.values()):
+            self._looked = False
+            return {}
+        scale = getattr(self._lead, "grad_scale", None)
+        return grads if scale is None else {name: grad / scale.to(grad.device) for name, grad in grads.items()}
+
+    def _look(self) -> None:
+        if not self._looked and self._model is not None:
+            self._looked = True
+            self._observe(self._moment)
+
+    def _mask_gradients(self) -> None:
+        if self._handle is not None and self.masks is not None and self._model is not None:
+            self.masks.mask_gradients(self._model)
+
+    def _leading(self) -> Optimizer:
+        weights = {id(weight) for weight in self._weights.values()}
+        for optimizer in self._optimizers:
+            if any(id(held) in weights for group in optimizer.param_groups for held in group["params"]):
+                return optimizer
+        raise ValueError(
+            f"no optimizer holds a weight that this {type(self).__name__} prunes, such as {list(self._weights)[:3]}: "
+            "give the optimizer that trains this model"
+        )
+
+    def _claim(self) -> None:
+        for name, weight in self._weights.items():
+            owner = _OWNERS.setdefault(id(weight), self)
+            if owner is not self:
+                raise ValueError(
+                    f"'{name}' is pruned by a {type(owner).__name__} and a {type(self).__name__} at once: let one of "
+                    "them leave it out (include, exclude), or end the other first"
+                )
+
+
+_OWNERS: "weakref.WeakValueDictionary[int, Policy]" = weakref.WeakValueDictionary()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` without wrappers that put something before the names of its parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor, on every rank, if it is sharded. Called on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _check_alike(masks: Masks) -> None:
+    if world() == 1:
+        return
+    hashes = everyone(masks.hash())
+    if len(set(hashes)) > 1:
+        raise ValueError(f"ranks hold different masks, by rank {[each[:12] for each in hashes]}: share one mask")
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler lets a fused optimizer's step do nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

@@ -1,12 +1,9 @@
 import copy
 import functools
 import math
-import multiprocessing
 import os
-import socket
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jsonargparse
@@ -19,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prune import GradualPruning, KeepMasked, Masks, Pruner
 from prune.schedule import cubic, kept
+from tests.together import together
 from workbench import artifact, load, training
 from workbench.data import Digits
 from workbench.duration import Duration
@@ -253,9 +251,12 @@ def test_a_module_without_a_network_is_masked_by_its_own_names() -> None:
 
 
 def test_ranks_with_different_masks_are_refused() -> None:
-    strategy = SimpleNamespace(broadcast=lambda mine: masks(0.4).hash())
-    with pytest.raises(ValueError, match=r"rank 1 holds mask \w{12}, rank 0 \w{12}"):
-        KeepMasked(masks()).on_train_start(SimpleNamespace(world_size=2, global_rank=1, strategy=strategy), theirs())
+    def run() -> None:
+        given = masks(0.3 if os.environ["RANK"] == "0" else 0.4)
+        fit(theirs(), KeepMasked(given), devices=2, strategy="ddp", max_epochs=1)
+
+    with pytest.raises(RuntimeError, match=r"ranks hold different masks, by rank \['\w{12}', '\w{12}'\]"):
+        together(run)
 
 
 # GradualPruning
@@ -454,34 +455,15 @@ def test_arguments_out_of_range(arguments: tuple[Any, ...], said: str) -> None:
         GradualPruning(*arguments)
 
 
-def _rank(rank: int, port: int, results: Any) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()} | {"TORCHELASTIC_RUN_ID": "test"})
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    module, pruning = theirs(), GradualPruning(0.2, "0it", "8it", "1it")
-    watch = Watch(pruning)
-    fit(module, pruning, watch, devices=2, strategy="ddp", max_epochs=2, gradient_clip_val=0.5)
-    assert pruning.masks is not None
-    results.put((watch.alive, pruning.masks.hash(), [p.tolist() for p in module.network.parameters()]))
-    torch.distributed.destroy_process_group()
-
-
 def test_two_ranks_prune_alike() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-        for process in ranks:
-            process.start()
-    one, other = (results.get(timeout=60) for _ in range(2))
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    def run() -> tuple[Any, ...]:
+        module, pruning = theirs(), GradualPruning(0.2, "0it", "8it", "1it")
+        watch = Watch(pruning)
+        fit(module, pruning, watch, devices=2, strategy="ddp", max_epochs=2, gradient_clip_val=0.5)
+        assert pruning.masks is not None
+        return watch.alive, pruning.masks.hash(), [p.tolist() for p in module.network.parameters()]
+
+    one, other = together(run)
     assert one == other
     assert one[0] == expected([1, 2, 3, 4, 5, 6, 7, 8], 0, 8, 0.2)
 
@@ -501,8 +483,8 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
         assert isinstance(made, GradualPruning)
         assert isinstance(made, namespace.Callback)
-        assert made.every == Duration(100, "it")
-        assert type(made.pruner.allocation).__name__ == "Uniform"
+        assert made.policy.every == Duration(100, "it")
+        assert type(made.policy.pruner.allocation).__name__ == "Uniform"
 
 
 def test_a_fit_stage_ships_the_masks_of_its_callback(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""Masks from wherever somebody has them: in memory, in a file of their own, or in a compact checkpoint."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from prune.masks import Masks
+from workbench import artifact
+
+
+def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
+    """``given`` as Masks; a path is that of a file that ``Masks.save`` wrote, or of a compact checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If masks are not valid, or there are none in the checkpoint.
+    """
+    if isinstance(given, Masks):
+        return given
+    if isinstance(given, Mapping):
+        return Masks(given)
+    path = Path(given)
+    if path.is_file():
+        return Masks.load(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a file that Masks.save wrote, or a compact checkpoint")
+    found = artifact.masks(path)
+    if not found:
+        raise ValueError(f"{path} is a compact checkpoint of a dense network, without masks: give one that has them")
+    return Masks(found)
