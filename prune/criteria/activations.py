@@ -44,10 +44,8 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     check(model, weights)
     names = {id(weight): name for name, weight in weights.items()}
     layers = [(names[id(own)], m) for m in model.modules() if id(own := getattr(m, "weight", None)) in names]
-    home, count, tokens = next(iter(weights.values())).device, 0, None
-    squares = _nothing_yet(weights, layers)
-    calls = torch.zeros(len(weights), dtype=torch.int64, device=home)
     places = {name: place for place, name in enumerate(weights)}
+    home, count, tokens = next(iter(weights.values())).device, 0, None
 
     def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen = precise(args[0] if args else next(iter(kwargs.values()))).square()
@@ -55,6 +53,7 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
         calls[places[name]] += 1
 
     with undisturbed(model, training=False), torch.no_grad(), ExitStack() as hooks:
+        squares, calls = _nothing_yet(weights, layers), torch.zeros(len(weights), dtype=torch.int64, device=home)
         for name, layer in layers:
             hook = layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
             hooks.callback(hook.remove)

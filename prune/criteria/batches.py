@@ -16,8 +16,9 @@ LABELS = ("label", "labels", "label_ids")
 
 @contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, ``model`` is in the mode asked for; afterwards its modes, its buffers and torch's random state are as
-    they were, also after an exception.
+    """Inside, gradients are on and ``model`` is in the mode asked for.
+
+    Afterwards its modes, its buffers and torch's random state are as they were, also after an exception.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -30,6 +31,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         if isinstance(model, DistributedDataParallel):  # gradients are averaged here, not by its hooks
             stack.enter_context(model.no_sync())
         try:

@@ -36,7 +36,7 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
     """
     check(model, weights)
     device = next(iter(weights.values())).device
-    with undisturbed(model, training=False), torch.enable_grad():
+    with undisturbed(model, training=False):
         batch = next(iter(loader), None)
         if batch is None:
             raise ValueError("the loader is empty: SynFlow needs one batch, for the shape of the inputs")

@@ -133,9 +133,9 @@ def _mean(
         raise ValueError(
             f"{some(frozen)} are frozen, so the loss has no gradient there: set requires_grad, or exclude them"
         )
-    sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
-    home, count = next(iter(sums.values())).device, 0
-    with undisturbed(model, training=True), torch.enable_grad():
+    home, count = next(iter(weights.values())).device, 0
+    with undisturbed(model, training=True):
+        sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
         for batch in batches(loader, home):
             value = _scalar(loss(model, batch))
             found = _gradients(value, weights) if derive is None else derive(value)
@@ -145,7 +145,7 @@ def _mean(
             count += 1
         everyone = total(count, home)
         everywhere(sums.values())
-    return {name: each / everyone for name, each in sums.items()}
+        return {name: each / everyone for name, each in sums.items()}
 
 
 def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> Sequence[Tensor | None]:
