@@ -24,8 +24,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     """Attaches a policy to the module's ``network``, or to all of the module if it has none, while ``fit`` runs.
 
     An update is counted as ``trainer.global_step`` does: each step of each of several optimizers is one. The state of
-    the policy is part of the trainer's checkpoints. Logged per epoch: ``density``, kept over prunable weights, and
-    ``density/<parameter>`` of every layer. Averages of the weights that callbacks keep (WeightAveraging,
+    the policy is part of the trainer's checkpoints. Logged per epoch, with ``log``: ``density``, kept over prunable
+    weights, and ``density/<parameter>`` of every layer. Averages of the weights that callbacks keep (WeightAveraging,
     StochasticWeightAveraging, any with an ``AveragedModel``) are masked with them.
 
     Where gradients are clipped, those of pruned weights are zero before, so that they do not count in the norm. Nobody
@@ -40,8 +40,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         UserWarning: When training ends before the policy's aim was reached.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, log: bool = True) -> None:
+        self.policy, self._log = policy, log
         self._clips, self._seen = False, 0
 
     @property
@@ -84,7 +84,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     @final
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the densities."""
-        pl_module.log_dict(self.policy.densities(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        if self._log:
+            pl_module.log_dict(self.policy.densities(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     @final
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -30,7 +30,7 @@ class KeepMasked(Sparsifying):
     """
 
     def __init__(self, masks: Masks | Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
-        super().__init__(Fixed(masks_of(masks)))
+        super().__init__(Fixed(masks_of(masks)), log=False)
 
 
 @final
