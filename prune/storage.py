@@ -1,4 +1,7 @@
-"""Which parameters are one piece of memory: tied weights are one weight under several names."""
+"""How parameters lie in memory: tied weights are one weight under several names, a DTensor lies on several ranks."""
+
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,3 +34,58 @@ def memory_span(parameter: Tensor) -> tuple[str, int, int, int]:
     size, start = parameter.element_size(), int(parameter.storage_offset())
     last = start + sum((int(n) - 1) * int(step) for n, step in zip(parameter.shape, parameter.stride()))
     return (str(parameter.device), parameter.untyped_storage().data_ptr(), start * size, (last + 1) * size)
+
+
+def distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; imports nothing, since what DTensors need takes most of a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached, in the same memory: all of it, or its shard of a DTensor."""
+    held: Any = tensor.detach()
+    return held.to_local() if distributed(held) else held
+
+
+def shard(whole: Tensor, like: Any) -> Tensor:
+    """What this rank would hold of ``whole`` if it lay on the ranks as ``like`` does; without communication."""
+    if not distributed(like):
+        return whole.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def gathered(part: Tensor, like: Any) -> Tensor:
+    """The whole of which every rank holds ``part``, as it does of ``like``. Called on every rank that does."""
+    if not distributed(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(like.shape, device="meta").stride()
+    spread = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+    )
+    return spread.full_tensor()
+
+
+def owners(tensor: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is divided; none for what every rank has whole.
+
+    Raises:
+        ValueError: if what ranks hold has yet to be summed.
+    """
+    if not distributed(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"a DTensor of placements {placements} is yet to be summed: redistribute it first")
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def summed(numbers: Tensor, groups: tuple[Any, ...]) -> Tensor:
+    """The sum of ``numbers`` over the ranks of ``groups``, in place. Called on every one of them."""
+    for group in groups:
+        torch.distributed.all_reduce(numbers, group=group)
+    return numbers

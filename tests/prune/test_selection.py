@@ -1,4 +1,6 @@
 import math
+import struct
+from typing import Any
 
 import pytest
 import torch
@@ -6,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prune import selection
 from prune.selection import keep_top_k, top_k_mask
-from prune.structure import Unstructured
+from tests.together import together
 
 
 def naive(scores: dict[str, Tensor], k: int, within: dict[str, Tensor] | None = None) -> dict[str, list[bool]]:
@@ -140,14 +143,96 @@ def test_rows_are_selected_apart_in_one_call():
             assert torch.equal(together[i, j], top_k_mask(scores[i, j], k, alive[i, j]))
 
 
-def test_unstructured_takes_one_total_or_one_number_per_tensor():
-    scores = {"a": torch.tensor([5.0, 4.0, 3.0]), "b": torch.tensor([[2.0], [1.0]])}
-    assert as_lists(Unstructured()(scores, 2)) == {"a": [True, True, False], "b": [False, False]}
-    apart = Unstructured()(scores, {"a": 1, "b": 1})
-    assert as_lists(apart) == {"a": [True, False, False], "b": [True, False]}
-    assert apart["b"].shape == (2, 1)
-    within = {"a": torch.tensor([False, True, True]), "b": torch.tensor([[False], [True]])}
-    inside = Unstructured()(scores, {"a": 1, "b": 1}, within)
-    assert as_lists(inside) == {"a": [False, True, False], "b": [False, True]}
-    with pytest.raises(ValueError, match="name the same tensors"):
-        Unstructured()(scores, {"a": 1})
+any_bits = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
+any_float = st.one_of(any_bits, values).filter(lambda value: not math.isnan(value))
+
+
+@settings(deadline=None)
+@given(st.lists(any_float, min_size=1, max_size=20), st.data())
+def test_any_pattern_of_bits_has_its_place(numbers: list[float], data: st.DataObject):
+    """Denormals, both zeros, neighbours that share their highest 16 bits, both signs."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    scores = {"w": torch.tensor(numbers, dtype=dtype), "v": torch.tensor(numbers[::-1], dtype=torch.float32)}
+    neighbour = torch.nextafter(scores["w"], torch.tensor(math.inf, dtype=dtype))
+    scores["n"] = neighbour.where(neighbour.isfinite(), 0)
+    k = data.draw(st.integers(0, 3 * len(numbers)))
+    assert as_lists(keep_top_k(scores, k)) == naive(scores, k)
+
+
+def test_a_tensor_of_less_precision_is_compared_in_that_of_the_others():
+    exact = torch.tensor([0.1], dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = exact.to(dtype)
+        assert rounded.double() != exact
+        mask = keep_top_k({"exact": exact, "rounded": rounded}, 1)
+        assert bool(mask["rounded"]) == bool(rounded.double() > exact)
+
+
+def test_many_chunks_are_one_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "_CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        "a": torch.randint(-2, 3, (5, 8), generator=generator).float().t(),
+        "b": torch.randint(-2, 3, (7,), generator=generator).bfloat16(),
+        "none": torch.zeros(0, 3),
+    }
+    within = {name: torch.rand(score.shape, generator=generator) > 0.3 for name, score in scores.items()}
+    for k in range(25):
+        assert as_lists(keep_top_k(scores, k, within)) == naive(scores, k, within)
+    assert keep_top_k(scores, 3)["a"].is_contiguous()
+
+
+def shards(cases: list[Any]) -> list[Any]:
+    """Masks of scores that lie on two ranks, in other ways from case to case; an error as its message."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo")
+    line, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
+    copies = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+    ways: list[Any] = [
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (grid, [Replicate(), Shard(0)]),
+        (copies, [Replicate(), Shard(0)]),
+        (grid, [Shard(0), Shard(1)]),
+    ]
+    found: list[Any] = []
+    for shift, (scores, k, *within) in enumerate(cases):
+        placed: dict[str, Tensor] = {
+            name: score if name == "plain" else distribute_tensor(score, *ways[(shift + i) % len(ways)])
+            for i, (name, score) in enumerate(scores.items())
+        }
+        try:
+            masks = keep_top_k(placed, k, *within)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        assert all(type(mask) is Tensor for mask in masks.values())
+        found.append(as_lists(masks))
+    with pytest.raises(ValueError, match="yet to be summed: redistribute"):
+        keep_top_k({"w": DTensor.from_local(torch.ones(3), line, [Partial()])}, 1)
+    return found
+
+
+def test_shards_of_several_ranks_are_one_model():
+    """Shapes that do not divide, empty shards, ties over borders, meshes of two dimensions, plain tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    scores = {"a": drawn(5, 3), "plain": drawn(4), "b": drawn(1, 6), "c": drawn(4, 4), "d": drawn(3, 2, 2)}
+    scores["c"][0, 0] = math.inf
+    smooth = {name: torch.randn(score.shape, generator=generator).double() for name, score in scores.items()}
+    within = {name: torch.rand(score.shape, generator=generator) > 0.4 for name, score in scores.items()}
+    spoilt = scores | {"c": scores["c"].clone()}
+    spoilt["c"][3, 3] = math.nan
+    good = [*[(scores, 20)] * 5, (scores, 53), (scores, 0), (scores, 11, within), (smooth, 17), (smooth, 9, within)]
+    first, second = together(shards, [*good, (spoilt, 3), (scores, 54)])
+    assert first == second
+    *found, spoilt_message, range_message = first
+    for case, masks in zip(good, found):
+        assert masks == naive(*case)
+    assert spoilt_message.startswith("1 of 16 scores of 'c' are NaN")
+    assert range_message.startswith("cannot keep 54 of 53")
