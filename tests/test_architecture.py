@@ -71,11 +71,11 @@ def test_the_pure_files_import_torch_only(path: Path) -> None:
 
 def test_the_reader_of_checkpoints_is_torch_and_safetensors() -> None:
     """The reader and what it imports; activations only where one was swapped in."""
-    for name in ("artifact", "architecture", "bits", "files"):
+    for name in ("artifact", "architecture", "bits", "files", "resize"):
         path = ROOT / "workbench" / f"{name}.py"
         assert tops(path) <= {"torch", "safetensors", "workbench", *sys.stdlib_module_names}
         inside = {found.split(".")[1] for found in imports(path) if found.startswith("workbench.")}
-        assert inside <= {"architecture", "bits", "files", "activations"}
+        assert inside <= {"architecture", "bits", "files", "resize", "activations"}
 
 
 def test_there_is_no_cycle() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from workbench.resize import ResizeError, is_resized, resize
+
 _ATTENTION = ("eager", "sdpa")
 _POOLER = "add_pooling_layer"
 _MODULE, _CLASS = "torch.nn.Module", "type[torch.nn.Module]"
@@ -19,7 +21,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
     A transformers model is described by its configuration; any other by its class and what its constructor was given:
     its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
-    swapped in afterwards is noted beside.
+    swapped in afterwards, and layers that were made smaller, are noted beside.
     """
     cls = type(model)
     found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
@@ -36,6 +38,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
             found["init_args"] = _arguments(model)
         if swapped := getattr(model, "swapped_activation", None):
             found["activation"] = swapped
+        if resized := getattr(model, "resized", None):
+            found["resized"] = resized
         return json.loads(json.dumps(found))
     except (TypeError, ValueError):
         return None
@@ -61,6 +65,10 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
             from workbench.activations import swap_activation
 
             swap_activation(model, architecture["activation"])
+        if "resized" in architecture:
+            resize(model, architecture["resized"])
+    except ResizeError as error:
+        raise ResizeError(f"{path}: {error}") from error
     except Exception as error:  # whatever a constructor does with arguments it does not expect
         raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
     return model
@@ -108,7 +116,7 @@ def is_architecture(value: Any) -> bool:
     given = [value[key] for key in ("init_args", "config") if key in value]
     if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
         return False
-    if not isinstance(value.get("pooler", False), bool):
+    if not (isinstance(value.get("pooler", False), bool) and is_resized(value.get("resized", {}))):
         return False
     # transformers would fetch any other attention from its hub, and run it.
     todo: list[Any] = [value.get("config"), value.get("init_args")]

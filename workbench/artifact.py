@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from workbench.architecture import build, describe, is_architecture
 from workbench.bits import pack, unpack
 from workbench.files import replacing, sha256, write_json
+from workbench.resize import ResizeError
 
 FORMAT = "compact-checkpoint"
 VERSION = 1
@@ -332,6 +333,8 @@ def _built(index: Mapping[str, Any], path: Path) -> nn.Module:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")
                 skeleton = build(index["architecture"], path)
+        except ResizeError:
+            raise  # built for real, it would take the memory of what it was before it was shrunk
         except ValueError:
             pass  # not every constructor can do without memory; building for real says what is wrong
         else:

@@ -241,8 +241,8 @@ def _halved(network: nn.Module) -> nn.Module:
 
 
 def _is_of_transformers(architecture: Mapping[str, Any] | None) -> bool:
-    """Whether transformers can build the network again from a configuration of its own."""
-    if architecture is None or "config" not in architecture:
+    """Whether transformers can build the network again from a configuration of its own, with layers of those sizes."""
+    if architecture is None or "config" not in architecture or "resized" in architecture:
         return False
     if "activation" not in architecture:
         return True

@@ -405,7 +405,7 @@ def test_importing_it_needs_torch_and_safetensors_only() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[] " + repr(
-        [f"workbench.{name}" for name in ("architecture", "artifact", "bits", "files")]
+        [f"workbench.{name}" for name in ("architecture", "artifact", "bits", "files", "resize")]
     )
 
 
