@@ -3,12 +3,11 @@
 A mask is never read off the zeros of a weight: a kept weight may be 0, and a masked one may have moved.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from prune.storage import memory_span, shared_memory
+from prune import keeping
+from prune.keeping import Handle, some
+from prune.keeping import nearest as nearest
+from prune.storage import distributed, shared_memory
 from workbench.bits import pack, packed_bytes, unpack
 
 FORMAT = "prune.masks"
 VERSION = "1"
+
+
+class StoredBytes(NamedTuple):
+    """Bytes of a model's parameters.
+
+    Args:
+        dense: Every weight, in its dtype.
+        sparse: Of masked parameters one bit per weight and the values that are kept, in their dtype; the others dense.
+    """
+
+    dense: int
+    sparse: int
 
 
 class Masks(Mapping[str, Tensor]):
@@ -36,8 +50,8 @@ class Masks(Mapping[str, Tensor]):
         """Check and copy.
 
         Raises:
-            ValueError: if there is no mask, a name is not a non-empty string, or a mask is not a non-empty
-                bool tensor.
+            ValueError: if there is no mask, a name is not a non-empty string, or a mask is not a plain, non-empty
+                bool tensor with values.
         """
         if not masks:
             raise ValueError("no masks given: a mask is needed for at least one parameter")
@@ -47,6 +61,9 @@ class Masks(Mapping[str, Tensor]):
             if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
                 given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"mask '{name}' is {given}: give a torch.bool tensor, True where the weight is kept")
+            if mask.is_meta or distributed(mask):
+                kind = "on the meta device" if mask.is_meta else "a DTensor"
+                raise ValueError(f"mask '{name}' is {kind}: give a plain tensor that holds the whole mask")
             if not mask.numel():
                 raise ValueError(f"mask '{name}' of shape {tuple(mask.shape)} has no entries: leave it out")
         self._masks = {n: m.detach().clone(memory_format=torch.contiguous_format) for n, m in masks.items()}
@@ -81,6 +98,10 @@ class Masks(Mapping[str, Tensor]):
         """Parameter name -> (kept, total)."""
         return {name: (int(mask.sum()), mask.numel()) for name, mask in self.items()}
 
+    def layer_densities(self) -> dict[str, float]:
+        """Parameter name -> kept over total, in [0, 1]."""
+        return {name: kept / total for name, (kept, total) in self.counts().items()}
+
     @property
     def density(self) -> float:
         """Kept over total, counted over the masked parameters only; in [0, 1]."""
@@ -94,138 +115,45 @@ class Masks(Mapping[str, Tensor]):
 
     def model_density(self, model: nn.Module) -> float:
         """Kept over total, counted over all parameters of ``model``: kept if unmasked, once if shared."""
-        self._parameters(model)
+        keeping.fitting(self, model)
         total = sum(max(p.numel() for _, p in group) for group in shared_memory(model))
         kept, masked = self._totals()
         return (total - masked + kept) / total
+
+    def stored_bytes(self, model: nn.Module) -> StoredBytes:
+        """What the parameters of ``model`` take on disk, shared ones once, whole and with masked weights left out."""
+        dense = sum(max(p.numel() * p.element_size() for _, p in group) for group in shared_memory(model))
+        pruned = sum(
+            int((~self[name]).sum()) * parameter.element_size() - packed_bytes(parameter.shape)
+            for name, parameter in keeping.fitting(self, model).items()
+        )
+        return StoredBytes(dense, dense - pruned)
 
     def _totals(self) -> tuple[int, int]:
         counts = self.counts().values()
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
-    # Acting on a model
+    # Acting on a model, as prune.keeping says
 
-    @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Set masked weights to +0.0 in place, whatever they were (negative, infinite, NaN), on any device.
+        """Set masked weights to +0.0 in place: :func:`prune.keeping.apply`."""
+        keeping.apply(self, model)
 
-        Raises:
-            ValueError: if a name or shape does not belong to ``model``.
-        """
-        for name, parameter in self._parameters(model).items():
-            parameter.masked_fill_(~self[name].to(parameter.device), 0)
+    def keep(self, optimizer: Any, model: nn.Module) -> Handle:
+        """Masked weights are zero after every step of ``optimizer`` from now on: :func:`prune.keeping.keep`."""
+        return keeping.keep(self, optimizer, model)
 
-    def keep(self, optimizer: Any, model: nn.Module) -> "Handle":
-        """From now on, multiply the weights by their masks after every step of ``optimizer``, in any loop.
-
-        Masking gradients alone would not do: momentum and weight decay move weights without one. Call
-        ``apply`` first; this acts only after a step. The masks are held in the weights' dtype and follow a
-        model that changes device or dtype. A weight that the step made negative becomes -0.0, which equals 0;
-        ``apply`` leaves +0.0. The model and its state dict get no new keys or hooks; a copy of the optimizer
-        does not have this one.
-
-        Args:
-            optimizer: one optimizer, or a list of them; a wrapper with an ``optimizer`` attribute
-                (accelerate's, Lightning's) is unwrapped.
-            model: the model whose weights are masked. It is looked up by name at every step.
-
-        Returns:
-            A handle; ``handle.remove()`` or leaving ``with handle:`` ends it.
-
-        Raises:
-            TypeError: if something is not an optimizer.
-            ValueError: if a name or shape does not belong to ``model``, or no optimizer holds any of the
-                masked weights.
-        """
-        several = isinstance(optimizer, (list, tuple))
-        optimizers = [_unwrapped(each) for each in (optimizer if several else [optimizer])]
-        members = self._members(model)
-        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
-        if not any(id(member.parameter) in held for group in members.values() for member in group):
-            raise ValueError(
-                f"the optimizer holds none of the masked weights ({_some(self)}), so its steps do not move "
-                "them: give the optimizer that trains this model"
-            )
-        cast: dict[str, Tensor] = {}
-
-        @torch.no_grad()
-        def mask_weights(*_: Any) -> None:
-            weights: list[Tensor] = [model.get_parameter(name) for name in self]
-            for name, weight in zip(self, weights):
-                if name not in cast or cast[name].device != weight.device or cast[name].dtype != weight.dtype:
-                    cast[name] = self[name].to(weight.device, weight.dtype)
-            torch._foreach_mul_(weights, [cast[name] for name in self])  # pyright: ignore[reportPrivateImportUsage]
-
-        return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
-
-    @torch.no_grad()
     def mask_gradients(self, model: nn.Module) -> None:
-        """Zero the gradients of masked weights: before clipping, so that the norm counts only live ones.
+        """Zero the gradients of masked weights, before clipping: :func:`prune.keeping.mask_gradients`."""
+        keeping.mask_gradients(self, model)
 
-        Raises:
-            ValueError: if a name or shape does not belong to ``model``.
-        """
-        for name, group in self._members(model).items():
-            for member in group:
-                if member.parameter.grad is not None:
-                    _fill(member.parameter.grad, member.seen(self[name]))
-
-    @torch.no_grad()
     def clear_state(self, optimizer: Any, model: nn.Module) -> None:
-        """Zero what the optimizer remembers of masked weights, such as their momentum.
-
-        Every state tensor of the parameter's shape is cleared; state of another shape (LBFGS keeps all
-        parameters in one vector) is left alone.
-
-        Raises:
-            TypeError: if ``optimizer`` is not one.
-            ValueError: if a name or shape does not belong to ``model``.
-        """
-        states = _unwrapped(optimizer).state
-        for name, group in self._members(model).items():
-            for member in group:
-                for key, value in states.get(member.parameter, {}).items():
-                    if key != "step" and isinstance(value, Tensor) and value.shape == member.parameter.shape:
-                        _fill(value, member.seen(self[name]))
+        """Zero what the optimizer remembers of masked weights: :func:`prune.keeping.clear_state`."""
+        keeping.clear_state(self, optimizer, model)
 
     def obeyed_by(self, model: nn.Module) -> bool:
-        """Whether the masks fit ``model`` and everything they prune is zero in it."""
-        known = dict(model.named_parameters(remove_duplicate=False))
-        return all(
-            name in known
-            and known[name].shape == mask.shape
-            and not known[name].detach()[~mask.to(known[name].device)].any()
-            for name, mask in self.items()
-        )
-
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The masked parameters by name, after checking that names and shapes belong."""
-        known = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self if name not in known]
-        if missing:
-            first = missing[0]
-            raise ValueError(
-                f"{len(missing)} of {len(self)} masks name no parameter of this {type(model).__name__}: "
-                f"{_some(missing)}. Nearest to '{first}': {_some(nearest(first, known))}. "
-                "Give the model that the masks were made for"
-            )
-        for name, mask in self.items():
-            if known[name].shape != mask.shape:
-                raise ValueError(
-                    f"mask '{name}' has shape {tuple(mask.shape)}, the parameter {tuple(known[name].shape)}: "
-                    "give the model that the masks were made for"
-                )
-        return {name: known[name] for name in self}
-
-    def _members(self, model: nn.Module) -> "dict[str, list[_Member]]":
-        """Each masked name with all parameters in the same memory: a weight may be tied by storage alone."""
-        parameters = self._parameters(model)
-        groups = {name: group for group in shared_memory(model) for name, _ in group}
-        members = {}
-        for name, owner in parameters.items():
-            unique = {id(parameter): parameter for _, parameter in groups[name]}
-            members[name] = [_Member(owner, parameter) for parameter in unique.values()]
-        return members
+        """Whether the masks fit ``model`` and everything they prune is zero in it: :func:`prune.keeping.obeyed_by`."""
+        return keeping.obeyed_by(self, model)
 
     # Algebra
 
@@ -234,6 +162,10 @@ class Masks(Mapping[str, Tensor]):
 
     def __or__(self, other: "Masks") -> "Masks":
         return Masks({name: mask | theirs for name, mask, theirs in self._beside(other)})
+
+    def __sub__(self, other: "Masks") -> "Masks":
+        """Kept here and not in ``other``: what was pruned from one level to the next."""
+        return Masks({name: mask & ~theirs for name, mask, theirs in self._beside(other)})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -252,11 +184,24 @@ class Masks(Mapping[str, Tensor]):
         both, either = (self & other)._totals()[0], (self | other)._totals()[0]
         return both / either if either else 1.0
 
+    def layer_overlaps(self, other: "Masks") -> dict[str, float]:
+        """Parameter name -> ``overlap`` of its two masks."""
+        return {n: Masks({n: mask}).overlap(Masks({n: theirs})) for n, mask, theirs in self._beside(other)}
+
+    def chance_overlap(self, other: "Masks") -> float:
+        """The ``overlap`` to expect of masks that keep as much in each parameter, but anywhere: c / (a + b - c).
+
+        Of a kept here and b there, c = sum of a_l b_l / n_l over parameters is what both keep by chance.
+        """
+        both = sum(int(mask.sum()) * int(theirs.sum()) / mask.numel() for _, mask, theirs in self._beside(other))
+        either = self._totals()[0] + other._totals()[0] - both
+        return both / either if either else 1.0
+
     def _beside(self, other: "Masks") -> Iterator[tuple[str, Tensor, Tensor]]:
         if self.keys() != other.keys():
             raise ValueError(
                 f"the masks are for different parameters, such as "
-                f"{_some(sorted(self.keys() ^ other.keys()))}: compare masks of one model"
+                f"{some(sorted(self.keys() ^ other.keys()))}: compare masks of one model"
             )
         for name, mask in self.items():
             if mask.shape != other[name].shape:
@@ -313,7 +258,7 @@ class Masks(Mapping[str, Tensor]):
                 shapes = _shapes(file.metadata() or {})
                 names = set(file.keys())
                 if names != shapes.keys():
-                    raise ValueError(f"tensors and shapes differ in {_some(sorted(names ^ shapes.keys()))}")
+                    raise ValueError(f"tensors and shapes differ in {some(sorted(names ^ shapes.keys()))}")
                 for name, shape in shapes.items():
                     stored = file.get_slice(name)
                     if stored.get_dtype() != "U8" or stored.get_shape() != [packed_bytes(shape)]:
@@ -326,62 +271,6 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(
                 f"{os.fspath(path)} is not a file of masks: {error}. Give a file that Masks.save wrote"
             ) from error
-
-
-class Handle:
-    """What ``Masks.keep`` returns: takes its hooks off again, also after an exception in a ``with`` block."""
-
-    def __init__(self, removers: Iterable[Callable[[], None]]):
-        self._removers = list(removers)
-
-    def remove(self) -> None:
-        """Take the hooks off; a second call does nothing."""
-        while self._removers:
-            self._removers.pop()()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of ``known`` that look most like ``name``, best first; for error messages."""
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0)
-
-
-class _Member(NamedTuple):
-    """A parameter in the memory of ``owner``, the parameter that a mask is named after."""
-
-    owner: nn.Parameter
-    parameter: nn.Parameter
-
-    def seen(self, mask: Tensor) -> Tensor:
-        """The owner's mask as this parameter sees it, say transposed."""
-        owner, parameter = self.owner, self.parameter
-        if parameter is owner or (parameter.shape, parameter.stride()) == (owner.shape, owner.stride()):
-            return mask
-        if memory_span(parameter) != memory_span(owner) or parameter.numel() != owner.numel():
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} shares only part of the memory of a masked "
-                f"one of shape {tuple(owner.shape)}: untie them"
-            )
-        memory = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=mask.device).copy_(mask)
-        return memory.as_strided(parameter.shape, parameter.stride(), 0)
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    inner = optimizer
-    while (wrapped := getattr(inner, "optimizer", None)) is not None:
-        inner = wrapped
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an optimizer: give a torch.optim.Optimizer or its wrapper")
-    return inner
-
-
-def _fill(values: Tensor, mask: Tensor) -> None:
-    values.masked_fill_(~mask.to(values.device), 0)
 
 
 def _shapes(metadata: Mapping[str, str]) -> dict[str, list[int]]:
@@ -400,8 +289,3 @@ def _shapes(metadata: Mapping[str, str]) -> dict[str, list[int]]:
 
 def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
