@@ -1,12 +1,14 @@
 """How many weights each layer keeps, counted from the layer's original size at every level.
 
 All keep at least one weight per layer (a layer with none cuts the network in two) unless told not to, warn
-when that made a difference, and give counts that fall with the density, so that levels nest.
+when that made a difference, and give counts that fall with the density, so that levels nest. Under a structure
+"weights" are its units, and "layers" whatever shares them out.
 """
 
+import inspect
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -16,9 +18,11 @@ from torch import Tensor
 from prune.schedule import check_density, kept
 from prune.selection import keep_top_k
 
+Shapes = Mapping[str, Sequence[Sequence[int]]]
+
 
 class Allocation(Protocol):
-    """Divides a density over layers."""
+    """Divides a density over layers, or over whatever keys a structure has."""
 
     def __call__(
         self,
@@ -26,9 +30,18 @@ class Allocation(Protocol):
         density: float,
         *,
         within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] = (),
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
     ) -> dict[str, int]:
-        """Parameter name -> number of weights to keep."""
+        """Key -> number of units to keep.
+
+        Args:
+            scores: key -> scores of its units; without a structure, parameter name -> scores of its weights.
+            density: share of the units to keep, in (0, 1].
+            within: key -> which units may be kept; None for all.
+            outputs: keys of the output layers; None for the last of ``scores``.
+            shapes: key -> shapes of the parameters that its units lie in; None for the scores' own.
+        """
         ...
 
 
@@ -66,7 +79,8 @@ class Global:
         density: float,
         *,
         within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] = (),
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
     ) -> dict[str, int]:
         """Counts of the global top k, with layers below their floor lifted to it; ``outputs`` plays no part.
 
@@ -123,7 +137,8 @@ class Uniform:
         density: float,
         *,
         within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] = (),
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
     ) -> dict[str, int]:
         """Counts proportional to the layers' sizes; ``outputs`` plays no part.
 
@@ -132,29 +147,63 @@ class Uniform:
                 count.
         """
         sizes, left = _sizes(scores), _left(scores, within)
-        everything = sum(sizes.values())
-        total = kept(everything, density)
+        total = kept(sum(sizes.values()), density)
         _check_total(total, density, left)
-        if total < len(sizes):
-            raise ValueError(
-                f"density {density} keeps {total} weights, too few for one in each of {len(sizes)} layers: "
-                "raise the density"
-            )
-        fair = {name: (2 * size * total + everything) // (2 * everything) for name, size in sizes.items()}
-        counts = {name: max(1, count) for name, count in fair.items()}
-        index = {name: position for position, name in enumerate(sizes)}
-        while (missing := total - sum(counts.values())) != 0:
-            # A layer's j-th place has priority size / (2j - 1); the highest priorities are taken.
-            step = 1 if missing > 0 else 0
-            movable = [n for n in sizes if (counts[n] < sizes[n] if step else counts[n] > 1)]
-            rank = {n: (Fraction(sizes[n], 2 * (counts[n] + step) - 1), -index[n]) for n in movable}
-            if step:
-                counts[max(movable, key=rank.__getitem__)] += 1
-            else:
-                counts[min(movable, key=rank.__getitem__)] -= 1
-        _warn_of_rescue(sizes, fair)
+        counts = _apportioned(sizes, total, density, sizes, sizes)
         _check_room(counts, left, density)
         return counts
+
+
+@dataclass(frozen=True)
+class ERK:
+    """Densities in proportion to (sum of a layer's dimensions) / (their product): Erdos-Renyi-Kernel.
+
+    Layers of few weights stay denser. Where a density would be above 1, or above what a layer has left in ``within``,
+    the layer keeps all of that, and the rest is divided over the others; the total is exactly ``kept(all weights,
+    density)``, apportioned as in :class:`Uniform`. A key of several matrices has the density that they would have
+    together.
+
+    Reference: Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134, section 3 (1).
+    """
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
+    ) -> dict[str, int]:
+        """Counts in proportion to units * density of the layer; ``outputs`` plays no part.
+
+        Raises:
+            ValueError: if there are fewer places than layers, or ``within`` has less left than the total.
+        """
+        return _erdos_renyi(scores, density, within, shapes, sum)
+
+
+@dataclass(frozen=True)
+class ErdosRenyi:
+    """As :class:`ERK` with the number of outputs and inputs in place of all dimensions: kernels do not count.
+
+    The density is in proportion to (n_out + n_in) / (n_out * n_in), for a matrix the same as in :class:`ERK`.
+
+    Reference: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
+    arXiv:1707.04780, equation 1; for convolutions Evci et al., 2020, arXiv:1911.11134, section 3 (1).
+    """
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        density: float,
+        *,
+        within: Mapping[str, Tensor] | None = None,
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
+    ) -> dict[str, int]:
+        """Counts, and errors, as in :class:`ERK`."""
+        return _erdos_renyi(scores, density, within, shapes, _neurons)
 
 
 @dataclass(frozen=True)
@@ -200,16 +249,17 @@ class LayerwiseAsPaper:
         density: float,
         *,
         within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] = (),
+        outputs: Collection[str] | None = None,
+        shapes: Shapes | None = None,
     ) -> dict[str, int]:
-        """Counts layer by layer; ``outputs`` names the output layers, by default the last of ``scores``.
+        """Counts layer by layer; ``outputs`` names the output layers, None is the last of ``scores``.
 
         Raises:
             ValueError: if ``within`` has less left in a layer than its count, or an output is not among the
                 scores.
         """
         sizes = _sizes(scores)
-        slow = set(outputs) or {list(sizes)[-1]}
+        slow = {list(sizes)[-1]} if outputs is None else set(outputs)
         if not slow <= sizes.keys():
             raise ValueError(f"outputs {sorted(slow - sizes.keys())} are not among the scores: {list(sizes)}")
         fair = {n: kept(s, self.output_density(density) if n in slow else density) for n, s in sizes.items()}
@@ -219,7 +269,82 @@ class LayerwiseAsPaper:
         return counts
 
 
-ALLOCATIONS = {"global": Global, "uniform": Uniform, "layerwise": LayerwiseAsPaper}
+ALLOCATIONS = {
+    "global": Global,
+    "uniform": Uniform,
+    "layerwise": LayerwiseAsPaper,
+    "erk": ERK,
+    "erdos_renyi": ErdosRenyi,
+}
+
+
+def _erdos_renyi(
+    scores: Mapping[str, Tensor],
+    density: float,
+    within: Mapping[str, Tensor] | None,
+    shapes: Shapes | None,
+    ends: Callable[[Sequence[int]], int],
+) -> dict[str, int]:
+    """Counts where the density of a layer is in proportion to ``ends(shape) / prod(shape)``; a kernel multiplies both
+    for :class:`ErdosRenyi`.
+    """
+    sizes, left = _sizes(scores), _left(scores, within)
+    total = kept(sum(sizes.values()), density)
+    _check_total(total, density, left)
+    lying = {key: [score.shape] for key, score in scores.items()} if shapes is None else shapes
+    weights = {
+        key: size * Fraction(sum(map(ends, lying[key])), sum(map(math.prod, lying[key]))) for key, size in sizes.items()
+    }
+    return _apportioned(weights, total, density, left, sizes)
+
+
+def _neurons(shape: Sequence[int]) -> int:
+    """(outputs + inputs) times the kernel, so that over all dimensions it is over outputs times inputs."""
+    return sum(shape[:2]) * math.prod(shape[2:])
+
+
+def _apportioned(
+    weights: Mapping[str, int | Fraction],
+    total: int,
+    density: float,
+    room: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """``total`` places divided in proportion to ``weights``, from 1 to ``room`` for each, like seats in a parliament.
+
+    Webster: count = weight * x, halves up, held between its bounds, with the one x that gives the total; ties go to
+    the first. So counts never grow as the total falls.
+    """
+    if total < sum(map(bool, room.values())):
+        raise ValueError(
+            f"density {density} keeps {total} weights, too few for one in each of {len(room)} layers: raise the density"
+        )
+    scale = _scale(weights, total, room)
+    fair = {name: math.floor(weight * scale + Fraction(1, 2)) for name, weight in weights.items()}
+    counts = {name: min(max(1, count), room[name]) for name, count in fair.items()}
+    index = {name: position for position, name in enumerate(weights)}
+    while (missing := total - sum(counts.values())) != 0:
+        # A layer's j-th place has priority weight / (2j - 1); the highest priorities are taken.
+        step = 1 if missing > 0 else 0
+        movable = [n for n in weights if (counts[n] < room[n] if step else counts[n] > 1)]
+        rank = {n: (Fraction(weights[n]) / (2 * (counts[n] + step) - 1), -index[n]) for n in movable}
+        if step:
+            counts[max(movable, key=rank.__getitem__)] += 1
+        else:
+            counts[min(movable, key=rank.__getitem__)] -= 1
+    _warn_of_rescue(sizes, {name: count for name, count in fair.items() if room[name]})
+    return counts
+
+
+def _scale(weights: Mapping[str, int | Fraction], total: int, room: Mapping[str, int]) -> Fraction:
+    """The x for which the sum of weight * x, held to the rooms, is the total."""
+    full: set[str] = set()
+    while free := weights.keys() - full:
+        scale = Fraction(total - sum(room[n] for n in full)) / sum(weights[n] for n in free)
+        if not (over := {n for n in free if weights[n] * scale > room[n]}):
+            return scale
+        full |= over
+    return Fraction(0)
 
 
 def _sizes(scores: Mapping[str, Tensor]) -> dict[str, int]:
@@ -247,16 +372,20 @@ def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: flo
         if count > left[name]:
             raise ValueError(
                 f"density {density} keeps {count} weights of '{name}', but `within` has only {left[name]} "
-                "left and pruned weights never come back: lower it, or use the allocation that made `within`"
+                "left, where pruned weights never come back, or the structure allows no more: lower it, or use the "
+                "allocation that made `within`"
             )
 
 
 def _warn_of_rescue(sizes: Mapping[str, int], fair: Mapping[str, int]) -> None:
     for name, count in fair.items():
         if count == 0:
-            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1", stacklevel=5)
+            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1")
 
 
-def _warn(what: str, stacklevel: int = 4) -> None:
-    # The fourth frame is the caller of the Pruner that called the allocation.
-    warnings.warn(f"layer collapse: {what}", stacklevel=stacklevel)
+def _warn(what: str) -> None:
+    """Warn at the line that called into this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "prune":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"layer collapse: {what}", stacklevel=level)

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from distill.student.mlp import cut_mlp
-from distill.student.transformer import cut_transformer, layout_of
+from distill.student.transformer import cut_transformer
 from distill.teacher import Teacher
 from workbench.activations import swap_activation
+from workbench.anatomy import anatomy_of
 from workbench.models import MLP, SentenceEncoder
 from workbench.source import Source
 
@@ -78,10 +79,10 @@ def cut_student(
     if isinstance(teacher, MLP):
         _refuse(teacher, {"heads": heads, "ffn": ffn}, "hidden, layers, every and activation")
         student = cut_mlp(teacher, layers, every, hidden)
-    elif (layout := layout_of(teacher)) is not None:
+    elif (anatomy := anatomy_of(teacher)) is not None and anatomy.gate is None:
         if isinstance(hidden, Sequence):
             raise ValueError(f"hidden={list(hidden)}: a transformer has one hidden size, give a number")
-        student = cut_transformer(teacher, layout, layers, every, hidden, heads, ffn)
+        student = cut_transformer(teacher, anatomy, layers, every, hidden, heads, ffn)
     else:
         given = {"layers": layers, "every": every, "hidden": hidden, "heads": heads, "ffn": ffn}
         _refuse(teacher, given, "activation; others of BERT, RoBERTa, DistilBERT, GPT-2, ViT and workbench.models.MLP")

@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,95 +11,16 @@ from torch import Tensor, nn
 
 from distill.student.units import chosen_layers, keep, norms, smaller
 from workbench.activations import swap_activation
+from workbench.anatomy import Anatomy, at, base_of
 
 Sizes = tuple[int, int, int]  # hidden, heads, feed-forward
 Picks = dict[str, list[tuple[int, Tensor]]]  # tensor: (axis, indices to keep along it)
 Scales = dict[str, tuple[int, int, float]]  # tensor: (axis, length, factor of that many entries along it)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a transformer's base model has its layers, and a layer its parts.
-
-    Attributes:
-        layers: The list of layers.
-        inputs: What makes queries, keys and values: three parts, or one that makes them in this order.
-        output: What maps the heads back to the hidden size.
-        up: First layer of the feed-forward net.
-        down: Second layer of it.
-        ffn: The configuration's field for its width.
-    """
-
-    layers: str
-    inputs: tuple[str, ...]
-    output: str
-    up: str
-    down: str
-    ffn: str = "intermediate_size"
-
-
-def _three(pattern: str, names: str = "query key value") -> tuple[str, ...]:
-    return tuple(pattern.format(name) for name in names.split())
-
-
-_LAYOUTS = (
-    # BERT, RoBERTa
-    Layout(
-        "encoder.layer", _three("attention.self.{}"), "attention.output.dense", "intermediate.dense", "output.dense"
-    ),
-    # ViT of the first transformers 5
-    Layout(
-        "encoder.layer",
-        _three("attention.attention.{}"),
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    # ViT
-    Layout("layers", _three("attention.{}_proj", "q k v"), "attention.o_proj", "mlp.fc1", "mlp.fc2"),
-    # DistilBERT
-    Layout(
-        "transformer.layer",
-        _three("attention.{}_lin", "q k v"),
-        "attention.out_lin",
-        "ffn.lin1",
-        "ffn.lin2",
-        "hidden_dim",
-    ),
-    # GPT-2
-    Layout("h", ("attn.c_attn",), "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "n_inner"),
-)
-
-
-def layout_of(teacher: nn.Module) -> Layout | None:
-    """How the teacher is laid out; None if it is none of these transformers."""
-    base = _base(teacher)
-    if base is None or not hasattr(getattr(teacher, "config", None), "num_hidden_layers"):
-        return None
-    for layout in _LAYOUTS:
-        blocks = _at(base, layout.layers)
-        parts = (*layout.inputs, layout.output, layout.up, layout.down)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and all(_at(blocks[0], part) for part in parts):
-            return layout
-    return None
-
-
-def _base(model: nn.Module) -> nn.Module | None:
-    """The model without its head; None if it is not one of transformers."""
-    prefix = getattr(model, "base_model_prefix", None)
-    return None if prefix is None else getattr(model, prefix, model)
-
-
-def _at(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def cut_transformer(
     teacher: nn.Module,
-    layout: Layout,
+    anatomy: Anatomy,
     layers: Sequence[int] | None,
     every: int | None,
     hidden: int | None,
@@ -108,11 +28,11 @@ def cut_transformer(
     ffn: int | None,
 ) -> nn.Module:
     """A student of the teacher's class, see :func:`distill.cut_student`."""
-    base: Any = _base(teacher)
+    base: Any = base_of(teacher)
     config: Any = copy.deepcopy(teacher.config)
-    blocks: Any = _at(base, layout.layers)
+    blocks: Any = at(base, anatomy.layers)
     chosen = chosen_layers(len(blocks), layers, every)
-    width = _matrix(blocks[0], layout.up)[0].shape[0]
+    width = _matrix(blocks[0], anatomy.up)[0].shape[0]
     before = (config.hidden_size, config.num_attention_heads, width)
     after = (*_hidden_and_heads(config, hidden, heads), width if ffn is None else smaller("ffn", ffn, width))
     if before != after and getattr(config, "add_cross_attention", False):
@@ -122,10 +42,10 @@ def cut_transformer(
         if getattr(config, "pooler_output_size", None) == config.hidden_size:
             config.pooler_output_size = after[0]
         config.hidden_size, config.num_attention_heads = after[:2]
-        setattr(config, layout.ffn, after[2])
+        setattr(config, anatomy.ffn, after[2])
     student = _built(teacher, config)
     prefix = next(name for name, module in teacher.named_modules() if module is blocks)
-    picks, scales = _picks(blocks, layout, prefix, chosen, before, after, teacher.config)
+    picks, scales = _picks(blocks, anatomy, prefix, chosen, before, after, teacher.config)
     renamed = {f"{prefix}.{new}.": f"{prefix}.{old}." for new, old in enumerate(chosen)}
     _fill(student, teacher, prefix, renamed, picks, scales, (before[0], after[0]))
     # What the configuration cannot say was put in afterwards.
@@ -172,7 +92,7 @@ def _built(teacher: nn.Module, config: Any) -> nn.Module:
 
 
 def _picks(
-    blocks: Any, layout: Layout, prefix: str, chosen: list[int], before: Sizes, after: Sizes, config: Any
+    blocks: Any, anatomy: Anatomy, prefix: str, chosen: list[int], before: Sizes, after: Sizes, config: Any
 ) -> tuple[Picks, Scales]:
     """What to keep of the layers' heads and feed-forward units, and what to scale, by the teacher's names."""
     picks: Picks = {}
@@ -182,40 +102,40 @@ def _picks(
         factor, units = 1.0, []
         if before[:2] != after[:2]:
             width, narrow = before[0] // before[1], after[0] // after[1]
-            pairs, values = _heads(block, layout, before[1], after[1], narrow)
-            units.append((layout.output, False, values))
-            if len(layout.inputs) == 1:
+            pairs, values = _heads(block, anatomy, before[1], after[1], narrow)
+            units.append((anatomy.output, False, values))
+            if len(anatomy.inputs) == 1:
                 rows = torch.cat([pairs, pairs + before[0], values + 2 * before[0]])
-                units.append((layout.inputs[0], True, rows))
+                units.append((anatomy.inputs[0], True, rows))
             else:
-                units += [(part, True, rows) for part, rows in zip(layout.inputs, (pairs, pairs, values))]
+                units += [(part, True, rows) for part, rows in zip(anatomy.inputs, (pairs, pairs, values))]
             if getattr(config, "scale_attn_weights", True):
                 factor = math.sqrt(narrow / width)
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             factor *= (new + 1) / (old + 1)
         if before[2] != after[2]:
-            (up, bias), (down, _) = _matrix(block, layout.up), _matrix(block, layout.down)
+            (up, bias), (down, _) = _matrix(block, anatomy.up), _matrix(block, anatomy.down)
             kept = keep(norms(up, bias) * norms(down.T), after[2])
-            units += [(layout.up, True, kept), (layout.down, False, kept)]
+            units += [(anatomy.up, True, kept), (anatomy.down, False, kept)]
         for part, out, kept in units:
-            picks.setdefault(f"{place}.{part}.weight", []).append((_axis(_at(block, part), out), kept))
+            picks.setdefault(f"{place}.{part}.weight", []).append((_axis(at(block, part), out), kept))
             if out:
                 picks.setdefault(f"{place}.{part}.bias", []).append((0, kept))
         if factor != 1:
-            query = layout.inputs[0]
-            scales[f"{place}.{query}.weight"] = (_axis(_at(block, query), True), after[0], factor)
+            query = anatomy.inputs[0]
+            scales[f"{place}.{query}.weight"] = (_axis(at(block, query), True), after[0], factor)
             scales[f"{place}.{query}.bias"] = (0, after[0], factor)
     return picks, scales
 
 
-def _heads(block: nn.Module, layout: Layout, count: int, heads: int, narrow: int) -> tuple[Tensor, Tensor]:
+def _heads(block: nn.Module, anatomy: Anatomy, count: int, heads: int, narrow: int) -> tuple[Tensor, Tensor]:
     """The rows of queries and keys to keep, and those of values."""
-    made = [_matrix(block, part) for part in layout.inputs]
+    made = [_matrix(block, part) for part in anatomy.inputs]
     if len(made) == 1:
         [(weight, bias)] = made
         made = list(zip(weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)))
     q, k, v = (norms(*part) for part in made)
-    o = norms(_matrix(block, layout.output)[0].T)
+    o = norms(_matrix(block, anatomy.output)[0].T)
     width = len(o) // count
     kept = keep(o.unflatten(0, (count, width)).norm(dim=1), heads)
 
@@ -227,7 +147,7 @@ def _heads(block: nn.Module, layout: Layout, count: int, heads: int, narrow: int
 
 def _matrix(block: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias."""
-    module: Any = _at(block, part)
+    module: Any = at(block, part)
     return (module.weight if _axis(module, True) == 0 else module.weight.T), module.bias
 
 

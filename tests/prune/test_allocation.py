@@ -9,7 +9,7 @@ from torch import Tensor
 from prune.allocation import ALLOCATIONS, Allocation, Global, LayerwiseAsPaper, Uniform
 from prune.schedule import geometric, kept
 from prune.selection import keep_top_k
-from prune.structure import Unstructured
+from prune.structure.layout import best_of_each
 
 LENET = {"fc1": 784 * 300, "fc2": 300 * 100, "out": 100 * 10}
 
@@ -59,7 +59,8 @@ def test_levels_nest(name: str, sizes: dict[str, int], rate: float, seed: int):
             if kept(sum(sizes.values()), density) < len(sizes):
                 return
             scores = scores_of(sizes, seed + level)
-            masks = Unstructured()(scores, allocation(scores, density, within=within), within)
+            counts = allocation(scores, density, within=within)
+            masks = best_of_each(scores, counts, within)
             if within is not None:
                 assert all(bool((~masks[n] | within[n]).all()) for n in sizes)
             within = masks

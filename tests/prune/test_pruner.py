@@ -3,7 +3,6 @@ import subprocess
 import sys
 import warnings
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,7 +100,7 @@ def test_the_model_is_left_as_it_is():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 100), st.floats(0.05, 0.55))
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
 def test_levels_are_nested_and_counted_from_the_original(criterion: str, allocation: str, seed: int, rate: float):
     model = mlp(5, 7, 6, 3)
     spec = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
@@ -171,10 +170,10 @@ def test_layer_collapse_is_prevented_and_reported():
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_the_warning_points_at_the_call(allocation: str):
-    model = mlp(10, 1, 10, 10)
-    model[0].weight.data.zero_()
-    with pytest.warns(UserWarning, match="layer collapse") as caught:
-        Pruner(allocation=allocation)(model, 0.04)
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(20, 20))
+    nn.init.zeros_(model[0].weight)  # pyright: ignore[reportArgumentType]
+    with pytest.warns(UserWarning, match="layer collapse: '0.weight'") as caught:
+        Pruner(allocation=allocation)(model, 0.02)
     assert {w.filename for w in caught} == {__file__}
 
 
@@ -295,20 +294,6 @@ def test_weights_without_plain_values_are_refused():
             Pruner()(model, 0.5)
 
 
-def test_distributed_weights_are_refused(tmp_path: Path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        shard = distribute_tensor(torch.eye(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"'0\.weight' is a DTensor, not a plain parameter"):
-            Pruner()(replaced(shard), 0.5)
-    finally:
-        dist.destroy_process_group()
-
-
 # Names and instances
 
 
@@ -350,11 +335,6 @@ def test_unknown_names_are_refused_with_the_nearest(axis: str, given_: str, mean
 def test_neither_a_name_nor_an_instance(axis: dict[str, Any]):
     with pytest.raises(TypeError, match="or an instance"):
         Pruner(**axis)
-
-
-def test_a_criterion_that_needs_data_is_refused():
-    with pytest.raises(ValueError, match="'saliency' needs data"):
-        Pruner(Criterion("saliency", torch.abs, needs_loader=True))
 
 
 def test_repr_shows_every_choice():

@@ -1,0 +1,159 @@
+"""Which weights of a model pruning may touch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from prune.keeping import nearest
+from prune.storage import distributed, local, memory_span, owners, shared_memory, summed
+
+Pattern = str | type[nn.Module]
+Patterns = Pattern | Sequence[Pattern] | None
+
+_ROLES = {"include": "can be pruned", "exclude": "the model has", "output": "are to be pruned"}
+
+
+def prunable(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None, smallest: int = 1
+) -> dict[str, nn.Parameter]:
+    """The weights that pruning may touch, by first name, in definition order.
+
+    They are the ``weight`` of Linear and Conv layers (transposed ones and transformers' ``Conv1D`` too);
+    never norms, biases or embeddings. A weight shared by several such layers appears once; one shared with
+    anything else (a decoder tied to its embedding) not at all.
+
+    Args:
+        model: anything.
+        include: name patterns (``fnmatch``, case matters) or types of layers; keep only weights of which a name or
+            layer matches one. None for all.
+        exclude: name patterns or types of layers; leave out weights of which a name or layer matches one.
+        smallest: leave out weights of fewer entries.
+
+    Raises:
+        ValueError: if an ``include`` pattern matches no prunable weight, an ``exclude`` pattern no parameter,
+            nothing is left, or two weights share only part of their memory.
+    """
+    groups = shared_memory(model)
+    layers = {
+        f"{path}.{name}" if path else name: layer
+        for path, layer in model.named_modules(remove_duplicate=False)
+        for name in layer._parameters
+    }
+    scope = [g for g in groups if all(_is_prunable(name, layers[name]) for name, _ in g)]
+    names = {group[0][0]: [name for name, _ in group] for group in scope}
+    chosen = set(names)
+    if not chosen:
+        raise ValueError(f"this {type(model).__name__} has no Linear or Conv weight of its own: nothing can be pruned")
+    if include is not None:
+        chosen &= set(matching("include", patterns_of(include) or (), names, layers))
+    if exclude is not None:
+        everything = {group[0][0]: [name for name, _ in group] for group in groups}
+        chosen -= set(matching("exclude", patterns_of(exclude) or (), everything, layers))
+    if smallest > 1:
+        chosen -= (small := {g[0][0] for g in scope if g[0][0] in chosen and g[0][1].numel() < smallest})
+        if small and not chosen:
+            raise ValueError(f"smallest is {smallest}, but all {len(small)} weights have fewer entries: lower it")
+    if not chosen:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} together leave no weight to prune: loosen them")
+    for group in scope:
+        views = {id(parameter): parameter for _, parameter in group}.values()
+        partly = len(views) > 1 and len({(memory_span(view), view.numel()) for view in views}) > 1
+        if group[0][0] in chosen and partly:
+            raise ValueError(f"{[name for name, _ in group]} share only part of their memory: untie or exclude them")
+    return {group[0][0]: group[0][1] for group in scope if group[0][0] in chosen}
+
+
+def _is_prunable(name: str, layer: nn.Module) -> bool:
+    # Conv1D is how transformers' GPT-2 spells Linear; known by name, so that transformers need not be there.
+    known = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or type(layer).__name__ == "Conv1D"
+    return known and name.rpartition(".")[2] == "weight"
+
+
+def check_weight(name: str, weight: nn.Parameter) -> None:
+    """Whether a weight has values that can be ranked; called on every rank that has a shard of it.
+
+    Raises:
+        ValueError: naming it.
+    """
+    kind = None
+    if type(weight) is not nn.Parameter and not distributed(weight):
+        kind = f"a {type(weight).__name__}, not a plain parameter"
+    elif weight.is_meta:
+        kind = "on the meta device, without values"
+    elif weight.layout != torch.strided:
+        kind = f"stored as {weight.layout}"
+    elif weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = f"of type {weight.dtype}"
+    if kind is not None:
+        raise ValueError(
+            f"'{name}' is {kind}: pruning ranks dense floating-point weights, so materialise, gather or "
+            "dequantise it, or exclude it"
+        )
+    bad = int(summed((~local(weight).isfinite()).sum(), owners(weight)))
+    if bad:
+        raise ValueError(
+            f"'{name}' has {bad} NaN or infinite values of {weight.numel()}: the run that made it diverged"
+        )
+
+
+def check_fits(what: str, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Whether there is a tensor of the right shape for every weight.
+
+    Raises:
+        ValueError: naming one that has none.
+    """
+    if missing := sorted(weights.keys() - given.keys()):
+        raise ValueError(
+            f"`{what}` and this pruner differ in {missing}: give {'masks' if what == 'within' else what} of this "
+            "model, made with the same structure, include and exclude"
+        )
+    for name, weight in weights.items():
+        if given[name].shape != weight.shape:
+            shapes = f"{tuple(given[name].shape)}, the weight {tuple(weight.shape)}"
+            raise ValueError(f"`{what}` has '{name}' of shape {shapes}: give those of this model")
+
+
+def patterns_of(patterns: Patterns) -> tuple[Pattern, ...] | None:
+    """One pattern or several, as a tuple."""
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+
+
+def matching(
+    role: str,
+    patterns: Iterable[Pattern],
+    names: Mapping[str, Sequence[str]],
+    layers: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """First names of the parameters of which some name or layer matches a pattern.
+
+    Args:
+        role: what the patterns are for, for the message.
+        patterns: of names, or types of layers.
+        names: first name -> all names.
+        layers: name -> the layer that has it, where there may be types among the patterns.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        by_name = isinstance(pattern, str)
+        fits = partial(fnmatchcase, pat=pattern) if by_name else partial(_is_in, layers or {}, pattern)
+        hits = [first for first, aliases in names.items() if any(fits(alias) for alias in aliases)]
+        if not hits:
+            every = [alias for aliases in names.values() for alias in aliases]
+            near = f"; nearest: {nearest(pattern, every)}" if by_name else ""
+            raise ValueError(
+                f"{role} pattern {pattern!r} matches none of the {len(every)} names that {_ROLES[role]}{near}"
+            )
+        found += hits
+    return found
+
+
+def _is_in(layers: Mapping[str, nn.Module], kind: type, name: str) -> bool:
+    return isinstance(layers.get(name), kind)
