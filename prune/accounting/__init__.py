@@ -1,0 +1,6 @@
+"""What a model costs: parameters, bytes, FLOPs by layer, and the time it takes. Torch only."""
+
+from prune.accounting.costs import Account, Layer, account
+from prune.accounting.timing import Comparison, Latency, compare_latency, latency
+
+__all__ = ["Account", "Comparison", "Latency", "Layer", "account", "compare_latency", "latency"]

@@ -1,0 +1,242 @@
+"""Parameters, bytes and FLOPs of a model, dense and as its masks promise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prune.accounting.running import ready
+from prune.masks import Masks
+from prune.pruner import prunable
+from prune.storage import memory_span, shared_memory
+from workbench.bits import packed_bytes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that can be pruned, and what the model spends on it in one call.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        kept: weights that the masks keep; all without a mask.
+        dense_flops: of all uses of the weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    dense_flops: int
+
+    @property
+    def total(self) -> int:
+        """Weights, kept or not."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def density(self) -> float:
+        """Kept over total, in [0, 1]."""
+        return self.kept / self.total
+
+    @property
+    def sparse_flops(self) -> int:
+        """FLOPs of the kept weights alone: ``dense_flops`` times the density."""
+        return self.dense_flops * self.kept // self.total
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs. ``print`` it for a table.
+
+    FLOPs are those of one call on the example inputs (of one sample, if that is the batch), a multiply-add counted as
+    2: matrix products, convolutions and attention; no biases, norms, activations or look-ups.
+
+    Attributes:
+        layers: the weights that can be pruned or have a mask, in definition order.
+        parameters: all of the model's, shared ones once.
+        dense_flops: with every weight multiplied.
+        dense_bytes: parameters and persistent buffers as they are held.
+        fp32_bytes: the same with everything that is floating in fp32.
+        packed_bytes: the same as held, but of every masked weight one bit a position and the kept values.
+    """
+
+    layers: tuple[Layer, ...]
+    parameters: int
+    dense_flops: int
+    dense_bytes: int
+    fp32_bytes: int
+    packed_bytes: int
+
+    @property
+    def prunable(self) -> int:
+        """Weights of all ``layers``."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Kept weights of all ``layers``."""
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def prunable_density(self) -> float:
+        """Kept over prunable weights."""
+        return self.kept / self.prunable
+
+    @property
+    def model_density(self) -> float:
+        """Kept over all parameters: what has no mask is kept."""
+        return (self.parameters - self.prunable + self.kept) / self.parameters
+
+    @property
+    def stored_density(self) -> float:
+        """Packed over dense bytes; above 1 where a bit a position costs more than what is pruned."""
+        return self.packed_bytes / self.dense_bytes
+
+    @property
+    def sparse_flops(self) -> int:
+        """If only kept weights were multiplied: in theory, for dense storage multiplies zeros too."""
+        return self.dense_flops - sum(layer.dense_flops - layer.sparse_flops for layer in self.layers)
+
+    @property
+    def real_flops(self) -> int:
+        """What this model executes: all of ``dense_flops``. ``shrink`` it, and account for the result, for fewer."""
+        return self.dense_flops
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """One line a layer, then the totals, each under the name of its denominator."""
+        head = ("weight", "shape", "kept", "of", "density", "FLOPs", "sparse FLOPs")
+        rows = [
+            (
+                *(each.name, "x".join(map(str, each.shape)), f"{each.kept:,}", f"{each.total:,}"),
+                *(f"{each.density:.2%}", f"{each.dense_flops:,}", f"{each.sparse_flops:,}"),
+            )
+            for each in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+        alive = self.parameters - self.prunable + self.kept
+        stored = f"{self.packed_bytes:,} packed of {self.dense_bytes:,} dense, {self.stored_density:.2%}"
+        return "\n".join(
+            [
+                *lines,
+                f"prunable weights  {self.kept:,} of {self.prunable:,} kept, {self.prunable_density:.2%}",
+                f"all parameters    {alive:,} of {self.parameters:,} kept, {self.model_density:.2%}",
+                f"bytes             {stored}; {self.fp32_bytes:,} in fp32",
+                f"FLOPs a call      {self.dense_flops:,} dense, {self.sparse_flops:,} sparse in theory, "
+                f"{self.real_flops:,} real",
+            ]
+        )
+
+
+def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -> Account:
+    """Count parameters, bytes and FLOPs of ``model``, which is run once, in eval mode, and left as it was.
+
+    A weight's FLOPs are those of every product it takes part in, whoever computes it. What is executed in another
+    precision than it is stored in (autocast) is counted, but with no weight.
+
+    Args:
+        model: on any device.
+        example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to the model's device.
+        masks: which weights are kept, by name. None for all: zeros are no mask.
+
+    Raises:
+        ValueError: if the model has no prunable weight, or masks do not fit it.
+    """
+    if masks is not None:
+        masks.model_density(model)  # refuses names and shapes that are not the model's
+    groups = shared_memory(model)
+    first = {name: group[0][0] for group in groups for name, _ in group}
+    kept = {first[name]: int(mask.sum()) for name, mask in (masks or {}).items()}
+    named = prunable(model).keys() | kept.keys()
+    weights = {group[0][0]: group[0][1] for group in groups if group[0][0] in named}
+    total, spent = _flops(model, example_inputs, weights)
+    dense = {group[0][0]: max(parameter.nbytes for _, parameter in group) for group in groups}
+    packed = {name: packed_bytes(weights[name].shape) + kept[name] * weights[name].element_size() for name in kept}
+    tensors = [*(max((p for _, p in group), key=Tensor.numel) for group in groups), *_persistent_buffers(model)]
+    buffers = sum(buffer.nbytes for buffer in _persistent_buffers(model))
+    return Account(
+        layers=tuple(
+            Layer(name, tuple(weight.shape), kept.get(name, weight.numel()), spent[name])
+            for name, weight in weights.items()
+        ),
+        parameters=sum(max(parameter.numel() for _, parameter in group) for group in groups),
+        dense_flops=total,
+        dense_bytes=sum(dense.values()) + buffers,
+        fp32_bytes=sum(4 * each.numel() if each.is_floating_point() else each.nbytes for each in tensors),
+        packed_bytes=sum((dense | packed).values()) + buffers,
+    )
+
+
+def _persistent_buffers(model: nn.Module) -> list[Tensor]:
+    """Those of the state dict, each once."""
+    found = {
+        id(buffer): buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return list(found.values())
+
+
+def _flops(model: nn.Module, example_inputs: Any, weights: Mapping[str, nn.Parameter]) -> tuple[int, dict[str, int]]:
+    """All of one call, and those of each weight."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, of which nothing is counted
+        with ready(model, example_inputs) as forward, counter, _Spent(counter, weights) as spent:
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops(), spent.flops
+
+
+class _Spent(TorchDispatchMode):
+    """Books what ``counter`` counts of an operator to the weight in whose memory one of its arguments lies."""
+
+    def __init__(self, counter: FlopCounterMode, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.counter, self.flops = counter, dict.fromkeys(weights, 0)
+        self.spans = {name: memory_span(weight) for name, weight in weights.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        if (flops := self.counter.get_total_flops() - before) and (name := self._weight_in(args)):
+            self.flops[name] += flops
+        return result
+
+    def _weight_in(self, args: Any) -> str | None:
+        for argument in tree_leaves(args):
+            if isinstance(argument, Tensor):
+                device, storage, start, _ = memory_span(argument)
+                for name, span in self.spans.items():
+                    if span[:2] == (device, storage) and span[2] <= start < span[3]:
+                        return name
+        return None
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    *batch, length, width = query
+    return 2 * torch.Size(batch).numel() * length * key[-2] * (width + value[-1])
+
+
+def _recurrent(inputs: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    weights = [weights, args[0]] if not isinstance(weights[0], (tuple, list, torch.Size)) else weights
+    return 2 * torch.Size(inputs[:-1]).numel() * sum(torch.Size(each).numel() for each in weights if len(each) > 1)
+
+
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+    torch.ops.aten._cudnn_rnn: _recurrent,
+}
+"""Operators that torch's own table of formulas lacks, by the shapes of their arguments."""

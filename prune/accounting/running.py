@@ -1,0 +1,25 @@
+"""A model made ready to be called on example inputs, and left as it was."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune.criteria.batches import moved, undisturbed
+
+
+@contextmanager
+def ready(model: nn.Module, example_inputs: Any) -> Iterator[Callable[[], Any]]:
+    """A function that calls ``model`` in eval mode, without gradients, on ``example_inputs`` on its device.
+
+    Inputs are a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    """
+    first = next(chain(model.parameters(), model.buffers()), None)
+    inputs = moved(example_inputs, torch.device("cpu") if first is None else first.device)
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    with undisturbed(model, training=False), torch.no_grad():
+        yield lambda: model(*listed, **named)
