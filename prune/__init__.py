@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune.callbacks import GradualPruning, KeepMasked
+    from prune.callbacks import DynamicSparsity, GradualPruning, KeepMasked
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewind import RewindPoint
     from prune.ticket import hunt
 
-__all__ = ["GradualPruning", "KeepMasked", "Masks", "Pruner", "RewindPoint", "hunt"]
+__all__ = ["DynamicSparsity", "GradualPruning", "KeepMasked", "Masks", "Pruner", "RewindPoint", "hunt"]
 
 _HOME = {
+    "DynamicSparsity": "prune.callbacks",
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
     "Masks": "prune.masks",

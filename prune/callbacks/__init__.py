@@ -1,5 +1,5 @@
 """Callbacks that make or keep a network sparse in a training somebody already has, in either Lightning namespace."""
 
-from prune.callbacks.masking import GradualPruning, KeepMasked
+from prune.callbacks.masking import DynamicSparsity, GradualPruning, KeepMasked
 
-__all__ = ["GradualPruning", "KeepMasked"]
+__all__ = ["DynamicSparsity", "GradualPruning", "KeepMasked"]

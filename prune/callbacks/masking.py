@@ -6,11 +6,13 @@ from typing import final
 
 from torch import Tensor
 
+from prune.allocation import Allocation
 from prune.callbacks.base import Sparsifying
 from prune.masks import Masks
-from prune.policies import Fixed, Gradual
+from prune.policies import Dynamic, Fixed, Gradual
+from prune.policies.dynamic import Decay, Growth
 from prune.policies.gradual import Schedule
-from prune.pruner import Pruner
+from prune.pruner import Patterns, Pruner
 from prune.stored import masks_of
 from workbench.duration import Duration
 
@@ -73,3 +75,51 @@ class GradualPruning(Sparsifying):
         schedule: str | Schedule = "cubic",
     ) -> None:
         super().__init__(Gradual(density, begin, end, every, pruner, initial, schedule))
+
+
+@final
+class DynamicSparsity(Sparsifying):
+    """Trains a network that is sparse from the start, and moves its connections: RigL, or SET.
+
+    It drives a :class:`prune.policies.Dynamic`, which says how. A second ``fit`` goes on from the masks held, if the
+    network still obeys them; another network starts with random masks.
+
+    Args:
+        density: Share of the prunable weights to keep, in (0, 1].
+        begin: From when on connections move, e.g. "1ep" or "500it": epochs, or updates as ``trainer.global_step``
+            counts them.
+        end: Until when, in the same unit; the paper has three quarters of training.
+        every: Time between two changes, in either unit; the paper has 100 updates.
+        growth: ``"rigl"`` (by gradient) or ``"set"`` (at random).
+        fraction: Largest share of a layer's active weights that moves at once, in (0, 1].
+        decay: ``"cosine"``, ``"constant"``, or a function of progress (0 to 1) that gives 0 to 1.
+        allocation: How the density is divided over layers, as for ``Pruner``.
+        include: As for ``Pruner``.
+        exclude: As for ``Pruner``.
+        output: As for ``Pruner``.
+        seed: Of the first masks, and of what SET grows.
+
+    Raises:
+        ValueError: If an argument is out of range or the units differ; when training starts, if it ends before
+            ``begin``, or as every callback here.
+
+    References: Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134; Mocanu et al., 2018, arXiv:1707.04780.
+    """
+
+    def __init__(
+        self,
+        density: float,
+        begin: str | Duration,
+        end: str | Duration,
+        every: str | Duration,
+        growth: Growth = "rigl",
+        fraction: float = 0.3,
+        decay: str | Decay = "cosine",
+        allocation: str | Allocation = "erk",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        output: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        moving = (growth, fraction, decay, allocation, include, exclude, output, seed)
+        super().__init__(Dynamic(density, begin, end, every, *moving))

@@ -1,7 +1,8 @@
 """What is pruned when: objects that any training loop can drive, and the callbacks of every trainer do."""
 
 from prune.policies.base import Moment, Policy
+from prune.policies.dynamic import Dynamic
 from prune.policies.fixed import Fixed
 from prune.policies.gradual import Gradual
 
-__all__ = ["Fixed", "Gradual", "Moment", "Policy"]
+__all__ = ["Dynamic", "Fixed", "Gradual", "Moment", "Policy"]

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
-from prune.masks import Handle, Masks, pack, unpack
-from prune.masks import _unwrapped as unwrapped
+from prune.keeping import Handle, some, unwrapped
+from prune.masks import Masks
+from prune.storage import local, owners, summed
+from workbench.bits import pack, unpack
 from workbench.duration import Duration
 from workbench.ranks import everyone, world
 
@@ -158,6 +161,11 @@ class Policy(ABC):
                 self.masks = None
                 self._take_up({})
             self._weights = self._scope(self._model)
+            frozen = [name for name, weight in self._weights.items() if not weight.requires_grad]
+            if frozen and self.reads_gradients:
+                raise ValueError(
+                    f"{some(frozen)}: frozen, so this {type(self).__name__} finds no gradient there; exclude it"
+                )
             self._claim()
             if taken_up and self.masks is not None:
                 self._enforce(self.masks, anew=False)
@@ -257,13 +265,15 @@ class Policy(ABC):
 
         def after(stepped: Any, *_: Any) -> None:
             nonlocal done
-            if not _skipped(stepped):
+            if stepped is lead and not _skipped(stepped):
                 done += 1
                 self.after_step(moment())
 
         self.attach(model, optimizers, moment(), averages)
-        assert self._lead is not None, "attached"
-        hooks = [self._lead.register_step_pre_hook(before).remove, self._lead.register_step_post_hook(after).remove]
+        lead = self._lead
+        assert lead is not None, "attached"
+        # The mask's own hook is one of the optimizer's, and is replaced in `after`: that must not be one of them.
+        hooks = [lead.register_step_pre_hook(before).remove, register_optimizer_step_post_hook(after).remove]
         driver = self._driver = Handle(hooks)
 
         def end() -> None:
@@ -326,7 +336,8 @@ class Policy(ABC):
         Those that a fused optimizer is still to unscale are unscaled.
         """
         grads = {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
-        if not all(bool(whole(grad.abs().max()).isfinite()) for grad in grads.values()):
+        odd = [summed(local(grad).isfinite().logical_not().sum(), owners(grad)) for grad in grads.values()]
+        if odd and bool(torch.stack([count.to(odd[0].device) for count in odd]).any()):
             self._looked = False
             return {}
         scale = getattr(self._lead, "grad_scale", None)
@@ -347,7 +358,7 @@ class Policy(ABC):
             if any(id(held) in weights for group in optimizer.param_groups for held in group["params"]):
                 return optimizer
         raise ValueError(
-            f"no optimizer holds a weight that this {type(self).__name__} prunes, such as {list(self._weights)[:3]}: "
+            f"no optimizer holds a weight that this {type(self).__name__} prunes, such as {some(self._weights)}: "
             "give the optimizer that trains this model"
         )
 
@@ -373,11 +384,6 @@ def bare(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor, on every rank, if it is sharded. Called on every rank."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _check_alike(masks: Masks) -> None:

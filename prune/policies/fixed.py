@@ -6,6 +6,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from prune.keeping import fitting
 from prune.masks import Masks
 from prune.policies.base import Moment, Policy
 
@@ -30,8 +31,7 @@ class Fixed(Policy):
         self.masks = self._given = masks if isinstance(masks, Masks) else Masks(masks)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        known = dict(model.named_parameters(remove_duplicate=False))
-        return {name: known[name] for name in self._given if name in known}
+        return fitting(self._given, model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
         for name, (kept, total) in self._given.counts().items():

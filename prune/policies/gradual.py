@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prune.policies.base import Moment, Policy
-from prune.pruner import Pruner, prunable
+from prune.pruner import Pruner
 from prune.schedule import SCHEDULES, check_density
+from prune.storage import gathered, local, shard
 from workbench.duration import Duration
 
 Schedule = Callable[[float, float, float], float]
@@ -22,6 +24,9 @@ class Gradual(Policy):
     lowered after the update that reaches ``begin``, whenever another multiple of ``every`` has passed, and at ``end``.
     Masks are nested, and keep exactly as many weights as the density says.
 
+    A criterion of gradients is summed up while training: what each update adds, from the first one until ``end``. The
+    sum is not begun anew when weights go, as in movement pruning, and is part of the state.
+
     Attached a second time it goes on from the masks held, if the network still obeys them; another network starts
     dense.
 
@@ -30,18 +35,21 @@ class Gradual(Policy):
         begin: When to start, e.g. "1ep" or "500it": epochs or updates. 0 is before the first.
         end: When to be done, in the same unit.
         every: Time between two prunings, in either unit.
-        pruner: Which weights go; the smallest of the whole network by default.
+        pruner: Which weights go; the smallest of the whole network by default. Of the criteria that need data, those
+            with ``online``: movement, taylor, snip.
         initial: Density at ``begin``, in [density, 1].
         schedule: ``"cubic"``, ``"linear"``, ``"geometric"``, ``"one_shot"``, or a function of progress (0 to 1),
             ``density`` and ``initial``.
 
     Raises:
-        ValueError: If an argument is out of range or the units differ; in training, if a density cannot be met.
+        ValueError: If an argument is out of range, the units differ, or the criterion needs data that training does not
+            give; in training, if a density cannot be met.
 
     Warns:
         UserWarning: By name, from the pruner's allocation, if a layer collapses.
 
-    Reference: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, section 3.
+    References: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, section 3; Sanh et al., Movement
+    Pruning, 2020, arXiv:2005.07683, section 3.
     """
 
     def __init__(
@@ -64,12 +72,21 @@ class Gradual(Policy):
         self.density, self.initial = density, initial
         self.pruner = Pruner() if pruner is None else pruner
         self.schedule = _parsed(schedule)
-        self._target, self._passed = math.inf, -1.0
+        self._online = _online(self.pruner)
+        self.reads_gradients = self._online is not None
+        if self.reads_gradients and not self.begin.value and self.schedule(0.0, density, initial) < 1:
+            raise ValueError(
+                f"begin is {self.begin}, but criterion '{self.pruner.criterion.name}' knows nothing before the first "
+                "update: begin later"
+            )
+        self._take_up({})
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return prunable(model, self.pruner.include, self.pruner.exclude)
+        return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
+        self._scores |= {name: shard(score, self._weights[name]) for name, score in self._stored.items()}
+        self._stored = {}
         if moment.step == 0:
             self._advance(moment)
 
@@ -77,7 +94,12 @@ class Gradual(Policy):
         return False
 
     def _observe(self, moment: Moment) -> None:
-        pass
+        if self._online is None or self._target <= self.density:
+            return
+        for name, grad in self._gradients().items():
+            weight = self._weights[name]
+            added = self._online(local(weight), local(grad))
+            self._scores[name] = self._scores[name] + added if name in self._scores else added
 
     def _advance(self, moment: Moment) -> None:
         progress = progressed(moment, self.begin, self.end)
@@ -93,13 +115,29 @@ class Gradual(Policy):
         self._target = target
         if target < 1:
             assert self._model is not None, "attached"
-            self._enforce(self.pruner(self._model, target, within=self.masks))
+            self._enforce(self.pruner(self._model, target, self.masks, scores=self._summed()))
+        if target <= self.density:
+            self._scores = {}
+
+    def _summed(self) -> dict[str, Tensor] | None:
+        if self._online is None:
+            return None
+        if not self._scores:
+            raise ValueError(f"no gradients were seen before density {self._target}: call before_step at every update")
+        zeros = {n: torch.zeros(w.shape, device=w.device) for n, w in self._weights.items() if n not in self._scores}
+        return zeros | self._gathered()
+
+    def _gathered(self) -> dict[str, Tensor]:
+        return {name: gathered(part, self._weights.get(name)) for name, part in self._scores.items()}
 
     def _progress(self) -> dict[str, Any]:
-        return {"target": self._target, "passed": self._passed}
+        scores = {name: score.cpu() for name, score in (self._stored | self._gathered()).items()}
+        return {"target": self._target, "passed": self._passed, "scores": scores}
 
     def _take_up(self, progress: Mapping[str, Any]) -> None:
         self._target, self._passed = progress.get("target", math.inf), progress.get("passed", -1.0)
+        self._scores: dict[str, Tensor] = {}  # what this rank holds of them
+        self._stored: dict[str, Tensor] = dict(progress.get("scores", {}))
 
     def check_budget(self, updates: float, epochs: float) -> None:
         """Refuse a training that is over before ``end``."""
@@ -139,6 +177,16 @@ def progressed(moment: Moment, begin: Duration, end: Duration) -> float:
 def multiples(moment: Moment, every: Duration) -> int:
     """How often ``every`` has passed."""
     return math.floor(moment.at(every.unit) / every.value)
+
+
+def _online(pruner: Pruner) -> Callable[[Tensor, Tensor], Tensor] | None:
+    criterion = pruner.criterion
+    if criterion.needs_loader and criterion.online is None:
+        raise ValueError(
+            f"criterion '{criterion.name}' scores a whole model on data, which training steps do not do: prune once "
+            "before, with Pruner(...)(model, density, loader=..., loss=...), and train with KeepMasked(masks)"
+        )
+    return criterion.online if criterion.needs_loader else None
 
 
 def _parsed(schedule: str | Schedule) -> Schedule:

@@ -1,0 +1,179 @@
+"""As sparse as ever, with connections that move."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, final
+
+from torch import Tensor, nn
+
+from prune.allocation import Allocation
+from prune.criteria import random, seeded
+from prune.masks import Masks
+from prune.policies.base import Moment, Policy
+from prune.policies.gradual import check_times, multiples, progressed
+from prune.pruner import Patterns, Pruner
+from prune.schedule import check_density
+from prune.selection import keep_top_k
+from workbench.duration import Duration
+
+Growth = Literal["rigl", "set"]
+Decay = Callable[[float], float]
+
+
+def cosine(progress: float) -> float:
+    """(1 + cos(pi t / T_end)) / 2 for ``progress`` = t / T_end: from 1 to 0. Evci et al. 2020, section 3."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def constant(progress: float) -> float:
+    """1, as in SET."""
+    return 1.0
+
+
+DECAYS: dict[str, Decay] = {"cosine": cosine, "constant": constant}
+
+
+@final
+class Dynamic(Policy):
+    """Trains a network that is sparse from the start, and moves its connections: RigL, or SET.
+
+    At every multiple of ``every`` between ``begin`` and ``end``, each layer with k active weights drops
+
+        n = floor(k * fraction * decay((t - begin) / (end - begin)))
+
+    of them, those of the smallest |w|, and grows n of the inactive ones, those just dropped among them: of the largest
+    |gradient| (``"rigl"``) or at random (``"set"``). Every layer keeps exactly k; ties go by index. What grows starts
+    at 0, and what the optimizer remembers of a weight that was dropped or grown is cleared; one that is dropped and
+    grown again at once keeps both, as in the authors' code (github.com/google-research/rigl). The masks change before
+    an update, with its gradients, and the update is then done under the new ones, where that code leaves it out.
+    Gradients that are not finite let the change wait for the next update; a layer without any stays as it is.
+
+    Attached a second time it goes on from the masks held, if the network still obeys them; another network starts with
+    random masks, and its weights are zero where these say so.
+
+    Args:
+        density: Share of the prunable weights to keep, in (0, 1].
+        begin: From when on connections move, e.g. "1ep" or "500it": epochs or updates. Never before the first.
+        end: Until when, in the same unit; the paper has three quarters of training.
+        every: Time between two changes, in either unit; the paper has 100 updates.
+        growth: ``"rigl"`` or ``"set"``.
+        fraction: Largest share of a layer's active weights that moves at once, in (0, 1].
+        decay: ``"cosine"``, ``"constant"``, or a function of progress (0 to 1) that gives 0 to 1.
+        allocation: How the density is divided over layers, as for ``Pruner``.
+        include: As for ``Pruner``.
+        exclude: As for ``Pruner``.
+        output: As for ``Pruner``.
+        seed: Of the first masks, and of what SET grows: with the update and the parameter's name it decides both.
+
+    Raises:
+        ValueError: If an argument is out of range or the units differ; when attached, as ``Pruner``, or if RigL is to
+            look at the gradient of a frozen weight.
+
+    References: Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, Algorithm 1; Mocanu et al., Scalable Training
+    of Artificial Neural Networks with Adaptive Sparse Connectivity, 2018, arXiv:1707.04780, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        density: float,
+        begin: str | Duration,
+        end: str | Duration,
+        every: str | Duration,
+        growth: Growth = "rigl",
+        fraction: float = 0.3,
+        decay: str | Decay = "cosine",
+        allocation: str | Allocation = "erk",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        output: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.begin, self.end, self.every = (Duration.parse(time) for time in (begin, end, every))
+        super().__init__(self.begin, self.end, self.every)
+        check_density(density)
+        check_times(self.begin, self.end, self.every)
+        if growth not in ("rigl", "set"):
+            raise ValueError(f"growth is {growth!r}: give 'rigl' (by gradient) or 'set' (at random)")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction!r}: give the share of active weights that moves, above 0 to 1")
+        if isinstance(decay, str) and decay not in DECAYS:
+            raise ValueError(f"unknown decay {decay!r}: give one of {list(DECAYS)}, or a function")
+        self.density, self.growth, self.fraction, self.seed = density, growth, fraction, seed
+        self.decay = DECAYS[decay] if isinstance(decay, str) else decay
+        self.pruner = Pruner("random", "unstructured", allocation, include, exclude, output, seed)
+        self.reads_gradients = growth == "rigl"
+        self._passed = 0
+
+    def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return self.pruner.scope(model)
+
+    def _begin(self, moment: Moment, taken_up: bool) -> None:
+        self._passed = min(self._passed, multiples(moment, self.every))
+        if not taken_up:
+            assert self._model is not None, "attached"
+            self._enforce(self.pruner(self._model, self.density))
+
+    def _needs_dense(self, moment: Moment) -> bool:
+        return self.reads_gradients and self._due(moment)
+
+    def _due(self, moment: Moment) -> bool:
+        return 0 <= progressed(moment, self.begin, self.end) <= 1 and multiples(moment, self.every) > self._passed
+
+    def _observe(self, moment: Moment) -> None:
+        if not self._due(moment):
+            return
+        grads = self._gradients() if self.reads_gradients else {}
+        if self.reads_gradients and not grads:
+            return
+        self._passed = multiples(moment, self.every)
+        assert self.masks is not None, "attached"
+        share = self.fraction * self.decay(progressed(moment, self.begin, self.end))
+        moved = dict(self.masks)
+        for name, weight in self._weights.items():
+            if not self.reads_gradients:
+                scores = random(weight.detach(), seeded(self.seed, f"{name}@{moment.step}"))
+            elif name in grads:
+                scores = grads[name].detach().abs()
+            else:
+                continue
+            moved[name] = rewired(self.masks[name], weight.detach(), scores, share)
+        self._enforce(Masks(moved))
+
+    def _advance(self, moment: Moment) -> None:
+        pass
+
+    def _progress(self) -> dict[str, Any]:
+        return {"passed": self._passed}
+
+    def _take_up(self, progress: Mapping[str, Any]) -> None:
+        self._passed = progress.get("passed", 0)
+
+    def check_budget(self, updates: float, epochs: float) -> None:
+        """Refuse a training that is over before connections begin to move."""
+        budget = updates if self.end.unit == "it" else epochs
+        if self.begin.value >= budget:
+            raise ValueError(
+                f"begin is {self.begin}, but training has {budget}{self.end.unit} only: begin earlier, or train longer"
+            )
+
+    def unmet(self) -> str | None:
+        """Nothing: it is as sparse as it is to be from the start."""
+        return None
+
+
+def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float) -> Tensor:
+    """A mask of as many weights, where floor(k * ``share``) of the k active ones have made place for others.
+
+    The smallest |weight| of the active ones go, and the highest ``scores`` of all that are inactive then come. Equal
+    ones are kept, and come, by index.
+
+    Args:
+        mask: bool, any shape.
+        weight: of its shape.
+        scores: of its shape, what growing is worth.
+        share: in [0, 1].
+    """
+    active = int(mask.sum())
+    moving = math.floor(active * share)
+    kept = keep_top_k({"": weight.abs()}, active - moving, {"": mask})[""]
+    return kept | keep_top_k({"": scores}, moving, {"": ~kept})[""]
