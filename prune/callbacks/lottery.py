@@ -1,0 +1,254 @@
+"""Iterative pruning with rewinding inside one ``fit``."""
+
+import warnings
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from prune.callbacks.base import Sparsifying
+from prune.callbacks.course import Course
+from prune.policies.levels import Levels
+from prune.pruner import Pruner
+from prune.snapshot import Snapshot
+from workbench.duration import Duration
+
+_MODEL, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
+REWINDS = {"all": (*_MODEL, *_REST), "weights": _MODEL, "learning_rate": _REST, "nothing": ()}
+_ALWAYS = ("counters", "random state", "other callbacks")
+_UNSUITED = {
+    "Timer": "max_time is that of the whole fit, and would end every level after the first at once: give max_epochs or "
+    "max_steps",
+    "WeightAveraging": "the average would go on over all levels: average in a fit of its own, under KeepMasked",
+    "EMAWeightAveraging": "the average would go on over all levels: average in a fit of its own, under KeepMasked",
+    "StochasticWeightAveraging": "it replaces schedulers and weights: average in a fit of its own, under KeepMasked",
+}
+
+
+@final
+class LotteryTicket(Sparsifying):
+    """Hunts a lottery ticket in a training somebody already has: trains, prunes and rewinds, over and over in one ``fit``.
+
+    ``max_epochs`` or ``max_steps`` is the budget of one level; a request to stop (EarlyStopping) ends the level, not
+    the hunt. At its end the network is pruned to the next density, nested in the last masks, and goes back to the
+    rewind point, where nothing was pruned yet: the state after so many optimizer updates, as ``trainer.global_step``
+    counts them. All that a checkpoint holds goes back: weights, buffers, optimizers, schedulers, gradient scaler, the
+    loops' counters, the place in the data, and the state of other callbacks, so that each level has its own patience
+    and its own best checkpoints. So does the random state. On the CPU a level at rate 0 repeats level 0 bit for bit.
+
+    What does not go back: attributes of the module that are neither parameters nor buffers, what a loader that keeps
+    its own state will give next (a warning says so), and the step that loggers count, which grows over the levels.
+    After a rewind point inside an epoch, that epoch's training means are over its rest.
+
+    Logged per epoch: ``level``, ``density`` and ``density/<parameter>``;
+    ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
+    and is part of the trainer's checkpoints: what is stopped in the middle of a level and resumed with ``ckpt_path``
+    goes on there. As Lightning leaves random state out of its checkpoints, resume with
+    ``workbench.continuation.Continuation`` for the same bits.
+
+    A second ``fit`` of the network that was found trains on under the last masks; any other starts a hunt anew.
+
+    Args:
+        levels: How many times to prune. Or give ``density``.
+        rate: Share of the remaining weights pruned at each level, in [0, 1); 0 for the control that must change
+            nothing.
+        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels.
+        rewind: Where each level after 0 starts: "0it" at the initial weights, "500it" after 500 updates, "2ep" after
+            two epochs.
+        pruner: Which weights go; the smallest of the whole network by default.
+        rewinds: ``"all"``; ``"weights"``, with the learning rate staying where the level ended; ``"learning_rate"``,
+            all but weights and buffers (learning-rate rewinding); or ``"nothing"`` of the two: fine-tuning at the last
+            learning rate. Counters and the place in the data go back in any case.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, as every callback here, and for strategies
+            that shard the network, loaders that are made anew, and callbacks that average weights or limit the time; in
+            training, if a level ends before the rewind point, or the point lies inside an epoch of data that cannot be
+            brought there again.
+
+    Warns:
+        UserWarning: By name, if a layer collapses; if the order of the data cannot be rewound.
+
+    Source: Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020,
+    arXiv:1912.05671, algorithm 2; Renda, Frankle, Carbin, "Comparing Rewinding and Fine-tuning", 2020,
+    arXiv:2003.02389.
+    """
+
+    policy: Levels
+
+    def __init__(
+        self,
+        levels: int | None = None,
+        rate: float = 0.2,
+        density: float | None = None,
+        rewind: str | Duration = "1ep",
+        pruner: Pruner | None = None,
+        rewinds: Literal["all", "weights", "learning_rate", "nothing"] = "all",
+    ) -> None:
+        super().__init__(Levels(levels, rate, density, rewind, pruner))
+        if rewinds not in REWINDS:
+            raise ValueError(f"rewinds is {rewinds!r}: one of {list(REWINDS)}")
+        self.rewinds = rewinds
+        self._course: Course | None = None
+        self._owed, self._logged = False, (-1, -1)
+
+    @property
+    def levels(self) -> list[dict[str, Any]]:
+        """A row for every level that has ended: those of :class:`prune.policies.levels.Levels`, and ``steps``, the
+        updates at its end, ``stopped``, whether a request to stop ended it, and what was ``rewound`` and ``kept``.
+        """
+        return self.policy.rows
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Hang the levels on the loop that is about to run."""
+        _check(trainer)
+        loop = trainer.fit_loop
+        vars(loop).pop("run", None)  # of a fit that failed before it ran
+        run = loop.run
+
+        def levels() -> None:
+            del loop.run
+            self._course, self._logged = Course(trainer, self), (-1, -1)
+            try:
+                with self._course.travelled():
+                    self._resume(trainer)
+                    run()
+            finally:
+                self._course = None
+
+        loop.run = levels
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Log the level, once an epoch."""
+        if self._logged != (now := (self.policy.level, trainer.current_epoch)):
+            self._logged = now
+            level = float(self.policy.level)
+            pl_module.log("level", level, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add what is not known any more when the checkpoint of an epoch's end is resumed."""
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not trainer.validating:
+            state = checkpoint["callbacks"][self.state_key]
+            state["lately"] = self._scores(trainer)
+            state["stopped"] = bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+    # What the course tells
+
+    def before_epoch(self, trainer: Any) -> None:
+        """Take the point that is before the first update; end the level that a checkpoint was taken at the end of."""
+        policy, at = self.policy, self.policy.rewind
+        if self._owed:
+            self._owed = False
+            self._turn(trainer)
+        if policy.point is not None:
+            return
+        if trainer.global_step == 0 and (at.value == 0 or trainer.fast_dev_run):
+            self._take(trainer, between=False)
+        elif at.value == 0 or (at.unit == "ep" and trainer.current_epoch > at.value):
+            raise ValueError(f"training goes on at step {trainer.global_step}, after the rewind point {at}: start anew")
+
+    def after_batch(self, trainer: Any) -> None:
+        """Take a point that lies inside an epoch."""
+        at = self.policy.rewind
+        if self.policy.point is None and at.unit == "it":
+            if trainer.global_step > at.value:
+                raise ValueError(
+                    f"rewind is {at}, but training went past step {at.value} inside a batch and is at step "
+                    f"{trainer.global_step}: give a step between two batches, each step of each optimizer counted"
+                )
+            if trainer.global_step == at.value:
+                self._take(trainer, between=True)
+
+    def after_epoch(self, trainer: Any) -> None:
+        """Take a point that lies at the end of an epoch; end the level if training would end here."""
+        policy, at = self.policy, self.policy.rewind
+        if policy.finished:
+            return
+        policy.note(self._scores(trainer))
+        if trainer.fit_loop.done:
+            self._turn(trainer)
+        elif policy.point is None and at.value == (trainer.global_step if at.unit == "it" else trainer.current_epoch):
+            self._take(trainer, between=False)
+
+    def schedules(self) -> bool:
+        """Whether learning rates follow their schedulers, rather than stay where level 0 left them."""
+        return "schedulers" in REWINDS[self.rewinds] or self.policy.level == 0 or self.policy.finished
+
+    # What it does
+
+    def _resume(self, trainer: Any) -> None:
+        """A checkpoint of a level's end is no end of training: go back, and prune once everything is in place."""
+        loop, policy = trainer.fit_loop, self.policy
+        loop.setup_data()
+        self._owed = policy.resumed and not policy.finished and (policy.stopped or loop.done)
+        if self._owed and policy.point is not None:
+            self._here().go_to(policy.place)
+
+    def _take(self, trainer: Any, between: bool) -> None:
+        module, scaler = trainer.lightning_module, getattr(trainer.precision_plugin, "scaler", None)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.policy.place = self._here().place(between)
+        self.policy.point = Snapshot.take(module, trainer.optimizers, schedulers or None, scaler, rng=False)
+        if (fault := self._here().fault()) is not None and trainer.is_global_zero:
+            warnings.warn(f"the order of the data is not rewound: {fault}", stacklevel=2)
+
+    def _turn(self, trainer: Any) -> None:
+        """The level has ended: on to the next, if there is one."""
+        policy = self.policy
+        rewound, kept = self._record()
+        stopped = bool(trainer.should_stop or policy.stopped)
+        policy.close(steps=trainer.global_step, stopped=stopped, rewound=rewound, kept=kept)
+        if not policy.finished:
+            policy.descend(lambda: self._rewind(trainer))
+            now = {"level": float(policy.level), **policy.densities()}
+            trainer._logger_connector._callback_metrics.update({n: torch.tensor(value) for n, value in now.items()})
+
+    def _record(self) -> tuple[list[str], list[str]]:
+        """What was rewound when this level began, and what was not."""
+        policy = self.policy
+        if policy.level == 0 or policy.point is None:
+            return [], []
+        fault = self._here().fault()
+        chosen = REWINDS[self.rewinds]
+        rewound = [part for part in policy.point.what if part in chosen]
+        kept = [part for part in policy.point.what if part not in chosen]
+        return [*rewound, *_ALWAYS, *([] if fault else ["data order"])], [*kept, *(["data order"] if fault else [])]
+
+    def _rewind(self, trainer: Any) -> None:
+        module, point = trainer.lightning_module, self.policy.point
+        assert point is not None, "taken"
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        given = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+        given["scaler"] = getattr(trainer.precision_plugin, "scaler", None)
+        parts = [part for part in point.what if part in REWINDS[self.rewinds]]
+        point.restore(module, **{name: value for name, value in given.items() if name in parts}, parts=parts)
+        module.zero_grad()
+        self._here().go_to(self.policy.place)
+        self._seen = trainer.global_step
+
+    def _scores(self, trainer: Any) -> dict[str, float]:
+        """The metrics that are one number, without those that say which level this is."""
+        own, found = {"level", *self.policy.densities()}, trainer.callback_metrics
+        return {n: float(v) for n, v in found.items() if n not in own and (not isinstance(v, Tensor) or v.numel() == 1)}
+
+    def _here(self) -> Course:
+        assert self._course is not None, "in a fit"
+        return self._course
+
+
+def _check(trainer: Any) -> None:
+    strategy = type(trainer.strategy)
+    if not {"SingleDeviceStrategy", "DDPStrategy"} & {each.__name__ for each in strategy.__mro__}:
+        raise ValueError(
+            f"{strategy.__name__} shards the network, and the rewind point is kept whole: train on one device or with "
+            "strategy ddp"
+        )
+    for callback in trainer.callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _UNSUITED:
+                raise ValueError(f"LotteryTicket cannot run beside {kind.__name__}: {_UNSUITED[kind.__name__]}")
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise ValueError(
+            f"reload_dataloaders_every_n_epochs is {trainer.reload_dataloaders_every_n_epochs}, but a level goes "
+            "back to the loaders of the one before: set it to 0"
+        )
