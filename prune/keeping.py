@@ -61,7 +61,7 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
         masks: those to keep.
         optimizer: one optimizer, or a list of them; a wrapper with an ``optimizer`` attribute (accelerate's,
             Lightning's) is unwrapped.
-        model: the model whose weights are masked. It is looked up by name at every step.
+        model: the model whose weights are masked. Its modules are asked for them at every step.
 
     Returns:
         A handle; ``handle.remove()`` or leaving ``with handle:`` ends it.
@@ -80,20 +80,24 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
             f"the optimizer holds none of the masked weights ({some(masks)}), so its steps do not move "
             "them: give the optimizer that trains this model"
         )
-    paths = {name: path for name, (path, _) in _located(masks, model).items() if not masks[name].all()}
+    holders: dict[str, tuple[nn.Module, str]] = {}
+    for name, (path, _) in _located(masks, model).items():
+        if not masks[name].all():
+            module, _, attribute = path.rpartition(".")
+            holders[name] = model.get_submodule(module), attribute
     factors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def mask_weights(*_: Any) -> None:
         weights = []
-        for name, path in paths.items():
-            parameter = model.get_parameter(path)
+        for name, (module, attribute) in holders.items():
+            parameter = module.get_parameter(attribute)
             weight = local(parameter)
             if name not in factors or not _alike(factors[name], weight):
                 factors[name] = torch.empty_like(weight).copy_(shard(masks[name], parameter))
             weights.append(weight)
         if weights:
-            torch._foreach_mul_(weights, [factors[name] for name in paths])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(weights, [factors[name] for name in holders])  # pyright: ignore[reportPrivateImportUsage]
 
     return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
 
@@ -259,7 +263,7 @@ class _Member(NamedTuple):
 
 
 def _alike(factor: Tensor, weight: Tensor) -> bool:
-    return (factor.dtype, factor.device, factor.shape) == (weight.dtype, weight.device, weight.shape)
+    return factor.dtype == weight.dtype and factor.device == weight.device and factor.shape == weight.shape
 
 
 def _fill(values: Tensor, mask: Tensor) -> None:
