@@ -1,0 +1,550 @@
+"""Networks made smaller: equal outputs, exactly the units that a naive search finds, and nothing else touched."""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from prune.masks import Masks
+from prune.shrinking import Coupled, Shrunk, shrink
+from workbench import artifact, load, save
+from workbench.models import MLP, LeNet5, ResNet
+
+
+class Vgg(nn.Module):
+    """Convolutions, norms and pooling in a row, flattened into linear layers with dropout."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for fan_in, width in ((3, 8), (8, 12), (12, 16)):
+            layers += [nn.Conv2d(fan_in, width, 3, padding=1), nn.BatchNorm2d(width) if norm else nn.Identity()]
+            layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.classifier = nn.Sequential(
+            nn.Linear(64, 20), nn.ReLU(True), nn.Dropout(0.5), nn.Linear(20, 20), nn.ReLU(True), nn.Linear(20, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+class Bottleneck(nn.Module):
+    """torchvision's, with its in-place addition."""
+
+    def __init__(self, fan_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(fan_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or fan_in != 2 * width:
+            conv = nn.Conv2d(fan_in, 2 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Residual(nn.Module):
+    """Bottlenecks as in torchvision's ResNet-50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.layers = nn.Sequential(Bottleneck(8, 4, 1), Bottleneck(8, 6, 2), Bottleneck(12, 6, 1))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class Inverted(nn.Module):
+    """MobileNetV3's block: wider, depthwise, squeeze and excitation, narrower, with a shortcut."""
+
+    def __init__(self, width: int, wide: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(width, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.Hardswish())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()
+        )
+        self.squeeze, self.excite = nn.Conv2d(wide, 4, 1), nn.Conv2d(4, wide, 1)
+        self.project = nn.Sequential(nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.depthwise(self.expand(x))
+        gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(out, 1)))))
+        return x + self.project(out * gate)
+
+
+class Mobile(nn.Module):
+    """A few of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+        self.blocks = nn.Sequential(Inverted(8, 16), Inverted(8, 12))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+class Dense(nn.Module):
+    """Layers that read several others side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.both, self.head = nn.Conv2d(10, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = F.relu(self.one(x))
+        return self.head(F.relu(self.both(torch.cat([one, F.relu(self.two(one))], 1))).mean((2, 3)))
+
+
+IMAGES = (2, 3, 16, 16)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: MLP(12, (20, 20), 5), (3, 12)),
+    "mlp_batch": (lambda: MLP(12, (20, 20), 5, norm="batch"), (3, 12)),
+    "lenet": (lambda: LeNet5(image_size=12), (2, 1, 12, 12)),
+    "resnet": (lambda: ResNet(8, 8, 5, "relu"), IMAGES),
+    "resnet_group": (lambda: ResNet(8, 16, 5, norm="group"), IMAGES),
+    "resnet_none": (lambda: ResNet(8, 8, 5, norm="none"), IMAGES),
+    "vgg": (Vgg, IMAGES),
+    "vgg_plain": (lambda: Vgg(norm=False), IMAGES),
+    "residual": (Residual, (2, 3, 32, 32)),
+    "mobile": (Mobile, IMAGES),
+    "dense": (Dense, IMAGES),
+}
+
+
+def made(name: str) -> tuple[Any, Tensor]:
+    """A network with statistics, scales and biases as after some training, in eval mode, and inputs."""
+    torch.manual_seed(1)
+    build, shape = NETWORKS[name]
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    model.train()
+    for _ in range(2):
+        model(torch.randn(4, *shape[1:]))
+    return model.eval(), torch.randn(shape)
+
+
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name}
+
+
+def sparse(model: nn.Module, density: float, seed: int = 0) -> Masks:
+    random = torch.Generator().manual_seed(seed)
+    return Masks({n: torch.rand(p.shape, generator=random) < density for n, p in weights(model).items()})
+
+
+def coupled(model: nn.Module, inputs: Any, share: float = 0.5) -> Masks:
+    """Masks of `Coupled` that keep about a share of the units of every key, by magnitude."""
+    layout = Coupled(inputs).layout(model, weights(model))
+    scores = layout.pool({name: weight.detach().abs() for name, weight in weights(model).items()})
+    kept = layout.select(scores, {key: max(1, round(share * n)) for key, n in layout.units.items()}, None)
+    ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights(model).items()}
+    return Masks({**ones, **layout.spread(kept)})
+
+
+def masked(model: nn.Module, masks: Masks) -> Any:
+    other = copy.deepcopy(model)
+    masks.apply(other)
+    return other.eval()
+
+
+def assert_same(result: Shrunk, model: nn.Module, masks: Masks, inputs: Tensor) -> None:
+    """In float64 and in its own type, on inputs that were not tried before."""
+    before = masked(model, masks)
+    fresh = torch.randn(5, *inputs.shape[1:])
+    torch.testing.assert_close(copy.deepcopy(result.model).eval()(fresh), before(fresh), rtol=1e-4, atol=1e-6)
+    wide = copy.deepcopy(result.model).eval().double()(fresh.double())
+    torch.testing.assert_close(wide, before.double()(fresh.double()), rtol=1e-6, atol=1e-7)
+    assert result.after == sum(p.numel() for p in result.model.parameters()) <= result.before
+
+
+# Every family
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("density", [0.02, 0.2])
+def test_outputs_stay_at_any_density(name: str, density: float) -> None:
+    model, inputs = made(name)
+    state = copy.deepcopy(model.state_dict())
+    masks = sparse(model, density)
+    result = shrink(model, inputs, masks)
+    assert_same(result, model, masks, inputs)
+    assert result.masks is not None
+    assert result.masks.obeyed_by(result.model)
+    if density == 0.02:
+        assert result.after < result.before
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert type(result.model) is type(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_coupled_channels_go_and_leave_what_was_asked_for(name: str, tmp_path: Path) -> None:
+    """All that `Coupled` prunes is physically gone: every key is as wide as its units were to be many."""
+    model, inputs = made(name)
+    masks = coupled(model, inputs)
+    result = shrink(model, inputs, masks)
+    assert_same(result, model, masks, inputs)
+    assert result.masks is not None
+    left = Coupled(inputs).layout(result.model, weights(result.model))
+    first = Coupled(inputs).layout(model, weights(model))
+    assert sorted(left.units.values()) == sorted(max(1, round(0.5 * n)) for n in first.units.values())
+    assert result.masks.density == 1.0
+    if hasattr(model, "init_args"):
+        result.model.eval()
+        save(result.model, tmp_path, result.masks)
+        loaded = load(tmp_path)
+        assert torch.equal(loaded(inputs), result.model(inputs))
+        assert artifact.masks(tmp_path).keys() == result.masks.keys()
+
+
+def test_removed_rows_are_numbered_as_they_were() -> None:
+    """Every row that is left is the row of the first network that was not removed, over all rounds."""
+    model, inputs = made("mlp")
+    result = shrink(model, inputs, masks := sparse(model, 0.1))
+    before = masked(model, masks)
+    assert set(result.removed) == {"layers.0", "layers.2"}
+    columns = [True] * 12
+    for layer in ("layers.0", "layers.2", "layers.4"):
+        rows = [i not in result.removed.get(layer, ()) for i in range(len(before.get_submodule(layer).weight))]
+        expected = before.get_submodule(layer).weight[rows][:, columns]
+        assert torch.equal(result.model.get_submodule(layer).weight, expected)
+        columns = rows
+
+
+def naive_widths(model: MLP) -> list[int]:
+    """How wide the hidden layers of an MLP are when one dead unit after the other is taken out, weights as lists.
+
+    A layer's last unit stays, but of zeros.
+    """
+    layers = [layer.weight.tolist() for layer in model.layers if isinstance(layer, nn.Linear)]
+    again = True
+    while again:
+        again = False
+        for one, two in pairwise(layers):
+            for unit in range(len(one)):
+                silent = not any(one[unit])
+                unheard = not any(row[unit] for row in two)
+                if silent and unheard and len(one) == 1:
+                    continue
+                if silent or unheard:
+                    one[unit] = [0.0] * len(one[unit])
+                    for row in two:
+                        row[unit] = 0.0
+                    if len(one) > 1:
+                        del one[unit]
+                        for row in two:
+                            del row[unit]
+                    again = True
+                    break
+    return [len(layer) for layer in layers[:-1]]
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.0, 0.5))
+def test_what_goes_is_what_a_naive_search_finds(seed: int, density: float) -> None:
+    torch.manual_seed(seed)
+    model = MLP(6, (8, 7, 8), 3)
+    masks = sparse(model, density, seed)
+    result = shrink(model, torch.randn(3, 6), masks)
+    widths = [len(layer.weight) for layer in result.model.layers if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
+    assert widths[:-1] == naive_widths(masked(model, masks))
+    assert shrink(result.model, torch.randn(3, 6), result.masks).after == result.after
+
+
+# What stays
+
+
+def test_a_constant_is_not_folded_through_a_border() -> None:
+    """A convolution padded with zeros sees less of a constant at the border; unpadded or circular ones do not."""
+    for padding, mode, bias, width in (
+        (1, "zeros", 0.5, 4),
+        (1, "zeros", 0.0, 3),
+        (0, "zeros", 0.5, 3),
+        (1, "circular", 0.5, 3),
+        ("same", "zeros", 0.5, 4),
+        ("valid", "zeros", 0.5, 3),
+    ):
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=padding, padding_mode=mode, bias=False)
+        )
+        with torch.no_grad():
+            model[0].weight[1] = 0
+            model[0].bias[1] = bias
+        inputs = torch.randn(2, 2, 8, 8)
+        result = shrink(model, inputs)
+        assert result.model[0].out_channels == result.model[2].in_channels == width
+        torch.testing.assert_close(result.model(inputs), model(inputs))
+        assert (result.model[2].bias is None) == (width == 4 or bias == 0)
+
+
+def test_a_unit_that_only_seems_constant_stays() -> None:
+    """A gate that is shut for every example may open for another: that its factor is constant is not enough."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.value, self.down = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.gate(x)) * self.value(x))
+
+    model = Gated()
+    with torch.no_grad():
+        model.gate.bias.fill_(-1e3)
+        model.value.weight[0] = 0
+        model.value.bias[0] = 1.0
+        model.value.weight[1] = 0
+        model.value.bias[1] = 0.0
+    result = shrink(model, torch.randn(4, 3))
+    assert result.removed == {"gate": (1,), "value": (1,)}
+    opened = torch.randn(4, 3) * 1e4
+    torch.testing.assert_close(result.model(opened), model(opened))
+
+
+def test_a_depthwise_filter_of_zeros_makes_its_channel_constant() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 2, 1)
+    ).eval()
+    with torch.no_grad():
+        model[2].weight[2] = 0
+        model[3].bias.normal_()
+    inputs = torch.randn(2, 3, 8, 8)
+    result = shrink(model, inputs)
+    assert result.removed == {"0": (2,)}
+    assert (result.model[2].groups, result.model[3].num_features) == (3, 3)
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
+def test_what_a_layer_norm_mixes_stays() -> None:
+    model = MLP(12, (20,), 5, norm="layer")
+    with torch.no_grad():
+        model.layers[-1].weight[:, :10] = 0  # type: ignore[union-attr, operator, index]
+        model.layers[0].weight[:5] = 0  # type: ignore[union-attr, operator, index]
+    assert shrink(model, torch.randn(3, 12)).after == sum(p.numel() for p in model.parameters())
+
+
+def test_of_a_group_norm_only_whole_groups_go() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        model[3].weight[:, [0, 1, 2, 5]] = 0
+    inputs = torch.randn(2, 3, 4, 4)
+    result = shrink(model, inputs)
+    assert result.removed == {"0": (0, 1)}
+    assert (result.model[1].num_groups, result.model[1].num_channels) == (3, 6)
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
+class Odd(nn.Module):
+    """A hidden layer that something else looks at, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.one, self.two = kind, nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(6)) if kind == "scale" else None
+        if kind == "tied":
+            self.two.weight = self.one.weight
+        if kind == "grouped":
+            self.one, self.two = nn.Conv1d(6, 6, 1, groups=2), nn.Conv1d(6, 6, 1)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kind == "grouped":
+            return self.two(F.relu(self.one(x[..., None]))).flatten(1)
+        hidden = F.relu(self.one(x))
+        if self.kind == "returned":
+            return {"hidden": hidden, "logits": self.two(hidden)}
+        if self.kind == "softmax":
+            return self.two(hidden.softmax(-1))
+        if self.kind == "sum":
+            return self.two(hidden) + hidden.sum(-1, keepdim=True)
+        if self.kind == "view":
+            return self.two(hidden.view(len(x), 2, 3).flip(1).reshape(len(x), 6))
+        if self.kind == "twice":
+            return self.two(F.relu(self.one(hidden)))
+        if self.kind == "recurrent":
+            return self.two(F.relu(self.two(hidden)))
+        if self.kind == "added":
+            return self.two(hidden) + x
+        return self.two(hidden if self.scale is None else hidden * self.scale)
+
+
+@pytest.mark.parametrize(
+    "kind", ["returned", "softmax", "sum", "view", "twice", "recurrent", "scale", "tied", "grouped"]
+)
+def test_what_something_else_looks_at_stays(kind: str) -> None:
+    model = Odd(kind)
+    with torch.no_grad():
+        model.two.weight[:, :3] = 0
+        model.one.weight[3] = 0
+    inputs = torch.randn(4, 6)
+    result = shrink(model, inputs)
+    assert result.after == result.before
+    assert result.removed == {}
+    assert result.difference == 0
+    with pytest.raises(ValueError, match="no channel of Odd"):
+        Coupled(inputs).layout(model, weights(model))
+
+
+def test_inputs_and_outputs_are_never_narrowed() -> None:
+    model = Odd("added")
+    with torch.no_grad():
+        model.one.weight.zero_()
+        model.two.weight.zero_()
+    result = shrink(model, inputs := torch.randn(4, 6))
+    assert (result.model.one.in_features, result.model.two.out_features) == (6, 6)  # type: ignore[union-attr]
+    assert result.model.one.out_features == 1, "one unit always stays, the first"  # type: ignore[union-attr]
+    assert result.removed == {"one": (1, 2, 3, 4, 5)}
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
+# Modes, types, devices of thought
+
+
+def test_modes_gradients_types_and_random_state_are_kept() -> None:
+    model, inputs = made("vgg")
+    model.train()
+    model.features[1].eval()
+    model.features[0].weight.requires_grad_(False)
+    model.double()
+    state = torch.get_rng_state()
+    result = shrink(model, inputs.double(), masks := sparse(model, 0.02))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: m.training for n, m in model.named_modules()} == {n: m.training for n, m in result.model.named_modules()}
+    for name, parameter in result.model.named_parameters():
+        assert parameter.dtype == torch.float64
+        assert parameter.requires_grad == (name != "features.0.weight")
+        assert parameter.is_leaf
+    assert result.difference < 1e-12
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in result.model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    loss = result.model(inputs.double()).square().mean()
+    loss.backward()
+    assert masks.density > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = MLP(12, (20, 20), 5).to(dtype)
+    result = shrink(model, torch.randn(3, 12, dtype=dtype), sparse(model, 0.05))
+    assert result.after < result.before
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+
+
+def test_zeros_without_masks_count_and_masks_are_applied() -> None:
+    model, inputs = made("mlp")
+    masks = sparse(model, 0.1)
+    with_masks, without = shrink(model, inputs, masks), shrink(masked(model, masks), inputs)
+    assert without.masks is None
+    assert with_masks.after == without.after
+    for name, tensor in with_masks.model.state_dict().items():
+        assert torch.equal(tensor, without.model.state_dict()[name])
+
+
+def test_it_trains_on_under_its_masks() -> None:
+    model, inputs = made("mlp")
+    result = shrink(model, inputs, sparse(model, 0.1))
+    assert result.masks is not None
+    optimizer = torch.optim.AdamW(result.model.parameters(), 0.1)
+    with result.masks.keep(optimizer, result.model):
+        for _ in range(2):
+            result.model(inputs).square().sum().backward()
+            optimizer.step()
+    assert result.masks.obeyed_by(result.model)
+
+
+def test_positional_and_keyword_arguments() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(3, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, left: Tensor, right: Tensor, power: int = 1) -> Tensor:
+            return self.head((self.left(left) + self.right(right)).tanh() ** power)
+
+    model = Two()
+    with torch.no_grad():
+        model.head.weight[:, 2] = 0
+    left, right = torch.randn(2, 3), torch.randn(2, 4)
+    for inputs in ((left, right), [left, right], {"left": left, "right": right, "power": 2}):
+        assert shrink(model, inputs).removed == {"left": (2,), "right": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ("text", "without a tensor: give what the model is called with"),
+        ({}, "dict without a tensor"),
+        (torch.randn(2, 7), "cannot be called with example_inputs .RuntimeError: .*give what it is called with"),
+        ({"y": torch.randn(2, 12)}, "cannot be called with example_inputs .TypeError"),
+    ],
+)
+def test_wrong_inputs(inputs: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        shrink(MLP(12, (4,), 2), inputs)
+
+
+def test_wrong_masks_and_networks_without_an_answer() -> None:
+    with pytest.raises(ValueError, match="name no parameter of this MLP"):
+        shrink(MLP(12, (4,), 2), torch.randn(2, 12), {"x": torch.ones(2, dtype=torch.bool)})
+
+    class Silent(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return super().forward(input).argmax(-1)
+
+    with pytest.raises(ValueError, match="Silent returns no floating-point tensor"):
+        shrink(Silent(3, 2), torch.randn(2, 3))
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(self.one(x).detach().numpy())
+
+    result = shrink(Detached(), torch.randn(2, 3))
+    assert result.before == result.after
+
+
+def test_a_constant_too_large_for_its_type_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).half()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 6e4
+        model[1].weight[:, 0] = 1.0
+        model[1].bias.fill_(6e4)
+        model[0].weight[1] = 0
+        model[0].bias[1] = -6e4
+        model[1].weight[:, 1] = 1.0
+    assert shrink(model, torch.randn(2, 3).half()).removed == {"0": (0, 1)}, "they cancel out"
+    with torch.no_grad():
+        model[1].weight[:, 1] = 0.0
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1.0
+        model[1].weight[:, 2] = -6e4
+    result = shrink(model, torch.randn(2, 3).half())
+    assert math.isfinite(result.difference)
