@@ -11,18 +11,33 @@ if TYPE_CHECKING:
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewind import RewindPoint
+    from prune.shrinking import Coupled, Shrunk, shrink
     from prune.ticket import hunt
 
-__all__ = ["DynamicSparsity", "GradualPruning", "KeepMasked", "Masks", "Pruner", "RewindPoint", "hunt"]
+__all__ = [
+    "Coupled",
+    "DynamicSparsity",
+    "GradualPruning",
+    "KeepMasked",
+    "Masks",
+    "Pruner",
+    "RewindPoint",
+    "Shrunk",
+    "hunt",
+    "shrink",
+]
 
 _HOME = {
+    "Coupled": "prune.shrinking",
     "DynamicSparsity": "prune.callbacks",
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
     "Masks": "prune.masks",
     "Pruner": "prune.pruner",
     "RewindPoint": "prune.rewind",
+    "Shrunk": "prune.shrinking",
     "hunt": "prune.ticket",
+    "shrink": "prune.shrinking",
 }
 
 
