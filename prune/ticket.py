@@ -15,12 +15,14 @@ from torch import nn
 
 from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import KeepMasked
+from prune.evidence import evidence
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewind import RewindPoint
 from prune.schedule import geometric, levels_to
 from workbench import artifact, records
 from workbench.arguments import rebuild
+from workbench.continuation import same_random_state
 from workbench.duration import Duration
 from workbench.files import sha256
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
@@ -28,7 +30,7 @@ from workbench.ranks import barrier, rank
 from workbench.saving import save_network
 from workbench.source import Source
 from workbench.tasks import Task
-from workbench.training import module_for, train
+from workbench.training import module_for, train, training_loader
 
 
 def hunt(
@@ -40,10 +42,12 @@ def hunt(
     levels: int | None = None,
     rate: float = 0.2,
     rewind: Duration = Duration(1, "ep"),  # noqa: B008 - frozen
-    criterion: Literal["magnitude", "random"] = "magnitude",
-    allocation: Literal["global", "uniform", "layerwise"] = "global",
+    criterion: Literal["magnitude", "random", "snip", "grasp", "synflow", "taylor", "movement", "wanda"] = "magnitude",
+    structure: str = "unstructured",
+    allocation: Literal["global", "uniform", "layerwise", "erk", "erdos_renyi"] = "global",
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    batches: int = 16,
     tolerance: float = 0.01,
     optimizer: OptimizerCallable | None = None,
     lr_scheduler: LRSchedulerCallable | None = None,
@@ -67,10 +71,14 @@ def hunt(
         levels: How many times to prune.
         rate: Share of the remaining weights pruned at each level.
         rewind: Where each level starts: 0it is the initial weights, 2ep the end of the second epoch, 500it a step.
-        criterion: What a weight is worth: its magnitude, or a random number (the control).
-        allocation: Compare weights over the whole network, or prune each layer alike, or as in the lottery paper.
+        criterion: What a weight is worth: its magnitude, a random number (the control), or what the loss says of it.
+        structure: What stands or falls together: single weights, 2:4 (any N:M), 4x4 (any block), channel, head, ffn,
+            balanced, or coupled: channels as the network's connections tie them, which `shrink` takes out.
+        allocation: Compare weights over the whole network, or prune each layer alike, or as in the lottery paper, or
+            by the layers' shapes.
         include: Name patterns of the weights to prune; all Linear and Conv weights by default.
         exclude: Name patterns of weights to leave alone.
+        batches: How many training batches a criterion looks at that looks at data.
         tolerance: Validation score that a level may lose on the dense network and still count as a winning ticket.
         optimizer: Instead of that of `start`; for a plain `model` AdamW at 1e-3 by default.
         lr_scheduler: With the optimizer; stepped once an epoch, constant by default.
@@ -97,8 +105,8 @@ def hunt(
     )
     network = network_of(module)
     layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
-    pruner = Pruner(criterion, "unstructured", layers, include=include, exclude=exclude, seed=seed)
-    settings = [densities, str(rewind), criterion, allocation, include, exclude, seed]
+    pruner = Pruner(criterion, structure, layers, include=include, exclude=exclude, seed=seed)
+    settings = [densities, str(rewind), criterion, structure, allocation, include, exclude, batches, seed]
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     point = out / "checkpoints" / "rewind.ckpt"
     masks = pruner(network, 1.0)
@@ -111,7 +119,9 @@ def hunt(
             if level:
                 _check_point(point, done[0])
                 network.load_state_dict(artifact.tensors(out / f"level_{level - 1:02d}"))
-                masks = pruner(network, target, within=masks)
+                shown = evidence(pruner.criterion, module, lambda: training_loader(module, data, seed), batches)
+                with same_random_state(seed):
+                    masks = pruner(network, target, within=masks, **shown)
             keeper = KeepMasked(masks) if level else RewindPoint(rewind, point)
             result = train(
                 module,

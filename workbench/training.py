@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from workbench import progress
-from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
+from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended, same_random_state
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule, TaskModule, with_optimizer
 from workbench.order import ordered
-from workbench.ranks import check_world_size
+from workbench.ranks import check_world_size, rank, world
 from workbench.saving import save_family, save_network
 from workbench.tasks import Classification, Imitation, Task
 
@@ -289,6 +289,16 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         warnings.warn(f"{', '.join(bad)}: not finite after training", stacklevel=3)
     return metrics
+
+
+def training_loader(module: LightningModule, data: LightningDataModule, seed: int) -> Any:
+    """The loader that :func:`train` would train ``module`` on, at its first epoch, for other uses of its batches."""
+    data.prepare_data()
+    data.setup("fit")
+    with same_random_state(seed):
+        loader = data.train_dataloader()
+        attached = module.attach(loader) if isinstance(module, SupervisedModule) else loader
+        return ordered(attached, seed, rank(), world())
 
 
 @contextmanager

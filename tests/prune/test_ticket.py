@@ -76,6 +76,29 @@ def test_rate_zero_makes_level_one_equal_level_zero(tmp_path: Path, point: str) 
     assert result["levels"][0]["history"] == result["levels"][1]["history"]
 
 
+CHOICES = [
+    {"criterion": "snip", "allocation": "uniform"},
+    {"criterion": "wanda", "structure": "balanced", "allocation": "layerwise"},
+    {"criterion": "movement", "structure": "channel", "allocation": "uniform", "exclude": ["layers.4.*"]},
+    {"criterion": "magnitude", "structure": "2:4", "allocation": "erk"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(map(str, choice.values())))
+def test_any_criterion_structure_and_allocation(tmp_path: Path, choice: dict[str, Any]) -> None:
+    """Nested, as dense as said, and the same when a level is made again from the one before."""
+    model = {"criterion": "wanda"}.items() <= choice.items() and MLP(64, [24], 10)
+    run(tmp_path, model or None, {"max_epochs": 1}, density=0.2, rate=0.5, rewind="1it", batches=3, **choice)
+    masks = [Masks(artifact.masks(tmp_path / f"level_{level:02d}")) for level in range(1, 4)]
+    assert masks[2].is_subset(masks[1])
+    assert masks[1].is_subset(masks[0])
+    assert masks[2].density == pytest.approx(0.125, abs=0.06)
+    shutil.rmtree(tmp_path / "level_03")
+    lost = masks[2]
+    run(tmp_path, model or None, {"max_epochs": 1}, density=0.2, rate=0.5, rewind="1it", batches=3, **choice)
+    assert Masks(artifact.masks(tmp_path / "level_03")) == lost
+
+
 def test_rewinding_three_times_starts_from_the_same_weights(tmp_path: Path) -> None:
     """Lightning's ModelPruning aliases its "initial" weights on CPU, and they drift."""
     seen: list[dict[str, torch.Tensor]] = []

@@ -1,0 +1,109 @@
+from typing import Any
+
+import lightning.pytorch as lp
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from prune import Pruner
+from prune.criteria import CRITERIA
+from prune.evidence import evidence
+from workbench import TaskModule
+from workbench.tasks import Classification
+
+X, Y = torch.randn(24, 6), torch.arange(24) % 3
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Dropout(0.5), nn.Linear(10, 3))
+
+
+def theirs(namespace: Any, returns: Any = lambda loss: loss) -> Any:
+    class Theirs(namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+            self.log("train/loss", loss)
+            return returns(loss)
+
+    return Theirs()
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("returns", [lambda loss: loss, lambda loss: {"loss": loss}], ids=["tensor", "mapping"])
+@pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
+def test_masks_are_those_of_the_same_batches_and_loss_given_by_hand(namespace: Any, returns: Any) -> None:
+    module, loader = theirs(namespace, returns), DataLoader(TensorDataset(X, Y), 4)
+    pruner, network = Pruner("snip"), module.network
+    torch.manual_seed(5)
+    expected = pruner(network, 0.3, loader=[(X[i : i + 4], Y[i : i + 4]) for i in (0, 4)], loss=cross_entropy)
+    before = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert pruner(network, 0.3, **evidence(pruner.criterion, module, lambda: loader, 2)) == expected
+    torch.set_rng_state(before)
+    assert "log" not in vars(module)
+
+
+def test_a_module_of_a_task_is_asked_for_its_own_loss_and_inputs() -> None:
+    module = TaskModule(net(), Classification(3))
+    loader = DataLoader(TensorDataset(X, Y), 8)
+    for name in ("taylor", "wanda", "synflow", "grasp"):
+        pruner = Pruner(name, allocation="uniform")
+        masks = pruner(module.network, 0.5, **evidence(pruner.criterion, module, lambda: loader, 3))
+        assert masks.density == pytest.approx(0.5, abs=0.02)
+
+
+def test_nothing_is_asked_for_where_weights_tell_enough() -> None:
+    def never() -> Any:
+        raise AssertionError("asked")
+
+    assert evidence(CRITERIA["magnitude"], theirs(lp), never, 0) == {}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(zip(X, Y))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda workers: DataLoader(TensorDataset(X, Y), 4, shuffle=True, num_workers=workers),
+        lambda workers: DataLoader(TensorDataset(X, Y), None, num_workers=workers),
+        lambda workers: DataLoader(Stream(), 4, num_workers=workers),
+    ],
+    ids=["batches", "samples", "stream"],
+)
+def test_neither_random_numbers_nor_a_running_epoch_are_touched(make: Any, workers: int) -> None:
+    loader = make(workers)
+    running, state = iter(loader), torch.get_rng_state()
+    next(running)
+    shown = evidence(CRITERIA["wanda"], theirs(lp), lambda: loader, 2)["loader"]
+    state = torch.get_rng_state()
+    once, again = list(shown), list(shown)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(once) == 2
+    assert all(torch.equal(a, b) for x, y in zip(once, again) for a, b in zip(x, y)), "the same at every reading"
+    next(running)
+
+
+def test_mistakes_are_named() -> None:
+    loader = DataLoader(TensorDataset(X, Y), 4)
+    with pytest.raises(ValueError, match="batches is 0: criterion 'snip' looks at 1 or more"):
+        evidence(CRITERIA["snip"], theirs(lp), lambda: loader, 0)
+    silent = theirs(lp, lambda loss: None)
+    with pytest.raises(ValueError, match="training_step gives NoneType, not a loss"):
+        Pruner("snip")(silent.network, 0.5, **evidence(CRITERIA["snip"], silent, lambda: loader, 1))
+    shown = evidence(CRITERIA["snip"], theirs(lp), lambda: loader, 1)
+    with pytest.raises(ValueError, match="that of its own network"):
+        Pruner("snip")(net(), 0.5, **shown)
