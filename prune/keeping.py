@@ -80,6 +80,12 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
             f"the optimizer holds none of the masked weights ({some(masks)}), so its steps do not move "
             "them: give the optimizer that trains this model"
         )
+    mask_weights = multiplying(masks, model)
+    return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
+
+
+def multiplying(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
+    """The function that ``keep`` hooks in: multiplies the weights by their masks, whatever it is called with."""
     holders: dict[str, tuple[nn.Module, str]] = {}
     for name, (path, _) in _located(masks, model).items():
         if not masks[name].all():
@@ -99,7 +105,7 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
         if weights:
             torch._foreach_mul_(weights, [factors[name] for name in holders])  # pyright: ignore[reportPrivateImportUsage]
 
-    return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
+    return mask_weights
 
 
 @torch.no_grad()

@@ -3,16 +3,15 @@
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
-from prune.keeping import Handle, some, unwrapped
+from prune.keeping import Handle, multiplying, some, unwrapped
 from prune.masks import Masks
 from prune.storage import local, owners, summed
 from workbench.bits import pack, unpack
@@ -65,7 +64,8 @@ class Policy(ABC):
         self._optimizers: list[Optimizer] = []
         self._averages: list[nn.Module] = []
         self._weights: dict[str, nn.Parameter] = {}
-        self._handle: Handle | None = None
+        self._multiply: Callable[[], None] | None = None
+        self._hooks: Handle | None = None
         self._driver: Handle | None = None
         self._lead: Optimizer | None = None
         self._moment, self._looked = START, False
@@ -156,8 +156,7 @@ class Policy(ABC):
             self._averages = [bare(average) for average in averages]
             self._moment = moment
             taken_up = self.masks is not None and (self._restored or self.masks.obeyed_by(self._model))
-            self._restored = False
-            if not taken_up:
+            if not (taken_up or self._restored):
                 self.masks = None
                 self._take_up({})
             self._weights = self._scope(self._model)
@@ -167,9 +166,12 @@ class Policy(ABC):
                     f"{some(frozen)}: frozen, so this {type(self).__name__} finds no gradient there; exclude it"
                 )
             self._claim()
+            hooks = [optimizer.register_step_post_hook(self._mask_weights) for optimizer in self._optimizers]
+            self._hooks = Handle([hook.remove for hook in hooks])
             if taken_up and self.masks is not None:
                 self._enforce(self.masks, anew=False)
             self._begin(moment, taken_up)
+            self._restored = False
             self._lead = self._leading()
         except BaseException:
             self.detach()
@@ -210,7 +212,7 @@ class Policy(ABC):
     @final
     def detach(self) -> None:
         """Take every hook off; a second call does nothing."""
-        for handle in (self._handle, self._driver):
+        for handle in (self._hooks, self._driver):
             if handle is not None:
                 handle.remove()
         for weight in self._weights.values():
@@ -265,15 +267,14 @@ class Policy(ABC):
 
         def after(stepped: Any, *_: Any) -> None:
             nonlocal done
-            if stepped is lead and not _skipped(stepped):
+            if not _skipped(stepped):
                 done += 1
                 self.after_step(moment())
 
         self.attach(model, optimizers, moment(), averages)
         lead = self._lead
         assert lead is not None, "attached"
-        # The mask's own hook is one of the optimizer's, and is replaced in `after`: that must not be one of them.
-        hooks = [lead.register_step_pre_hook(before).remove, register_optimizer_step_post_hook(after).remove]
+        hooks = [lead.register_step_pre_hook(before).remove, lead.register_step_post_hook(after).remove]
         driver = self._driver = Handle(hooks)
 
         def end() -> None:
@@ -318,15 +319,13 @@ class Policy(ABC):
         """
         assert self._model is not None, "attached"
         _check_alike(masks)
-        if self._handle is not None:
-            self._handle.remove()
         for model in (self._model, *self._averages):
             masks.apply(model)
         if anew:
             stayed = masks if self.masks is None or self.masks.keys() != masks.keys() else masks & self.masks
             for optimizer in self._optimizers:
                 stayed.clear_state(optimizer, self._model)
-        self._handle = masks.keep(self._optimizers, self._model)
+        self._multiply = multiplying(masks, self._model)
         self.masks = masks
 
     @final
@@ -349,8 +348,12 @@ class Policy(ABC):
             self._observe(self._moment)
 
     def _mask_gradients(self) -> None:
-        if self._handle is not None and self.masks is not None and self._model is not None:
+        if self.masks is not None and self._model is not None:
             self.masks.mask_gradients(self._model)
+
+    def _mask_weights(self, *_: Any) -> None:
+        if self._multiply is not None:
+            self._multiply()
 
     def _leading(self) -> Optimizer:
         weights = {id(weight) for weight in self._weights.values()}
