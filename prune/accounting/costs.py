@@ -14,7 +14,6 @@ from prune.accounting.running import ready
 from prune.masks import Masks
 from prune.pruner import prunable
 from prune.storage import memory_span, shared_memory
-from workbench.bits import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -150,28 +149,26 @@ def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -
     Raises:
         ValueError: if the model has no prunable weight, or masks do not fit it.
     """
-    if masks is not None:
-        masks.model_density(model)  # refuses names and shapes that are not the model's
+    stored = None if masks is None else masks.stored_bytes(model)
     groups = shared_memory(model)
     first = {name: group[0][0] for group in groups for name, _ in group}
     kept = {first[name]: int(mask.sum()) for name, mask in (masks or {}).items()}
     named = prunable(model).keys() | kept.keys()
     weights = {group[0][0]: group[0][1] for group in groups if group[0][0] in named}
     total, spent = _flops(model, example_inputs, weights)
-    dense = {group[0][0]: max(parameter.nbytes for _, parameter in group) for group in groups}
-    packed = {name: packed_bytes(weights[name].shape) + kept[name] * weights[name].element_size() for name in kept}
-    tensors = [*(max((p for _, p in group), key=Tensor.numel) for group in groups), *_persistent_buffers(model)]
-    buffers = sum(buffer.nbytes for buffer in _persistent_buffers(model))
+    held = [max((parameter for _, parameter in group), key=Tensor.numel) for group in groups]
+    everything = [*held, *_persistent_buffers(model)]
+    dense = sum(tensor.nbytes for tensor in everything)
     return Account(
         layers=tuple(
             Layer(name, tuple(weight.shape), kept.get(name, weight.numel()), spent[name])
             for name, weight in weights.items()
         ),
-        parameters=sum(max(parameter.numel() for _, parameter in group) for group in groups),
+        parameters=sum(parameter.numel() for parameter in held),
         dense_flops=total,
-        dense_bytes=sum(dense.values()) + buffers,
-        fp32_bytes=sum(4 * each.numel() if each.is_floating_point() else each.nbytes for each in tensors),
-        packed_bytes=sum((dense | packed).values()) + buffers,
+        dense_bytes=dense,
+        fp32_bytes=sum(4 * each.numel() if each.is_floating_point() else each.nbytes for each in everything),
+        packed_bytes=dense if stored is None else dense - stored.dense + stored.sparse,
     )
 
 

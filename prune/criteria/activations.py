@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from prune.criteria.batches import batches, call, check, everywhere, inputs_of, some, total, undisturbed
+from prune.criteria.batches import batches, call, check, everywhere, inputs_of, total, undisturbed
 from prune.criteria.weights import precise
+from prune.keeping import some
 from workbench.tokens import tokens_of
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from prune.storage import shared_memory
+from prune.keeping import some
+from prune.storage import distributed, shared_memory
 from workbench.ranks import world
 
 LABELS = ("label", "labels", "label_ids")
@@ -32,8 +32,6 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if isinstance(model, DistributedDataParallel):  # gradients are averaged here, not by its hooks
-            stack.enter_context(model.no_sync())
         try:
             model.train(training)
             yield
@@ -55,7 +53,7 @@ def check(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
     """
     if not weights:
         raise ValueError("there are no weights to score: give at least one, by name")
-    sharded = [name for name, weight in weights.items() if hasattr(weight, "placements")]
+    sharded = [name for name, weight in weights.items() if distributed(weight)]
     if sharded:
         raise ValueError(
             f"{some(sharded)} are sharded (DTensor), and a sharded model gives no gradients or inputs of single "
@@ -132,9 +130,3 @@ def total(count: int, device: torch.device) -> int:
             "the loader is empty: give at least one batch (an iterator that was read before has none left)"
         )
     return int(counted)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of ``names``, for messages."""
-    names = list(names)
-    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prune.criteria.batches import batches, check, everywhere, some, total, undisturbed
+from prune.criteria.batches import batches, check, everywhere, total, undisturbed
 from prune.criteria.weights import precise
+from prune.keeping import some
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]

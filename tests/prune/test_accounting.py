@@ -151,6 +151,32 @@ def test_a_shared_weight_is_held_once_and_works_twice():
     assert found.packed_bytes == 8 * 4 + 2 + 8 * 4
 
 
+def test_bytes_are_those_of_a_checkpoint():
+    """Buffers that are not saved do not count; memory that parameters share counts once, as much as the largest has."""
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2, bias=False))
+    model.register_buffer("saved", torch.zeros(3, dtype=torch.int64))
+    model.register_buffer("passing", torch.zeros(50), persistent=False)
+    model.register_parameter("part", nn.Parameter(model[0].weight.detach()[:2]))
+    found = account(model, torch.zeros(BATCH, dtype=torch.int64))
+    assert found.dense_bytes == found.packed_bytes == (24 + 8) * 4 + 3 * 8
+    assert found.parameters == 24 + 8
+
+
+def test_flops_are_booked_to_the_weight_whoever_multiplies_it():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, last = self.layer.weight[:2], self.layer.weight[2:]
+            return nn.functional.linear(x, last) @ last @ (first.T @ first)
+
+    found = account(Parts(), torch.zeros(BATCH, 4))
+    assert flops(found)["layer.weight"][0] == 2 * (BATCH * 4 * 4 + BATCH * 4 * 4 + 4 * 2 * 4)
+    assert found.dense_flops == flops(found)["layer.weight"][0] + 2 * BATCH * 4 * 4
+
+
 def test_a_mask_of_what_is_not_pruned_by_itself_counts_too():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
     found = account(model, torch.zeros(BATCH, dtype=torch.int64), Masks({"0.weight": half(model[0].weight)}))
