@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, final
@@ -28,12 +28,14 @@ class Driving(TrainerCallback, ABC):
     callback is not told which checkpoint is resumed; the masks are also put into every checkpoint, in
     ``masks.safetensors``, for whoever wants to read them.
 
-    Attributes:
+    Args:
         policy: What decides.
+        log: Whether to put the densities beside the loss.
+        over: What to do when training has ended, with the hooks still on.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, log: bool = True, over: Callable[[TrainerState], None] | None = None) -> None:
+        self.policy, self._log, self._over = policy, log, over
         self._handle: Handle | None = None
         self._wrapped: Any = None
         self._moment = Moment(0, 0.0)
@@ -41,6 +43,7 @@ class Driving(TrainerCallback, ABC):
         self._seen: Masks | None = None
 
     @property
+    @final
     def masks(self) -> Masks | None:
         """Those in force, or None. They stay after training."""
         return self.policy.masks
@@ -53,6 +56,7 @@ class Driving(TrainerCallback, ABC):
         self._handle = None
         self.policy.detach()
 
+    @final
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,12 +79,7 @@ class Driving(TrainerCallback, ABC):
             raise
         self._seen = self.masks
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget a backward pass that an exception ended."""
-        self._armed = False
-
+    @final
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell the policy. A model that was the best until now was so among denser ones: that is forgotten."""
         self._moment = _moment(state)
@@ -90,6 +89,7 @@ class Driving(TrainerCallback, ABC):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._seen = now
 
+    @final
     def on_log(
         self,
         args: TrainingArguments,
@@ -99,21 +99,25 @@ class Driving(TrainerCallback, ABC):
         **kwargs: Any,
     ) -> None:
         """Put the densities beside the loss."""
-        if logs is not None and "loss" in logs:
+        if self._log and logs is not None and "loss" in logs:
             densities = self.policy.densities()
             logs.update(densities)
             state.log_history[-1].update(densities)
 
+    @final
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the masks into the checkpoint."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.masks is not None and args.should_save and folder.is_dir():
             self.masks.save(folder / FILE)
 
+    @final
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave no hook behind; say what was not reached; hold the masks of the best model where that was loaded."""
+        if self._over is not None:
+            self._over(state)
         self.release()
         if (unmet := self.policy.unmet()) is not None and state.is_world_process_zero:
             warnings.warn(f"training ended with {unmet}", stacklevel=2)
@@ -177,15 +181,20 @@ def _moment(state: TrainerState) -> Moment:
     return Moment(state.global_step, state.epoch or 0.0)
 
 
+def updates_per_epoch(args: TrainingArguments, loader: Any) -> int | None:
+    """As the Trainer counts them; None if the data has no length."""
+    try:
+        return max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+    except TypeError:
+        return None
+
+
 def _epochs(args: TrainingArguments, loader: Any) -> float:
     """Epochs that there will be; infinity if nobody knows."""
     if args.max_steps <= 0:
         return args.num_train_epochs
-    try:
-        batches = len(loader)
-    except TypeError:
-        return math.inf
-    return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
+    per_epoch = updates_per_epoch(args, loader)
+    return math.inf if per_epoch is None else args.max_steps / per_epoch
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """Masks that are given, or made on a schedule, in a transformers Trainer."""
 
+import os
 from collections.abc import Mapping
 from typing import final
 
 from torch import Tensor, nn
 
+from prune.allocation import Allocation
 from prune.hf.driving import Driving
 from prune.masks import Masks
-from prune.policies import Fixed, Gradual
+from prune.policies import Dynamic, Fixed, Gradual
+from prune.policies.dynamic import Decay, Growth
 from prune.policies.gradual import Schedule
 from prune.pruner import Patterns, Pruner, prunable
+from prune.stored import masks_of
 from workbench.duration import Duration
 
 
@@ -19,19 +23,20 @@ class KeepMasked(Driving):
 
     ::
 
-        masks = Masks.load("checkpoint-500/masks.safetensors")  # or masks_of_zeros(model), where there is no such file
+        masks = "checkpoint-500/masks.safetensors"  # or masks_of_zeros(model), where there is no such file
         Trainer(model, args, ..., callbacks=[KeepMasked(masks)]).train()
 
     Args:
-        masks: Parameter name -> bool tensor, True where the weight is kept.
+        masks: Parameter name -> bool tensor, True where the weight is kept; or the path of a file that ``Masks.save``
+            wrote, or of a compact checkpoint.
 
     Raises:
         ValueError: If the masks are not valid; when training starts, if they do not fit the model, ranks hold different
             ones, or a checkpoint is resumed that was trained under other masks.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        super().__init__(Fixed(masks))
+    def __init__(self, masks: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
+        super().__init__(Fixed(masks_of(masks)), log=False)
 
 
 @final
@@ -73,6 +78,56 @@ class GradualPruning(Driving):
         schedule: str | Schedule = "cubic",
     ) -> None:
         super().__init__(Gradual(density, begin, end, every, pruner, initial, schedule))
+
+
+@final
+class DynamicSparsity(Driving):
+    """Trains a model that is sparse from the start, and moves its connections: RigL, or SET.
+
+    ::
+
+        Trainer(model, args, ..., callbacks=[DynamicSparsity(0.1, "0it", "750it", "100it")]).train()
+
+    RigL looks at the gradients of all weights, averaged over micro-batches and ranks, before they are clipped.
+
+    Args:
+        density: Share of the prunable weights to keep, in (0, 1].
+        begin: From when on connections move, e.g. "1ep" or "500it": epochs or updates.
+        end: Until when, in the same unit; the paper has three quarters of training.
+        every: Time between two changes, in either unit; the paper has 100 updates.
+        growth: ``"rigl"`` (by gradient) or ``"set"`` (at random).
+        fraction: Largest share of a layer's active weights that moves at once, in (0, 1].
+        decay: ``"cosine"``, ``"constant"``, or a function of progress (0 to 1) that gives 0 to 1.
+        allocation: How the density is divided over layers, as for ``Pruner``.
+        include: As for ``Pruner``.
+        exclude: As for ``Pruner``.
+        output: As for ``Pruner``.
+        seed: Of the first masks, and of what SET grows.
+
+    Raises:
+        ValueError: If an argument is out of range or the units differ; when training starts, if it ends before
+            ``begin``.
+
+    References: Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134; Mocanu et al., 2018, arXiv:1707.04780.
+    """
+
+    def __init__(
+        self,
+        density: float,
+        begin: str | Duration,
+        end: str | Duration,
+        every: str | Duration,
+        growth: Growth = "rigl",
+        fraction: float = 0.3,
+        decay: str | Decay = "cosine",
+        allocation: str | Allocation = "erk",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        output: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        moving = (growth, fraction, decay, allocation, include, exclude, output, seed)
+        super().__init__(Dynamic(density, begin, end, every, *moving))
 
 
 def masks_of_zeros(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Masks:

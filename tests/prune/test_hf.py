@@ -1,5 +1,6 @@
 import copy
 import gc
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from transformers import (
 
 from distill import DistillationTrainer
 from prune import Masks, Pruner
-from prune.hf import GradualPruning, KeepMasked, masks_of_zeros
+from prune.hf import DynamicSparsity, GradualPruning, KeepMasked, masks_of_zeros
 from prune.hf.driving import Driving, _unscaled
 from prune.policies import Moment, Policy
 from prune.schedule import cubic, kept
@@ -92,7 +93,7 @@ def trained(
 ) -> Trainer:
     """The Trainer after 16 updates, 8 an epoch, unless ``options`` say otherwise."""
     model, rows = bert() if model is None else model, sentences() if rows is None else rows
-    own = {name: options.pop(name) for name in ("compute_loss_func",) if name in options}
+    own = {name: options.pop(name) for name in ("compute_loss_func", "eval_dataset") if name in options}
     trainer = Trainer(model, arguments(folder, **options), train_dataset=rows, callbacks=list(callbacks), **own)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -361,18 +362,90 @@ def test_gradients_of_half_precision_are_shown_unscaled() -> None:
         assert torch.equal(weight.grad, scaled)  # type: ignore[arg-type]
 
 
+# DynamicSparsity
+
+
+@pytest.mark.parametrize("growth", ["rigl", "set"])
+def test_connections_move_and_stay_as_many(growth: Any, tmp_path: Path) -> None:
+    moving, seen = DynamicSparsity(0.3, "0it", "12it", "3it", growth, decay="constant"), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert moving.masks is not None
+            assert moving.masks.obeyed_by(kwargs["model"])
+            seen.append(moving.masks)
+
+    trainer = trained(tmp_path, moving, Look())
+    assert len({str(each.counts()) for each in seen}) == 1
+    changed = [number + 2 for number, (one, other) in enumerate(itertools.pairwise(seen)) if one != other]
+    assert changed == [4, 7, 10, 13], "in the update that follows 3, 6, 9 and 12"
+    assert trainer.state.log_history[-2]["density"] == kept(TOTAL, 0.3) / TOTAL
+
+
+def test_rigl_grows_where_the_gradient_of_the_whole_update_is_largest(tmp_path: Path) -> None:
+    """Algorithm 1 by loops: of two micro-batches, clipped afterwards."""
+    rows, before = sentences(16), []
+    moving = DynamicSparsity(0.5, "0it", "100it", "1it", fraction=0.4, decay="constant")
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            before.append((copy.deepcopy(kwargs["model"]), moving.masks))
+
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trained(tmp_path, moving, Look(), rows=rows, compute_loss_func=mean, max_grad_norm=0.01, **options)
+    (model, old), (_, new) = before
+    model.zero_grad()
+    model.train()(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}).loss.backward()
+    for name, mask in old.items():
+        weight, grad = (
+            value.flatten() for value in (model.get_parameter(name).detach(), model.get_parameter(name).grad)
+        )
+        active = [i for i, on in enumerate(mask.flatten().tolist()) if on]
+        moves = int(len(active) * 0.4)
+        stay = sorted(active, key=lambda i: (-abs(float(weight[i])), i))[: len(active) - moves]
+        others = [i for i in range(len(weight)) if i not in stay]
+        grown = sorted(others, key=lambda i: (-abs(float(grad[i])), i))[:moves]
+        assert new[name].flatten().nonzero().flatten().tolist() == sorted([*stay, *grown])
+
+
+def test_the_best_model_has_the_masks_of_its_time(tmp_path: Path) -> None:
+    moving, losses = DynamicSparsity(0.3, "0it", "100it", "1it"), iter([2.0, 1.0, 3.0, 4.0])
+    both = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "made_up", "greater_is_better": False}
+    options = arguments(tmp_path, max_steps=8, save_steps=2, eval_steps=2, **both, **best)
+    data = {"train_dataset": sentences(), "eval_dataset": sentences(4)}
+    trainer = Trainer(bert(), options, **data, compute_metrics=lambda _: {"made_up": next(losses)}, callbacks=[moving])
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert moving.masks is not None
+    assert moving.masks.obeyed_by(trainer.model)
+    assert moving.masks != Masks.load(tmp_path / "checkpoint-8" / "masks.safetensors")
+
+
 # Checkpoints
+
+MAKE = {
+    "gradual": lambda: GradualPruning(0.1, "1it", "7it", "2it", Pruner(allocation="uniform")),
+    "movement": lambda: GradualPruning(0.1, "1it", "7it", "2it", Pruner("movement", allocation="uniform")),
+    "rigl": lambda: DynamicSparsity(0.3, "0it", "7it", "2it"),
+}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2, "bf16": True}, SGD], ids=["adamw", "bf16", "sgd"]
+    ("made", "options"),
+    [
+        ("gradual", SGD),
+        ("gradual", {"gradient_accumulation_steps": 2, "bf16": True}),
+        ("movement", {}),
+        ("rigl", {"gradient_accumulation_steps": 2}),
+    ],
 )
-def test_resumed_is_undisturbed(options: Any, tmp_path: Path) -> None:
+def test_resumed_is_undisturbed(made: str, options: Any, tmp_path: Path) -> None:
     """Bit for bit, with dropout and a schedule of the learning rate; whatever the folder is called."""
     options = {**options, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
 
-    def run(**more: Any) -> tuple[Trainer, GradualPruning]:
-        pruning = GradualPruning(0.1, "1it", "7it", "2it", Pruner(allocation="uniform"))
+    def run(**more: Any) -> tuple[Trainer, Any]:
+        pruning = MAKE[made]()
         return trained(tmp_path / "out", pruning, model=bert(dropout=0.2), **options, **more), pruning
 
     whole, undisturbed = run()
