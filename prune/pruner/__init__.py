@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -132,20 +132,16 @@ class Pruner:
             return self._agreed(self._chosen(layout, weights, scores, density, within, outputs))
         if not self.criterion.needs_loader:
             return self._chosen(layout, weights, self._scored(weights), density, within, outputs)
-        given = self._data(loader, loss)
+        given, rounds = self._data(loader, loss), self.criterion.rounds
         start = 1.0 if within is None else max(density, _share(layout, within))
-        for step in range(1, self.criterion.rounds + 1):
-            last = step == self.criterion.rounds
-            target = density if last else min(exponential(step / self.criterion.rounds, density, start), layout.densest)
-            with _masked(model, within):
-                found = self.criterion.score(model, weights, *given)
-            check_fits("scores", found, weights)
-            with warnings.catch_warnings():
-                if not last:
-                    warnings.simplefilter("ignore")
-                within = self._agreed(self._chosen(layout, weights, found, float(target), within, outputs))
-        assert within is not None, "there is at least one round"
-        return within
+        for step in range(1, rounds):
+            target = float(min(exponential(step / rounds, density, start), layout.densest))
+            found = self._looked(model, weights, within, given)
+            with warnings.catch_warnings(), suppress(ValueError):  # what cannot be met on the way is passed over
+                warnings.simplefilter("ignore")
+                within = self._agreed(self._chosen(layout, weights, found, target, within, outputs))
+        found = self._looked(model, weights, within, given)
+        return self._agreed(self._chosen(layout, weights, found, density, within, outputs))
 
     def scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that masks of this pruner are for, by first name, in definition order.
@@ -187,6 +183,15 @@ class Pruner:
                 "a DataLoader"
             )
         return tuple(needed.values())
+
+    def _looked(
+        self, model: nn.Module, weights: Mapping[str, nn.Parameter], within: Masks | None, given: tuple[Any, ...]
+    ) -> dict[str, Tensor]:
+        """Scores of the model that is left in ``within``."""
+        with _masked(model, within):
+            scores = self.criterion.score(model, weights, *given)
+        check_fits("scores", scores, weights)
+        return scores
 
     def _scored(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if self.criterion.needs_generator:

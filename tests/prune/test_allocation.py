@@ -1,4 +1,6 @@
+import math
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune.allocation import ALLOCATIONS, Allocation, Global, LayerwiseAsPaper, Uniform
+from prune.allocation import ALLOCATIONS, ERK, Allocation, ErdosRenyi, Global, LayerwiseAsPaper, Uniform
 from prune.schedule import geometric, kept
 from prune.selection import keep_top_k
 from prune.structure.layout import best_of_each
@@ -206,6 +208,88 @@ def test_output_density_between_its_ends():
     assert LayerwiseAsPaper(output_rate=1).output_density(0.37) == pytest.approx(0.37)
     halfway = LayerwiseAsPaper().output_density(0.8**2.5)
     assert halfway == pytest.approx(0.9**2.5)
+
+
+# Erdos-Renyi
+
+KINDS = {"erk": ERK(), "erdos_renyi": ErdosRenyi()}
+dimensions = st.lists(
+    st.one_of(st.tuples(*[st.integers(1, 12)] * 2), st.tuples(*[st.integers(1, 6)] * 2, *[st.integers(1, 3)] * 2)),
+    min_size=1,
+    max_size=5,
+).map(lambda shapes: {f"p{i}": shape for i, shape in enumerate(shapes)})
+
+
+def published(shapes: dict[str, tuple[int, ...]], density: float, kernel: bool) -> dict[str, float]:
+    """Densities as the code of RigL and jaxpruner find them: eps * raw, and layers where that is above 1 are dense,
+    the highest first, until none is."""
+    raw = {n: (sum(s) if kernel else sum(s[:2])) / math.prod(s if kernel else s[:2]) for n, s in shapes.items()}
+    dense: set[str] = set()
+    while True:
+        sparse = [n for n in shapes if n not in dense]
+        places = density * sum(map(math.prod, shapes.values())) - sum(math.prod(shapes[n]) for n in dense)
+        eps = places / sum(raw[n] * math.prod(shapes[n]) for n in sparse) if sparse else 0.0
+        highest = max((raw[n] for n in sparse), default=0.0)
+        if eps * highest <= 1 + 1e-12:
+            return {n: 1.0 if n in dense else eps * raw[n] for n in shapes}
+        dense |= {n for n in sparse if raw[n] == highest}
+
+
+@settings(deadline=None)
+@given(dimensions, st.floats(0.05, 1))
+@pytest.mark.parametrize("name", KINDS)
+def test_erdos_renyi_is_the_published_rule(name: str, shapes: dict[str, tuple[int, ...]], density: float):
+    """Exactly k in all; each layer within about a weight of its published share, but for those lifted to 1."""
+    scores = {n: torch.rand(shape) for n, shape in shapes.items()}
+    total = kept(sum(map(math.prod, shapes.values())), density)
+    if total < len(shapes):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = KINDS[name](scores, density)
+    assert sum(counts.values()) == total
+    shares = {n: share * math.prod(shapes[n]) for n, share in published(shapes, density, name == "erk").items()}
+    if min(shares.values()) >= 0.5:
+        assert all(abs(counts[n] - shares[n]) <= 1 + 0.5 * len(shapes) for n in shapes)
+    given = dict.fromkeys(shapes, 1)  # oracle: place by place to the highest weight / (2 places + 1)
+    weight = {n: Fraction(sum(s) if name == "erk" else sum(s[:2]) * math.prod(s[2:])) for n, s in shapes.items()}
+    for _ in range(total - len(given)):
+        best = max((n for n in shapes if given[n] < math.prod(shapes[n])), key=lambda n: weight[n] / (2 * given[n] + 1))
+        given[best] += 1
+    assert counts == given
+
+
+def test_erk_of_a_small_network_by_hand():
+    """Weights in proportion to 3 + 2 + 3 + 3, 4 + 8 and 8 + 2; the last layer is dense, the others share 39."""
+    shapes = {"conv": (3, 2, 3, 3), "fc": (4, 8), "out": (2, 4)}
+    scores = {name: torch.rand(shape) for name, shape in shapes.items()}
+    assert ERK()(scores, 0.5) == {"conv": 19, "fc": 20, "out": 8}
+    assert published(shapes, 0.5, True) == pytest.approx({"conv": 39 * 11 / 23 / 54, "fc": 39 * 12 / 23 / 32, "out": 1})
+    assert ErdosRenyi()(scores, 0.5) == {"conv": 34, "fc": 9, "out": 4}  # 47 in the proportion of 45, 12 and 6
+
+
+def test_a_key_of_several_matrices_has_the_density_of_all_together():
+    units = {"attention": torch.rand(8), "ffn": torch.rand(16)}
+    shapes = {"attention": [(16, 16)] * 4, "ffn": [(16, 16), (16, 16)]}
+    assert ERK()(units, 0.5, shapes=shapes) == {"attention": 4, "ffn": 8}
+    thin = {"attention": [(16, 16)] * 4, "ffn": [(4, 16), (16, 4)]}  # twice and a half as dense
+    assert ERK()(units, 0.5, shapes=thin) == {"attention": 2, "ffn": 10}
+
+
+def test_erk_takes_no_more_than_is_left():
+    scores = {"a": torch.rand(10, 10), "b": torch.rand(10, 10)}
+    within = {"a": torch.zeros(10, 10, dtype=torch.bool), "b": torch.ones(10, 10, dtype=torch.bool)}
+    within["a"][0] = True
+    assert ERK()(scores, 0.4, within=within) == {"a": 10, "b": 70}
+    within["a"][0] = False
+    assert ERK()(scores, 0.4, within=within) == {"a": 0, "b": 80}
+    with pytest.raises(ValueError, match="only 100 left"):
+        ERK()(scores, 0.6, within=within)
+
+
+def test_no_output_is_slower_where_there_is_none():
+    scores = scores_of({"a": 100, "b": 100})
+    assert LayerwiseAsPaper()(scores, 0.8, outputs=[]) == {"a": 80, "b": 80}
 
 
 def test_outputs_are_the_last_layer_or_those_named():

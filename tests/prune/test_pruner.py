@@ -1,8 +1,11 @@
+import ast
 import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import prune.structure
 from prune.allocation import ALLOCATIONS, Global, LayerwiseAsPaper, Uniform
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import Masks
 from prune.pruner import Pruner, prunable
 from prune.schedule import geometric, kept
-from prune.structure import Unstructured
+from prune.selection import keep_top_k
+from prune.structure import Unstructured, structure_named
+from tests.prune import table
+from tests.together import together
 
 
 class Small(nn.Module):
@@ -177,6 +184,190 @@ def test_the_warning_points_at_the_call(allocation: str):
     assert {w.filename for w in caught} == {__file__}
 
 
+# Every criterion x structure x allocation
+
+
+@pytest.mark.parametrize("allocation", table.ALLOCATIONS)
+@pytest.mark.parametrize("structure", table.STRUCTURES)
+@pytest.mark.parametrize("criterion", table.CRITERIA)
+def test_every_combination(criterion: str, structure: str, allocation: str):
+    """Exactly k units, whole ones, nested over three levels, those of an oracle in loops; and of torch by magnitude."""
+    found = table.levels(criterion, structure, allocation)
+    assert len(found) == 3
+    for level in found:
+        assert table.exact(level, allocation)
+        assert level.whole
+        assert table.weights_in(level.masks) == level.expected
+        assert {key: kept for key, (kept, _) in level.kept.items()} == level.places
+    assert table.nested(found)
+    if criterion == "magnitude":
+        peer = table.by_torch(structure, allocation, found[0].masks)
+        assert peer is None or peer[1]
+
+
+def test_no_row_is_missing_from_the_table():
+    assert set(table.CRITERIA) == set(CRITERIA)
+    assert set(table.ALLOCATIONS) == set(ALLOCATIONS)
+    rows = {type(structure_named(name)).__name__ for name in table.STRUCTURES}
+    folder = Path(prune.structure.__file__).parent
+    classes = {
+        node.name
+        for file in folder.glob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and any(getattr(part, "name", "") == "layout" for part in node.body)
+    }
+    assert rows == classes - {"Structure", "Coupled"}, "Coupled, which needs inputs, has tests of its own"
+
+
+def test_a_level_without_its_oracle_fails_the_table(monkeypatch: pytest.MonkeyPatch):
+    """The table can fail: with an allocation that keeps one unit too many, it does."""
+
+    def greedy(self: Uniform, scores: Any, density: float, **given: Any) -> dict[str, int]:
+        counts = original(self, scores, density, **given)
+        return counts | {"conv.weight": counts["conv.weight"] + 1}
+
+    original = Uniform.__call__
+    monkeypatch.setattr(Uniform, "__call__", greedy)
+    level = table.levels("magnitude", "unstructured", "uniform")[0]
+    assert not table.exact(level, "uniform")
+    assert table.weights_in(level.masks) != level.expected
+
+
+# Criteria that look at data
+
+
+def test_what_a_criterion_needs_is_asked_for():
+    model, batch = mlp(4, 4), [torch.ones(1, 4)]
+    with pytest.raises(ValueError, match=r"'snip' looks at data: .* loader=, .* loss=, .*; or with scores="):
+        Pruner("snip")(model, 0.5)
+    with pytest.raises(ValueError, match=r"'snip' looks at data: call the pruner with loss=, a function"):
+        Pruner("snip")(model, 0.5, loader=batch)
+    with pytest.raises(
+        ValueError, match=r"'wanda' looks at data: call the pruner with loader=, an iterable of batches;"
+    ):
+        Pruner("wanda")(model, 0.5)
+    with pytest.raises(ValueError, match="'synflow' reads the loader 100 times, and an iterator can be read once"):
+        Pruner("synflow")(model, 0.5, loader=iter(batch))
+    with pytest.raises(ValueError, match="the loader is empty"):
+        Pruner("wanda")(model, 0.5, loader=[])
+    assert Pruner("snip")(model, 1.0) == Masks.ones(prunable(model))
+
+
+def test_scores_of_ones_own_take_the_place_of_the_criterion():
+    model = mlp(4, 4, 2)
+    scores = {name: torch.rand_like(weight) for name, weight in prunable(model).items()}
+    found = Pruner("snip", allocation=Global(floor=0))(model, 0.5, scores=scores | {"other": torch.ones(1)})
+    assert {n: m.tolist() for n, m in found.items()} == {n: m.tolist() for n, m in keep_top_k(scores, 12).items()}
+    with pytest.raises(ValueError, match=r"`scores` and this pruner differ in \['1.weight'\]"):
+        Pruner("snip")(model, 0.5, scores={"0.weight": scores["0.weight"]})
+    with pytest.raises(ValueError, match=r"`scores` has '0.weight' of shape \(2, 4\), the weight \(4, 4\)"):
+        Pruner("snip")(model, 0.5, scores=scores | {"0.weight": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match=r"scores of '1\.weight' are NaN"):
+        Pruner()(model, 0.5, scores=scores | {"1.weight": torch.full((2, 4), math.nan)})
+
+
+def test_frozen_weights_are_pruned_unless_the_loss_must_reach_them():
+    model = mlp(4, 4, 2)
+    model[0].weight.requires_grad_(False)
+    batch = [torch.rand(3, 4)]
+    assert len(Pruner()(model, 0.5)) == len(Pruner("wanda")(model, 0.5, loader=batch)) == 2
+    with pytest.raises(ValueError, match=r"'0\.weight' are frozen"):
+        Pruner("snip")(model, 0.5, loader=batch, loss=lambda net, x: net(x).sum())
+    assert list(Pruner("snip", exclude="0.*")(model, 0.5, loader=batch, loss=lambda net, x: net(x).sum())) == [
+        "1.weight"
+    ]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rounds_see_what_is_left_and_leave_the_model_as_it_was(fails: bool):
+    """Tanaka et al. 2020, algorithm 1: density^(k/n) after round k; from within's density, if there is one."""
+    model = mlp(10, 10, 10)
+    seen: list[float] = []
+
+    def score(net: nn.Module, weights: Any, loader: Any) -> dict[str, Tensor]:
+        seen.append(sum(int((w != 0).sum()) for w in weights.values()) / 200)
+        if fails and len(seen) == 3:
+            raise KeyboardInterrupt
+        return {name: weight.detach().abs() for name, weight in weights.items()}
+
+    pruner = Pruner(Criterion("listening", score, needs_loader=True, rounds=4), allocation=Global(floor=0))
+    before = state_of(model)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            pruner(model, 0.0625, loader=[1])
+    else:
+        masks = pruner(model, 0.0625, loader=[1])
+        assert seen == [1.0, 0.5, 0.25, 0.125]
+        assert masks == Pruner(allocation=Global(floor=0))(model, 0.0625)
+        seen.clear()
+        half = Pruner(allocation=Global(floor=0))(model, 0.5)
+        assert pruner(model, 0.03125, half, loader=[1]) == Pruner(allocation=Global(floor=0))(model, 0.03125)
+        assert seen == [0.5, 0.25, 0.125, 0.065]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_synflow_in_rounds_cuts_no_layer_off():
+    """Tanaka et al. 2020, theorem 3; in one shot the widest layer loses everything at this density."""
+    model = mlp(8, 8, 64, 64, 8, 4)
+    pruner, batch = Pruner("synflow", allocation=Global(floor=0)), [torch.ones(1, 8)]
+    masks = pruner(model, 0.008, loader=batch)
+    assert min(kept for kept, _ in masks.counts().values()) > 0
+    once = replace(CRITERIA["synflow"], rounds=1)
+    with pytest.warns(UserWarning, match="keeps none"):
+        Pruner(once, allocation=Global(floor=0))(model, 0.008, loader=batch)
+
+
+def on_each_rank(make: Any) -> list[Any]:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    model = mlp(6, 6, 3)
+    pruner, given = make(rank)
+    return [pruner(model, 0.4, **given).hash(), pruner(model, 0.2, pruner(model, 0.4, **given), **given).hash()]
+
+
+def deciding_alone(rank: int) -> Any:
+    """Scores that differ by rank, as data do."""
+
+    def score(model: nn.Module, weights: Any, loader: Any) -> dict[str, Tensor]:
+        chance = torch.Generator().manual_seed(rank)
+        return {name: torch.rand(weight.shape, generator=chance) for name, weight in weights.items()}
+
+    return Pruner(Criterion("alone", score, needs_loader=True, rounds=2)), {"loader": [0]}
+
+
+def with_scores(rank: int) -> Any:
+    chance = torch.Generator().manual_seed(rank)
+    shapes = {name: weight.shape for name, weight in prunable(mlp(6, 6, 3)).items()}
+    return Pruner(), {"scores": {name: torch.rand(shape, generator=chance) for name, shape in shapes.items()}}
+
+
+def with_loader(rank: int) -> Any:
+    return Pruner("wanda"), {"loader": [torch.rand(2, 6, generator=torch.Generator().manual_seed(rank))]}
+
+
+@pytest.mark.parametrize("make", [deciding_alone, with_scores])
+def test_rank_0_decides(make: Any):
+    """Pitfall 9: random or data-dependent scores differ per rank."""
+    pruner, given = make(0)
+    model = mlp(6, 6, 3)
+    alone = pruner(model, 0.4, **given)
+    expected = [alone.hash(), pruner(model, 0.2, alone, **given).hash()]
+    assert together(on_each_rank, make) == [expected, expected]
+
+
+def test_every_rank_has_its_say_where_statistics_are_averaged():
+    """Each rank has a batch of its own; one process that has both finds the same."""
+    pruner = Pruner("wanda")
+    loader = with_loader(0)[1]["loader"] + with_loader(1)[1]["loader"]
+    first = pruner(mlp(6, 6, 3), 0.4, loader=loader)
+    expected = [first.hash(), pruner(mlp(6, 6, 3), 0.2, first, loader=loader).hash()]
+    assert together(on_each_rank, with_loader) == [expected, expected]
+
+
 # Scope
 
 
@@ -236,6 +427,19 @@ def test_include_and_exclude():
     assert list(prunable(model, include="*", exclude=["decoder*", "*.bias"])) == SCOPE[:-1]
     masks = quiet(Pruner(include="body.*", exclude="*.out.*"), model, 0.5)
     assert masks.counts() == {"body.in.weight": (24, 48)}
+
+
+def test_scope_by_type_and_size():
+    model = Small()
+    assert list(prunable(model, include=nn.Linear)) == ["body.in.weight", "body.out.weight", "decoder.weight"]
+    assert list(prunable(model, include=[nn.Conv2d, "up.*"], exclude=nn.Embedding)) == ["conv.weight", "up.weight"]
+    assert list(prunable(model, exclude=[nn.Linear, "up.*"])) == ["conv.weight"]
+    assert list(prunable(model, smallest=48)) == ["conv.weight", "body.in.weight", "decoder.weight"]
+    assert list(quiet(Pruner(include=nn.Linear, smallest=49), model, 0.5)) == ["decoder.weight"]
+    with pytest.raises(ValueError, match=r"include pattern <class .*Conv3d'> matches none of the 5 names"):
+        prunable(model, include=nn.Conv3d)
+    with pytest.raises(ValueError, match="smallest is 1000, but all 5 weights have fewer entries"):
+        prunable(model, smallest=1000)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
