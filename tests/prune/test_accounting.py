@@ -101,7 +101,6 @@ def test_recurrent_layers_are_counted(kind: Any, gates: int):
 def test_an_encoder_layer_of_torch_is_counted_whole():
     """In eval mode it would run as one operator; and attention reads a weight without calling its layer."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    fast = torch.backends.mha.get_fastpath_enabled()
     found = account(model, torch.zeros(BATCH, LENGTH, 8))
     products = {"self_attn.out_proj.weight": 8 * 8, "linear1.weight": 8 * 16, "linear2.weight": 16 * 8}
     assert flops(found) == {name: (2 * BATCH * LENGTH * size,) * 2 for name, size in products.items()}
@@ -109,7 +108,7 @@ def test_an_encoder_layer_of_torch_is_counted_whole():
     assert (
         found.dense_flops == sum(dense for dense, _ in flops(found).values()) + 2 * BATCH * LENGTH * 8 * 24 + attention
     )
-    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

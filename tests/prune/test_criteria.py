@@ -170,6 +170,20 @@ def test_the_model_stays_as_it_was_after_an_error(criterion: Criterion):
 
 
 @named(WITH_DATA)
+def test_buffers_that_a_forward_replaces_are_put_back(criterion: Criterion):
+    class Counting(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            self.seen = self.seen + len(input)
+            return super().forward(input)
+
+    model = Counting(3, 2).double()
+    model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    before = everything(model)
+    scored(criterion, model, points(2))
+    assert_same(before, everything(model))
+
+
+@named(WITH_DATA)
 def test_the_mode_is_that_of_the_paper(criterion: Criterion):
     """Training for gradients, where a batch norm that is new has no statistics; evaluation for the others."""
     model, modes = image_net().eval(), []

@@ -11,11 +11,7 @@ from torch.nn import functional as F
 from prune.criteria import CRITERIA, Criterion
 
 WITH_DATA = [criterion for criterion in CRITERIA.values() if criterion.needs_loader]
-
-
 WITH_LOSS = [criterion for criterion in WITH_DATA if criterion.needs_loss]
-
-
 ONLINE = [criterion for criterion in WITH_LOSS if criterion.online]
 
 
