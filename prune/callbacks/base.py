@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from prune.masks import Masks
 from prune.policies import Moment, Policy
-from prune.policies.base import bare
+from prune.policies.base import bare, densities
 from workbench.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
@@ -40,9 +40,15 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         UserWarning: When training ends before the policy's aim was reached.
     """
 
-    def __init__(self, policy: Policy, log: bool = True) -> None:
-        self.policy, self._log = policy, log
+    def __init__(self, policy: Policy, log: bool = True, part: str = "") -> None:
+        self.policy, self._log, self._part = policy, log, part
         self._clips, self._seen = False, 0
+
+    @property
+    @final
+    def state_key(self) -> str:
+        """Under which its state is in checkpoints: its name, and which part of the network it is for."""
+        return type(self).__qualname__ + self._part
 
     @property
     @final
@@ -83,9 +89,11 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
 
     @final
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the densities."""
-        if self._log:
-            pl_module.log_dict(self.policy.densities(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        """Log the densities, of all such callbacks together."""
+        logging = [each for each in trainer.callbacks if isinstance(each, Sparsifying) and each._log]
+        if logging and logging[0] is self:
+            counts = {name: count for each in logging for name, count in each.policy.counts().items()}
+            pl_module.log_dict(densities(counts), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     @final
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -128,7 +136,9 @@ def _clips(trainer: Any, pl_module: Any) -> bool:
 def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:
     """Updates and epochs that training will have, infinite where nobody knows."""
     epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
-    return trainer.estimated_stepping_batches if pl_module.automatic_optimization else math.inf, epochs
+    changes = any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks)
+    updates = -1 if changes or not pl_module.automatic_optimization else trainer.estimated_stepping_batches
+    return math.inf if updates < 0 else updates, epochs
 
 
 def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:

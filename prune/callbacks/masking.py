@@ -74,7 +74,8 @@ class GradualPruning(Sparsifying):
         initial: float = 1.0,
         schedule: str | Schedule = "cubic",
     ) -> None:
-        super().__init__(Gradual(density, begin, end, every, pruner, initial, schedule))
+        policy = Gradual(density, begin, end, every, pruner, initial, schedule)
+        super().__init__(policy, part=_part(policy.pruner))
 
 
 @final
@@ -122,4 +123,10 @@ class DynamicSparsity(Sparsifying):
         seed: int = 0,
     ) -> None:
         moving = (growth, fraction, decay, allocation, include, exclude, output, seed)
-        super().__init__(Dynamic(density, begin, end, every, *moving))
+        policy = Dynamic(density, begin, end, every, *moving)
+        super().__init__(policy, part=_part(policy.pruner))
+
+
+def _part(pruner: Pruner) -> str:
+    chosen = {"include": pruner.include, "exclude": pruner.exclude}
+    return "".join(f", {word} {list(patterns)}" for word, patterns in chosen.items() if patterns)

@@ -4,7 +4,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from prune.keeping import Handle, multiplying, some, unwrapped
 from prune.masks import Masks
+from prune.policies.moments import START, Moment
 from prune.storage import local, owners, summed
 from workbench.bits import pack, unpack
 from workbench.duration import Duration
 from workbench.ranks import everyone, world
-
-
-class Moment(NamedTuple):
-    """How far a training is.
-
-    Args:
-        step: Optimizer updates done.
-        epoch: Epochs done, with the share of the one that is under way.
-    """
-
-    step: int
-    epoch: float
-
-    def at(self, unit: str) -> float:
-        """In updates (``"it"``) or epochs (``"ep"``)."""
-        return self.step if unit == "it" else self.epoch
-
-
-START = Moment(0, 0.0)
 
 
 class Policy(ABC):
@@ -302,11 +284,16 @@ class Policy(ABC):
         self._restored = True
 
     @final
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(kept, total) of every weight decided about, by name."""
+        if self.masks is not None:
+            return self.masks.counts()
+        return {name: (weight.numel(), weight.numel()) for name, weight in self._weights.items()}
+
+    @final
     def densities(self) -> dict[str, float]:
         """``density``, and ``density/<parameter>`` of every weight that is decided about: what callbacks log."""
-        counts = self.masks.counts() if self.masks is not None else dict.fromkeys(self._weights, (1, 1))
-        layers = {f"density/{name}": kept / total for name, (kept, total) in counts.items()}
-        return {"density": 1.0 if self.masks is None else self.masks.density, **layers}
+        return densities(self.counts())
 
     # What subclasses use
 
@@ -376,6 +363,12 @@ class Policy(ABC):
 
 
 _OWNERS: "weakref.WeakValueDictionary[int, Policy]" = weakref.WeakValueDictionary()
+
+
+def densities(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """``density``, kept over total, and ``density/<parameter>``; 1 where there is nothing to count."""
+    layers = {f"density/{name}": kept / total for name, (kept, total) in counts.items()}
+    return {"density": sum(kept for kept, _ in counts.values()) / (sum(t for _, t in counts.values()) or 1), **layers}
 
 
 def bare(model: nn.Module) -> nn.Module:

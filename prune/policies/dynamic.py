@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from prune.allocation import Allocation
 from prune.criteria import random, seeded
 from prune.masks import Masks
-from prune.policies.base import Moment, Policy
-from prune.policies.gradual import check_times, multiples, progressed
+from prune.policies.base import Policy
+from prune.policies.moments import Moment, check_times
 from prune.pruner import Patterns, Pruner
 from prune.schedule import check_density
 from prune.selection import keep_top_k
@@ -108,7 +108,7 @@ class Dynamic(Policy):
         return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
-        self._passed = min(self._passed, multiples(moment, self.every))
+        self._passed = min(self._passed, moment.passed(self.every))
         if not taken_up:
             assert self._model is not None, "attached"
             self._enforce(self.pruner(self._model, self.density))
@@ -117,7 +117,7 @@ class Dynamic(Policy):
         return self.reads_gradients and self._due(moment)
 
     def _due(self, moment: Moment) -> bool:
-        return 0 <= progressed(moment, self.begin, self.end) <= 1 and multiples(moment, self.every) > self._passed
+        return 0 <= moment.since(self.begin, self.end) <= 1 and moment.passed(self.every) > self._passed
 
     def _observe(self, moment: Moment) -> None:
         if not self._due(moment):
@@ -125,9 +125,9 @@ class Dynamic(Policy):
         grads = self._gradients() if self.reads_gradients else {}
         if self.reads_gradients and not grads:
             return
-        self._passed = multiples(moment, self.every)
+        self._passed = moment.passed(self.every)
         assert self.masks is not None, "attached"
-        share = self.fraction * self.decay(progressed(moment, self.begin, self.end))
+        share = self.fraction * self.decay(moment.since(self.begin, self.end))
         moved = dict(self.masks)
         for name, weight in self._weights.items():
             if not self.reads_gradients:

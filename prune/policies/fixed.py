@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from prune.keeping import fitting
 from prune.masks import Masks
-from prune.policies.base import Moment, Policy
+from prune.policies.base import Policy
+from prune.policies.moments import Moment
 
 
 @final

@@ -7,7 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from prune.policies.base import Moment, Policy
+from prune.policies.base import Policy
+from prune.policies.moments import Moment, check_times
 from prune.pruner import Pruner
 from prune.schedule import SCHEDULES, check_density
 from prune.storage import gathered, local, shard
@@ -102,10 +103,10 @@ class Gradual(Policy):
             self._scores[name] = self._scores[name] + added if name in self._scores else added
 
     def _advance(self, moment: Moment) -> None:
-        progress = progressed(moment, self.begin, self.end)
+        progress = moment.since(self.begin, self.end)
         if progress < 0:
             return
-        passed = math.inf if progress >= 1 else multiples(moment, self.every)
+        passed = math.inf if progress >= 1 else moment.passed(self.every)
         if passed <= self._passed:
             return
         self._passed = passed
@@ -153,30 +154,6 @@ class Gradual(Policy):
             return None
         now = 1.0 if self.masks is None else self.masks.density
         return f"density {now:.4g}, not {self.density}: it was to be reached at {self.end}"
-
-
-def check_times(begin: Duration, end: Duration, every: Duration) -> None:
-    """Whether there is a way from ``begin`` to ``end`` in steps of ``every``.
-
-    Raises:
-        ValueError: If not.
-    """
-    if begin.value and begin.unit != end.unit:
-        raise ValueError(f"begin is {begin} and end {end}: give both in epochs or both in steps")
-    if begin.value >= end.value:
-        raise ValueError(f"begin is {begin} and end {end}: the end comes after the beginning")
-    if every.value < 1:
-        raise ValueError(f"every is {every}: give at least 1ep or 1it")
-
-
-def progressed(moment: Moment, begin: Duration, end: Duration) -> float:
-    """Share of the way from ``begin`` to ``end``; below 0 before, above 1 after."""
-    return (moment.at(end.unit) - begin.value) / (end.value - begin.value)
-
-
-def multiples(moment: Moment, every: Duration) -> int:
-    """How often ``every`` has passed."""
-    return math.floor(moment.at(every.unit) / every.value)
 
 
 def _online(pruner: Pruner) -> Callable[[Tensor, Tensor], Tensor] | None:

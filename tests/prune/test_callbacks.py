@@ -1,6 +1,4 @@
 import copy
-import functools
-import math
 import os
 import warnings
 from pathlib import Path
@@ -12,135 +10,30 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from prune import GradualPruning, KeepMasked, Masks, Pruner
+from prune import GradualPruning, KeepMasked, Pruner
 from prune.schedule import cubic, kept
+from tests.prune.trainings import (
+    ADAMW,
+    BOTH,
+    QUIET,
+    SGD,
+    TOTAL,
+    Watch,
+    adversaries,
+    alive,
+    data,
+    fit,
+    masks,
+    net,
+    theirs,
+)
 from tests.together import together
 from workbench import artifact, load, training
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
-SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
-ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
-TOTAL = 6 * 10 + 10 * 3  # prunable weights of `net`
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.GELU(), nn.Linear(10, 3))
-
-
-def data(batches: int = 8) -> DataLoader:
-    torch.manual_seed(0)
-    return DataLoader(TensorDataset(torch.randn(4 * batches, 6), torch.randint(0, 3, (4 * batches,))), 4)
-
-
-def theirs(namespace: Any = lp, optimizer: Any = SGD) -> Any:
-    class Theirs(namespace.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = net()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return optimizer(self.parameters())
-
-    return Theirs()
-
-
-def adversaries(namespace: Any = lp, clip: float | None = None) -> Any:
-    """Two optimizers, stepped by hand; the masked network belongs to the first."""
-
-    class Adversaries(namespace.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.network, self.critic = net(), nn.Linear(3, 1)
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.critic(self.network(batch[0])).square().mean())
-                if clip:
-                    self.clip_gradients(optimizer, clip, gradient_clip_algorithm="norm")
-                optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            return [SGD(self.network.parameters()), ADAMW(self.critic.parameters())], []
-
-    return Adversaries()
-
-
-def fit(
-    module: Any, *callbacks: Any, namespace: Any = lp, ckpt_path: Any = None, batches: int = 8, **options: Any
-) -> Any:
-    keeping = any(isinstance(c, lp.callbacks.Checkpoint | pl.callbacks.Checkpoint) for c in callbacks)
-    options = {"max_epochs": 4, **QUIET, "enable_checkpointing": keeping, **options}
-    trainer = namespace.Trainer(**options, callbacks=list(callbacks))
-    trainer.fit(module, data(batches), ckpt_path=ckpt_path)
-    return trainer
-
-
-def alive(module: Any) -> int:
-    """Prunable weights that are not zero."""
-    network = module.network
-    return sum(int(network[i].weight.count_nonzero()) for i in (0, 3))
-
-
-class Watch(lp.Callback, pl.Callback):  # type: ignore[misc]
-    """Weights alive after every batch, and whether the masks of ``of`` shrink only."""
-
-    def __init__(self, of: Any = None) -> None:
-        self.of, self.alive, self.masks, self.epochs = of, [], [], []  # type: ignore[var-annotated]
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.alive.append(alive(pl_module))
-        if self.of is not None and self.of.masks is not None and self.of.masks not in self.masks:
-            self.masks.append(self.of.masks)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if "density" in trainer.callback_metrics:
-            self.epochs.append(float(trainer.callback_metrics["density"]))
-
-
-def masks(density: float = 0.3) -> Masks:
-    return Pruner()(net(), density)
-
-
-# The schedule
-
-
-def test_cubic_is_the_formula_of_the_paper() -> None:
-    """Equation 1, in sparsities: s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3."""
-    s_i, s_f, t_0, n, dt = 0.2, 0.9, 300, 7, 50
-    for t in range(t_0, t_0 + n * dt + 1, dt):
-        s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt)) ** 3
-        assert 1 - cubic((t - t_0) / (n * dt), 0.1, 0.8) == pytest.approx(s_t, abs=1e-12)
-    assert cubic(0, 0.07, 0.29) == 0.29
-    assert cubic(1, 0.07, 0.29) == 0.07
-    falling = [cubic(i / 1000, 0.1) for i in range(1001)]
-    assert falling == sorted(falling, reverse=True)
-
-
-@pytest.mark.parametrize(
-    "arguments", [(-0.1, 0.5), (1.1, 0.5), (math.nan, 0.5), (0.5, 0.0), (0.5, 0.5, 0.4), (0.5, 0.5, 2)]
-)
-def test_cubic_out_of_range(arguments: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"progress is|density is|density 0\.4 is below"):
-        cubic(*arguments)
-
 
 # KeepMasked
 
@@ -436,23 +329,6 @@ def test_training_that_is_stopped_too_early_says_so() -> None:
 
     with pytest.warns(UserWarning, match=r"density 0\.\d+, not 0\.2: it was to be reached at 3ep"):
         fit(theirs(), GradualPruning(0.2, "0ep", "3ep", "1ep"), Enough(), max_epochs=3, min_epochs=1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ((0.0, "0ep", "1ep", "1ep"), "density is 0.0"),
-        ((0.5, "3 ep.", "1ep", "1ep"), "duration '3 ep.'"),
-        ((0.5, "1ep", "20it", "1ep"), "begin is 1ep and end 20it: give both"),
-        ((0.5, "2ep", "2ep", "1ep"), "the end comes after the beginning"),
-        ((0.5, "0ep", "0ep", "1ep"), "the end comes after the beginning"),
-        ((0.5, "0ep", "2ep", "0ep"), "every is 0ep"),
-        ((0.5, "0ep", "2ep", "1ep", None, 0.4), "initial density 0.4 is below"),
-    ],
-)
-def test_arguments_out_of_range(arguments: tuple[Any, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        GradualPruning(*arguments)
 
 
 def test_two_ranks_prune_alike() -> None:
