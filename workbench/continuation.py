@@ -135,6 +135,10 @@ class Continuation(Callback):
         """Keep the stored state until training starts."""
         self._loaded = checkpoint.get("continuation")
 
+    def forget(self) -> None:
+        """Restore nothing of a checkpoint: training goes on from another place than that of the checkpoint."""
+        self._loaded = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore; in the middle of an epoch this is the last hook before a batch is fetched."""
         _end_epoch(trainer)
