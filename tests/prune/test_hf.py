@@ -442,15 +442,15 @@ MAKE = {
 )
 def test_resumed_is_undisturbed(made: str, options: Any, tmp_path: Path) -> None:
     """Bit for bit, with dropout and a schedule of the learning rate; whatever the folder is called."""
-    options = {**options, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
+    options = {**options, "save_strategy": "steps", "save_steps": 3, "max_steps": 8, "lr_scheduler_type": "linear"}
 
     def run(**more: Any) -> tuple[Trainer, Any]:
         pruning = MAKE[made]()
         return trained(tmp_path / "out", pruning, model=bert(dropout=0.2), **options, **more), pruning
 
     whole, undisturbed = run()
-    end, steps = weights(whole.model), whole.state.max_steps
-    for step in (1, 4, steps - 1):
+    end = weights(whole.model)
+    for step in (3, 6):
         moved = tmp_path / f"elsewhere {step}"
         (tmp_path / "out" / f"checkpoint-{step}").rename(moved)
         rest, pruning = run(resume=str(moved))

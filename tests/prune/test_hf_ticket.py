@@ -153,11 +153,11 @@ def test_what_goes_back_is_what_was_asked_for(rewinds: Any, tmp_path: Path) -> N
 
 
 def test_resumed_is_undisturbed(tmp_path: Path) -> None:
-    """Before the point, at it, inside a level, at its end and after; with dropout."""
+    """At the point, inside a level, at its end, and inside the last; with dropout."""
 
     def run(**more: Any) -> tuple[Trainer, LotteryTicket]:
         ticket = LotteryTicket(levels=2, rate=0.5, rewind="2it", pruner=UNIFORM)
-        options = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
+        options = {"max_steps": 14, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
         options |= {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": sentences(4)}
         return trained(tmp_path, ticket, model=bert(dropout=0.2), **options, **more), ticket
 
@@ -165,7 +165,7 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
     end = weights(whole.model)
     assert [row["steps"] for row in undisturbed.levels] == [6, 6, 6]
     assert all("eval_loss" in row["metrics"] for row in undisturbed.levels)
-    for step in (1, 2, 4, 6, 7, 10, 13):
+    for step in (2, 4, 6, 12):
         rest, ticket = run(resume=str(tmp_path / f"checkpoint-{step}"))
         assert same(weights(rest.model), end)
         assert [drop_time(row) for row in ticket.levels] == [drop_time(row) for row in undisturbed.levels]
