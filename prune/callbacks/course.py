@@ -97,8 +97,12 @@ class Course:
                 return
             if trainer.current_epoch > 0 and not fit.is_resuming and not epoch.restarting:
                 self._begin()
+            else:  # the iterator is there, but nothing has been fetched
+                self._begun["fetching"] = random_state()
             reset()
             self._fetched = epoch.batch_progress.current.ready
+            if self._fetched and not epoch._num_ready_batches_reached():
+                traveller.after_batch(trainer)  # a checkpoint was taken there
 
         def batch_ended(fetcher: Any) -> None:
             batch_end(fetcher)
@@ -142,7 +146,7 @@ class Course:
             )
         connector = self._trainer._logger_connector
         others = [each for each in self._trainer.callbacks if each is not self._traveller]
-        here = {"random": random_state(), "generators": self._generators(), "begun": self._begun}
+        here = {"random": random_state(), "generators": self._generators(), "begun": dict(self._begun)}
         return {
             "between": between,
             "loops": copy.deepcopy(self._fit.state_dict()),
@@ -192,8 +196,12 @@ class Course:
         if place["between"] or self._trainer.current_epoch == 0:
             for loader in fit._combined_loader.flattened:
                 _set_sampler_epoch(loader, fit.epoch_progress.current.processed)
-            self._set(place["ranks"][self._trainer.global_rank]["begun"])
+            begun = place["ranks"][self._trainer.global_rank]["begun"]
+            self._set(begun)
+            fit._combined_loader.reset()  # new workers, which are seeded anew
             iter(fit._data_fetcher)
+            if "fetching" in begun:
+                set_random_state(begun["fetching"])
             for _ in range(0 if states else place["fetched"]):
                 next(fit._data_fetcher)
             fit._data_fetcher.fetched = 0
@@ -240,8 +248,6 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _fault(loader: Any) -> str | None:
-    if isinstance(loader, (list, tuple)):
-        return None
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = loader.dataset if isinstance(loader, DataLoader) else loader
         return f"nobody but {type(what).__name__} itself knows which batches it gives next"

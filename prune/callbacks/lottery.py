@@ -8,13 +8,12 @@ from torch import Tensor
 
 from prune.callbacks.base import Sparsifying
 from prune.callbacks.course import Course
-from prune.policies.levels import Levels
+from prune.policies.levels import REWINDS, Levels
 from prune.pruner import Pruner
 from prune.snapshot import Snapshot
+from workbench.continuation import Continuation
 from workbench.duration import Duration
 
-_MODEL, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
-REWINDS = {"all": (*_MODEL, *_REST), "weights": _MODEL, "learning_rate": _REST, "nothing": ()}
 _ALWAYS = ("counters", "random state", "other callbacks")
 _UNSUITED = {
     "Timer": "max_time is that of the whole fit, and would end every level after the first at once: give max_epochs or "
@@ -27,7 +26,7 @@ _UNSUITED = {
 
 @final
 class LotteryTicket(Sparsifying):
-    """Hunts a lottery ticket in a training somebody already has: trains, prunes and rewinds, over and over in one ``fit``.
+    """Hunts a lottery ticket in one ``fit`` of a training somebody already has: trains, prunes, rewinds, trains again.
 
     ``max_epochs`` or ``max_steps`` is the budget of one level; a request to stop (EarlyStopping) ends the level, not
     the hunt. At its end the network is pruned to the next density, nested in the last masks, and goes back to the
@@ -37,8 +36,9 @@ class LotteryTicket(Sparsifying):
     and its own best checkpoints. So does the random state. On the CPU a level at rate 0 repeats level 0 bit for bit.
 
     What does not go back: attributes of the module that are neither parameters nor buffers, what a loader that keeps
-    its own state will give next (a warning says so), and the step that loggers count, which grows over the levels.
-    After a rewind point inside an epoch, that epoch's training means are over its rest.
+    its own state will give next (a warning says so), random numbers of loader workers that persist over epochs, and the
+    step that loggers count, which grows over the levels. After a rewind point inside an epoch, that epoch's training
+    means are over its rest.
 
     Logged per epoch: ``level``, ``density`` and ``density/<parameter>``;
     ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
@@ -94,8 +94,8 @@ class LotteryTicket(Sparsifying):
 
     @property
     def levels(self) -> list[dict[str, Any]]:
-        """A row for every level that has ended: those of :class:`prune.policies.levels.Levels`, and ``steps``, the
-        updates at its end, ``stopped``, whether a request to stop ended it, and what was ``rewound`` and ``kept``.
+        """A row for every level that has ended: that of :class:`prune.policies.levels.Levels`, ``stopped``, whether a
+        request to stop ended it, and what was ``rewound`` and ``kept`` when it began.
         """
         return self.policy.rows
 
@@ -127,7 +127,8 @@ class LotteryTicket(Sparsifying):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add what is not known any more when the checkpoint of an epoch's end is resumed."""
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not trainer.validating:
+        epoch = trainer.fit_loop.epoch_progress.current
+        if epoch.processed == epoch.ready:
             state = checkpoint["callbacks"][self.state_key]
             state["lately"] = self._scores(trainer)
             state["stopped"] = bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
@@ -135,16 +136,17 @@ class LotteryTicket(Sparsifying):
     # What the course tells
 
     def before_epoch(self, trainer: Any) -> None:
-        """Take the point that is before the first update; end the level that a checkpoint was taken at the end of."""
+        """End the level that a checkpoint was taken at the end of; take a point that is here."""
         policy, at = self.policy, self.policy.rewind
         if self._owed:
             self._owed = False
             self._turn(trainer)
         if policy.point is not None:
             return
-        if trainer.global_step == 0 and (at.value == 0 or trainer.fast_dev_run):
-            self._take(trainer, between=False)
-        elif at.value == 0 or (at.unit == "ep" and trainer.current_epoch > at.value):
+        if self._due(trainer) or (trainer.fast_dev_run and trainer.global_step == 0):
+            if not trainer.fit_loop.restarted_mid_epoch:
+                self._take(trainer, between=False)
+        elif trainer.global_step > at.value if at.unit == "it" else trainer.current_epoch > at.value:
             raise ValueError(f"training goes on at step {trainer.global_step}, after the rewind point {at}: start anew")
 
     def after_batch(self, trainer: Any) -> None:
@@ -161,13 +163,13 @@ class LotteryTicket(Sparsifying):
 
     def after_epoch(self, trainer: Any) -> None:
         """Take a point that lies at the end of an epoch; end the level if training would end here."""
-        policy, at = self.policy, self.policy.rewind
+        policy = self.policy
         if policy.finished:
             return
         policy.note(self._scores(trainer))
         if trainer.fit_loop.done:
             self._turn(trainer)
-        elif policy.point is None and at.value == (trainer.global_step if at.unit == "it" else trainer.current_epoch):
+        elif policy.point is None and self._due(trainer):
             self._take(trainer, between=False)
 
     def schedules(self) -> bool:
@@ -180,9 +182,21 @@ class LotteryTicket(Sparsifying):
         """A checkpoint of a level's end is no end of training: go back, and prune once everything is in place."""
         loop, policy = trainer.fit_loop, self.policy
         loop.setup_data()
-        self._owed = policy.resumed and not policy.finished and (policy.stopped or loop.done)
-        if self._owed and policy.point is not None:
+        if not policy.resumed or policy.finished or not (policy.stopped or loop.done):
+            return
+        if policy.level == len(policy.targets) - 1:
+            trainer.should_stop = policy.stopped
+            self._turn(trainer)
+        elif policy.point is not None:
+            self._owed = True
             self._here().go_to(policy.place)
+            for callback in trainer.callbacks:
+                if isinstance(callback, Continuation):
+                    callback.forget()
+
+    def _due(self, trainer: Any) -> bool:
+        at = self.policy.rewind
+        return at.value == (trainer.global_step if at.unit == "it" else trainer.current_epoch)
 
     def _take(self, trainer: Any, between: bool) -> None:
         module, scaler = trainer.lightning_module, getattr(trainer.precision_plugin, "scaler", None)
@@ -197,7 +211,7 @@ class LotteryTicket(Sparsifying):
         policy = self.policy
         rewound, kept = self._record()
         stopped = bool(trainer.should_stop or policy.stopped)
-        policy.close(steps=trainer.global_step, stopped=stopped, rewound=rewound, kept=kept)
+        policy.close(stopped=stopped, rewound=rewound, kept=kept)
         if not policy.finished:
             policy.descend(lambda: self._rewind(trainer))
             now = {"level": float(policy.level), **policy.densities()}

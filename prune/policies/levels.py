@@ -13,6 +13,9 @@ from prune.schedule import geometric, levels_to
 from prune.snapshot import Snapshot
 from workbench.duration import Duration
 
+_MODEL, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
+REWINDS = {"all": (*_MODEL, *_REST), "weights": _MODEL, "learning_rate": _REST, "nothing": ()}
+
 
 @final
 class Levels(Policy):
@@ -35,8 +38,9 @@ class Levels(Policy):
         place: What the driver has to know to go back there.
         resumed: Whether a state has been loaded since it was last attached.
         stopped: Whether that was the state of a level whose end had been asked for.
-        rows: Of every level that has ended, ``level``, ``density``, ``mask_hash``, the ``metrics`` at its end, the
-            ``lowest`` and ``highest`` of each over its epochs, and what the driver adds.
+        rows: Of every level that has ended, ``level``, ``density``, ``mask_hash``, ``steps`` (updates, from 0 at
+            the beginning of level 0), the ``metrics`` at its end, the ``lowest`` and ``highest`` of each over its
+            epochs, and what the driver adds.
 
     Raises:
         ValueError: If arguments are out of range, or the pruner's criterion needs data; when attached, if the rewind
@@ -102,6 +106,7 @@ class Levels(Policy):
             "level": self.level,
             "density": self.masks.density,
             "mask_hash": self.masks.hash(),
+            "steps": self._updates,
             "metrics": self._last,
             "lowest": self._lowest,
             "highest": self._highest,
