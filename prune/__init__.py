@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune.callbacks import DynamicSparsity, GradualPruning, KeepMasked
+    from prune.callbacks import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewind import RewindPoint
     from prune.shrinking import Coupled, Shrunk, shrink
+    from prune.snapshot import Snapshot
     from prune.ticket import hunt
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "DynamicSparsity",
     "GradualPruning",
     "KeepMasked",
+    "LotteryTicket",
     "Masks",
     "Pruner",
     "RewindPoint",
     "Shrunk",
+    "Snapshot",
     "hunt",
     "shrink",
 ]
@@ -32,10 +35,12 @@ _HOME = {
     "DynamicSparsity": "prune.callbacks",
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
+    "LotteryTicket": "prune.callbacks",
     "Masks": "prune.masks",
     "Pruner": "prune.pruner",
     "RewindPoint": "prune.rewind",
     "Shrunk": "prune.shrinking",
+    "Snapshot": "prune.snapshot",
     "hunt": "prune.ticket",
     "shrink": "prune.shrinking",
 }

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-from prune import Pruner
-from prune.callbacks.lottery import LotteryTicket
+from prune import LotteryTicket, Pruner
 from prune.masks import Masks
 from prune.schedule import geometric, kept
 from tests.together import together
@@ -664,7 +663,7 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)
         arguments = {"density": 0.1, "rate": 0.3, "rewind": "100it", "pruner": {"allocation": "uniform"}}
-        given = {"class_path": "prune.callbacks.lottery.LotteryTicket", "init_args": arguments}
+        given = {"class_path": "prune.LotteryTicket", "init_args": arguments}
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
         assert isinstance(made, LotteryTicket)
         assert str(made.policy.rewind) == "100it"
