@@ -93,7 +93,7 @@ class Global:
         floors = {name: min(self._floor_of(size, density), left[name]) for name, size in sizes.items()}
         if sum(floors.values()) > total:
             raise ValueError(
-                f"density {density} keeps {total} weights, but the floor {self.floor!r} asks for "
+                f"density {density} keeps {total}, but the floor {self.floor!r} asks for "
                 f"{sum(floors.values())} over {len(floors)} layers: raise the density or lower the floor"
             )
         lifted: dict[str, int] = {}
@@ -105,12 +105,12 @@ class Global:
             if not short:
                 break
             for name, floor in short.items():
-                _warn(f"'{name}' would have kept {counts[name]} of {sizes[name]} weights; it keeps {floor}")
+                _warn(f"'{name}' would have kept {counts[name]} of {sizes[name]}; it keeps {floor}")
             lifted |= short
         counts |= lifted
         for name, count in counts.items():
             if count == 0:
-                _warn(f"'{name}' keeps none of its {sizes[name]} weights, so nothing passes through it")
+                _warn(f"'{name}' keeps none of its {sizes[name]}, so nothing passes through it")
         return {name: counts[name] for name in scores}
 
     def _floor_of(self, size: int, density: float) -> int:
@@ -317,7 +317,7 @@ def _apportioned(
     """
     if total < sum(map(bool, room.values())):
         raise ValueError(
-            f"density {density} keeps {total} weights, too few for one in each of {len(room)} layers: raise the density"
+            f"density {density} keeps {total}, too few for one in each of {len(room)} layers: raise the density"
         )
     scale = _scale(weights, total, room)
     fair = {name: math.floor(weight * scale + Fraction(1, 2)) for name, weight in weights.items()}
@@ -359,11 +359,11 @@ def _left(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> 
 
 def _check_total(total: int, density: float, left: Mapping[str, int]) -> None:
     if total == 0:
-        raise ValueError(f"density {density} keeps none of the weights: raise it")
+        raise ValueError(f"density {density} keeps none of {sum(left.values())}: raise it")
     if total > (room := sum(left.values())):
         raise ValueError(
-            f"density {density} keeps {total} weights, but `within` has only {room} left and pruned weights "
-            "never come back: give a density at most that of `within`"
+            f"density {density} keeps {total}, but `within` has only {room} left, and what is pruned "
+            "never comes back: give a density at most that of `within`"
         )
 
 
@@ -371,16 +371,16 @@ def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: flo
     for name, count in counts.items():
         if count > left[name]:
             raise ValueError(
-                f"density {density} keeps {count} weights of '{name}', but `within` has only {left[name]} "
-                "left, where pruned weights never come back, or the structure allows no more: lower it, or use the "
-                "allocation that made `within`"
+                f"density {density} keeps {count} of '{name}', but `within` has only {left[name]} left, where what is "
+                "pruned never comes back, or the structure allows no more: lower it, or use the allocation that made "
+                "`within`"
             )
 
 
 def _warn_of_rescue(sizes: Mapping[str, int], fair: Mapping[str, int]) -> None:
     for name, count in fair.items():
         if count == 0:
-            _warn(f"'{name}' would have kept 0 of {sizes[name]} weights; it keeps 1")
+            _warn(f"'{name}' would have kept 0 of {sizes[name]}; it keeps 1")
 
 
 def _warn(what: str) -> None:

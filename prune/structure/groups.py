@@ -13,6 +13,8 @@ from prune.structure.layout import Layout, Tensors
 class Channel:
     """An output of a layer with all its weights: a row of a matrix, a filter of a convolution.
 
+    Those of an output layer are the answers: exclude it.
+
     Reference: Li et al., Pruning filters for efficient ConvNets, 2017, arXiv:1608.08710, section 3.1 (the sum of a
     filter's magnitudes: within a layer the same order as their mean).
     """

@@ -65,8 +65,8 @@ class NM:
         for name, layer in layers.items():
             score = whole(scores[name])
             living = torch.ones_like(score, dtype=torch.bool) if alive is None else alive[name].to(score.device)
-            places = ranks(self._grouped(layer, score), self._grouped(layer, living))
-            masks[name] = living & turned(layer, (places < self.n).flatten(-2).movedim(-1, 1))
+            better = _better(self._grouped(layer, score), self._grouped(layer, living))
+            masks[name] = living & turned(layer, (better < self.n).flatten(-2).movedim(-1, 1))
         return masks
 
     def _grouped(self, layer: nn.Module, tensor: Tensor) -> Tensor:
@@ -98,11 +98,23 @@ def ranks(scores: Tensor, alive: Tensor | None = None) -> Tensor:
     Returns:
         int64, [*, n].
     """
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     if alive is not None:
+        scores = scores.masked_fill(~alive, -torch.inf)
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    if alive is not None and bool((scores.isneginf() & alive).any()):
         order = order.gather(-1, torch.argsort((~alive).gather(-1, order).byte(), dim=-1, stable=True))
     places = torch.arange(scores.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _better(scores: Tensor, alive: Tensor) -> Tensor:
+    """How many living neighbours [..., m] are better, or as good and come first: for a few, faster than to sort."""
+    scores, alive = (tensor.movedim(-1, 0).contiguous() for tensor in (scores, alive))
+    found = torch.zeros_like(scores, dtype=torch.int16)
+    for i, (other, living) in enumerate(zip(scores, alive)):
+        found[:i] += living & (other > scores[:i])
+        found[i + 1 :] += living & (other >= scores[i + 1 :])
+    return found.movedim(0, -1)
 
 
 def _single(weights: Tensors, densest: Fraction = Fraction(1), **rules: Any) -> Layout:

@@ -83,7 +83,7 @@ def test_floor_holds_a_collapsing_layer_and_says_so():
     """Pitfall 7: at 80% global, a layer scaled by 0.2 kept 0 weights."""
     scores = collapsing()
     assert int(keep_top_k(scores, 200)["weak"].sum()) == 0
-    with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300 weights; it keeps 6"):
+    with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300; it keeps 6"):
         counts = Global()(scores, 0.2)
     rest = keep_top_k({n: scores[n] for n in ("a", "c")}, 194)
     assert counts == {"a": int(rest["a"].sum()), "weak": 6, "c": int(rest["c"].sum())}
@@ -99,7 +99,7 @@ def test_floor_as_number_or_share_of_the_fair_part(floor: float, weak: int):
 
 @pytest.mark.parametrize("floor", [0, 0.0])
 def test_without_a_floor_a_dead_layer_is_still_reported(floor: float):
-    with pytest.warns(UserWarning, match="'weak' keeps none of its 300 weights"):
+    with pytest.warns(UserWarning, match="'weak' keeps none of its 300"):
         assert Global(floor)(collapsing(), 0.2)["weak"] == 0
 
 
@@ -139,7 +139,7 @@ def test_impossible_totals():
     with pytest.raises(ValueError, match="only 11 left"):
         Global()(scores, 0.7, within=within)
     for allocation in (Uniform(), LayerwiseAsPaper()):
-        with pytest.raises(ValueError, match=r"of 'b', but `within` has only 1"):
+        with pytest.raises(ValueError, match=r"of 'b', but `within` has only 1 left"):
             allocation(scores, 0.4, within=within)
     for allocation in (Global(), Uniform(), LayerwiseAsPaper()):
         with pytest.raises(ValueError, match="no layers"):

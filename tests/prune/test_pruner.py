@@ -104,7 +104,7 @@ def test_the_model_is_left_as_it_is():
 # Levels
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=18)
 @given(st.integers(0, 100), st.floats(0.05, 0.55))
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
@@ -141,7 +141,7 @@ def test_pruned_weights_never_come_back():
     model = mlp(6, 5, 4)
     half = Pruner()(model, 0.5)
     assert Pruner()(model, 0.5, within=half) == half
-    with pytest.raises(ValueError, match="pruned weights never come back"):
+    with pytest.raises(ValueError, match="what is pruned never comes back"):
         Pruner()(model, 0.6, within=half)
 
 
@@ -161,7 +161,7 @@ def test_density_out_of_range(density: float):
 
 
 def test_a_density_that_keeps_nothing():
-    with pytest.raises(ValueError, match="keeps none of the weights"):
+    with pytest.raises(ValueError, match="keeps none of 9"):
         Pruner()(mlp(3, 3), 0.01)
 
 
@@ -169,7 +169,7 @@ def test_layer_collapse_is_prevented_and_reported():
     """Pitfall 7: at 80% global, a layer scaled down keeps nothing without a floor."""
     model = mlp(30, 30, 30, 30)
     model[1].weight.data *= 0.01
-    with pytest.warns(UserWarning, match=r"layer collapse: '1\.weight' would have kept 0 of 900 weights; it keeps 18"):
+    with pytest.warns(UserWarning, match=r"layer collapse: '1\.weight' would have kept 0 of 900; it keeps 18"):
         masks = Pruner()(model, 0.2)
     assert masks.counts()["1.weight"] == (18, 900)
     assert sum(count for count, _ in masks.counts().values()) == 540
