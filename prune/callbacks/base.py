@@ -129,8 +129,9 @@ def _moment(trainer: Any, done: float) -> Moment:
 
 def _clips(trainer: Any, pl_module: Any) -> bool:
     """Whether gradients are clipped or looked at, by the Trainer or by the module itself."""
-    own = (pl_module.configure_gradient_clipping, pl_module.on_before_optimizer_step)
-    return bool(trainer.gradient_clip_val) or not all(str(hook.__module__).startswith(_LIGHTNING) for hook in own)
+    clips = not str(pl_module.configure_gradient_clipping.__module__).startswith(_LIGHTNING)
+    looks = not str(pl_module.on_before_optimizer_step.__module__).startswith((*_LIGHTNING, "workbench."))
+    return bool(trainer.gradient_clip_val) or clips or looks
 
 
 def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,23 @@ def test_two_optimizers_stepped_by_hand(namespace: Any, name: str, clip: float |
     assert callback.masks.density == kept(TOTAL, density) / TOTAL
     if name == "rigl":
         assert callback.masks != DynamicSparsity(0.3, "0it", "14it", "3it").policy.pruner(net(), 0.3)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_policy_is_told_of_updates_alone(by_hand: bool) -> None:
+    """Of three batches each; or of the first optimizer's steps, where each of two counts."""
+    callback, told = KeepMasked(masks()), []
+    policy: Any = callback.policy
+    policy.before_step = lambda moment, clip: told.append(("before", *moment))
+    policy.after_step = lambda moment: told.append(("after", *moment))
+    options: dict[str, Any] = {} if by_hand else {"accumulate_grad_batches": 3}
+    fit(adversaries() if by_hand else theirs(), callback, batches=4, max_epochs=2, **options)
+    if by_hand:
+        said = [(("before", 2 * i, i / 4), ("after", 2 * i + 2, (i + 1) / 4)) for i in range(8)]
+    else:
+        ends = [0.5, 0.75, 1.5, 1.75]  # the batch at whose end an update is done, as a share of the epoch
+        said = [(("before", i, ends[i]), ("after", i + 1, math.floor(ends[i]) + (0.75, 1.0)[i % 2])) for i in range(4)]
+    assert told == [event for pair in said for event in pair]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
