@@ -25,9 +25,9 @@ from distill.lesson import (
     opened,
 )
 from distill.objective import Seen, Term
-from workbench.continuation import same_random_state
 from workbench.files import replacing
 from workbench.means import Means
+from workbench.randomness import same_random_state
 from workbench.ranks import everyone
 from workbench.tasks import logits_of
 from workbench.tokens import tokens_of

@@ -12,7 +12,7 @@ from distill.cache import CachedTeacher, open_teacher
 from distill.features import matches
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
-from workbench.continuation import same_random_state
+from workbench.randomness import same_random_state
 from workbench.ranks import world
 from workbench.source import Source
 from workbench.tasks import logits_of

@@ -17,9 +17,9 @@ from distill.lesson import AnyTeacher, asleep, elapsed, lesson_of, objective_of,
 from distill.losses import SoftTarget
 from distill.objective import Seen, Term
 from distill.teacher import Teacher
-from workbench.continuation import random_state, same_random_state, set_random_state
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
+from workbench.randomness import random_state, same_random_state, set_random_state
 from workbench.source import Source
 from workbench.tasks import Imitation, LanguageModelling, Task
 from workbench.tokens import tokens_of

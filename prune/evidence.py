@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from prune.criteria import Criterion
-from workbench.continuation import same_random_state
 from workbench.module import SupervisedModule, network_of
+from workbench.randomness import same_random_state
 
 
 def evidence(criterion: Criterion, module: Any, loader: Callable[[], Any], batches: int) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """What a training consists of at one moment, copied, and put back any number of times."""
 
 import copy
-import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -12,6 +10,7 @@ from torch.optim import Optimizer
 
 from prune.keeping import nearest, unwrapped
 from prune.storage import distributed, local
+from workbench.randomness import random_state, set_random_state
 
 PARTS = ("weights", "buffers", "optimizers", "schedulers", "scaler", "random")
 
@@ -160,29 +159,6 @@ class Snapshot:
 
 
 _LISTS = ("optimizers", "schedulers")
-
-
-def random_state() -> dict[str, Any]:
-    """State of the generators of python, numpy (if it is imported) and torch, as tensors and plain values."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if (numpy := sys.modules.get("numpy")) is not None:
-        kind, keys, *rest = numpy.random.get_state(legacy=True)
-        state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators where :func:`random_state` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
-        kind, keys, *rest = state["numpy"]
-        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _chosen(parts: Iterable[str] | None, what: Sequence[str], absent: set[str], missing: Sequence[str]) -> list[str]:

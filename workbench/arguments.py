@@ -21,9 +21,9 @@ from torch import nn
 
 from workbench import faults, records
 from workbench.architecture import remembered
-from workbench.continuation import same_random_state
 from workbench.duration import Duration
 from workbench.jobs import find_jobs
+from workbench.randomness import same_random_state
 from workbench.recipe import Recipe, Stage
 from workbench.source import Source
 

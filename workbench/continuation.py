@@ -1,14 +1,11 @@
 """Callbacks that make a stopped training go on as if it had not stopped: random state, history, checkpoints."""
 
 import os
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -17,44 +14,7 @@ from torch import Tensor
 
 from workbench import progress
 from workbench.duration import Duration
-
-
-def random_state() -> dict[str, Any]:
-    """State of the generators of python, numpy, torch and this process's CUDA device."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators where :func:`random_state` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - the global one
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextmanager
-def same_random_state(seed: int | None = None) -> Iterator[None]:
-    """Inside, python, numpy and torch draw as they please, from ``seed`` if given; afterwards all is as it was."""
-    state = random_state()
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the global one
-            torch.manual_seed(seed)
-        yield
-    finally:
-        set_random_state(state)
+from workbench.randomness import random_state, set_random_state
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from workbench import progress
-from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended, same_random_state
+from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule, TaskModule, with_optimizer
 from workbench.order import ordered
+from workbench.randomness import same_random_state
 from workbench.ranks import check_world_size, rank, world
 from workbench.saving import save_family, save_network
 from workbench.tasks import Classification, Imitation, Task
@@ -174,13 +175,18 @@ def pretrained(
     module: LightningModule = (
         TaskModule(model, task or Classification(2)) if data is None else module_for(model, data, task)
     )
-    metrics: dict[str, float] = {}
-    if data is not None and not isinstance(getattr(module, "task", None), Imitation):
-        with _quiet(progress.current() is not None):
-            metrics = _evaluate(make_trainer({"max_epochs": 1}, (), out), module, data)
+    metrics = {} if data is None else evaluated(module, data, out)
     result: dict[str, Any] = {"metrics": metrics, "monitor": _monitor(module)}
     save_network(module, data, out, result)
     return result
+
+
+def evaluated(module: LightningModule, data: LightningDataModule, out: Path) -> dict[str, float]:
+    """Metrics of a module that is trained already, on the splits that ``data`` has; none if it imitates a teacher."""
+    if isinstance(getattr(module, "task", None), Imitation):
+        return {}
+    with _quiet(progress.current() is not None):
+        return _evaluate(make_trainer({"max_epochs": 1}, (), out), module, data)
 
 
 def train(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from workbench.continuation import same_random_state
 from workbench.order import At
+from workbench.randomness import same_random_state
 
 DIGEST = 8
 _TRIED, _BLOCK = 16, 2**17

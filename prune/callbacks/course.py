@@ -10,7 +10,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from prune.snapshot import random_state, set_random_state
+from workbench.randomness import random_state, set_random_state
 from workbench.ranks import everyone
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

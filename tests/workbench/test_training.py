@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from workbench import artifact, load
-from workbench.continuation import CPUThreads, random_state, set_random_state
+from workbench.continuation import CPUThreads
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
+from workbench.randomness import random_state, set_random_state
 from workbench.training import fit, make_trainer, module_for, pretrained, train
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.continuation import same_random_state
+from workbench.randomness import same_random_state
 
 
 def draw() -> list[float]:
