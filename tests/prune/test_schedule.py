@@ -107,7 +107,7 @@ Way = Callable[[float, float, float], float]
 
 
 def test_schedules_are_found_by_name():
-    assert SCHEDULES == {"one_shot": one_shot, "cubic": cubic, "geometric": exponential, "linear": linear}
+    assert {"one_shot": one_shot, "cubic": cubic, "geometric": exponential, "linear": linear} == SCHEDULES
 
 
 @given(densities, densities, st.floats(0, 1), st.floats(0, 1))
