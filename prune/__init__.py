@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prune.accounting import account
     from prune.callbacks import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket
     from prune.masks import Masks
     from prune.pruner import Pruner
@@ -26,6 +27,7 @@ __all__ = [
     "RewindPoint",
     "Shrunk",
     "Snapshot",
+    "account",
     "hunt",
     "shrink",
 ]
@@ -41,6 +43,7 @@ _HOME = {
     "RewindPoint": "prune.rewind",
     "Shrunk": "prune.shrinking",
     "Snapshot": "prune.snapshot",
+    "account": "prune.accounting",
     "hunt": "prune.ticket",
     "shrink": "prune.shrinking",
 }
