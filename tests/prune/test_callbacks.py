@@ -344,7 +344,8 @@ def test_two_ranks_prune_alike() -> None:
     assert one[0] == expected([1, 2, 3, 4, 5, 6, 7, 8], 0, 8, 0.2)
 
 
-def test_a_parser_takes_it_in_either_namespace() -> None:
+def test_a_parser_takes_them_in_either_namespace(tmp_path: Path) -> None:
+    masks().save(tmp_path / "masks")
     for namespace in (lp, pl):
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)
@@ -361,6 +362,12 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
         assert isinstance(made, namespace.Callback)
         assert made.policy.every == Duration(100, "it")
         assert type(made.policy.pruner.allocation).__name__ == "Uniform"
+        moving = {"density": 0.1, "begin": "0ep", "end": "3ep", "every": "100it", "growth": "set", "decay": "constant"}
+        given = {"class_path": "prune.DynamicSparsity", "init_args": moving}
+        made = parser.instantiate(parser.parse_object({"callback": given})).callback
+        assert (made.policy.growth, made.policy.decay(0.5)) == ("set", 1.0)
+        given = {"class_path": "prune.KeepMasked", "init_args": {"masks": str(tmp_path / "masks")}}
+        assert parser.instantiate(parser.parse_object({"callback": given})).callback.masks == masks()
 
 
 def test_a_fit_stage_ships_the_masks_of_its_callback(tmp_path: Path) -> None:
