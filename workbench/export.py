@@ -96,9 +96,9 @@ def export(
         raise ValueError(f"values is {values!r}: choose from {', '.join(_DTYPES)}")
     if "onnx" in wanted:
         _need_onnx()
-    folder, record = _chosen(Path(of), level)
+    folder, record = chosen(Path(of), level)
     source = artifact.find(folder)
-    inputs = _inputs(folder, Path(of), source.parent)
+    inputs = kept_inputs(folder, Path(of), source.parent)
     if not inputs and wanted != ["compact"]:
         raise ValueError(f"{of} kept no example inputs, which torch and onnx are traced with: export compact only")
     subject = _Subject(artifact.load(source), artifact.masks(source), artifact.read_index(source), inputs)
@@ -128,15 +128,19 @@ def export(
     return {"exports": exports, "level": record.get("level"), "values": values, **carried}
 
 
-def _chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
-    """The folder to export and its record: the stage's own, or one of its levels'."""
+def chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of a finished stage's network and its record: the stage's own, or one of its levels'.
+
+    Raises:
+        ValueError: If the stage is not finished, or has no such level.
+    """
     record = records.read(stage) or {}
     if record.get("status", "finished") != "finished":
-        raise ValueError(f"{stage} is {record['status']}: export it when it is finished")
+        raise ValueError(f"{stage} is {record['status']}: wait until it is finished")
     levels = record.get("levels") or []
     if not levels:
         if level != "last":
-            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level away, or export a hunt")
+            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level away, or name a hunt")
         return stage, record
     number = {"last": levels[-1]["level"], "winning": record.get("winning")}.get(str(level), level)
     if number is None:
@@ -147,7 +151,12 @@ def _chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
     return stage / f"level_{number:02d}", levels[number]
 
 
-def _inputs(*folders: Path) -> dict[str, Tensor]:
+def kept_inputs(*folders: Path) -> dict[str, Tensor]:
+    """The example inputs by name in the first of ``folders`` that has some; empty if none has.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
     for folder in folders:
         file = folder / "example.safetensors"
         if file.is_file():
@@ -158,7 +167,7 @@ def _inputs(*folders: Path) -> dict[str, Tensor]:
     return {}
 
 
-def _call(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def arguments_of(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Positional arguments, named ``input_0``, ``input_1`` ..., and keyword arguments out of named inputs."""
     places = sorted((int(name[6:]), name) for name in inputs if name.startswith("input_") and name[6:].isdigit())
     names = [name for _, name in places]
@@ -184,7 +193,7 @@ def _outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
     if not inputs:
         return None
     own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    args, kwargs = _call(_typed(inputs, next(own, torch.float32)))
+    args, kwargs = arguments_of(_typed(inputs, next(own, torch.float32)))
     return _tensor(network(*args, **kwargs))
 
 
@@ -286,7 +295,7 @@ def _tracing(
     """Arguments to trace with and which of their dimensions vary; a failure to trace becomes a ValueError."""
     # A batch of one would be taken for a constant.
     several = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in inputs.items()}
-    args, kwargs = _call(several)
+    args, kwargs = arguments_of(several)
     try:
         yield args, kwargs, _dynamic(network, args, kwargs)
     except Exception as error:  # the tracer's errors have no common class
@@ -326,7 +335,7 @@ def _onnx(subject: _Subject, folder: Path) -> tuple[Tensor | None, int]:
 
     wide = copy.deepcopy(subject.network).float()
     inputs = _typed(subject.inputs, torch.float32)
-    args, kwargs = _call(inputs)
+    args, kwargs = arguments_of(inputs)
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
     with filling(folder) as part:
         with _quiet_exporter(), _tracing(wide, inputs) as (args, kwargs, dynamic):

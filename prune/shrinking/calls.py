@@ -37,6 +37,11 @@ class Call:
             )
         return call
 
+    def beside(self, model: nn.Module) -> "Call":
+        """The same on the model's device."""
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return self._each(lambda value: value.to(device))
+
     def double(self) -> "Call":
         """The same in float64."""
         return self._each(lambda value: value.double() if value.is_floating_point() else value)

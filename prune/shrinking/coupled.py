@@ -1,7 +1,7 @@
 """The structure whose units can be taken out of a network whole."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ class Coupled:
 
     Attributes:
         example_inputs: what the model is called with, to trace it: a tensor, a tuple of arguments, or a mapping of
-            keyword arguments.
+            keyword arguments. For recipes: a list of whole numbers, the shape of a batch of numbers, such as
+            [2, 3, 32, 32]; and lists for tensors in a mapping, such as {input_ids: [[1, 2, 3]]}.
 
     Reference: Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900, section 3.
     """
@@ -44,7 +45,7 @@ class Coupled:
         probe = copy.deepcopy(model).eval()
         for parameter in probe.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        given = Call.of(self.example_inputs)
+        given = Call.of(_written(self.example_inputs)).beside(model)
         groups = _independent(probe, find_units(probe, given), [given, given.drawn()])
         members = _members(model, weights, groups)
         if not members:
@@ -53,6 +54,15 @@ class Coupled:
                 "out or is normalised with it: choose another structure, or loosen include and exclude"
             )
         return Layout({name: weights[name].shape for name in members}, members)
+
+
+def _written(inputs: Any) -> Any:
+    """Inputs as a recipe writes them, as tensors."""
+    if isinstance(inputs, Mapping):
+        return {name: torch.tensor(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)) and inputs and all(type(size) is int for size in inputs):
+        return torch.randn(*inputs, generator=torch.Generator().manual_seed(0))
+    return inputs
 
 
 def _independent(model: nn.Module, groups: list[Units], calls: Sequence[Call]) -> list[Units]:

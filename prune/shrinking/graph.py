@@ -1,8 +1,9 @@
 """Finding the units of a network.
 
-The units of a feed-forward block or of attention are read off the block (`workbench.anatomy`), those of all other
-layers off Torch-Pruning's dependency graph (Fang et al., DepGraph: Towards any structural pruning, 2023,
-arXiv:2301.12900), which is loaded when it is needed.
+Those of transformers, heads and feed-forward units, are read off their blocks (`workbench.anatomy`); those of other
+networks off Torch-Pruning's dependency graph (Fang et al., DepGraph: Towards any structural pruning, 2023,
+arXiv:2301.12900), which is loaded when it is needed. In a transformer that graph ties everything to the residual stream,
+where nothing can go, and takes minutes to say so.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,16 +34,13 @@ def find_units(model: nn.Module, call: Call) -> list[Units]:
         ValueError: if the model cannot be traced.
     """
     barred = _tied(model) | _reused(model, call)
-    inside = list(block_units(model))
-    taken = {(slot.layer, slot.side) for units in inside for slot in units.slots}
-    found = [*inside]
-    for units in _graph_units(model, call, needed=not inside):
-        if not any((slot.layer, slot.side) in taken for slot in units.slots):
-            found.append(units)
-    return [units for units in found if units.read and not any(slot.layer in barred for slot in units.slots)]
+    found = list(block_units(model)) or list(_graph_units(model, call))
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    fit = [units for units in found if units.read and not any(slot.layer in barred for slot in units.slots)]
+    return sorted(fit, key=lambda units: place[units.name])
 
 
-def _graph_units(model: nn.Module, call: Call, needed: bool) -> Iterator[Units]:
+def _graph_units(model: nn.Module, call: Call) -> Iterator[Units]:
     from torch_pruning import DependencyGraph
 
     graph = DependencyGraph()
@@ -58,8 +56,6 @@ def _graph_units(model: nn.Module, call: Call, needed: bool) -> Iterator[Units]:
             )
         groups = list(graph.get_all_groups())
     except Exception as error:  # the tracer's own, and whatever the model raises
-        if not needed:
-            return  # its blocks are known without
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{type(model).__name__} cannot be traced with these example_inputs ({type(error).__name__}: {reason}): "

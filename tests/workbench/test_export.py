@@ -436,7 +436,7 @@ def test_what_is_not_there_or_not_finished(tmp_path: Path) -> None:
             export(Source(folder), out=tmp_path / "out")
     of = stage(tmp_path / "stage", MLP(64, (8,), 10), None)
     records.write(Path(of), {"status": "running"})
-    with pytest.raises(ValueError, match="is running: export it when it is finished"):
+    with pytest.raises(ValueError, match="is running: wait until it is finished"):
         export(of, out=tmp_path / "out")
     (Path(of) / "record.json").unlink()
     (Path(of) / "example.safetensors").write_text("half")

@@ -59,8 +59,7 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
 
     Args:
         model: the network; it is not changed.
-        example_inputs: what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments; on
-            its device.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         masks: parameter name -> bool mask, True where kept; None to go by the weights' zeros alone.
 
     Returns:
@@ -74,7 +73,7 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900 (which channels go together);
         Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650 (heads).
     """
-    given = Call.of(example_inputs)
+    given = Call.of(example_inputs).beside(model)
     masked = copy.deepcopy(model).eval()
     left = {} if masks is None else dict(Masks(masks))
     if masks is not None:
