@@ -12,6 +12,8 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging as OtherSWA
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from prune.criteria import Criterion
+from prune.evidence import evidence
 from prune.masks import Masks
 from prune.policies import Moment, Policy
 from prune.policies.base import bare, densities
@@ -28,6 +30,9 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     weights, and ``density/<parameter>`` of every layer. Averages of the weights that callbacks keep (WeightAveraging,
     StochasticWeightAveraging, any with an ``AveragedModel``) are masked with them.
 
+    A criterion that looks at data is shown the first ``batches`` batches of the training loader, and the loss that
+    ``training_step`` gives.
+
     Where gradients are clipped, those of pruned weights are zero before, so that they do not count in the norm. Nobody
     knows when a module that steps by hand clips: there they are zero from ``backward`` on, but for the updates of which
     the policy looks at all gradients.
@@ -40,8 +45,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         UserWarning: When training ends before the policy's aim was reached.
     """
 
-    def __init__(self, policy: Policy, log: bool = True, part: str = "") -> None:
-        self.policy, self._log, self._part = policy, log, part
+    def __init__(self, policy: Policy, log: bool = True, part: str = "", batches: int = 16) -> None:
+        self.policy, self._log, self._part, self._batches = policy, log, part, batches
         self._clips, self._seen = False, 0
 
     @property
@@ -62,7 +67,11 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         _check_strategy(trainer)
         self._clips, self._seen = _clips(trainer, pl_module), trainer.global_step
         averages = _averages(trainer, pl_module)
-        self.policy.attach(network_of(pl_module), trainer.optimizers, _moment(trainer, 0.0), averages)
+
+        def shown(criterion: Criterion) -> dict[str, Any]:
+            return evidence(criterion, pl_module, lambda: trainer.train_dataloader, self._batches)
+
+        self.policy.attach(network_of(pl_module), trainer.optimizers, _moment(trainer, 0.0), averages, shown)
         if not trainer.fast_dev_run:
             self.policy.check_budget(*_budget(trainer, pl_module))
 

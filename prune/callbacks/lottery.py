@@ -59,6 +59,7 @@ class LotteryTicket(Sparsifying):
         rewinds: ``"all"``; ``"weights"``, with the learning rate staying where the level ended; ``"learning_rate"``,
             all but weights and buffers (learning-rate rewinding); or ``"nothing"`` of the two: fine-tuning at the last
             learning rate. Counters and the place in the data go back in any case.
+        batches: How many training batches a criterion looks at that looks at data.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, as every callback here, and for strategies
@@ -84,8 +85,9 @@ class LotteryTicket(Sparsifying):
         rewind: str | Duration = "1ep",
         pruner: Pruner | None = None,
         rewinds: Literal["all", "weights", "learning_rate", "nothing"] = "all",
+        batches: int = 16,
     ) -> None:
-        super().__init__(Levels(levels, rate, density, rewind, pruner))
+        super().__init__(Levels(levels, rate, density, rewind, pruner), batches=batches)
         if rewinds not in REWINDS:
             raise ValueError(f"rewinds is {rewinds!r}: one of {list(REWINDS)}")
         self.rewinds = rewinds

@@ -53,6 +53,7 @@ class GradualPruning(Sparsifying):
         initial: Density at ``begin``, in [density, 1].
         schedule: ``"cubic"``, ``"linear"``, ``"geometric"``, ``"one_shot"``, or a function of progress (0 to 1),
             ``density`` and ``initial``.
+        batches: How many training batches a criterion looks at that looks at data.
 
     Raises:
         ValueError: If an argument is out of range or the units differ; when training starts, if it ends before ``end``,
@@ -73,9 +74,10 @@ class GradualPruning(Sparsifying):
         pruner: Pruner | None = None,
         initial: float = 1.0,
         schedule: str | Schedule = "cubic",
+        batches: int = 16,
     ) -> None:
         policy = Gradual(density, begin, end, every, pruner, initial, schedule)
-        super().__init__(policy, part=_part(policy.pruner))
+        super().__init__(policy, part=_part(policy.pruner), batches=batches)
 
 
 @final

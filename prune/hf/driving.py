@@ -5,16 +5,20 @@ import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prune.criteria import Criterion
 from prune.masks import Handle, Masks
 from prune.policies import Moment, Policy
+from workbench.randomness import same_random_state
 
 FILE = "masks.safetensors"
 _KEY = "pruning"
@@ -31,11 +35,18 @@ class Driving(TrainerCallback, ABC):
     Args:
         policy: What decides.
         log: Whether to put the densities beside the loss.
+        batches: How many training batches a criterion looks at that looks at data, in the order of the data set.
         over: What to do when training has ended, with the hooks still on.
     """
 
-    def __init__(self, policy: Policy, log: bool = True, over: Callable[[TrainerState], None] | None = None) -> None:
-        self.policy, self._log, self._over = policy, log, over
+    def __init__(
+        self,
+        policy: Policy,
+        log: bool = True,
+        batches: int = 16,
+        over: Callable[[TrainerState], None] | None = None,
+    ) -> None:
+        self.policy, self._log, self._batches, self._over = policy, log, batches, over
         self._handle: Handle | None = None
         self._wrapped: Any = None
         self._moment = Moment(0, 0.0)
@@ -72,7 +83,8 @@ class Driving(TrainerCallback, ABC):
         hooks += [p.register_post_accumulate_grad_hook(self._arm) for p in model.parameters() if p.requires_grad]
         self._handle = Handle([hook.remove for hook in hooks])
         try:
-            self.policy.attach(model, optimizer, self._moment)
+            evidence = _evidence(args, kwargs["train_dataloader"], self._batches)
+            self.policy.attach(model, optimizer, self._moment, evidence=evidence)
             self.policy.check_budget(state.max_steps, _epochs(args, kwargs["train_dataloader"]))
         except BaseException:
             self.release()
@@ -166,6 +178,20 @@ class Driving(TrainerCallback, ABC):
         if gradients is None or gradients.sync_gradients:
             with _unscaled(self._wrapped, self.policy.reads_gradients):
                 self.policy.before_step(self._moment)
+
+
+def _evidence(args: TrainingArguments, loader: Any, batches: int) -> Callable[[Criterion], dict[str, Any]]:
+    """What a criterion that looks at data is shown: batches drawn anew, for those under way belong to their epoch."""
+
+    def shown(criterion: Criterion) -> dict[str, Any]:
+        if not criterion.needs_loader:
+            return {}
+        with same_random_state(args.seed):
+            plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
+            seen = {"loader": list(islice(plain, batches))}
+        return {**seen, "loss": lambda model, batch: model(**batch).loss} if criterion.needs_loss else seen
+
+    return shown
 
 
 def _bare(optimizer: Any) -> Optimizer:

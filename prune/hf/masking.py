@@ -56,6 +56,7 @@ class GradualPruning(Driving):
         initial: Density at ``begin``, in [density, 1].
         schedule: ``"cubic"``, ``"linear"``, ``"geometric"``, ``"one_shot"``, or a function; see
             :class:`prune.policies.Gradual`.
+        batches: How many training batches a criterion looks at that looks at data.
 
     Raises:
         ValueError: If an argument is out of range or the units differ; when training starts, if it ends before ``end``;
@@ -76,8 +77,9 @@ class GradualPruning(Driving):
         pruner: Pruner | None = None,
         initial: float = 1.0,
         schedule: str | Schedule = "cubic",
+        batches: int = 16,
     ) -> None:
-        super().__init__(Gradual(density, begin, end, every, pruner, initial, schedule))
+        super().__init__(Gradual(density, begin, end, every, pruner, initial, schedule), batches=batches)
 
 
 @final

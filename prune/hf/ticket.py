@@ -9,13 +9,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from prune.hf.driving import Driving, updates_per_epoch
-from prune.policies.levels import Levels
+from prune.policies.levels import REWINDS, Levels
 from prune.pruner import Pruner
 from prune.snapshot import Snapshot
 from workbench.duration import Duration
 
-_MODEL, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
-REWINDS = {"all": (*_MODEL, *_REST), "weights": _MODEL, "learning_rate": _REST, "nothing": ()}
 _NEVER = ("random state", "data order", "counters")
 
 

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from prune.criteria import Criterion
 from prune.keeping import Handle, multiplying, some, unwrapped
 from prune.masks import Masks
 from prune.policies.moments import START, Moment
+from prune.pruner import Pruner
 from prune.storage import local, owners, summed
 from workbench.bits import pack, unpack
 from workbench.duration import Duration
 from workbench.ranks import everyone, world
+
+Evidence = Callable[[Criterion], Mapping[str, Any]]
 
 
 class Policy(ABC):
@@ -45,6 +49,7 @@ class Policy(ABC):
         self._model: nn.Module | None = None
         self._optimizers: list[Optimizer] = []
         self._averages: list[nn.Module] = []
+        self._evidence: Evidence | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._multiply: Callable[[], None] | None = None
         self._hooks: Handle | None = None
@@ -114,6 +119,7 @@ class Policy(ABC):
         optimizers: Optimizer | Sequence[Optimizer],
         moment: Moment = START,
         averages: Iterable[nn.Module] = (),
+        evidence: Evidence | None = None,
     ) -> None:
         """Start at ``moment``, or go on: after :meth:`load_state_dict`, or where ``model`` still obeys the masks held.
 
@@ -125,6 +131,8 @@ class Policy(ABC):
             moment: How far the training is.
             averages: Models that its weights are averaged into (EMA, SWA), of the same parameter names: they are masked
                 whenever the masks change, so that an average is as sparse as the model.
+            evidence: What a criterion that looks at data is shown: criterion -> the arguments ``loader`` and ``loss``
+                of a pruner's call.
 
         Raises:
             ValueError: If masks do not fit the model, no optimizer holds its weights, or another policy that is
@@ -136,7 +144,7 @@ class Policy(ABC):
             several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
             self._optimizers = [unwrapped(optimizer) for optimizer in several]
             self._averages = [bare(average) for average in averages]
-            self._moment = moment
+            self._moment, self._evidence = moment, evidence
             taken_up = self.masks is not None and (self._restored or self.masks.obeyed_by(self._model))
             if not (taken_up or self._restored):
                 self.masks = None
@@ -209,6 +217,7 @@ class Policy(ABC):
         optimizers: Optimizer | Sequence[Optimizer],
         steps_per_epoch: int | None = None,
         averages: Iterable[nn.Module] = (),
+        evidence: Evidence | None = None,
     ) -> Handle:
         """Attach, and be driven by the optimizer's own step from now on: for a loop that is not to be touched.
 
@@ -221,6 +230,7 @@ class Policy(ABC):
             optimizers: As for :meth:`attach`.
             steps_per_epoch: Updates in an epoch, where times are given in epochs.
             averages: As for :meth:`attach`.
+            evidence: As for :meth:`attach`.
 
         Returns:
             A handle: ``handle.remove()``, or leaving ``with handle:``, detaches.
@@ -253,7 +263,7 @@ class Policy(ABC):
                 done += 1
                 self.after_step(moment())
 
-        self.attach(model, optimizers, moment(), averages)
+        self.attach(model, optimizers, moment(), averages, evidence)
         lead = self._lead
         assert lead is not None, "attached"
         hooks = [lead.register_step_pre_hook(before).remove, lead.register_step_post_hook(after).remove]
@@ -296,6 +306,25 @@ class Policy(ABC):
         return densities(self.counts())
 
     # What subclasses use
+
+    @final
+    def _check_evidence(self, criterion: Criterion) -> None:
+        if criterion.needs_loader and self._evidence is None:
+            raise ValueError(
+                f"criterion '{criterion.name}' looks at data, and this {type(self).__name__} is shown none: attach it "
+                "with evidence=lambda criterion: {'loader': batches, 'loss': loss}, or prune once before, with "
+                "Pruner(...)(model, density, loader=..., loss=...), and train under these masks"
+            )
+
+    @final
+    def _choose(self, pruner: Pruner, density: float, scores: Mapping[str, Tensor] | None = None) -> Masks:
+        """Masks of that density within those in force, by ``scores`` if given."""
+        assert self._model is not None, "attached"
+        if scores is not None:
+            return pruner(self._model, density, self.masks, scores=scores)
+        self._check_evidence(pruner.criterion)
+        shown = self._evidence(pruner.criterion) if self._evidence is not None else {}
+        return pruner(self._model, density, self.masks, **shown)
 
     @final
     def _enforce(self, masks: Masks, anew: bool = True) -> None:

@@ -25,8 +25,9 @@ class Gradual(Policy):
     lowered after the update that reaches ``begin``, whenever another multiple of ``every`` has passed, and at ``end``.
     Masks are nested, and keep exactly as many weights as the density says.
 
-    A criterion of gradients is summed up while training: what each update adds, from the first one until ``end``. The
-    sum is not begun anew when weights go, as in movement pruning, and is part of the state.
+    A criterion of gradients (movement, taylor, snip) is summed up while training: what each update adds, from the first
+    one until ``end``. The sum is not begun anew when weights go, as in movement pruning, and is part of the state. The
+    other criteria that look at data, and these before the first update, are shown ``evidence`` at every pruning.
 
     Attached a second time it goes on from the masks held, if the network still obeys them; another network starts
     dense.
@@ -36,15 +37,14 @@ class Gradual(Policy):
         begin: When to start, e.g. "1ep" or "500it": epochs or updates. 0 is before the first.
         end: When to be done, in the same unit.
         every: Time between two prunings, in either unit.
-        pruner: Which weights go; the smallest of the whole network by default. Of the criteria that need data, those
-            with ``online``: movement, taylor, snip.
+        pruner: Which weights go; the smallest of the whole network by default.
         initial: Density at ``begin``, in [density, 1].
         schedule: ``"cubic"``, ``"linear"``, ``"geometric"``, ``"one_shot"``, or a function of progress (0 to 1),
             ``density`` and ``initial``.
 
     Raises:
-        ValueError: If an argument is out of range, the units differ, or the criterion needs data that training does not
-            give; in training, if a density cannot be met.
+        ValueError: If an argument is out of range or the units differ; when attached, if the criterion looks at data
+            and there is no ``evidence``; in training, if a density cannot be met.
 
     Warns:
         UserWarning: By name, from the pruner's allocation, if a layer collapses.
@@ -73,19 +73,16 @@ class Gradual(Policy):
         self.density, self.initial = density, initial
         self.pruner = Pruner() if pruner is None else pruner
         self.schedule = _parsed(schedule)
-        self._online = _online(self.pruner)
+        self._online = self.pruner.criterion.online
         self.reads_gradients = self._online is not None
-        if self.reads_gradients and not self.begin.value and self.schedule(0.0, density, initial) < 1:
-            raise ValueError(
-                f"begin is {self.begin}, but criterion '{self.pruner.criterion.name}' knows nothing before the first "
-                "update: begin later"
-            )
         self._take_up({})
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
+        if self._online is None:
+            self._check_evidence(self.pruner.criterion)
         self._scores |= {name: shard(score, self._weights[name]) for name, score in self._stored.items()}
         self._stored = {}
         if moment.step == 0:
@@ -115,16 +112,13 @@ class Gradual(Policy):
             return
         self._target = target
         if target < 1:
-            assert self._model is not None, "attached"
-            self._enforce(self.pruner(self._model, target, self.masks, scores=self._summed()))
+            self._enforce(self._choose(self.pruner, target, self._summed()))
         if target <= self.density:
             self._scores = {}
 
     def _summed(self) -> dict[str, Tensor] | None:
-        if self._online is None:
-            return None
         if not self._scores:
-            raise ValueError(f"no gradients were seen before density {self._target}: call before_step at every update")
+            return None
         zeros = {n: torch.zeros(w.shape, device=w.device) for n, w in self._weights.items() if n not in self._scores}
         return zeros | self._gathered()
 
@@ -154,16 +148,6 @@ class Gradual(Policy):
             return None
         now = 1.0 if self.masks is None else self.masks.density
         return f"density {now:.4g}, not {self.density}: it was to be reached at {self.end}"
-
-
-def _online(pruner: Pruner) -> Callable[[Tensor, Tensor], Tensor] | None:
-    criterion = pruner.criterion
-    if criterion.needs_loader and criterion.online is None:
-        raise ValueError(
-            f"criterion '{criterion.name}' scores a whole model on data, which training steps do not do: prune once "
-            "before, with Pruner(...)(model, density, loader=..., loss=...), and train with KeepMasked(masks)"
-        )
-    return criterion.online if criterion.needs_loader else None
 
 
 def _parsed(schedule: str | Schedule) -> Schedule:

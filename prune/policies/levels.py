@@ -8,7 +8,7 @@ from torch import nn
 
 from prune.masks import Masks
 from prune.policies.base import Moment, Policy
-from prune.pruner import Pruner, prunable
+from prune.pruner import Pruner
 from prune.schedule import geometric, levels_to
 from prune.snapshot import Snapshot
 from workbench.duration import Duration
@@ -43,8 +43,7 @@ class Levels(Policy):
             epochs, and what the driver adds.
 
     Raises:
-        ValueError: If arguments are out of range, or the pruner's criterion needs data; when attached, if the rewind
-            point is not before the end of a level.
+        ValueError: If arguments are out of range; when attached, if the rewind point is not before the end of a level.
 
     Source: Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635; Frankle, Dziugaite, Roy,
     Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, arXiv:1912.05671, algorithm 2.
@@ -65,11 +64,6 @@ class Levels(Policy):
         count = levels if levels is not None else levels_to(1.0 if density is None else density, rate)
         self.targets = geometric(rate, count)
         self.pruner = Pruner() if pruner is None else pruner
-        if getattr(self.pruner.criterion, "needs_loader", False):
-            raise ValueError(
-                f"criterion '{self.pruner.criterion.name}' needs data, which there is none of between two levels: "
-                "prune by magnitude or at random"
-            )
         self._forget()
 
     def _forget(self) -> None:
@@ -123,16 +117,16 @@ class Levels(Policy):
         Raises:
             ValueError: If the density cannot be met, or weights are not finite.
         """
-        assert self._model is not None, "attached"
-        masks = self.pruner(self._model, self.targets[self.level + 1], within=self.masks)
+        masks = self._choose(self.pruner, self.targets[self.level + 1])
         rewind()
         self.level += 1
         self._enforce(masks)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return prunable(model, self.pruner.include, self.pruner.exclude)
+        return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
+        self._check_evidence(self.pruner.criterion)
         if not (taken_up and (self.resumed or self.finished)):
             self._forget()
             self._enforce(Masks.ones(self._weights))

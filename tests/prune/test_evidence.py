@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from prune import Pruner
+from prune import GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.criteria import CRITERIA
 from prune.evidence import evidence
 from workbench import TaskModule
@@ -33,6 +33,17 @@ def theirs(namespace: Any, returns: Any = lambda loss: loss) -> Any:
             return returns(loss)
 
     return Theirs()
+
+
+def fit(namespace: Any, module: Any, loader: Any, callback: Any) -> None:
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    namespace.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(module, loader)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -95,6 +106,31 @@ def test_neither_random_numbers_nor_a_running_epoch_are_touched(make: Any, worke
     assert len(once) == 2
     assert all(torch.equal(a, b) for x, y in zip(once, again) for a, b in zip(x, y)), "the same at every reading"
     next(running)
+
+
+@pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("criterion", ["snip", "grasp", "synflow", "wanda"])
+def test_a_callback_prunes_before_the_first_update(namespace: Any, criterion: str) -> None:
+    """Masks are those of the initial weights, and the training that follows is the same as under given masks."""
+    loader, pruner = DataLoader(TensorDataset(X, Y), 4), Pruner(criterion, allocation="uniform")
+    sparse = GradualPruning(0.4, "0it", "1it", "1it", pruner, schedule="one_shot", batches=2)
+    pruned, given = theirs(namespace), theirs(namespace)
+    torch.manual_seed(7)
+    fit(namespace, pruned, loader, sparse)
+    assert sparse.masks is not None
+    assert sparse.masks.density == pytest.approx(0.4, abs=0.02)
+    if criterion in ("synflow", "wanda"):
+        again = theirs(namespace)
+        assert sparse.masks == pruner(again.network, 0.4, **evidence(pruner.criterion, again, lambda: loader, 2))
+    torch.manual_seed(7)
+    fit(namespace, given, loader, KeepMasked(sparse.masks))
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), given.parameters()))
+
+
+def test_a_ticket_by_a_criterion_of_the_loss() -> None:
+    ticket = LotteryTicket(levels=2, rate=0.5, rewind="0it", pruner=Pruner("taylor", allocation="uniform"), batches=2)
+    fit(lp, theirs(lp), DataLoader(TensorDataset(X, Y), 4), ticket)
+    assert [row["density"] for row in ticket.levels] == pytest.approx([1, 0.5, 0.25], abs=0.02)
 
 
 def test_mistakes_are_named() -> None:

@@ -340,14 +340,21 @@ def test_scores_are_summed_over_all_updates(name: str) -> None:
     assert not policy.state_dict()["scores"]
 
 
-def test_criteria_that_training_does_not_feed_are_refused() -> None:
+def test_criteria_that_training_does_not_feed_want_to_be_shown_data_at_once() -> None:
     refused = [name for name, criterion in CRITERIA.items() if criterion.needs_loader and criterion.online is None]
     assert {"grasp", "synflow", "wanda"} <= set(refused)
-    for name in refused:
-        with pytest.raises(ValueError, match=rf"'{name}' scores a whole model.*prune once.*KeepMasked\(masks\)"):
-            Gradual(0.2, "0it", "9it", "2it", Pruner(name))
-    with pytest.raises(ValueError, match="begin is 0it, but criterion 'movement' knows nothing before the first"):
-        Gradual(0.2, "0it", "9it", "2it", Pruner("movement"), initial=0.5)
+    model = net()
+    optimizer = SGD(model.parameters())
+    late = [(name, {}) for name in refused] + [("movement", {"initial": 0.5})]
+    for name, options in late:
+        policy = Gradual(0.2, "0it", "9it", "2it", Pruner(name, allocation="uniform"), **options)
+        with pytest.raises(ValueError, match=rf"'{name}' looks at data, and this Gradual is shown none.*prune once"):
+            policy.attach(model, optimizer)
+    batches = [torch.randn(4, 6)]
+    policy = Gradual(0.2, "0it", "9it", "2it", Pruner("wanda", allocation="uniform"), initial=0.5)
+    policy.attach(model, optimizer, evidence=lambda criterion: {"loader": batches})
+    assert policy.masks == Pruner("wanda", allocation="uniform")(net(), 0.5, loader=batches)
+    policy.detach()
 
 
 # Dynamic

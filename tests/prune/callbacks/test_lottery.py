@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-from prune import LotteryTicket, Pruner
+from prune import LotteryTicket
 from prune.masks import Masks
 from prune.schedule import geometric, kept
 from tests.together import together
@@ -590,7 +590,6 @@ def test_what_cannot_be_right_is_refused() -> None:
         ({"density": 0.0}, "density is 0.0"),
         ({"levels": 1, "rewind": "1 epoch"}, "duration '1 epoch'"),
         ({"levels": 1, "rewinds": "some"}, "rewinds is 'some'"),
-        ({"levels": 1, "pruner": Pruner("snip")}, "criterion 'snip' needs data"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
