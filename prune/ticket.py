@@ -20,14 +20,16 @@ from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewind import RewindPoint
 from prune.schedule import geometric, levels_to
+from prune.shrinking import Coupled
+from prune.shrinking.job import given
 from workbench import artifact, records
 from workbench.arguments import rebuild
-from workbench.continuation import same_random_state
 from workbench.duration import Duration
 from workbench.files import sha256
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
+from workbench.randomness import same_random_state
 from workbench.ranks import barrier, rank
-from workbench.saving import save_network
+from workbench.saving import example_inputs, save_network
 from workbench.source import Source
 from workbench.tasks import Task
 from workbench.training import module_for, train, training_loader
@@ -105,7 +107,8 @@ def hunt(
     )
     network = network_of(module)
     layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
-    pruner = Pruner(criterion, structure, layers, include=include, exclude=exclude, seed=seed)
+    chosen = _coupled(module, data) if structure == "coupled" else structure
+    pruner = Pruner(criterion, chosen, layers, include=include, exclude=exclude, seed=seed)
     settings = [densities, str(rewind), criterion, structure, allocation, include, exclude, batches, seed]
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     point = out / "checkpoints" / "rewind.ckpt"
@@ -184,6 +187,16 @@ def _subject(
         )
     module = with_optimizer(module, plain["optimizer"], plain["lr_scheduler"])
     return module, data or made["data"], {**made["trainer"], **(trainer or {})}, made["seed_everything"]
+
+
+def _coupled(module: LightningModule, data: LightningDataModule) -> Coupled:
+    """Channels as the network's connections tie them, traced with inputs of the data module."""
+    if not (inputs := example_inputs(module, data)):
+        raise ValueError(
+            f"structure 'coupled' traces the network with validation inputs, and {type(data).__name__} has none that "
+            "are tensors: choose another structure"
+        )
+    return Coupled(given(network_of(module), inputs))
 
 
 def _finished(folder: Path, key: str) -> dict[str, Any] | None:

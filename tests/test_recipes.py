@@ -13,6 +13,9 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 FRAGMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
 SHORT = [("trainer.accelerator", "cpu"), ("trainer.limit_train_batches", "2"), ("trainer.limit_test_batches", "2")]
 BERT = "{model_type: bert, vocab_size: 100, hidden_size: 16, num_hidden_layers: 6, num_attention_heads: 2}"
+TIMES = "begin: 0it, end: 2it, every: 1it"
+COUPLED = "{class_path: prune.Coupled, init_args: {example_inputs: [2, 64]}}"
+TIED = f"density: 0.5, pruner: {{class_path: prune.Pruner, init_args: {{structure: {COUPLED}}}}}"
 # What makes a recipe for real data run on a few samples: batches that they fill, a model that is not downloaded.
 SMALL: dict[str, list[tuple[str, str]]] = {
     "cifar10": [("data.batch_size", "8"), ("data.validation", "20")],
@@ -20,6 +23,11 @@ SMALL: dict[str, list[tuple[str, str]]] = {
     "minilm": [("data.batch_size", "8"), ("data.tokenizer", "word"), ("teacher.model.encoder", BERT)],
     "mnist": [("data.batch_size", "8"), ("data.validation", "20")],
     "shakespeare": [("data.batch_size", "4"), ("data.length", "16")],
+    "sparse": [
+        ("gradual.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{density: 0.5, {TIMES}}}}}]"),
+        ("rigl.trainer.callbacks", f"[{{class_path: prune.DynamicSparsity, init_args: {{density: 0.5, {TIMES}}}}}]"),
+        ("narrow.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{{TIED}, {TIMES}}}}}]"),
+    ],
     "wikitext": [("data.batch_size", "4"), ("data.length", "16")],
 }
 STUDENTS = {"distill", "fit"}
@@ -31,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_number_of_recipes() -> None:
-    assert len(FILES) == 7, "a recipe was added or lost: say so here"
+    assert len(FILES) == 8, "a recipe was added or lost: say so here"
     assert len(recipes.recipes()) == len(FILES)
     assert SMALL.keys() == {path.stem for path in FILES} - {"digits"}
 
