@@ -13,7 +13,7 @@ from prune import Pruner
 from prune.hf import LotteryTicket
 from prune.hf.ticket import level_length, schedule_levels
 from prune.schedule import kept
-from tests.prune.test_hf import (
+from tests.prune.hf.test_masking import (
     ADAMW,
     SGD,
     TOTAL,
