@@ -112,6 +112,7 @@ def hunt(
     settings = [densities, str(rewind), criterion, structure, allocation, include, exclude, batches, seed]
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     point = out / "checkpoints" / "rewind.ckpt"
+    pruner.check(network, *densities)
     masks = pruner(network, 1.0)
     done: list[dict[str, Any]] = []
     for level, target in enumerate(densities):

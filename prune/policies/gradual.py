@@ -83,6 +83,8 @@ class Gradual(Policy):
     def _begin(self, moment: Moment, taken_up: bool) -> None:
         if self._online is None:
             self._check_evidence(self.pruner.criterion)
+        assert self._model is not None, "attached"
+        self.pruner.check(self._model, self.density)
         self._scores |= {name: shard(score, self._weights[name]) for name, score in self._stored.items()}
         self._stored = {}
         if moment.step == 0:

@@ -126,7 +126,9 @@ class Levels(Policy):
         return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
+        assert self._model is not None, "attached"
         self._check_evidence(self.pruner.criterion)
+        self.pruner.check(self._model, *self.targets)
         if not (taken_up and (self.resumed or self.finished)):
             self._forget()
             self._enforce(Masks.ones(self._weights))

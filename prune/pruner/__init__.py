@@ -153,6 +153,26 @@ class Pruner:
         weights = prunable(model, self.include, self.exclude, self.smallest)
         return {name: weights[name] for name in self._layout(model, weights).shapes}
 
+    def check(self, model: nn.Module, *densities: float) -> None:
+        """Make sure that these can be asked for, before hours of training: in range, and allowed by the structure.
+
+        Raises:
+            ValueError: as a call; or naming the density that is above what the structure allows.
+        """
+        layout = self._layout(model, prunable(model, self.include, self.exclude, self.smallest))
+        for density in densities:
+            check_density(density)
+            if density < 1:
+                self._check_allowed(layout, density)
+
+    def _check_allowed(self, layout: Layout, density: float) -> None:
+        total = sum(layout.units.values())
+        if kept(total, density) > total * layout.densest:
+            raise ValueError(
+                f"density {density} is above the {float(layout.densest):g} that {self.structure} allows: give that or "
+                "less, or 1 to prune nothing"
+            )
+
     def _layout(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Layout:
         layout = self.structure.layout(model, weights)
         for pattern in self.include or () if len(layout.shapes) < len(weights) else ():
@@ -207,12 +227,7 @@ class Pruner:
         within: Masks | None,
         outputs: Sequence[str],
     ) -> Masks:
-        total = sum(layout.units.values())
-        if kept(total, density) > total * layout.densest:
-            raise ValueError(
-                f"density {density} is above the {float(layout.densest):g} that {self.structure} allows: give that or "
-                "less, or 1 to prune nothing"
-            )
+        self._check_allowed(layout, density)
         units = layout.pool(scores, within)
         candidates = layout.candidates(units, layout.alive(within))
         counts = self.allocation(units, density, within=candidates, outputs=outputs, shapes=layout.matrices)

@@ -99,6 +99,12 @@ def test_any_criterion_structure_and_allocation(tmp_path: Path, choice: dict[str
     assert Masks(artifact.masks(tmp_path / "level_03")) == lost
 
 
+def test_a_density_that_the_structure_does_not_allow_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"density 0\.8 is above the 0\.5 that NM\(n=2, m=4\) allows"):
+        run(tmp_path, None, levels=2, structure="2:4", rewind="0it")
+    assert not (tmp_path / "level_00").exists()
+
+
 def test_rewinding_three_times_starts_from_the_same_weights(tmp_path: Path) -> None:
     """Lightning's ModelPruning aliases its "initial" weights on CPU, and they drift."""
     seen: list[dict[str, torch.Tensor]] = []
