@@ -46,6 +46,7 @@ class Coupled:
         for parameter in probe.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         given = Call.of(_written(self.example_inputs)).beside(model)
+        answers(probe, [given])  # says what is wrong with the inputs
         groups = _independent(probe, find_units(probe, given), [given, given.drawn()])
         members = _members(model, weights, groups)
         if not members:

@@ -2,8 +2,8 @@
 
 Those of transformers, heads and feed-forward units, are read off their blocks (`workbench.anatomy`); those of other
 networks off Torch-Pruning's dependency graph (Fang et al., DepGraph: Towards any structural pruning, 2023,
-arXiv:2301.12900), which is loaded when it is needed. In a transformer that graph ties everything to the residual stream,
-where nothing can go, and takes minutes to say so.
+arXiv:2301.12900), which is loaded when it is needed. In a transformer that graph would tie nearly everything to the
+residual stream, where nothing can go.
 """
 
 from collections.abc import Iterator, Mapping
@@ -54,16 +54,38 @@ def _graph_units(model: nn.Module, call: Call) -> Iterator[Units]:
                 output_transform=lambda out: [value for value in tensors_of(out) if value.grad_fn is not None],
                 verbose=False,
             )
-        groups = list(graph.get_all_groups())
+        groups = _groups(graph)
     except Exception as error:  # the tracer's own, and whatever the model raises
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{type(model).__name__} cannot be traced with these example_inputs ({type(error).__name__}: {reason}): "
-            "give what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments"
+            f"{type(model).__name__} has something that its channels cannot be traced through ({type(error).__name__}: "
+            f"{reason}): apply this to a part of it without, such as its convolutions"
         ) from error
     for group in groups:
         if (units := _units_of(graph, group, names)) is not None:
             yield units
+
+
+def _groups(graph: Any) -> list[Any]:
+    """All groups of the graph; where channels lead back to other channels of themselves, it would look for ever."""
+    nodes = graph.module2node.values()
+    limit, steps = 8 * len(nodes) + 500, 0
+
+    class Counted(list):
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal steps
+            steps += 1
+            if steps > limit:
+                raise RuntimeError("channels lead back to other channels of themselves")
+            return super().__iter__()
+
+    for node in nodes:
+        node.dependencies = Counted(node.dependencies)
+    groups = []
+    for group in graph.get_all_groups():
+        groups.append(group)
+        steps = 0
+    return groups
 
 
 def _units_of(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Units | None:

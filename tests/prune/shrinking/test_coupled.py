@@ -48,3 +48,11 @@ def test_layers_read_side_by_side_are_one_key() -> None:
     ]
     only = Coupled(inputs).layout(model, {"two.weight": model.two.weight})
     assert only.units == {"one": 6, "two": 4}, "nothing reads them side by side here"
+
+
+def test_wrong_inputs_of_coupled() -> None:
+    model, _ = made("mlp")
+    with pytest.raises(ValueError, match=r"MLP cannot be called with example_inputs .*give what it is called with"):
+        Coupled([3, 13]).layout(model, weights(model))
+    with pytest.raises(ValueError, match="without a tensor"):
+        Coupled("x").layout(model, weights(model))

@@ -384,3 +384,52 @@ def test_a_constant_too_large_for_its_type_is_refused() -> None:
         model[1].weight[:, 2] = -6e4
     result = shrink(model, torch.randn(2, 3).half())
     assert math.isfinite(result.difference)
+
+
+def test_transposed_convolutions_and_skips_to_them() -> None:
+    """An hourglass: what a padded layer reads goes if it is zero, and concatenated inputs stay in their places."""
+
+    class Hourglass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.mid = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+            self.up, self.out = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(9, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            up = F.relu(self.up(F.relu(self.mid(F.relu(self.down(x))))))
+            return self.out(torch.cat([up, x], 1))
+
+    model = Hourglass()
+    with torch.no_grad():
+        model.out.weight[:, 1:3] = 0
+        model.mid.weight[4:6] = 0
+        model.mid.bias[4:6] = torch.tensor([-1.0, 1.0])
+        model.mid.weight[:, 2] = 0
+    inputs = torch.randn(2, 3, 8, 8)
+    result = shrink(model, inputs)
+    assert result.removed == {"down": (2,), "mid": (4,), "up": (1, 2)}
+    assert (result.model.up.in_channels, result.model.up.out_channels, result.model.out.in_channels) == (7, 4, 7)
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
+def test_feed_forward_units_of_torch_s_own_transformer() -> None:
+    model: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1).eval()
+    with torch.no_grad():
+        model.layers[0].linear2.weight[:, :5] = 0
+    inputs = torch.randn(2, 5, 8)
+    result = shrink(model, inputs)
+    assert result.removed == {"layers.0.linear1": (0, 1, 2, 3, 4)}
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.lstm, self.after = nn.Linear(3, 4), nn.LSTM(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.lstm(self.before(x))[0])
+
+    with pytest.raises(ValueError, match="Recurrent has something that its channels cannot be traced through"):
+        shrink(Recurrent(), torch.randn(2, 7, 3))
