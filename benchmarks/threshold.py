@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prune.selection import keep_top_k, top_k_mask
+from prune.selection import keep_top_k
 
 DENSITY = 0.2
 HIDDEN = 768
@@ -60,8 +60,11 @@ def split(mask: Tensor, scores: Scores) -> list[Tensor]:
 
 
 def kthvalue(scores: Scores, k: int) -> list[Tensor]:
-    """As this project selected before: exact, ties by index."""
-    return split(top_k_mask(flat(scores), k), scores)
+    """Exact, ties by index, of everything in one tensor."""
+    values = flat(scores)
+    threshold = values.kthvalue(len(values) - k + 1).values
+    above, tied = values > threshold, values == threshold
+    return split(above | (tied & (tied.cumsum(0) <= k - above.sum())), scores)
 
 
 def topk(scores: Scores, k: int) -> list[Tensor]:

@@ -1,7 +1,4 @@
-"""Exactly k of many scores: the highest, ties by index.
-
-Shape legend: * = any number of batch dimensions, n = weights.
-"""
+"""Exactly k of many scores: the highest, ties by index."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -65,40 +62,6 @@ def keep_top_k(scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor
     return masks
 
 
-def top_k_mask(scores: Tensor, k: int, alive: Tensor | None = None) -> Tensor:
-    """Exactly the ``k`` highest scores along the last dimension, ties to the lower index; batched over the
-    others.
-
-    Args:
-        scores: floating [*, n] without NaN where alive.
-        k: from 0 to the number of candidates in every row.
-        alive: bool [*, n], the candidates; None for all.
-
-    Returns:
-        bool [*, n] with exactly ``k`` True in every row.
-
-    Raises:
-        ValueError: if a row has fewer than ``k`` candidates.
-    """
-    count = scores.shape[-1]
-    fewest = count if alive is None else int(alive.sum(-1).min())
-    if not 0 <= k <= fewest:
-        raise ValueError(f"cannot keep {k} of {fewest} candidates: ask for 0 to {fewest}")
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if alive is not None:
-        # A candidate at -inf ties with what is not one, but there are always enough candidates to fill k
-        # places.
-        scores = scores.masked_fill(~alive, -torch.inf)
-    threshold = scores.kthvalue(count - k + 1, dim=-1, keepdim=True).values
-    above, tied = scores > threshold, scores == threshold
-    if alive is not None:
-        tied &= alive
-    places = k - above.sum(-1, keepdim=True)
-    rank = tied.cumsum(-1, dtype=torch.int32 if count < 2**31 else torch.int64)
-    return above | (tied & (rank <= places))
-
-
 class _Part(NamedTuple):
     """What this rank looks at of one tensor's scores."""
 
@@ -132,8 +95,8 @@ def _part(name: str, score: Tensor, within: Mapping[str, Tensor] | None) -> _Par
     return _Part(name, score, local(score), alive, int(within[name].sum()))
 
 
-def _threshold(parts: list[_Part], k: int, dtype: torch.dtype) -> tuple[float, int, int]:
-    """The k-th highest score, how many that equal it are to be kept, and how many equal it."""
+def _threshold(parts: list[_Part], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The key of the k-th highest score, how many that equal it are to be kept, and how many equal it."""
     key, want, tied = None, k, 0
     for shift in range(torch.finfo(dtype).bits - 16, -1, -16):
         counts = _counts(parts, dtype, shift, key)
@@ -146,9 +109,7 @@ def _threshold(parts: list[_Part], k: int, dtype: torch.dtype) -> tuple[float, i
         want -= int(highest[skipped]) - tied
         key = digit - _BINS // 2 if key is None else key << 16 | digit
     assert key is not None
-    integer = _INTEGER[dtype]
-    bits = key if key >= 0 else torch.iinfo(integer).min - key
-    return float(torch.tensor(bits, dtype=integer).view(dtype)), want, tied
+    return key, want, tied
 
 
 def _counts(parts: list[_Part], dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
@@ -201,12 +162,9 @@ def _refuse_nan(parts: list[_Part], counts: Tensor, dtype: torch.dtype) -> None:
             )
 
 
-def _found(part: _Part, dtype: torch.dtype, compare: Callable[..., Tensor], threshold: float) -> Iterator[Tensor]:
-    """Where candidates compare so with the threshold: flat pieces of the whole, from every rank."""
-    pieces = (
-        compare(values, threshold) if alive is None else compare(values, threshold) & alive
-        for values, alive in part.chunks(dtype)
-    )
+def _found(part: _Part, dtype: torch.dtype, compare: Callable[..., Tensor], threshold: int) -> Iterator[Tensor]:
+    """Where keys of candidates compare so with the threshold: flat pieces of the whole, from every rank."""
+    pieces = (compare(_keys(values, alive), threshold) for values, alive in part.chunks(dtype))
     if distributed(part.score):
         none = torch.zeros(0, dtype=torch.bool, device=part.values.device)
         whole = gathered(torch.cat([none, *pieces]).view(part.values.shape), part.score)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prune import selection
-from prune.selection import keep_top_k, top_k_mask
+from prune.selection import keep_top_k
 from tests.together import together
 
 
@@ -130,17 +130,14 @@ def test_wrong_arguments():
         keep_top_k({"w": torch.ones(3)}, 1, {"w": torch.ones(2, dtype=torch.bool)})
 
 
-def test_rows_are_selected_apart_in_one_call():
-    """Packed training: one call selects for a batch of models, as many calls would."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 4, (3, 2, 40), generator=generator).float()
-    alive = torch.rand(3, 2, 40, generator=generator) > 0.3
-    k = int(alive.sum(-1).min()) - 2
-    together = top_k_mask(scores, k, alive)
-    assert together.sum(-1).unique().tolist() == [k]
-    for i in range(3):
-        for j in range(2):
-            assert torch.equal(together[i, j], top_k_mask(scores[i, j], k, alive[i, j]))
+def test_denormal_scores_are_told_apart_where_arithmetic_takes_them_for_zero():
+    scores = torch.arange(10, dtype=torch.int32).view(torch.float32)
+    torch.set_flush_denormal(True)
+    try:
+        mask = keep_top_k({"w": scores}, 4)["w"]
+    finally:
+        torch.set_flush_denormal(False)
+    assert mask.tolist() == [False] * 6 + [True] * 4
 
 
 any_bits = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
