@@ -141,12 +141,17 @@ class _Work:
             which = same | unread(self.model, units)
             if bool(which.any()) and not (len(units) == 1 and is_empty(self.model, units)):
                 chosen.append((units, which))
-        if not chosen or self._take(chosen):
-            return bool(chosen)
-        # Some of them is not as superfluous as it looks: the others get their turn next time.
-        bad = {units.name for units, which in chosen if self._without([(units, which)]) is None}
-        self._frozen |= bad
-        return bool(bad) or self._take(chosen[:1])
+        if not chosen:
+            return False
+        before = _left(self.model)
+        if not self._take(chosen):
+            # Some of them is not as superfluous as it looks: the others get their turn next time.
+            bad = {units.name for units, which in chosen if self._without([(units, which)]) is None}
+            self._frozen |= bad
+            if bad:
+                return True
+            self._take(chosen[:1])
+        return _left(self.model) < before
 
     def _take(self, chosen: Chosen) -> bool:
         """Take these units out; False if that changes anything."""
@@ -215,6 +220,11 @@ def _restored(wide: nn.Module, model: nn.Module) -> nn.Module:
     for name, buffer in wide.named_buffers():
         buffer.data = buffer.data.to(buffers[name].dtype)
     return wide
+
+
+def _left(model: nn.Module) -> int:
+    """What can become less: entries of weights, and those that are not zero."""
+    return sum(p.numel() + int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1)
 
 
 def _count(model: nn.Module) -> int:

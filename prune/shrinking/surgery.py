@@ -60,8 +60,10 @@ def empty(model: nn.Module, chosen: Chosen) -> None:
 
 def is_empty(model: nn.Module, units: Units) -> bool:
     """Whether all weights that make or read these units are zero."""
-    made = [rows(model, slot) for slot in units.made if slot.side == "outputs"]
-    return not any(bool(tensor.any()) for tensor in [*made, *(columns(model, slot) for slot in units.read)])
+    every = torch.ones(len(units), dtype=torch.bool)
+    views = [(rows(model, slot), slot) for slot in units.made if slot.side == "outputs"]
+    views += [(columns(model, slot), slot) for slot in units.read]
+    return not any(bool(view[places_of(slot, every)].any()) for view, slot in views)
 
 
 def rows(model: nn.Module, slot: Slot) -> Tensor:

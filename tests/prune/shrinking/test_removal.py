@@ -112,6 +112,24 @@ def test_what_goes_is_what_a_naive_search_finds(seed: int, density: float) -> No
     assert shrink(result.model, torch.randn(3, 6), result.masks).after == result.after
 
 
+@pytest.mark.parametrize("dead", [2, 4])
+def test_a_layer_of_dead_units_beside_others_becomes_one_unit_or_less(dead: int) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.both = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(F.relu(torch.cat([self.one(x), self.two(x)], -1)))
+
+    model, inputs = Beside(), torch.randn(4, 6)
+    with torch.no_grad():
+        model.both.weight[:, 4 : 4 + dead] = 0
+    result = shrink(model, inputs)
+    assert result.removed == {"two": (0, 1) if dead == 2 else (1, 2, 3)}
+    torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
 # What stays
 
 
