@@ -125,6 +125,8 @@ class Course:
         try:
             for loop, name, function in hung:
                 setattr(loop, name, function)
+            if fit._combined_loader is not None:
+                self._begin_anew()
             yield
         finally:
             for loop, name, _ in hung:
@@ -222,6 +224,14 @@ class Course:
 
     def _begin(self) -> None:
         self._begun = {"random": random_state(), "generators": self._generators()}
+
+    def _begin_anew(self) -> None:
+        """Whoever asked how long training is, such as ``configure_optimizers``, had the iterator made before us."""
+        fit, here = self._fit, random_state()
+        fit._load_combined_loader_states()
+        fit._combined_loader.reset()
+        iter(fit._data_fetcher)
+        set_random_state(here)
 
     def _put(self, place: dict[str, Any]) -> None:
         self._set(place["ranks"][self._trainer.global_rank])

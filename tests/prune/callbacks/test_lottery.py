@@ -241,6 +241,21 @@ def test_workers_draw_the_same_again() -> None:
     assert all(alike(record, watch.batches[0][where]) for where, record in watch.batches[1].items())
 
 
+def asking(optimizer: Any = SGD) -> Any:
+    """A module that asks how long training is: Lightning sets the loaders up before ``fit`` begins."""
+    module = theirs(lp, optimizer, lambda made: OneCycleLR(made, 0.2, int(module.trainer.estimated_stepping_batches)))
+    return module
+
+
+@pytest.mark.parametrize("rewind", ["0it", "2it", "1ep"])
+def test_a_schedule_may_ask_how_long_training_is(rewind: str) -> None:
+    watch = fit(asking(), LotteryTicket(levels=1, rate=0.0, rewind=rewind))
+    first, again = watch.batches
+    assert len({float(record[1][0]) for record in first.values()}) == 3 * BATCHES
+    assert list(again) == list(first)[{"0it": 0, "2it": 2, "1ep": BATCHES}[rewind] :]
+    assert all(alike(record, first[where]) for where, record in again.items())
+
+
 # Against training by hand
 
 
@@ -341,18 +356,19 @@ def rows(ticket: LotteryTicket, without: set[str]) -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
-    ("rewind", "options", "points"),
+    ("make", "rewind", "options", "points"),
     [
-        ("0it", {"max_epochs": 2}, ["0-12", "2-7"]),
-        ("1ep", {"max_steps": 9, "max_epochs": -1}, ["0-6", "1-9", "2-9"]),
-        ("4it", {"max_epochs": 2}, ["0-2", "0-4", "1-8", "1-12"]),
+        (theirs, "0it", {"max_epochs": 2}, ["0-12", "2-7"]),
+        (theirs, "1ep", {"max_steps": 9, "max_epochs": -1}, ["0-6", "1-9", "2-9"]),
+        (theirs, "4it", {"max_epochs": 2}, ["0-2", "0-4", "1-8", "1-12"]),
+        (asking, "2it", {"max_epochs": 2}, ["0-1", "1-8", "1-12"]),
     ],
 )
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(
-    rewind: str, options: dict[str, Any], points: list[str], tmp_path: Path
+    make: Any, rewind: str, options: dict[str, Any], points: list[str], tmp_path: Path
 ) -> None:
     def run(*more: Any, path: Path | None = None) -> tuple[Any, ...]:
-        ticket, module = LotteryTicket(levels=2, rate=0.3, rewind=rewind), theirs(lp, ADAMW)
+        ticket, module = LotteryTicket(levels=2, rate=0.3, rewind=rewind), make(optimizer=ADAMW)
         keep = [Keep(tmp_path, ticket)] if path is None else []
         watch = fit(module, ticket, Continuation(), *keep, loader=ordered(shuffled(), 7), ckpt_path=path, **options)
         return watch, ticket, [value.clone() for value in module.state_dict().values()]
