@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prune.storage import distributed, local, memory_span, owners, shard, shared_memory, summed
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Handle:
     """What ``keep`` returns: takes its hooks off again, also after an exception in a ``with`` block."""
@@ -53,8 +55,9 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
     """From now on, multiply the weights by their masks after every step of ``optimizer``, in any loop.
 
     Masking gradients alone would not do: momentum and weight decay move weights without one. Call ``apply`` first;
-    this acts only after a step. The masks are held in the weights' dtype and follow a model that changes device or
-    dtype, or is sharded. A weight that the step made negative becomes -0.0, which equals 0; ``apply`` leaves +0.0.
+    this acts only after a step. What a step makes of a masked weight, negative, infinite or NaN, becomes +0.0, for its
+    bits are multiplied, as integers of the same size (not those of complex128). The masks are held in that type and
+    follow a model that changes device or dtype, or is sharded.
     The model and its state dict get no new keys or hooks; a copy of the optimizer does not have this one.
 
     Args:
@@ -98,7 +101,7 @@ def multiplying(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., 
         weights = []
         for name, (module, attribute) in holders.items():
             parameter = module.get_parameter(attribute)
-            weight = local(parameter)
+            weight = _bits(local(parameter))
             if name not in factors or not _alike(factors[name], weight):
                 factors[name] = torch.empty_like(weight).copy_(shard(masks[name], parameter))
             weights.append(weight)
@@ -266,6 +269,12 @@ class _Member(NamedTuple):
             )
         memory = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=mask.device).copy_(mask)
         return memory.as_strided(parameter.shape, parameter.stride(), 0)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """``weight`` as integers in its own memory: 0 times any of them is +0.0, also where they mean NaN or infinity."""
+    kind = _INTEGERS.get(weight.dtype.itemsize)
+    return weight if kind is None else weight.view(kind)
 
 
 def _alike(factor: Tensor, weight: Tensor) -> bool:

@@ -269,7 +269,7 @@ def test_hooks_vanish_after_an_exception():
 
 
 def test_masks_follow_the_weights_to_another_dtype(monkeypatch: pytest.MonkeyPatch):
-    """And are in the weights' own dtype every time, which makes the product cheap."""
+    """And are integers of the weights' size every time, which makes the product cheap."""
     used: list[torch.dtype] = []
     multiply = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -283,14 +283,32 @@ def test_masks_follow_the_weights_to_another_dtype(monkeypatch: pytest.MonkeyPat
     masks.apply(model)
     optimizer = SGD(model.parameters(), lr=0.1)
     masks.keep(optimizer, model)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    sizes = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
+    for dtype, integers in sizes.items():
         model.to(dtype)
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
         assert model[0].weight.dtype == dtype
-        assert used[-2:] == [dtype] * 2
+        assert used[-2:] == [integers] * 2
         assert largest_masked(masks, model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_whatever_a_step_leaves_there_is_zero(dtype: torch.dtype):
+    """Also NaN, the gradient of sqrt|w| at 0, which no product with 0 makes 0; other weights keep their bits."""
+    model = nn.ParameterDict({"w": torch.ones(7, dtype=dtype), "channels_last": torch.ones(2, 3, 2, 2, dtype=dtype)})
+    model["channels_last"].data = model["channels_last"].data.to(memory_format=torch.channels_last)
+    optimizer = SGD(model.parameters(), lr=0.5)
+    mask = torch.tensor([False] * 5 + [True] * 2)
+    Masks({"w": mask, "channels_last": torch.zeros(2, 3, 2, 2, dtype=torch.bool)}).keep(optimizer, model)
+    model["w"].grad = torch.tensor([math.nan, math.inf, -math.inf, 9, 0, math.nan, 1], dtype=dtype)
+    model["channels_last"].grad = torch.full_like(model["channels_last"], math.nan)
+    optimizer.step()
+    dead = torch.cat([model["w"][:5], model["channels_last"].flatten()]).detach()
+    assert torch.equal(dead.view(torch.uint8), torch.zeros_like(dead).view(torch.uint8))
+    assert model["w"][5].isnan()
+    assert model["w"][6] == 0.5
 
 
 @pytest.mark.gpu
