@@ -123,7 +123,7 @@ def hunt(
             if level:
                 _check_point(point, done[0])
                 network.load_state_dict(artifact.tensors(out / f"level_{level - 1:02d}"))
-                shown = evidence(pruner.criterion, module, lambda: training_loader(module, data, seed), batches)
+                shown = evidence(pruner.criterion, module, lambda: training_loader(module, data, seed), batches, data)
                 with same_random_state(seed):
                     masks = pruner(network, target, within=masks, **shown)
             keeper = KeepMasked(masks) if level else RewindPoint(rewind, point)

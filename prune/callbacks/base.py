@@ -69,7 +69,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         averages = _averages(trainer, pl_module)
 
         def shown(criterion: Criterion) -> dict[str, Any]:
-            return evidence(criterion, pl_module, lambda: trainer.train_dataloader, self._batches)
+            loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
+            return evidence(criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
 
         self.policy.attach(network_of(pl_module), trainer.optimizers, _moment(trainer, 0.0), averages, shown)
         if not trainer.fast_dev_run:

@@ -106,8 +106,19 @@ def inputs_of(batch: Any) -> Any:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """``model`` on what ``inputs_of`` gave."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    """``model`` on what ``inputs_of`` gave.
+
+    Raises:
+        ValueError: if it does not take that.
+    """
+    try:
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    except TypeError as error:
+        given = f"arguments {list(inputs)}" if isinstance(inputs, Mapping) else "one argument"
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with {given} of a batch ({error}): give a loader of mappings of "
+            "its arguments, or of tuples whose first is its input"
+        ) from error
 
 
 def everywhere(sums: Iterable[Tensor]) -> None:

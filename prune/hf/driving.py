@@ -3,13 +3,14 @@
 import math
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,7 +36,8 @@ class Driving(TrainerCallback, ABC):
     Args:
         policy: What decides.
         log: Whether to put the densities beside the loss.
-        batches: How many training batches a criterion looks at that looks at data, in the order of the data set.
+        batches: How many training batches a criterion looks at that looks at data, in the order of the data set; the
+            loss is the model's own.
         over: What to do when training has ended, with the hooks still on.
     """
 
@@ -189,9 +191,21 @@ def _evidence(args: TrainingArguments, loader: Any, batches: int) -> Callable[[C
         with same_random_state(args.seed):
             plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
             seen = {"loader": list(islice(plain, batches))}
-        return {**seen, "loss": lambda model, batch: model(**batch).loss} if criterion.needs_loss else seen
+        return {**seen, "loss": _loss} if criterion.needs_loss else seen
 
     return shown
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    """The model's own."""
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} gives no loss for {list(batch)}, and that of a Trainer is not known here: prune "
+            "once before, with Pruner(...)(model, density, loader=..., loss=...), and train with KeepMasked(masks)"
+        )
+    return loss
 
 
 def _bare(optimizer: Any) -> Optimizer:

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
 
 from prune import GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.criteria import CRITERIA
@@ -13,6 +14,8 @@ from prune.evidence import evidence
 from workbench import TaskModule
 from workbench.tasks import Classification
 
+OPTIONS = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+QUIET: dict[str, Any] = dict.fromkeys(OPTIONS, False)
 X, Y = torch.randn(24, 6), torch.arange(24) % 3
 
 
@@ -81,8 +84,15 @@ def test_nothing_is_asked_for_where_weights_tell_enough() -> None:
 
 
 class Stream(IterableDataset):
+    """Remembers where it is."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
     def __iter__(self) -> Any:
-        return iter(zip(X, Y))
+        while self.at < len(X):
+            self.at += 1
+            yield X[self.at - 1], Y[self.at - 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -90,22 +100,28 @@ class Stream(IterableDataset):
     "make",
     [
         lambda workers: DataLoader(TensorDataset(X, Y), 4, shuffle=True, num_workers=workers),
+        lambda workers: DataLoader(
+            TensorDataset(X, Y), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3)
+        ),
         lambda workers: DataLoader(TensorDataset(X, Y), None, num_workers=workers),
         lambda workers: DataLoader(Stream(), 4, num_workers=workers),
     ],
-    ids=["batches", "samples", "stream"],
+    ids=["batches", "own generator", "samples", "stream"],
 )
 def test_neither_random_numbers_nor_a_running_epoch_are_touched(make: Any, workers: int) -> None:
+    torch.manual_seed(2)
+    alone = [batch[1].tolist() for batch in make(workers)]
+    torch.manual_seed(2)
     loader = make(workers)
-    running, state = iter(loader), torch.get_rng_state()
-    next(running)
+    running = iter(loader)
+    seen = [next(running)[1].tolist()]
     shown = evidence(CRITERIA["wanda"], theirs(lp), lambda: loader, 2)["loader"]
     state = torch.get_rng_state()
     once, again = list(shown), list(shown)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(once) == 2
     assert all(torch.equal(a, b) for x, y in zip(once, again) for a, b in zip(x, y)), "the same at every reading"
-    next(running)
+    assert seen + [batch[1].tolist() for batch in running] == alone
 
 
 @pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
@@ -133,8 +149,83 @@ def test_a_ticket_by_a_criterion_of_the_loss() -> None:
     assert [row["density"] for row in ticket.levels] == pytest.approx([1, 0.5, 0.25], abs=0.02)
 
 
+def test_batches_are_those_that_training_sees() -> None:
+    """Through the hooks of module or data module and the precision, and of a training_step without an index."""
+
+    class Bytes(lp.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset((X * 9).to(torch.int8), Y), 4)
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0].double() / 9, batch[1]
+
+    class Short(lp.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = net()
+
+        def training_step(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    for criterion in ("taylor", "grasp", "wanda", "synflow"):
+        pruner = Pruner(criterion, allocation="uniform")
+        sparse = GradualPruning(0.4, "0it", "1it", "1it", pruner, schedule="one_shot", batches=2)
+        trainer = lp.Trainer(max_epochs=1, accelerator="cpu", callbacks=[sparse], precision="64-true", **QUIET)
+        trainer.fit(Short(), datamodule=Bytes())
+        assert sparse.masks is not None, criterion
+
+
+def test_metrics_of_a_module_do_not_count_what_is_looked_at() -> None:
+    class Counting(lp.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.seen = net(), MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen(batch[1].float())
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    module = Counting()
+    module.seen(torch.tensor(5.0))
+    pruner = Pruner("grasp", allocation="uniform")
+    loader = DataLoader(TensorDataset(X, Y), 4)
+    pruner(module.network, 0.5, **evidence(pruner.criterion, module, lambda: loader, 3))
+    assert module.seen.compute() == 5
+    module.seen(torch.tensor(7.0))
+    assert module.seen.compute() == 6
+
+
+def test_a_criterion_that_reads_one_batch_draws_one() -> None:
+    drawn = []
+
+    class Watched(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            drawn.append(index)
+            return super().__getitem__(index)
+
+    pruner = Pruner("synflow", allocation="uniform")
+    loader = DataLoader(Watched(X, Y), 4)
+    pruner(net(), 0.5, **evidence(pruner.criterion, theirs(lp), lambda: loader, 5))
+    assert len(drawn) == 4 * 100, "rounds"
+
+
 def test_mistakes_are_named() -> None:
     loader = DataLoader(TensorDataset(X, Y), 4)
+    family = TaskModule({"a": net(), "b": net()}, Classification(3))
+    with pytest.raises(ValueError, match="'wanda' runs one network, and this is a family of 2"):
+        evidence(CRITERIA["wanda"], family, lambda: loader, 1)
+    with pytest.raises(ValueError, match="there are 2 training loaders"):
+        evidence(CRITERIA["snip"], theirs(lp), lambda: {"a": loader, "b": loader}, 1)
+    by_hand = theirs(lp)
+    by_hand.automatic_optimization = False
+    with pytest.raises(ValueError, match="steps its optimizers in training_step"):
+        evidence(CRITERIA["snip"], by_hand, lambda: loader, 1)
+    mapped = [{"x": X[:4], "y": Y[:4]}]
+    with pytest.raises(ValueError, match=r"Sequential cannot be called with arguments \['x', 'y'\] of a batch"):
+        Pruner("wanda")(net(), 0.5, **evidence(CRITERIA["wanda"], theirs(lp), lambda: mapped, 1))
     with pytest.raises(ValueError, match="batches is 0: criterion 'snip' looks at 1 or more"):
         evidence(CRITERIA["snip"], theirs(lp), lambda: loader, 0)
     silent = theirs(lp, lambda loss: None)
