@@ -23,7 +23,8 @@ class Gradual(Policy):
 
     The density is ``initial`` at ``begin``, ``density`` from ``end`` on, and that of ``schedule`` in between. It is
     lowered after the update that reaches ``begin``, whenever another multiple of ``every`` has passed, and at ``end``.
-    Masks are nested, and keep exactly as many weights as the density says.
+    Masks are nested, and keep exactly as many weights as the density says. A structure that allows nothing between some
+    d and 1, such as 2:4, is pruned to d at the first pruning, and on from there once the schedule is below d.
 
     A criterion of gradients (movement, taylor, snip) is summed up while training: what each update adds, from the first
     one until ``end``. The sum is not begun anew when weights go, as in movement pruning, and is part of the state. The
@@ -85,6 +86,7 @@ class Gradual(Policy):
             self._check_evidence(self.pruner.criterion)
         assert self._model is not None, "attached"
         self.pruner.check(self._model, self.density)
+        self._densest = self.pruner.densest(self._model)
         self._scores |= {name: shard(score, self._weights[name]) for name, score in self._stored.items()}
         self._stored = {}
         if moment.step == 0:
@@ -110,6 +112,7 @@ class Gradual(Policy):
             return
         self._passed = passed
         target = self.schedule(min(progress, 1.0), self.density, self.initial)
+        target = min(target, self._densest) if target < 1 else target
         if target >= self._target:
             return
         self._target = target

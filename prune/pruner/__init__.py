@@ -165,6 +165,10 @@ class Pruner:
             if density < 1:
                 self._check_allowed(layout, density)
 
+    def densest(self, model: nn.Module) -> float:
+        """The highest density below 1 that the structure allows, n/m for N:M; 1 where every density is allowed."""
+        return float(self._layout(model, prunable(model, self.include, self.exclude, self.smallest)).densest)
+
     def _check_allowed(self, layout: Layout, density: float) -> None:
         total = sum(layout.units.values())
         if kept(total, density) > total * layout.densest:

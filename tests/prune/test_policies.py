@@ -308,6 +308,22 @@ def test_gradual_follows_its_schedule(name: str) -> None:
     assert seen == [kept(TOTAL, schedule((t - 4) / 20, 0.2, 0.8)) for t in times]
 
 
+def test_a_structure_that_allows_nothing_near_1_is_pruned_to_what_it_allows_first() -> None:
+    model = nn.Linear(8, 6)
+    optimizer, seen = SGD(model.parameters()), []
+    policy = Gradual(0.25, "2it", "10it", "1it", Pruner(structure="2:4"), schedule="linear")
+    with policy.follow(model, optimizer):
+        for _ in range(10):
+            model(torch.randn(2, 8)).square().sum().backward()
+            optimizer.step()
+            seen.append(int(model.weight.count_nonzero()))
+            assert policy.masks is None or max(policy.masks["weight"].view(6, 2, 4).sum(-1).flatten()) <= 2
+    way = [SCHEDULES["linear"](i / 8, 0.25, 1.0) for i in range(1, 9)]
+    assert seen == [48, 48, *(kept(48, min(density, 0.5)) for density in way)]
+    assert Pruner(structure="1:3").densest(nn.Linear(9, 1)) == 1 / 3
+    assert Pruner().densest(model) == 1
+
+
 @pytest.mark.parametrize("name", ["movement", "taylor", "snip"])
 def test_scores_are_summed_over_all_updates(name: str) -> None:
     """Sanh et al. 2020, section 3: S = - sum_t dL/dw_t w_t, and not from zero again once weights have gone."""
