@@ -42,7 +42,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
             weight, the strategy hides the weights from the optimizer's hooks, or training is too short.
 
     Warns:
-        UserWarning: When training ends before the policy's aim was reached.
+        UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name; when it
+            ends before the policy's aim was reached.
     """
 
     def __init__(self, policy: Policy, log: bool = True, part: str = "", batches: int = 16) -> None:

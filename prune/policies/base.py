@@ -1,6 +1,7 @@
 """What every policy has: a model and optimizers it is attached to, masks in force, and moments it is told of."""
 
 import math
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,11 +133,14 @@ class Policy(ABC):
             averages: Models that its weights are averaged into (EMA, SWA), of the same parameter names: they are masked
                 whenever the masks change, so that an average is as sparse as the model.
             evidence: What a criterion that looks at data is shown: criterion -> the arguments ``loader`` and ``loss``
-                of a pruner's call.
+                of a pruner's call. Asked now, whether it can be shown them, and at every pruning.
 
         Raises:
-            ValueError: If masks do not fit the model, no optimizer holds its weights, or another policy that is
-                attached decides about one of them.
+            ValueError: If masks do not fit the model, no optimizer holds its weights, another policy that is attached
+                decides about one of them, or a gradient is to be looked at of one that is frozen.
+
+        Warns:
+            UserWarning: By name, if frozen weights are pruned that ``include`` does not name.
         """
         self.detach()
         try:
@@ -308,13 +312,32 @@ class Policy(ABC):
     # What subclasses use
 
     @final
-    def _check_evidence(self, criterion: Criterion) -> None:
-        if criterion.needs_loader and self._evidence is None:
+    def _check_pruner(self, pruner: Pruner) -> None:
+        """Make sure before training that it can be asked later; say which frozen weights it will prune."""
+        frozen = [name for name, weight in self._weights.items() if not weight.requires_grad]
+        if frozen and pruner.criterion.needs_loss:
+            raise ValueError(
+                f"{some(frozen)}: frozen, so criterion '{pruner.criterion.name}' finds no gradient there; exclude it"
+            )
+        if frozen and not pruner.include:
+            warnings.warn(
+                f"{some(frozen)}: frozen, and pruned like the others, which no training makes up for: exclude it, or "
+                "name it in include",
+                stacklevel=4,
+            )
+        self._shown(pruner.criterion)
+
+    @final
+    def _shown(self, criterion: Criterion) -> Mapping[str, Any]:
+        if not criterion.needs_loader:
+            return {}
+        if self._evidence is None:
             raise ValueError(
                 f"criterion '{criterion.name}' looks at data, and this {type(self).__name__} is shown none: attach it "
                 "with evidence=lambda criterion: {'loader': batches, 'loss': loss}, or prune once before, with "
                 "Pruner(...)(model, density, loader=..., loss=...), and train under these masks"
             )
+        return self._evidence(criterion)
 
     @final
     def _choose(self, pruner: Pruner, density: float, scores: Mapping[str, Tensor] | None = None) -> Masks:
@@ -322,9 +345,7 @@ class Policy(ABC):
         assert self._model is not None, "attached"
         if scores is not None:
             return pruner(self._model, density, self.masks, scores=scores)
-        self._check_evidence(pruner.criterion)
-        shown = self._evidence(pruner.criterion) if self._evidence is not None else {}
-        return pruner(self._model, density, self.masks, **shown)
+        return pruner(self._model, density, self.masks, **self._shown(pruner.criterion))
 
     @final
     def _enforce(self, masks: Masks, anew: bool = True) -> None:

@@ -69,6 +69,9 @@ class Dynamic(Policy):
         ValueError: If an argument is out of range or the units differ; when attached, as ``Pruner``, or if RigL is to
             look at the gradient of a frozen weight.
 
+    Warns:
+        UserWarning: As :meth:`Policy.attach`.
+
     References: Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, Algorithm 1; Mocanu et al., Scalable Training
     of Artificial Neural Networks with Adaptive Sparse Connectivity, 2018, arXiv:1707.04780, Algorithm 1.
     """
@@ -108,6 +111,7 @@ class Dynamic(Policy):
         return self.pruner.scope(model)
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
+        self._check_pruner(self.pruner)
         self._passed = min(self._passed, moment.passed(self.every))
         if not taken_up:
             assert self._model is not None, "attached"

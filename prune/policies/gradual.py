@@ -48,7 +48,7 @@ class Gradual(Policy):
             and there is no ``evidence``; in training, if a density cannot be met.
 
     Warns:
-        UserWarning: By name, from the pruner's allocation, if a layer collapses.
+        UserWarning: By name, from the pruner's allocation, if a layer collapses; as :meth:`Policy.attach`.
 
     References: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, section 3; Sanh et al., Movement
     Pruning, 2020, arXiv:2005.07683, section 3.
@@ -83,7 +83,7 @@ class Gradual(Policy):
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
         if self._online is None:
-            self._check_evidence(self.pruner.criterion)
+            self._check_pruner(self.pruner)
         assert self._model is not None, "attached"
         self.pruner.check(self._model, self.density)
         self._densest = self.pruner.densest(self._model)

@@ -45,6 +45,9 @@ class Levels(Policy):
     Raises:
         ValueError: If arguments are out of range; when attached, if the rewind point is not before the end of a level.
 
+    Warns:
+        UserWarning: As :meth:`Policy.attach`.
+
     Source: Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv:1803.03635; Frankle, Dziugaite, Roy,
     Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, arXiv:1912.05671, algorithm 2.
     """
@@ -127,7 +130,7 @@ class Levels(Policy):
 
     def _begin(self, moment: Moment, taken_up: bool) -> None:
         assert self._model is not None, "attached"
-        self._check_evidence(self.pruner.criterion)
+        self._check_pruner(self.pruner)
         self.pruner.check(self._model, *self.targets)
         if not (taken_up and (self.resumed or self.finished)):
             self._forget()

@@ -16,6 +16,7 @@ from prune.criteria import CRITERIA
 from prune.masks import Masks
 from prune.policies import Dynamic, Fixed, Gradual, Moment, Policy
 from prune.policies.dynamic import cosine, rewired
+from prune.policies.levels import Levels
 from prune.pruner import Pruner
 from prune.schedule import SCHEDULES, kept
 
@@ -371,6 +372,29 @@ def test_criteria_that_training_does_not_feed_want_to_be_shown_data_at_once() ->
     policy.attach(model, optimizer, evidence=lambda criterion: {"loader": batches})
     assert policy.masks == Pruner("wanda", allocation="uniform")(net(), 0.5, loader=batches)
     policy.detach()
+
+
+@pytest.mark.parametrize("name", ["set", "gradual", "levels"])
+def test_frozen_weights_are_pruned_only_where_that_is_said(name: str) -> None:
+    """Levels too, and a gradient criterion refuses them before training."""
+    makes = {
+        "set": lambda **scope: Dynamic(0.3, "0it", "9it", "2it", "set", **scope),
+        "gradual": lambda **scope: Gradual(0.2, "2it", "9it", "2it", Pruner(**scope)),
+        "levels": lambda **scope: Levels(2, pruner=Pruner(**scope)),
+    }
+    model = net()
+    model[0].weight.requires_grad_(False)
+    optimizer = SGD(model[2].parameters())
+    with pytest.warns(UserWarning, match=r"^'0\.weight': frozen, and pruned like the others"):
+        makes[name]().follow(model, optimizer, steps_per_epoch=5).remove()
+    for scope in ({"exclude": "0.*"}, {"include": "*"}):
+        makes[name](**scope).follow(model, optimizer, steps_per_epoch=5).remove()
+    asked = [Levels(2, pruner=Pruner("snip")), Gradual(0.2, "2it", "9it", "2it", Pruner("grasp"))]
+    for policy in asked:
+        with pytest.raises(
+            ValueError, match=r"'0\.weight': frozen, so criterion '(snip|grasp)' finds no gradient there"
+        ):
+            policy.attach(model, optimizer, evidence=lambda criterion: {})
 
 
 # Dynamic
