@@ -37,7 +37,7 @@ DECAYS: dict[str, Decay] = {"cosine": cosine, "constant": constant}
 class Dynamic(Policy):
     """Trains a network that is sparse from the start, and moves its connections: RigL, or SET.
 
-    At every multiple of ``every`` between ``begin`` and ``end``, each layer with k active weights drops
+    At every multiple of ``every`` from ``begin`` to ``end``, each layer with k active weights drops
 
         n = floor(k * fraction * decay((t - begin) / (end - begin)))
 
@@ -124,6 +124,8 @@ class Dynamic(Policy):
         return 0 <= moment.since(self.begin, self.end) <= 1 and moment.passed(self.every) > self._passed
 
     def _observe(self, moment: Moment) -> None:
+        if moment.since(self.begin, self.end) < 0:
+            self._passed = moment.passed(self.every)
         if not self._due(moment):
             return
         grads = self._gradients() if self.reads_gradients else {}
