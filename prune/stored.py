@@ -14,6 +14,7 @@ def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
     """``given`` as Masks; a path is that of a file that ``Masks.save`` wrote, or of a compact checkpoint.
 
     Raises:
+        TypeError: If ``given`` is neither a mapping nor a path.
         FileNotFoundError: If there is nothing at the path.
         ValueError: If masks are not valid, or there are none in the checkpoint.
     """
@@ -21,6 +22,8 @@ def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
         return given
     if isinstance(given, Mapping):
         return Masks(given)
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"masks are {given!r}: give parameter name -> bool tensor, or the path of a file of masks")
     path = Path(given)
     if path.is_file():
         return Masks.load(path)

@@ -64,6 +64,8 @@ class Levels(Policy):
         super().__init__(self.rewind)
         if (levels is None) == (density is None):
             raise ValueError("give levels (e.g. 10) or density (e.g. 0.1), and only one of them")
+        if levels is not None and not isinstance(levels, int):
+            raise ValueError(f"levels is {levels!r}: give how many times to prune, an integer such as 10")
         count = levels if levels is not None else levels_to(1.0 if density is None else density, rate)
         self.targets = geometric(rate, count)
         self.pruner = Pruner() if pruner is None else pruner

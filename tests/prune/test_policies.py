@@ -545,6 +545,7 @@ def test_a_layer_without_gradients_stays() -> None:
         (lambda: Gradual(0.5, "0it", "9it", "1it", initial=0.4), "initial density 0.4 is below"),
         (lambda: Gradual(0.5, "0it", "9it", "1it").check_budget(8, math.inf), "end is 9it, but training has 8it only"),
         (lambda: Fixed({}), "no masks given"),
+        (lambda: Levels("3"), "levels is '3': give how many times to prune, an integer"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_out_of_range(make: Callable[[], Any], said: str) -> None:

@@ -234,6 +234,8 @@ def test_masks_from_files(tmp_path: Path) -> None:
     assert KeepMasked(str(tmp_path / "sparse")).masks == given
     with pytest.raises(ValueError, match="compact checkpoint of a dense network, without masks"):
         KeepMasked(tmp_path / "dense")
+    with pytest.raises(TypeError, match=r"masks are 5: give parameter name -> bool tensor, or the path"):
+        KeepMasked(5)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"give a file that Masks\.save wrote, or a compact checkpoint"):
         KeepMasked(tmp_path / "nothing")
 
