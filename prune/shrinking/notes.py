@@ -41,23 +41,7 @@ def noted(model: nn.Module, touched: Iterable[str]) -> None:
     note(model, resized)
 
 
-def _configure(model: nn.Module, touched: Collection[str]) -> None:
-    """Put the width that all feed-forward nets of a transformer have into its configuration, where it changed."""
-    holders: dict[int, tuple[Any, str, set[int], list[str]]] = {}
-    for layer in layers_of(model):
-        path = ".".join(filter(None, (layer.path, layer.anatomy.up)))
-        up: Any = model.get_submodule(path)
-        where, config = axes(up), _config_around(model, layer.path)
-        if where is not None and config is not None:
-            _, _, widths, paths = holders.setdefault(id(config), (config, layer.anatomy.ffn, set(), []))
-            widths.add(int(up.weight.shape[where[0]]))
-            paths.append(path)
-    for config, field, widths, paths in holders.values():
-        if len(widths) == 1 and hasattr(config, field) and not set(paths).isdisjoint(touched):
-            setattr(config, field, widths.pop())
-
-
-def _config_around(model: nn.Module, path: str) -> Any:
+def config_around(model: nn.Module, path: str) -> Any:
     """The configuration of the innermost transformer that ``path`` lies in."""
     steps = path.split(".") if path else []
     for depth in range(len(steps), -1, -1):
@@ -65,6 +49,22 @@ def _config_around(model: nn.Module, path: str) -> Any:
         if hasattr(type(module), "config_class") and hasattr(module, "config"):
             return module.config
     return None
+
+
+def _configure(model: nn.Module, touched: Collection[str]) -> None:
+    """Put the width that all feed-forward nets of a transformer have into its configuration, where it changed."""
+    holders: dict[int, tuple[Any, str, set[int], list[str]]] = {}
+    for layer in layers_of(model):
+        path = ".".join(filter(None, (layer.path, layer.anatomy.up)))
+        up: Any = model.get_submodule(path)
+        where, config = axes(up), config_around(model, layer.path)
+        if where is not None and config is not None:
+            _, _, widths, paths = holders.setdefault(id(config), (config, layer.anatomy.ffn, set(), []))
+            widths.add(int(up.weight.shape[where[0]]))
+            paths.append(path)
+    for config, field, widths, paths in holders.values():
+        if len(widths) == 1 and hasattr(config, field) and not set(paths).isdisjoint(touched):
+            setattr(config, field, widths.pop())
 
 
 def _fresh(model: nn.Module) -> nn.Module | None:

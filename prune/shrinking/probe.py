@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prune.shrinking.calls import Call
+from prune.shrinking.flow import Makers, makers_of
+from prune.shrinking.notes import config_around
 from prune.shrinking.surgery import columns, places_of
 from prune.shrinking.units import Slot, Units
 from workbench.resize import axes, is_conv1d
@@ -26,10 +28,11 @@ def unread(model: nn.Module, units: Units) -> Tensor:
 def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call]) -> list[Tensor]:
     """Which units have the same value everywhere, whatever the input, that every layer reading them can take over.
 
-    Candidates are those of which some layer's rows are all zero. Their values are looked at where they are read, over
-    all ``calls``; and again with every row that is not zero replaced by a random one, twice, with biases of either
-    sign: what is still the same everywhere does not depend on what comes before those zeros. A convolution that pads
-    with zeros can only take over the value 0.
+    Candidates are those of which some layer's rows are all zero, and of which nothing but layers of their own makes
+    what is read (`flow.makers_of`). Their values are looked at where they are read, over all ``calls``; and again with
+    every row that is not zero replaced by a random one, twice, of opposite signs but for norms: what is still the same
+    does not depend on what comes before those zeros. A convolution that pads with zeros can only take over the value
+    0, and so can a layer without a bias in a model of transformers, whose ``from_pretrained`` would lose a new one.
 
     Returns:
         bool, [units], for each of ``groups``.
@@ -37,16 +40,48 @@ def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call]) 
     candidates = [_emptied(model, units) for units in groups]
     asked = [(units, found) for units, found in zip(groups, candidates) if bool(found.any())]
     layers = list(dict.fromkeys(slot.layer for units, _ in asked for slot in units.read))
-    for sign in (0, 1, -1) if asked else ():
-        values = read_values(scrambled(model, asked, sign, living=True) if sign else model, layers, calls)
-        same = {layer: _is_same(*found) for layer, found in values.items()}
-        if not sign:
-            zero = {layer: (low == 0) & (high == 0) for layer, (low, high) in values.items()}
-            same |= {layer: zero[layer] for layer in same if not _takes_any(model.get_submodule(layer))}
-        for units, found in asked:
-            for slot in units.read:
-                found &= _all(same[slot.layer], slot) if slot.layer in same else torch.zeros_like(found)
+    _keep_own(model, asked, groups, makers_of(model, layers, calls[0]) if asked else {})
+    asked = [(units, found) for units, found in asked if bool(found.any())]
+    if not asked:
+        return candidates
+    living = [(units, torch.ones_like(found)) for units, found in zip(groups, candidates)]
+    values, one, other = (
+        read_values(scrambled(model, living, sign, living=True) if sign else model, layers, calls)
+        for sign in (0, 1, -1)
+    )
+    same = {}
+    for layer, (low, high) in values.items():
+        spread = torch.minimum(one[layer][0], other[layer][0]), torch.maximum(one[layer][1], other[layer][1])
+        own = _is_same(low, high) if _takes_any(model, layer) else (low == 0) & (high == 0)
+        same[layer] = own & _is_same(*spread)
+    for units, found in asked:
+        for slot in units.read:
+            found &= _all(same[slot.layer], slot) if slot.layer in same else torch.zeros_like(found)
     return candidates
+
+
+def _keep_own(
+    model: nn.Module, asked: Sequence[tuple[Units, Tensor]], groups: Sequence[Units], makers: Mapping[str, Makers]
+) -> None:
+    """Leave only candidates that are read as a function of layers that make units, in place.
+
+    What a depthwise convolution that pads with zeros makes of a constant depends on the border, unless it is of zeros.
+    """
+    readers: dict[str, set[str]] = {}
+    for units in groups:
+        for slot in units.read:
+            readers.setdefault(slot.layer, set()).update(made.layer for made in units.made)
+    for units, found in asked:
+        makes = {slot.layer: slot for slot in units.made}
+        for slot in units.read:
+            known = makers.get(slot.layer)
+            if known is None or not known <= readers[slot.layer]:
+                found.zero_()
+                break
+            for layer in known & makes.keys():
+                module = model.get_submodule(layer)
+                if makes[layer].side == "channels" and _pads(module):
+                    found &= _all(_empty_rows(module), makes[layer])
 
 
 @torch.no_grad()
@@ -81,14 +116,14 @@ def read_values(model: nn.Module, layers: Sequence[str], calls: Sequence[Call]) 
 
 @torch.no_grad()
 def scrambled(
-    model: nn.Module, chosen: Sequence[tuple[Units, Tensor]], sign: int = 1, living: bool = False
+    model: nn.Module, chosen: Sequence[tuple[Units, Tensor]], sign: float = 1, living: bool = False
 ) -> nn.Module:
     """A copy in which chosen units are made of random weights.
 
     Args:
         model: is not changed.
         chosen: units, and which of them, bool, [units].
-        sign: of the biases.
+        sign: of the biases, which the weights of those that mix channels are multiplied by, too.
         living: leave rows that are zero as they are, with their biases.
     """
     other = copy.deepcopy(model)
@@ -98,11 +133,12 @@ def scrambled(
             module = other.get_submodule(slot.layer)
             mine = which & ~_all(_empty_rows(module), slot) if living else which
             rows, weight, bias = places_of(slot, mine), _rows(module), getattr(module, "bias", None)
+            turn = sign if slot.side == "outputs" else 1
             if weight is not None:
                 noise = torch.randn(len(rows), *weight.shape[1:], generator=random, dtype=torch.float64)
-                weight[rows] = (noise / max(1, weight[0].numel()) ** 0.5).to(weight)
+                weight[rows] = (turn * noise / max(1, weight[0].numel()) ** 0.5).to(weight)
             if isinstance(bias, Tensor):
-                bias[rows] = (sign * (1 + torch.rand(len(rows), generator=random, dtype=torch.float64))).to(bias)
+                bias[rows] = (turn * (1 + torch.rand(len(rows), generator=random, dtype=torch.float64))).to(bias)
     return other
 
 
@@ -140,18 +176,21 @@ def _all(flags: Tensor, slot: Slot) -> Tensor:
     return torch.tensor([all(known[place] for place in places) for places in slot.places])
 
 
-def _takes_any(module: Any) -> bool:
-    """Whether a constant input can be put into the layer's bias: whether no border sees less of it."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    if getattr(module, "transposed", False):
+def _takes_any(model: nn.Module, layer: str) -> bool:
+    """Whether a constant input can be put into the layer's bias."""
+    module: Any = model.get_submodule(layer)
+    if module.bias is None and config_around(model, layer) is not None:
         return False
-    padded = (
-        any(size > 1 for size in module.kernel_size)
-        if module.padding == "same"
-        else module.padding != "valid" and any(module.padding)
-    )
-    return not padded or module.padding_mode != "zeros"
+    return isinstance(module, nn.Linear) or is_conv1d(module) or not (module.transposed or _pads(module))
+
+
+def _pads(module: Any) -> bool:
+    """Whether a convolution pads with zeros, so that the border sees less of a constant."""
+    if module.padding == "same":
+        padded = any(size > 1 for size in module.kernel_size)
+    else:
+        padded = module.padding != "valid" and any(module.padding)
+    return padded and module.padding_mode == "zeros"
 
 
 def folded(model: nn.Module, slot: Slot, which: Tensor, values: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor | None:

@@ -135,7 +135,13 @@ class _Work:
 
     def advance(self) -> bool:
         """Take out what can go now; False if that is nothing."""
-        groups = [units for units in find_units(self.model, self.calls[0]) if units.name not in self._frozen]
+        try:
+            found = find_units(self.model, self.calls[0])
+        except ValueError:
+            if not self.removed:
+                raise
+            return False  # something became so small that it cannot be traced
+        groups = [units for units in found if units.name not in self._frozen]
         chosen = []
         for units, same in zip(groups, constants(self.model, groups, self.calls)):
             which = same | unread(self.model, units)

@@ -111,3 +111,21 @@ def test_tied_embeddings_are_untouched() -> None:
     result = shrink(model, inputs)
     assert result.after == result.before
     assert result.model.lm_head.weight is result.model.transformer.wte.weight
+
+
+def test_a_bias_that_from_pretrained_would_lose_is_not_made() -> None:
+    """Qwen's values have biases, which a head of zeros hands on; what reads them has none."""
+    import transformers
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    config = transformers.Qwen2Config(**shape, num_key_value_heads=4, vocab_size=40, max_position_embeddings=16)
+    model: Any = transformers.Qwen2ForCausalLM(config).eval()
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight[:8] = 0
+        attention.v_proj.bias[:4] = 1.0
+    inputs = {"input_ids": torch.randint(2, 40, (2, 6))}
+    result = shrink(model, inputs)
+    assert set(result.removed.values()) == {(4, 5, 6, 7)}, "the head that is 0 goes, the other stays"
+    assert result.model.model.layers[0].self_attn.o_proj.bias is None
+    torch.testing.assert_close(answer(result.model, inputs), answer(model, inputs), rtol=1e-5, atol=1e-6)

@@ -180,6 +180,66 @@ def test_a_unit_that_only_seems_constant_stays() -> None:
     torch.testing.assert_close(result.model(opened), model(opened))
 
 
+class Joined(nn.Module):
+    """A hidden layer whose way to the next one something else may join."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.gate = kind, nn.Linear(6, 1)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = F.gelu(self.one(x))
+        if self.kind == "mask":
+            return self.two(hidden * mask[..., None])
+        if self.kind == "filled":
+            return self.two(hidden.masked_fill(mask[..., None] == 0, 0))
+        if self.kind == "sum":
+            return self.two(hidden.sum(1))
+        if self.kind == "threshold":
+            return self.two(hidden * (x[..., :1] > -4))
+        if self.kind == "written":
+            hidden[:, :1][mask[:, :1] == 0] = 7.0
+            return self.two(hidden)
+        if self.kind == "gate":
+            return self.two(hidden * F.hardsigmoid(self.gate(x)))
+        return self.two(F.dropout(hidden.tanh() * 2 + 1, 0.5, self.training).transpose(1, 2).mean(-1))
+
+
+@pytest.mark.parametrize("kind", ["mask", "filled", "sum", "threshold", "written", "gate", "none"])
+def test_a_constant_stays_where_something_else_joins_on_the_way(kind: str) -> None:
+    """Also if it changes nothing for the example: another mask, another length, another range may come."""
+    model = Joined(kind).eval()
+    with torch.no_grad():
+        model.gate.bias.fill_(30)
+        model.one.weight[:3] = 0
+        model.one.bias[:3] = 2
+    inputs = torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.long)
+    result = shrink(model, inputs)
+    assert result.removed == ({"one": (0, 1, 2)} if kind == "none" else {})
+    others = torch.randn(2, 9, 6) * 100, torch.randint(0, 2, (2, 9))
+    torch.testing.assert_close(result.model(*others), model(*others))
+
+
+def test_a_border_in_the_middle_keeps_its_constants() -> None:
+    """A depthwise convolution that pads makes of a constant what an average over another size shows."""
+    for bias, padding, gone in ((1.0, 1, {}), (1.0, 0, {"0": (1,)}), (0.0, 1, {})):
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 1),
+            nn.Conv2d(4, 4, 3, padding=padding, groups=4),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        )
+        with torch.no_grad():
+            model[0].weight[1] = 0
+            model[0].bias[1] = bias
+        result = shrink(model, torch.randn(2, 2, 8, 8))
+        assert result.removed == gone
+        inputs = torch.randn(2, 2, 5, 5)
+        torch.testing.assert_close(result.model(inputs), model(inputs))
+
+
 def test_a_depthwise_filter_of_zeros_makes_its_channel_constant() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 2, 1)
