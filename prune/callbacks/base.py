@@ -92,8 +92,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
 
     @final
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the policy go on, if there was an update."""
-        if trainer.global_step > self._seen:
+        """Let the policy go on, if there was an update or the epoch ends without one."""
+        if trainer.global_step > self._seen or trainer.is_last_batch:
             self._seen = trainer.global_step
             done = 1.0 if trainer.is_last_batch else (batch_idx + 1) / trainer.num_training_batches
             self.policy.after_step(_moment(trainer, done))

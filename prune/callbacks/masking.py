@@ -1,5 +1,6 @@
 """The policies as callbacks, in either Lightning namespace."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import final
@@ -21,7 +22,8 @@ from workbench.duration import Duration
 class KeepMasked(Sparsifying):
     """Trains under a fixed mask: pruned weights are zero before the first step and after every one.
 
-    What is resumed under another mask than it was trained under is refused.
+    What is resumed under another mask of the same weights than it was trained under is refused. Several may keep
+    several parts of a network.
 
     Args:
         masks: Parameter name of the module's ``network`` (or of the module itself, if it has none) -> bool tensor; or
@@ -32,7 +34,9 @@ class KeepMasked(Sparsifying):
     """
 
     def __init__(self, masks: Masks | Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
-        super().__init__(Fixed(masks_of(masks)), log=False)
+        given = masks_of(masks)
+        names = hashlib.sha256("\n".join(sorted(given)).encode()).hexdigest()
+        super().__init__(Fixed(given), log=False, part=f", {len(given)} weights {names[:8]}")
 
 
 @final

@@ -248,6 +248,25 @@ def test_prunes_what_is_stepped_by_hand(namespace: Any, clip: float | None) -> N
     assert watch.alive == [TOTAL] * 3 + [whole] * 4 + [part] * 9
 
 
+def test_an_epoch_may_end_without_an_update() -> None:
+    """Of eight batches the third and sixth step; a time in epochs comes nevertheless."""
+
+    class Sometimes(type(theirs())):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if batch_idx in (2, 5):
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    callback = GradualPruning(0.3, "0ep", "2ep", "1ep")
+    fit(Sometimes(), callback, watch := Watch(callback), max_epochs=2)
+    assert [mask.density for mask in watch.masks] == [kept(TOTAL, cubic(0.5, 0.3)) / TOTAL, kept(TOTAL, 0.3) / TOTAL]
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @BOTH

@@ -201,6 +201,8 @@ def test_parts_of_a_network_may_have_their_own() -> None:
     with pytest.raises(ValueError, match=r"'0\.weight' is pruned by a Gradual and a Fixed at once"):
         fit(theirs(), GradualPruning(0.5, "0it", "2it", "1it"), KeepMasked(masks()))
     fit(theirs(), KeepMasked(masks()), max_epochs=1)
+    fit(module := theirs(), *[KeepMasked({name: mask}) for name, mask in masks().items()], max_epochs=1)
+    assert masks().obeyed_by(module.network)
 
 
 @pytest.mark.parametrize("where", ["hook", "instance"])
