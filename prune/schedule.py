@@ -14,7 +14,7 @@ def check_density(density: float) -> Fraction:
     Raises:
         ValueError: unless 0 < density <= 1.
     """
-    if not 0 < density <= 1:  # also refuses NaN
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:  # also refuses NaN
         raise ValueError(f"density is {density!r}: give the share of weights to keep, above 0 and at most 1")
     return Fraction(repr(float(density)))
 

@@ -130,6 +130,7 @@ def test_every_lazy_name_exists() -> None:
     import workbench
 
     for package in (distill, prune, workbench):
+        assert set(dir(package)) == set(package.__all__), "what is looked for by name is found"
         for name in package.__all__:
             assert getattr(package, name) is not None
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -42,7 +42,7 @@ def test_kept_never_grows_as_the_density_falls(total: int, a: float, b: float):
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_density_out_of_range(density: float):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        kept(10, density)
+        kept(10, density)  # type: ignore[arg-type]
 
 
 def test_negative_total():
@@ -145,3 +145,9 @@ def test_a_way_out_of_range(way: Way):
         way(0.5, 0.5, 0.2)
     with pytest.raises(ValueError, match="density is 0"):
         way(0.5, 0, 1.0)
+
+
+@pytest.mark.parametrize("density", ["0.1", None, True, [0.1]])
+def test_a_density_that_is_no_number_is_refused(density: object) -> None:
+    with pytest.raises(ValueError, match=r"density is .*: give the share of weights to keep"):
+        kept(10, density)  # type: ignore[arg-type]

@@ -230,7 +230,8 @@ def _value_axis(axes: Axes, measured: Metric) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 1.02) if measured.share else high)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value) if measured.share else f"{value:.4g}"))
+    scale, unit = (100, "%") if measured.share else (1, "")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.4g}{unit}"))
 
 
 def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:

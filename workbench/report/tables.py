@@ -287,7 +287,8 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 def _known_seeds(rows: Sequence[Row]) -> set[int | None]:
     """Seeds of the stages; one that drew no random number, such as an export, has none to record."""
-    return {row.stage.seed for row in rows if row.stage.seed is not None or not row.stage.exports}
+    drawn = (row.stage for row in rows if not (row.stage.exports or row.stage.job == "shrink"))
+    return {stage.seed for stage in drawn} | {row.stage.seed for row in rows} - {None}
 
 
 def _list(seeds: set[int | None]) -> str:
