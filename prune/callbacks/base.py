@@ -3,13 +3,17 @@
 import math
 import warnings
 from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from pytorch_lightning import Callback as OtherCallback
 from pytorch_lightning.callbacks import StochasticWeightAveraging as OtherSWA
 from torch import nn
+from torch.amp.grad_scaler import OptState
 from torch.optim.swa_utils import AveragedModel
 
 from prune.criteria import Criterion
@@ -39,7 +43,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
 
     Raises:
         ValueError: When training starts, if masks do not fit, ranks hold different ones, two callbacks prune the same
-            weight, the strategy hides the weights from the optimizer's hooks, or training is too short.
+            weight, the strategy hides the weights from the optimizer's hooks, training is too short, or a criterion
+            wants the loss of a module that steps by hand.
 
     Warns:
         UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name; when it
@@ -88,7 +93,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         """Let the policy look at the gradients; then keep those of pruned weights out of the norm, clipped next."""
         if self.policy.leads(optimizer):
             done = trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
-            self.policy.before_step(_moment(trainer, done), self._clips and pl_module.automatic_optimization)
+            with _unscaled(trainer, self.policy.reads_gradients):
+                self.policy.before_step(_moment(trainer, done), self._clips and pl_module.automatic_optimization)
 
     @final
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -136,6 +142,28 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
 
 def _moment(trainer: Any, done: float) -> Moment:
     return Moment(trainer.global_step, trainer.current_epoch + done)
+
+
+@contextmanager
+def _unscaled(trainer: Any, wanted: bool) -> Iterator[None]:
+    """Inside, no gradient is multiplied by the scale of half precision, if that is ``wanted``.
+
+    Those of an optimizer that unscales them itself, as fused ones do, still are; so are those of optimizers whose turn
+    comes later.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if not wanted or scaler is None or not scaler.is_enabled():
+        yield
+        return
+    states, scale = scaler._per_optimizer_states, scaler.get_scale()
+    scaled = [each for each in trainer.optimizers if states[id(each)]["stage"] is OptState.READY]
+    held = {id(p): p.grad for each in scaled for group in each.param_groups for p in group["params"]}
+    grads = [grad for grad in held.values() if grad is not None]
+    if grads:  # the scale is a power of two: nothing is rounded
+        torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
+    yield
+    if grads:
+        torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _clips(trainer: Any, pl_module: Any) -> bool:

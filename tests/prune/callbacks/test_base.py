@@ -1,7 +1,9 @@
 """What every callback has of its base: all of them in every kind of training."""
 
+import contextlib
 import copy
 import csv
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +14,28 @@ import lightning.pytorch as lp
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from prune import DynamicSparsity, GradualPruning, KeepMasked, Pruner
+from prune import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.schedule import kept
-from tests.prune.trainings import ADAMW, BOTH, QUIET, TOTAL, Watch, adversaries, alive, data, fit, masks, net, theirs
+from tests.prune.trainings import (
+    ADAMW,
+    BOTH,
+    QUIET,
+    SGD,
+    TOTAL,
+    Watch,
+    adversaries,
+    alive,
+    data,
+    fit,
+    masks,
+    net,
+    theirs,
+)
 from tests.together import together
 from workbench import artifact
 from workbench.models import MLP
@@ -77,6 +93,70 @@ def test_two_optimizers_stepped_by_hand(name: str, clip: float | None) -> None:
     assert callback.masks.density == kept(TOTAL, density) / TOTAL
     if name == "rigl":
         assert callback.masks != DynamicSparsity(0.3, "0it", "14it", "3it").policy.pruner(net(), 0.3)
+
+
+class Parts(lp.LightningModule):
+    """Stepped by hand, one optimizer for each layer."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.network, self.fused, self.automatic_optimization = net(), fused, False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for optimizer in self.optimizers():
+            self.zero_grad()
+            loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        layers = [layer for layer in self.network if next(layer.parameters(), None) is not None]
+        return [torch.optim.SGD(layer.parameters(), 0.1, fused=self.fused) for layer in layers], []
+
+
+class Scores(lp.Callback):
+    """After every batch."""
+
+    def __init__(self, of: Any) -> None:
+        self.of, self.seen = of, []  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append({name: score.tolist() for name, score in self.of.policy.state_dict()["scores"].items()})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_scores_do_not_depend_on_the_scale_of_half_precision(several: bool, fused: bool) -> None:
+    """Which grows: unscaled, scores of late updates would outweigh the others. Nor does what is trained."""
+    found = []
+    for growth in (None, 2):
+        callback = GradualPruning(0.3, "0it", "16it", "8it", Pruner("movement"))
+        module: Any = Parts(fused) if several else theirs(optimizer=functools.partial(SGD, fused=fused))
+        options: dict[str, Any] = {}
+        if growth:
+            scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=growth)
+            plugin = lp.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+            plugin.forward_context = contextlib.nullcontext  # type: ignore[method-assign]
+            options = {"plugins": [plugin]}
+        fit(module, callback, scores := Scores(callback), max_epochs=2, **options)
+        found.append((scores.seen, callback.masks, weights(module)))
+    assert found[0][0][3]["0.weight"]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "snip"])
+def test_a_loss_that_would_step_the_optimizers_is_not_asked_for(criterion: str) -> None:
+    """At once, not when it is time to prune; scores that training sums up need none."""
+    late = GradualPruning(0.3, "1ep", "2ep", "1ep", Pruner(criterion))
+    ticket = LotteryTicket(levels=1, rewind="0it", pruner=Pruner(criterion))
+    for callback in (ticket, late) if criterion == "grasp" else (ticket,):
+        module = Parts(False)
+        with pytest.raises(
+            ValueError, match=f"Parts steps its optimizers in training_step, which criterion '{criterion}'"
+        ):
+            fit(module, callback)
+        assert weights(module) == weights(Parts(False))
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
