@@ -44,7 +44,8 @@ def _arguments(stage: Stage) -> Iterator[str]:
     for parameter in stage.job.parameters:
         head = f"  --{stage.name}.{parameter.name} {metavar(parameter.annotation)}"
         value = _value(stage, parameter)
-        yield f"{head}  ({value})" if value else head
+        line = f"{head}  ({value})" if value else head
+        yield line if len(line) <= _width() else _wrapped(line.replace(",", ", "), "  ", " " * 8)
         if parameter.description:
             yield _wrapped(parameter.description, " " * 6, " " * 6)
 
@@ -102,8 +103,10 @@ def _name(node: ast.expr) -> str:
     )
 
 
+def _width() -> int:
+    return max(min(shutil.get_terminal_size().columns, _WIDEST), 40)
+
+
 def _wrapped(text: str, first: str = "", later: str = "") -> str:
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
-    return textwrap.fill(
-        " ".join(text.split()), max(width, 40), initial_indent=first, subsequent_indent=later, break_long_words=False
-    )
+    words = " ".join(text.split())
+    return textwrap.fill(words, _width(), initial_indent=first, subsequent_indent=later, break_long_words=False)

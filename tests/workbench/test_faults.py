@@ -245,7 +245,8 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
         "hunt",
         {"criterion": "magnitud"},
         "criterion",
-        "is 'magnitud': expected 'magnitude' or 'random'; did you mean 'magnitude'?",
+        "is 'magnitud': expected 'magnitude' or 'random' or 'snip' or 'grasp' or 'synflow' or 'taylor' or 'movement' "
+        "or 'wanda'; did you mean 'magnitude'?",
     ),
     ("hunt", {"include": "a"}, "include", "is 'a': expected list[str] or null"),
     (
