@@ -20,7 +20,8 @@ from prune.criteria import Criterion
 from prune.evidence import evidence
 from prune.masks import Masks
 from prune.policies import Moment, Policy
-from prune.policies.base import bare, densities
+from prune.policies.base import densities
+from prune.policies.holders import bare
 from workbench.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
@@ -50,6 +51,8 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name; when it
             ends before the policy's aim was reached.
     """
+
+    made_of_settings = True  # recipes make one when they are checked, and not only when its stage starts
 
     def __init__(self, policy: Policy, log: bool = True, part: str = "", batches: int = 16) -> None:
         self.policy, self._log, self._part, self._batches = policy, log, part, batches

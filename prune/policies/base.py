@@ -1,8 +1,6 @@
 """What every policy has: a model and optimizers it is attached to, masks in force, and moments it is told of."""
 
 import math
-import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
@@ -10,19 +8,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from prune.criteria import Criterion
 from prune.keeping import Handle, multiplying, some, unwrapped
 from prune.masks import Masks
+from prune.policies.asking import Evidence, check_frozen, shown
+from prune.policies.holders import bare, claim, leading, release, skipped
 from prune.policies.moments import START, Moment
 from prune.pruner import Pruner
 from prune.storage import local, owners, summed
 from workbench.bits import pack, unpack
 from workbench.duration import Duration
 from workbench.ranks import everyone, world
-
-Evidence = Callable[[Criterion], Mapping[str, Any]]
 
 
 class Policy(ABC):
@@ -159,14 +155,14 @@ class Policy(ABC):
                 raise ValueError(
                     f"{some(frozen)}: frozen, so this {type(self).__name__} finds no gradient there; exclude it"
                 )
-            self._claim()
+            claim(self, self._weights)
             hooks = [optimizer.register_step_post_hook(self._mask_weights) for optimizer in self._optimizers]
             self._hooks = Handle([hook.remove for hook in hooks])
             if taken_up and self.masks is not None:
                 self._enforce(self.masks, anew=False)
             self._begin(moment, taken_up)
             self._restored = False
-            self._lead = self._leading()
+            self._lead = leading(self._optimizers, self._weights)
         except BaseException:
             self.detach()
             raise
@@ -209,9 +205,7 @@ class Policy(ABC):
         for handle in (self._hooks, self._driver):
             if handle is not None:
                 handle.remove()
-        for weight in self._weights.values():
-            if _OWNERS.get(id(weight)) is self:
-                del _OWNERS[id(weight)]
+        release(self, self._weights)
         self._free()
 
     @final
@@ -263,7 +257,7 @@ class Policy(ABC):
 
         def after(stepped: Any, *_: Any) -> None:
             nonlocal done
-            if not _skipped(stepped):
+            if not skipped(stepped):
                 done += 1
                 self.after_step(moment())
 
@@ -314,30 +308,8 @@ class Policy(ABC):
     @final
     def _check_pruner(self, pruner: Pruner) -> None:
         """Make sure before training that it can be asked later; say which frozen weights it will prune."""
-        frozen = [name for name, weight in self._weights.items() if not weight.requires_grad]
-        if frozen and pruner.criterion.needs_loss:
-            raise ValueError(
-                f"{some(frozen)}: frozen, so criterion '{pruner.criterion.name}' finds no gradient there; exclude it"
-            )
-        if frozen and not pruner.include:
-            warnings.warn(
-                f"{some(frozen)}: frozen, and pruned like the others, which no training makes up for: exclude it, or "
-                "name it in include",
-                stacklevel=4,
-            )
-        self._shown(pruner.criterion)
-
-    @final
-    def _shown(self, criterion: Criterion) -> Mapping[str, Any]:
-        if not criterion.needs_loader:
-            return {}
-        if self._evidence is None:
-            raise ValueError(
-                f"criterion '{criterion.name}' looks at data, and this {type(self).__name__} is shown none: attach it "
-                "with evidence=lambda criterion: {'loader': batches, 'loss': loss}, or prune once before, with "
-                "Pruner(...)(model, density, loader=..., loss=...), and train under these masks"
-            )
-        return self._evidence(criterion)
+        check_frozen(pruner, self._weights)
+        shown(pruner.criterion, self._evidence)
 
     @final
     def _choose(self, pruner: Pruner, density: float, scores: Mapping[str, Tensor] | None = None) -> Masks:
@@ -345,7 +317,7 @@ class Policy(ABC):
         assert self._model is not None, "attached"
         if scores is not None:
             return pruner(self._model, density, self.masks, scores=scores)
-        return pruner(self._model, density, self.masks, **self._shown(pruner.criterion))
+        return pruner(self._model, density, self.masks, **shown(pruner.criterion, self._evidence))
 
     @final
     def _enforce(self, masks: Masks, anew: bool = True) -> None:
@@ -392,44 +364,11 @@ class Policy(ABC):
         if self._multiply is not None:
             self._multiply()
 
-    def _leading(self) -> Optimizer:
-        weights = {id(weight) for weight in self._weights.values()}
-        for optimizer in self._optimizers:
-            if any(id(held) in weights for group in optimizer.param_groups for held in group["params"]):
-                return optimizer
-        raise ValueError(
-            f"no optimizer holds a weight that this {type(self).__name__} prunes, such as {some(self._weights)}: "
-            "give the optimizer that trains this model"
-        )
-
-    def _claim(self) -> None:
-        for name, weight in self._weights.items():
-            owner = _OWNERS.setdefault(id(weight), self)
-            if owner is not self:
-                raise ValueError(
-                    f"'{name}' is pruned by a {type(owner).__name__} and a {type(self).__name__} at once: let one of "
-                    "them leave it out (include, exclude), or end the other first"
-                )
-
-
-_OWNERS: "weakref.WeakValueDictionary[int, Policy]" = weakref.WeakValueDictionary()
-
 
 def densities(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
     """``density``, kept over total, and ``density/<parameter>``; 1 where there is nothing to count."""
     layers = {f"density/{name}": kept / total for name, (kept, total) in counts.items()}
     return {"density": sum(kept for kept, _ in counts.values()) / (sum(t for _, t in counts.values()) or 1), **layers}
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """``model`` without wrappers that put something before the names of its parameters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # of torch.compile
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _check_alike(masks: Masks) -> None:
@@ -438,9 +377,3 @@ def _check_alike(masks: Masks) -> None:
     hashes = everyone(masks.hash())
     if len(set(hashes)) > 1:
         raise ValueError(f"ranks hold different masks, by rank {[each[:12] for each in hashes]}: share one mask")
-
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler lets a fused optimizer's step do nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)

@@ -1,0 +1,68 @@
+"""Who holds the weights that are decided about: wrappers of the model, optimizers, and no more than one policy."""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from prune.keeping import some
+
+_OWNERS: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+
+def claim(policy: Any, weights: Mapping[str, nn.Parameter]) -> None:
+    """From now on ``policy`` alone decides about these.
+
+    Raises:
+        ValueError: If another one does.
+    """
+    for name, weight in weights.items():
+        owner = _OWNERS.setdefault(id(weight), policy)
+        if owner is not policy:
+            raise ValueError(
+                f"'{name}' is pruned by a {type(owner).__name__} and a {type(policy).__name__} at once: let one of "
+                "them leave it out (include, exclude), or end the other first"
+            )
+
+
+def release(policy: Any, weights: Mapping[str, nn.Parameter]) -> None:
+    """Let others decide about those of the weights that are ``policy``'s."""
+    for weight in weights.values():
+        if _OWNERS.get(id(weight)) is policy:
+            del _OWNERS[id(weight)]
+
+
+def leading(optimizers: Iterable[Optimizer], weights: Mapping[str, nn.Parameter]) -> Optimizer:
+    """The first that holds one of the weights.
+
+    Raises:
+        ValueError: If none does.
+    """
+    known = {id(weight) for weight in weights.values()}
+    for optimizer in optimizers:
+        if any(id(held) in known for group in optimizer.param_groups for held in group["params"]):
+            return optimizer
+    raise ValueError(
+        f"no optimizer holds a weight that is to be pruned, such as {some(weights)}: give the optimizer that trains "
+        "this model"
+    )
+
+
+def skipped(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler lets a fused optimizer's step do nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` without wrappers that put something before the names of its parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
