@@ -15,7 +15,7 @@ from prune.policies.asking import Evidence, check_frozen, shown
 from prune.policies.holders import bare, claim, leading, release, skipped
 from prune.policies.moments import START, Moment
 from prune.pruner import Pruner
-from prune.storage import local, owners, summed
+from prune.storage import local, owners, shard, summed
 from workbench.bits import pack, unpack
 from workbench.duration import Duration
 from workbench.ranks import everyone, world
@@ -338,13 +338,16 @@ class Policy(ABC):
         self.masks = masks
 
     @final
-    def _gradients(self) -> dict[str, Tensor]:
+    def _gradients(self, dead: bool = True) -> dict[str, Tensor]:
         """Those of the weights decided about, where there is one; none if one is not finite, so that the step is void.
 
-        Those that a fused optimizer is still to unscale are unscaled.
+        Those that a fused optimizer is still to unscale are unscaled. Without ``dead`` those of pruned weights may be
+        anything, as that of sqrt|w| at 0 is.
         """
         grads = {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
-        odd = [summed(local(grad).isfinite().logical_not().sum(), owners(grad)) for grad in grads.values()]
+        looked_at = {} if dead or self.masks is None else {n: shard(self.masks[n], grad) for n, grad in grads.items()}
+        bad = {n: local(grad).isfinite().logical_not() & looked_at.get(n, True) for n, grad in grads.items()}
+        odd = [summed(bad[name].sum(), owners(grad)) for name, grad in grads.items()]
         if odd and bool(torch.stack([count.to(odd[0].device) for count in odd]).any()):
             self._looked = False
             return {}

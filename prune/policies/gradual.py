@@ -98,9 +98,11 @@ class Gradual(Policy):
     def _observe(self, moment: Moment) -> None:
         if self._online is None or self._target <= self.density:
             return
-        for name, grad in self._gradients().items():
+        for name, grad in self._gradients(dead=False).items():
             weight = self._weights[name]
             added = self._online(local(weight), local(grad))
+            if self.masks is not None:
+                added = added.masked_fill(~shard(self.masks[name], weight), 0)
             self._scores[name] = self._scores[name] + added if name in self._scores else added
 
     def _advance(self, moment: Moment) -> None:

@@ -357,6 +357,25 @@ def test_scores_are_summed_over_all_updates(name: str) -> None:
     assert not policy.state_dict()["scores"]
 
 
+@pytest.mark.parametrize("name", ["magnitude", "movement"])
+def test_a_penalty_without_a_gradient_at_0_prunes_on(name: str) -> None:
+    """That of sqrt|w| is NaN there, which neither weights nor scores keep."""
+    model, policy = net(), Gradual(0.2, "2it", "9it", "2it", Pruner(name))
+    optimizer = ADAMW(model.parameters())
+    with policy.follow(model, optimizer):
+        for index in range(12):
+            grads(model, index)
+            (1e-3 * sum(layer.weight.abs().sqrt().sum() for layer in (model[0], model[2]))).backward()  # type: ignore[union-attr]
+            before = policy.state_dict()["scores"]
+            optimizer.step()
+            assert policy.masks is None or policy.masks.obeyed_by(model)
+            if name == "movement" and 0 < index < 8:
+                scores = policy.state_dict()["scores"]
+                assert all(score.isfinite().all() and not torch.equal(score, before[n]) for n, score in scores.items())
+    assert alive(model) == kept(TOTAL, 0.2)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_criteria_that_training_does_not_feed_want_to_be_shown_data_at_once() -> None:
     refused = [name for name, criterion in CRITERIA.items() if criterion.needs_loader and criterion.online is None]
     assert {"grasp", "synflow", "wanda"} <= set(refused)
