@@ -63,7 +63,8 @@ class GradualPruning(Driving):
             in training, if a density cannot be met.
 
     Warns:
-        UserWarning: By name, if a layer collapses; when training ends, if it did before ``end``.
+        UserWarning: By name, if a layer collapses, or frozen weights are pruned that ``include`` does not name; when
+            training ends, if it did before ``end``.
 
     Reference: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, section 3.
     """
