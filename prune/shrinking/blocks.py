@@ -45,7 +45,7 @@ def _heads(layer: Layer) -> Units:
     counts = {
         (_path(layer, holder), name): amount
         for name in (*HEADS, *WIDTHS)
-        if type(getattr(module, name, None)) is int and (amount := amounts.get(name, per_unit // width))
+        if type(vars(module).get(name)) is int and (amount := amounts.get(name, per_unit // width))
     }
     return Units(_path(layer, inputs[0]), tuple(slots), counts)
 

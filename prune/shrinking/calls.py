@@ -1,7 +1,8 @@
 """What a network is called with, and what it answers."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -67,13 +68,36 @@ class Call:
 
         return self._each(draw)
 
+    def others(self) -> "list[Call]":
+        """Calls further away, which a model may refuse: another range, other flags, half as long or as large."""
+        random = torch.Generator().manual_seed(1)
+
+        def far(value: Tensor) -> Tensor:
+            if value.is_floating_point():
+                return -100 * value
+            if not value.numel() or value.is_complex() or int(value.max()) - int(value.min()) > 1 or value.max() > 1:
+                return value
+            flips = (torch.rand(value.shape, generator=random) < 0.5).to(value.device)
+            return torch.where(flips, 1 - value.to(torch.int8), value).to(value.dtype)
+
+        def halved(value: Tensor, dims: range) -> Tensor:
+            for dim in dims:
+                value = value.narrow(dim, 0, (value.shape[dim] + 1) // 2)
+            return value
+
+        return [
+            self._each(far),
+            self._each(lambda value: halved(value, range(1, min(2, value.dim())))),
+            self._each(lambda value: halved(value, range(2, value.dim()))),
+        ]
+
     def run(self, model: nn.Module) -> Any:
         """What ``model`` returns."""
         return model(*self.args, **self.kwargs)
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        """The floating-point tensors that ``model`` returns, in order."""
+        """The tensors and numbers that ``model`` returns, in order."""
         return list(tensors_of(self.run(model)))
 
     def _each(self, change: Any) -> "Call":
@@ -84,53 +108,118 @@ class Call:
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a model returned; a cache of keys and values does not count as returned."""
+    """The tensors and numbers in what a model returned; a cache of keys and values does not count as returned.
+
+    Raises:
+        ValueError: if there is something that cannot be looked into.
+    """
     if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
+        yield output
+    elif isinstance(output, (bool, int, float)):
+        yield torch.tensor(output, dtype=torch.float64 if isinstance(output, float) else None)
     elif isinstance(output, Mapping):
         for value in output.values():
             yield from tensors_of(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from tensors_of(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from tensors_of(getattr(output, field.name))
+    elif not (output is None or isinstance(output, str) or any(c.__name__ == "Cache" for c in type(output).__mro__)):
+        raise ValueError(
+            f"the model returns {type(output).__name__}, which cannot be compared: let it return tensors, in tuples, "
+            "lists, mappings or dataclasses"
+        )
 
 
 def answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """All floating-point outputs, one call after the other.
+    """All outputs, one call after the other.
 
     Raises:
-        ValueError: if the model cannot be called so, or returns no such tensor.
+        ValueError: if the model cannot be called so, or returns no floating-point tensor.
     """
     try:
         found = [value for call in calls for value in call.outputs(model)]
     except Exception as error:  # whatever a forward pass does with arguments it does not expect
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{type(model).__name__} cannot be called with example_inputs ({type(error).__name__}: {reason}): give "
-            "what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments"
+            f"{type(model).__name__} cannot be called with example_inputs ({type(error).__name__}: {_reason(error)}): "
+            "give what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments"
         ) from error
-    if not found:
+    if not any(value.is_floating_point() for value in found):
         raise ValueError(f"{type(model).__name__} returns no floating-point tensor, by which it could be compared")
     return found
 
 
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference of two answers; infinite if they have not the same shapes."""
+def wide_answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """The same of a model in float64 that can be called so in its own type.
+
+    Raises:
+        ValueError: if it cannot be called in float64.
+    """
+    try:
+        return answers(model, calls)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called in float64, in which it is checked "
+            f"({_reason(error.__cause__ or error)}): it makes tensors of a fixed type inside, as by x.float() or "
+            "torch.zeros(n): let it make them of the type of its weights, as by x.to(self.layer.weight.dtype)"
+        ) from error
+
+
+def usable(model: nn.Module, call: Call) -> bool:
+    """Whether the model can be called so, and answers with finite numbers."""
+    try:
+        return all(bool(value.isfinite().all()) for value in call.outputs(model))
+    except Exception:  # whatever a forward pass does with arguments it does not expect
+        return False
+
+
+def trains(model: nn.Module, call: Call) -> bool:
+    """Whether the model can be called so in training mode; it is not changed."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        try:
+            call.outputs(copy.deepcopy(model).train())
+        except Exception:  # whatever a forward pass does with arguments it does not expect
+            return False
+    return True
+
+
+def differences(one: list[Tensor], other: list[Tensor]) -> list[float]:
+    """The largest difference of every two outputs; infinite if they are not alike in shape, or exact ones differ."""
     if [value.shape for value in one] != [value.shape for value in other]:
-        return float("inf")
-    largest = 0.0
+        return [float("inf")] * len(one)
+    found = []
     for a, b in zip(one, other):
+        if not a.is_floating_point():
+            found.append(0.0 if torch.equal(a, b) else float("inf"))
+            continue
         # Infinities and NaNs in the same places are no difference.
         apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a.double() - b.double()).abs())
-        largest = max(largest, float(apart.nan_to_num(float("inf")).max()) if apart.numel() else 0.0)
-    return largest
+        found.append(float(apart.nan_to_num(float("inf")).max()) if apart.numel() else 0.0)
+    return found
 
 
-def rounding(answers: list[Tensor], eps: float) -> float:
-    """The largest difference that counts as rounding: 1024 eps of the largest value in the answers, or of 1e-3."""
-    largest = (float(value.abs().nan_to_num(0, 0, 0).max()) for value in answers if value.numel())
-    return 1024 * eps * max(*largest, 1e-3, 0)
+def rounding(answers: list[Tensor], eps: float) -> list[float]:
+    """Of every output the difference that counts as rounding: 1024 eps of its largest value, but 1e-3 at most."""
+    return [min(1024 * eps, 1e-3) * largest(value) for value in answers]
+
+
+def largest(value: Tensor) -> float:
+    """The largest finite magnitude in a floating-point tensor, 1e-6 at least; 0 of any other."""
+    if not value.is_floating_point():
+        return 0.0
+    return max(1e-6, float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0)
+
+
+def alike(one: list[Tensor], other: list[Tensor], allowed: list[float]) -> bool:
+    """Whether no two outputs differ by more than is allowed."""
+    return all(apart <= most for apart, most in zip(differences(one, other), allowed))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class Coarsest(TorchFunctionMode):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune.shrinking.calls import Call, answers, difference, rounding
+from prune.shrinking.calls import Call, alike, answers, rounding
 from prune.shrinking.graph import find_units
 from prune.shrinking.probe import scrambled, zero_columns
 from prune.shrinking.surgery import cut, going
@@ -76,11 +76,13 @@ def _independent(model: nn.Module, groups: list[Units], calls: Sequence[Call]) -
             for slot in units.read:
                 zero_columns(deaf, slot, which)
         expected = answers(deaf, calls)
-        allowed = rounding(expected, max(torch.finfo(value.dtype).eps for value in expected))
+        allowed = rounding(
+            expected, max(torch.finfo(value.dtype).eps for value in expected if value.is_floating_point())
+        )
         try:
             other = answers(scrambled(deaf, chosen), calls)
             cut(deaf, going(chosen), {})
-            return difference(expected, other) <= allowed and difference(expected, answers(deaf, calls)) <= allowed
+            return alike(expected, other, allowed) and alike(expected, answers(deaf, calls), allowed)
         except ValueError:  # whatever a forward pass says to shapes that it does not expect
             return False
 

@@ -17,7 +17,7 @@ from prune.shrinking.blocks import block_units
 from prune.shrinking.calls import Call, tensors_of
 from prune.shrinking.units import Side, Slot, Units
 from prune.storage import shared_memory
-from workbench.resize import axes, is_channelwise
+from workbench.resize import axes, is_channelwise, sizes
 
 
 def find_units(model: nn.Module, call: Call) -> list[Units]:
@@ -106,6 +106,8 @@ def _units_of(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Units |
             if not any(True for _ in module.parameters(recurse=False)):
                 continue
             return None
+        if max(item.idxs, default=0) >= _size(module, side):
+            return None  # something between layers, such as a pixel shuffle, numbers channels anew
         sides.setdefault((names[module], side), []).extend(zip(item.root_idxs, item.idxs))
         if isinstance(module, nn.GroupNorm):
             size = module.num_channels // module.num_groups
@@ -130,6 +132,13 @@ def _units_of(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Units |
         )
     slots.sort(key=lambda slot: slot.side != "outputs")
     return Units(slots[0].layer, tuple(slots)) if slots[0].side == "outputs" else None
+
+
+def _size(module: Any, side: Side) -> int:
+    """How many channels a layer has on a side."""
+    if (where := axes(module)) is not None:
+        return module.weight.shape[where[0] if side != "inputs" else where[1]]
+    return next(size for name, size in sizes(module).items() if name != "num_groups")
 
 
 def _united(roots: set[int], bundles: list[list[tuple[int, ...]]]) -> list[list[int]]:

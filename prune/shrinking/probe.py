@@ -25,7 +25,7 @@ def unread(model: nn.Module, units: Units) -> Tensor:
     return zero
 
 
-def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call]) -> list[Tensor]:
+def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call], folding: bool = True) -> list[Tensor]:
     """Which units have the same value everywhere, whatever the input, that every layer reading them can take over.
 
     Candidates are those of which some layer's rows are all zero, and of which nothing but layers of their own makes
@@ -33,6 +33,7 @@ def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call]) 
     every row that is not zero replaced by a random one, twice, of opposite signs but for norms: what is still the same
     does not depend on what comes before those zeros. A convolution that pads with zeros can only take over the value
     0, and so can a layer without a bias in a model of transformers, whose ``from_pretrained`` would lose a new one.
+    Without ``folding`` every layer only takes over the value 0.
 
     Returns:
         bool, [units], for each of ``groups``.
@@ -52,7 +53,7 @@ def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call]) 
     same = {}
     for layer, (low, high) in values.items():
         spread = torch.minimum(one[layer][0], other[layer][0]), torch.maximum(one[layer][1], other[layer][1])
-        own = _is_same(low, high) if _takes_any(model, layer) else (low == 0) & (high == 0)
+        own = _is_same(low, high) if folding and _takes_any(model, layer) else (low == 0) & (high == 0)
         same[layer] = own & _is_same(*spread)
     for units, found in asked:
         for slot in units.read:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -511,3 +512,79 @@ def test_what_cannot_be_traced_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Recurrent has something that its channels cannot be traced through"):
         shrink(Recurrent(), torch.randn(2, 7, 3))
+
+
+class Beheld(nn.Module):
+    """A hidden layer that is read by one more, in ways that are easily overlooked."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.one, self.two, self.aux = kind, nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.one(x)
+        if self.kind == "index":
+            return self.two(hidden), hidden.argmax(-1)
+        if self.kind == "aux":
+            return (self.two(hidden), self.aux(hidden)) if self.training else self.two(hidden)
+        if self.kind == "dataclass":
+            return Answer(self.two(hidden), hidden.sum(-1))
+        coarse = 0 * self.aux(x).to(torch.bfloat16).sum().to(x)
+        return self.two(hidden.softmax(-1)) + coarse
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    total: Tensor
+
+
+@pytest.mark.parametrize("kind", ["index", "aux", "dataclass", "coarse"])
+def test_what_is_looked_at_besides_stays(kind: str) -> None:
+    model = Beheld(kind)
+    with torch.no_grad():
+        model.two.weight[:, :3] = 0
+    result = shrink(model, inputs := torch.randn(4, 6))
+    assert result.removed == {}
+    result.model.train()(inputs)
+    if kind == "coarse":
+        assert shrink(model.bfloat16(), inputs.bfloat16()).removed == {}
+
+
+def test_outputs_that_cannot_be_looked_into_are_refused() -> None:
+    class Opaque(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return {"logits": super().forward(input), "rest": object()}
+
+    with pytest.raises(ValueError, match="returns object, which cannot be compared: let it return tensors"):
+        shrink(Opaque(3, 2), torch.randn(2, 3))
+
+
+def test_a_masked_bias_that_takes_over_a_constant_is_masked_no_longer() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[0].bias[:3] = 2
+        model[2].weight[2, :3] = 0
+    result = shrink(model, torch.randn(4, 6), {"2.bias": torch.tensor([True, False, False])})
+    assert result.masks is not None
+    assert result.masks["2.bias"].tolist() == [True, True, False]
+    assert result.masks.obeyed_by(result.model)
+
+
+def test_tensors_of_a_fixed_type_inside_are_named() -> None:
+    class Fixed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.float() / 255)
+
+    with pytest.raises(ValueError, match=r"cannot be called in float64.*fixed type inside, as by x\.float"):
+        shrink(Fixed(3, 2), torch.randint(0, 256, (2, 3), dtype=torch.uint8))
+
+
+def test_channels_numbered_anew_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[3].weight[:, 1] = 0
+    assert shrink(model, torch.randn(2, 3, 8, 8)).removed == {}
+    with pytest.raises(ValueError, match="no channel of Sequential"):
+        Coupled(torch.randn(2, 3, 8, 8)).layout(model, weights(model))
