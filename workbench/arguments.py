@@ -84,6 +84,12 @@ class Arguments:
                     self._parser.instantiate(Namespace({name: {part: item}}))
                 except ValueError as error:
                     raise recipe.error(faults.innermost(str(error)), stage.name, f"{name}.{part}") from error
+        for index, callback in enumerate(self._callbacks()):
+            try:
+                self._parser.instantiate(Namespace(trainer=Namespace(callbacks=[callback])))
+            except ValueError as error:
+                key = f"trainer.callbacks[{index}]"
+                raise recipe.error(faults.innermost(str(error)), stage.name, key) from error
         if self.seed is not None and self.seed not in _SEEDS:
             what = f"is {self.seed}: a seed is between 0 and {_SEEDS[-1]}"
             raise recipe.error(what, stage.name, "seed_everything")
@@ -94,6 +100,14 @@ class Arguments:
         if self.trains and not self._inherits and not set(_BUDGETS) & set(self._trainer):
             what = "has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}"
             raise recipe.error(what, stage.name, "trainer")
+
+    def _callbacks(self) -> Iterator[Any]:
+        """Those of the trainer's callbacks that are mere settings, so that they can be made to see whether they can."""
+        given = self._values["trainer"]["callbacks"] if self.trains else None
+        for callback in given if isinstance(given, list) else [given]:
+            path = callback.get("class_path") if isinstance(callback, Namespace) else None
+            if path and getattr(faults.resolved(path), "made_of_settings", False):
+                yield callback
 
     @property
     def members(self) -> tuple[str, ...]:

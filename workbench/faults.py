@@ -44,7 +44,7 @@ def explain(text: str, arguments: Mapping[str, Any], function: Callable[..., Any
         names = list(inspect.signature(Trainer).parameters)
         return f"trainer.{unknown[1]}", f"Lightning's Trainer has no such argument{nearest(unknown[1], names)}"
     for path, option in re.findall(r"class_path '([\w.]+)':\s+Option '([^']+)' is not accepted", text):
-        if dataclasses.is_dataclass(cls := _resolved(path)):
+        if dataclasses.is_dataclass(cls := resolved(path)):
             names = [field.name for field in dataclasses.fields(cls)]
             key = next(_keys(_at(arguments, blamed), option, blamed or ""), blamed)
             return key, f"{getattr(cls, '__name__', path)} has no such argument{nearest(option, names)}"
@@ -98,7 +98,7 @@ def _class_fault(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str
     if "." not in path:
         # The parser also knows classes by their bare names, of those that happen to be imported.
         return (key, f"no class '{path}' is known: give its full path, package.module.{path}") if path in text else None
-    cls = _resolved(path)
+    cls = resolved(path)
     if isinstance(cls, str):
         return f"{key}.class_path", cls
     if not callable(cls):
@@ -133,7 +133,7 @@ def _init_fault(
     return None
 
 
-def _resolved(path: str) -> Any:
+def resolved(path: str) -> Any:
     """What is at the dotted ``path``; text that says why nothing is."""
     module, _, name = path.rpartition(".")
     try:

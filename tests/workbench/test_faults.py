@@ -236,6 +236,22 @@ FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
         "checkpoint",
         "duration '3 epochs': write epochs as '3ep' or optimizer steps as '500it'",
     ),
+    (
+        "a callback's settings",
+        {
+            "trainer": {
+                "max_epochs": 1,
+                "callbacks": [
+                    {
+                        "class_path": "prune.GradualPruning",
+                        "init_args": {"density": 1.5, "begin": "0it", "end": "2it", "every": "1it"},
+                    }
+                ],
+            }
+        },
+        "trainer.callbacks[0]",
+        "density is 1.5: give the share of weights to keep, above 0 and at most 1",
+    ),
     ("seed", {"seed_everything": "x"}, "seed_everything", "is 'x': expected int"),
     ("seed out of range", {"seed_everything": -1}, "seed_everything", "is -1: a seed is between 0 and 4294967295"),
     ("null", {"seed_everything": None}, "seed_everything", "is null: expected int"),
