@@ -4,6 +4,7 @@ Torch only. A network that was shrunk keeps in ``model.resized`` which of its mo
 constructor gives them, ``{path: {attribute: size}}``; compact checkpoints note it, and loading resizes what was built.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,12 +107,14 @@ def resize(model: nn.Module, resized: Mapping[str, Any]) -> None:
             constructor does not make. It may come out of a file: nothing is allocated before it is checked.
 
     Raises:
-        ResizeError: If it is no such mapping, a module or attribute is missing, a size is not between 1 and what the
-            constructor made, or next to nothing of the module would be left.
+        ResizeError: If it is no such mapping, a module or attribute is missing or cannot be set, a size is not between
+            1 and what the constructor made, weights are tied to another module's, or next to nothing of the module
+            would be left.
     """
     if not is_resized(resized):
         raise ResizeError(f"resized is {str(resized)[:200]}: give {{module: {{attribute: size}}}}")
     before = _entries(model)
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, wanted in resized.items():
         try:
             module = model.get_submodule(path)
@@ -119,7 +122,11 @@ def resize(model: nn.Module, resized: Mapping[str, Any]) -> None:
             raise ResizeError(f"{type(model).__name__} has no module {path!r} to resize") from error
         own = sizes(module)
         if odd := [name for name in wanted if name not in own and not _may_add_bias(module, name)]:
-            raise ResizeError(f"{path} ({type(module).__name__}) has no size {odd[0]!r}: it has {', '.join(own)}")
+            raise ResizeError(
+                f"{path} ({type(module).__name__}) has no size {odd[0]!r}: it has {', '.join(own) or 'none'}"
+            )
+        if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+            raise ResizeError(f"{path} shares its weights with another module, which would not be resized with it")
         for name, size in wanted.items():
             if name != NEW_BIAS and not 1 <= size <= own[name]:
                 raise ResizeError(f"{name} of {path} is {size}: give 1 to {own[name]}, what the constructor makes")
@@ -150,6 +157,8 @@ def add_bias(module: nn.Module) -> nn.Parameter:
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.MultiheadAttention):
+        return ()
     for types, names in _NAMES:
         if isinstance(module, types):
             return names
@@ -165,8 +174,11 @@ def _may_add_bias(module: nn.Module, name: str) -> bool:
 def _set(module: nn.Module, wanted: Sizes, path: str) -> None:
     """Give ``module`` its sizes and tensors of the shapes that follow from them."""
     for name, size in wanted.items():
-        if name != NEW_BIAS:
-            setattr(module, name, size)
+        if name != NEW_BIAS and getattr(module, name) != size:
+            try:
+                setattr(module, name, size)
+            except AttributeError as error:
+                raise ResizeError(f"{name} of {path} ({type(module).__name__}) cannot be set") from error
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.GroupNorm)):
         groups = wanted.get("groups", wanted.get("num_groups", 1))
         if any(size % groups for name, size in wanted.items() if name.endswith("channels")):

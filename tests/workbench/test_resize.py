@@ -111,6 +111,22 @@ def test_channels_that_groups_do_not_divide_are_refused() -> None:
         resize(nn.Sequential(nn.GroupNorm(3, 6)), {"0": {"num_channels": 4}})
 
 
+class Derived(nn.Module):
+    num_heads = property(lambda self: 4)
+
+
+def test_what_cannot_be_resized_alone_is_refused() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    for model, wanted, said in (
+        (tied, {"out_features": 3}, "0 shares its weights with another module"),
+        (nn.Sequential(Derived()), {"num_heads": 2}, "num_heads of 0 .Derived. cannot be set"),
+        (nn.Sequential(nn.MultiheadAttention(16, 4)), {"num_heads": 2}, "has no size 'num_heads': it has none"),
+    ):
+        with pytest.raises(ResizeError, match=said):
+            resize(model, {"0": wanted})
+
+
 def resized_mlp() -> MLP:
     model = MLP(6, (8, 8), 3)
     sized = {"layers.0": {"out_features": 5}, "layers.2": {"in_features": 5}}
