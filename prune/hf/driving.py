@@ -188,12 +188,23 @@ def _evidence(args: TrainingArguments, loader: Any, batches: int) -> Callable[[C
     def shown(criterion: Criterion) -> dict[str, Any]:
         if not criterion.needs_loader:
             return {}
-        with same_random_state(args.seed):
-            plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
-            seen = {"loader": list(islice(plain, batches))}
+        plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
+        seen = {"loader": _First(plain, batches, args.seed)}
         return {**seen, "loss": _loss} if criterion.needs_loss else seen
 
     return shown
+
+
+class _First:
+    """The first batches of a loader, from a random state of their own, anew at every reading."""
+
+    def __init__(self, loader: DataLoader, batches: int, seed: int) -> None:
+        self.loader, self.batches, self.seed = loader, batches, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        with same_random_state(self.seed):
+            seen = list(islice(self.loader, self.batches))
+        yield from seen
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
