@@ -87,9 +87,7 @@ class Global:
         Raises:
             ValueError: if the floors together exceed the total, or ``within`` has less left than that total.
         """
-        sizes, left = _sizes(scores), _left(scores, within)
-        total = kept(sum(sizes.values()), density)
-        _check_total(total, density, left)
+        sizes, left, total = _asked(scores, density, within)
         floors = {name: min(self._floor_of(size, density), left[name]) for name, size in sizes.items()}
         if sum(floors.values()) > total:
             raise ValueError(
@@ -146,9 +144,7 @@ class Uniform:
             ValueError: if there are fewer places than layers, or ``within`` has less left in a layer than its
                 count.
         """
-        sizes, left = _sizes(scores), _left(scores, within)
-        total = kept(sum(sizes.values()), density)
-        _check_total(total, density, left)
+        sizes, left, total = _asked(scores, density, within)
         counts = _apportioned(sizes, total, density, sizes, sizes)
         _check_room(counts, left, density)
         return counts
@@ -288,9 +284,7 @@ def _erdos_renyi(
     """Counts where the density of a layer is in proportion to ``ends(shape) / prod(shape)``; a kernel multiplies both
     for :class:`ErdosRenyi`.
     """
-    sizes, left = _sizes(scores), _left(scores, within)
-    total = kept(sum(sizes.values()), density)
-    _check_total(total, density, left)
+    sizes, left, total = _asked(scores, density, within)
     lying = {key: [score.shape] for key, score in scores.items()} if shapes is None else shapes
     weights = {
         key: size * Fraction(sum(map(ends, lying[key])), sum(map(math.prod, lying[key]))) for key, size in sizes.items()
@@ -357,14 +351,20 @@ def _left(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> 
     return _sizes(scores) if within is None else {name: int(within[name].sum()) for name in scores}
 
 
-def _check_total(total: int, density: float, left: Mapping[str, int]) -> None:
+def _asked(
+    scores: Mapping[str, Tensor], density: float, within: Mapping[str, Tensor] | None
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Sizes, what is left of them in ``within``, and how many of all the density keeps, which must be there."""
+    sizes, left = _sizes(scores), _left(scores, within)
+    total, room = kept(sum(sizes.values()), density), sum(left.values())
     if total == 0:
-        raise ValueError(f"density {density} keeps none of {sum(left.values())}: raise it")
-    if total > (room := sum(left.values())):
+        raise ValueError(f"density {density} keeps none of {room}: raise it")
+    if total > room:
         raise ValueError(
             f"density {density} keeps {total}, but `within` has only {room} left, and what is pruned "
             "never comes back: give a density at most that of `within`"
         )
+    return sizes, left, total
 
 
 def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: float) -> None:

@@ -174,6 +174,12 @@ def arguments_of(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict
     return tuple(inputs[name] for name in names), {name: inputs[name] for name in inputs if name not in names}
 
 
+def arguments_for(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """As :func:`arguments_of`, floating ones in the network's own type."""
+    own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return arguments_of(_typed(inputs, next(own, torch.float32)))
+
+
 def _typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The inputs with floating-point ones in ``dtype``."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
@@ -192,8 +198,7 @@ def _outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """What the network answers to the inputs, in its own floating-point type; None without inputs."""
     if not inputs:
         return None
-    own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    args, kwargs = arguments_of(_typed(inputs, next(own, torch.float32)))
+    args, kwargs = arguments_for(network, inputs)
     return _tensor(network(*args, **kwargs))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from pytorch_lightning import Callback as OtherCallback
@@ -21,7 +20,7 @@ from prune.evidence import evidence
 from prune.masks import Masks
 from prune.policies import Moment, Policy
 from prune.policies.base import densities
-from prune.policies.holders import bare
+from prune.policies.holders import bare, scaled_back
 from workbench.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
@@ -158,15 +157,9 @@ def _unscaled(trainer: Any, wanted: bool) -> Iterator[None]:
     if not wanted or scaler is None or not scaler.is_enabled():
         yield
         return
-    states, scale = scaler._per_optimizer_states, scaler.get_scale()
-    scaled = [each for each in trainer.optimizers if states[id(each)]["stage"] is OptState.READY]
-    held = {id(p): p.grad for each in scaled for group in each.param_groups for p in group["params"]}
-    grads = [grad for grad in held.values() if grad is not None]
-    if grads:  # the scale is a power of two: nothing is rounded
-        torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-    yield
-    if grads:
-        torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+    states = scaler._per_optimizer_states
+    with scaled_back(scaler, [each for each in trainer.optimizers if states[id(each)]["stage"] is OptState.READY]):
+        yield
 
 
 def _clips(trainer: Any, pl_module: Any) -> bool:

@@ -17,8 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prune.criteria import Criterion
-from prune.masks import Handle, Masks
+from prune.keeping import Handle, unwrapped
+from prune.masks import Masks
 from prune.policies import Moment, Policy
+from prune.policies.holders import scaled_back
 from workbench.randomness import same_random_state
 
 FILE = "masks.safetensors"
@@ -78,7 +80,7 @@ class Driving(TrainerCallback, ABC):
         model, wrapped = kwargs["model"], kwargs["optimizer"]
         if args.deepspeed:
             raise ValueError("DeepSpeed keeps weights of its own, which no mask reaches: train with DDP or FSDP2")
-        optimizer = _bare(wrapped)
+        optimizer = unwrapped(wrapped)
         self._restore(optimizer, state)
         self._wrapped, self._moment, self._armed = wrapped, _moment(state), False
         hooks = [optimizer.register_state_dict_post_hook(self._remember)]
@@ -219,15 +221,6 @@ def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
     return loss
 
 
-def _bare(optimizer: Any) -> Optimizer:
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise TypeError(f"{type(optimizer).__name__} is no torch.optim.Optimizer, and no wrapper of one")
-        optimizer = inner
-    return optimizer
-
-
 def _moment(state: TrainerState) -> Moment:
     return Moment(state.global_step, state.epoch or 0.0)
 
@@ -255,8 +248,5 @@ def _unscaled(optimizer: Any, wanted: bool) -> Iterator[None]:
     if not wanted or scaler is None or not scaler.is_enabled():
         yield
         return
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    scale = scaler.get_scale()  # a power of two: nothing is rounded
-    torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-    yield
-    torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+    with scaled_back(scaler, [optimizer]):
+        yield

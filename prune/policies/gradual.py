@@ -143,7 +143,7 @@ class Gradual(Policy):
 
     def check_budget(self, updates: float, epochs: float) -> None:
         """Refuse a training that is over before ``end``."""
-        budget = Moment(0, epochs)._replace(step=updates).at(self.end.unit)
+        budget = updates if self.end.unit == "it" else epochs
         if self._target > self.density and self.end.value > budget:
             raise ValueError(
                 f"end is {self.end}, but training has {budget}{self.end.unit} only: end earlier, or train for longer"

@@ -1,9 +1,11 @@
 """Who holds the weights that are decided about: wrappers of the model, optimizers, and no more than one policy."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -55,6 +57,18 @@ def skipped(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler lets a fused optimizer's step do nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+@contextmanager
+def scaled_back(scaler: Any, optimizers: Iterable[Any]) -> Iterator[None]:
+    """Inside, the gradients that ``optimizers`` hold are without the scale of ``scaler``."""
+    held = {id(p): p.grad for each in optimizers for group in each.param_groups for p in group["params"]}
+    grads, scale = [grad for grad in held.values() if grad is not None], scaler.get_scale()
+    if grads:  # the scale is a power of two: nothing is rounded
+        torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
+    yield
+    if grads:
+        torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from prune.accounting import account
 from prune.masks import Masks
 from prune.shrinking.removal import shrink as shrunk
 from workbench import artifact
-from workbench.export import arguments_of, chosen, kept_inputs
+from workbench.export import arguments_for, chosen, kept_inputs
 from workbench.files import replacing
 from workbench.saving import example_inputs, save_network
 from workbench.source import Source
@@ -77,7 +77,5 @@ def shrink(
 
 def given(network: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """What to call the network with, in its own type."""
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
-    typed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    args, kwargs = arguments_of(typed)
-    return args if args else kwargs
+    args, kwargs = arguments_for(network, inputs)
+    return args or kwargs

@@ -17,21 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 from prune import LotteryTicket
 from prune.masks import Masks
 from prune.schedule import geometric, kept
+from tests.prune.trainings import ADAMW, BOTH, QUIET, SGD, TOTAL
 from tests.together import together
 from workbench.continuation import Continuation
 from workbench.order import ordered
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
-SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
-ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
-TOTAL = 6 * 10 + 10 * 3
 BATCHES = 6
 
 
