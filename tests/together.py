@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import socket
 import warnings
 from collections.abc import Callable
@@ -15,9 +16,7 @@ def together(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
 
     The function may use tensors and modules of the parent as they are. A result is pickled: give plain values.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with warnings.catch_warnings():
@@ -35,7 +34,22 @@ def together(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
             process.kill()
     if failed := {rank: value for rank, (fine, value) in found.items() if not fine}:
         raise RuntimeError(f"ranks failed: {failed}")
+    assert [process.exitcode for process in processes] == [0] * ranks
     return [found[rank][1] for rank in range(ranks)]
+
+
+def free_port() -> int:
+    """A port for one group: no test process beside this one has it in its range, nor does the system give it away."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(12_000 + 2_000 * (worker % 10), 14_000 + 2_000 * (worker % 10))
+    for port in random.Random().sample(ports, len(ports)):  # a generator of its own: tests seed the global one
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"none of the ports {ports} is free")
 
 
 def _rank(rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -1,9 +1,6 @@
 """Features: what is captured, when, and what is left behind."""
 
 import copy
-import multiprocessing
-import os
-import socket
 import warnings
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distill.features import Features, capture, make_projector, matches
+from tests.together import together
 
 
 class Block(nn.Module):
@@ -420,34 +418,18 @@ def test_what_is_no_module_or_runs_copies_is_refused() -> None:
         pass
 
 
-def _rank(rank: int, port: int, results: Any) -> None:
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = DistributedDataParallel(net())
+def _gradients() -> list[Any]:
+    torch.distributed.init_process_group("gloo")
+    rank, model = torch.distributed.get_rank(), DistributedDataParallel(net())
     with capture(model, ["layers.1", "head:input"]) as features:
         output = model(inputs(4)[2 * rank : 2 * rank + 2])
         (features["layers.1"].square().mean() + features["head:input"].mean() + output.square().mean()).backward()
-    results.put([p.grad.tolist() for p in model.parameters() if p.grad is not None])
-    torch.distributed.destroy_process_group()
+    return [p.grad.tolist() for p in model.parameters() if p.grad is not None]
 
 
 def test_two_ranks_get_the_gradient_of_the_whole_batch() -> None:
     """Pitfall 10: the forward goes through the wrapper, the names are of the model inside."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-        for process in ranks:
-            process.start()
-    first, second = (results.get(timeout=60) for _ in range(2))
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    first, second = together(_gradients)
     assert first == second
     whole = net()
     found = by_hand(whole, inputs(4))

@@ -2,7 +2,6 @@ import copy
 import functools
 import multiprocessing
 import os
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.together import free_port
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
@@ -297,9 +297,7 @@ def _rank(rank: int, port: int, out: Path, results: Any) -> None:
 
 
 def test_two_ranks_report_one_mean_over_all_samples(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with warnings.catch_warnings():
