@@ -4,7 +4,6 @@ A level is a folder: its network and mask as a compact checkpoint, and a record 
 """
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,25 +13,22 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 from prune.allocation import LayerwiseAsPaper
-from prune.callbacks import KeepMasked
-from prune.evidence import evidence
+from prune.hunting.arms import ARMS, Hunt
+from prune.hunting.lightning import LightningTrainee
+from prune.hunting.plan import densities_of, enough, scores
+from prune.hunting.store import TICKET, Store
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.rewind import RewindPoint
-from prune.schedule import geometric, levels_to
 from prune.shrinking import Coupled
 from prune.shrinking.job import given
 from workbench import artifact, records
 from workbench.arguments import rebuild
 from workbench.duration import Duration
-from workbench.files import sha256
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
-from workbench.randomness import same_random_state
-from workbench.ranks import barrier, rank
 from workbench.saving import example_inputs, save_network
 from workbench.source import Source
 from workbench.tasks import Task
-from workbench.training import module_for, train, training_loader
+from workbench.training import module_for
 
 
 def hunt(
@@ -40,10 +36,17 @@ def hunt(
     model: nn.Module | None = None,
     data: LightningDataModule | None = None,
     task: Task | None = None,
-    density: float | None = None,
+    density: float | list[float] | None = None,
     levels: int | None = None,
     rate: float = 0.2,
+    fall: float | None = None,
+    patience: int = 1,
+    early_stop: int | None = None,
     rewind: Duration = Duration(1, "ep"),  # noqa: B008 - frozen
+    rewinding: Literal["all", "weights", "learning_rate", "fine_tuning"] = "all",
+    order: Literal["same", "fresh"] = "same",
+    controls: list[Literal["reinit", "shuffled", "random", "dense"]] | None = None,
+    other: Source | None = None,
     criterion: Literal["magnitude", "random", "snip", "grasp", "synflow", "taylor", "movement", "wanda"] = "magnitude",
     structure: str = "unstructured",
     allocation: Literal["global", "uniform", "layerwise", "erk", "erdos_renyi"] = "global",
@@ -69,10 +72,22 @@ def hunt(
         model: Instead of `start`: a network, or a LightningModule of your own.
         data: The data module.
         task: Loss and metrics of a plain `model`.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. Or give `levels`.
+        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. A list is the density
+            of every level. Or give `levels`.
         levels: How many times to prune.
         rate: Share of the remaining weights pruned at each level.
+        fall: End once the validation score has fallen by more than this below level 0's; alone, it decides how far.
+        patience: For how many levels in a row it has to have fallen.
+        early_stop: End a level after so many validations without a better score, with its best weights; by default
+            every level trains to the end.
         rewind: Where each level starts: 0it is the initial weights, 2ep the end of the second epoch, 500it a step.
+        rewinding: What goes back there: all; the weights, with fresh optimizer state; learning_rate, all but the
+            weights; or with fine_tuning nothing: it trains on at the last learning rate, for as long.
+        order: Whether every level sees the data in the same order, or in a fresh one.
+        controls: What is trained beside the ticket at each level: reinit has new initial weights under the ticket's
+            mask, shuffled its mask shuffled within each layer, random a random mask, and dense is never pruned but
+            trained for as many steps as all levels so far.
+        other: Another hunt in the same network, say of another seed: its mask is one more control.
         criterion: What a weight is worth: its magnitude, a random number (the control), or what the loss says of it.
         structure: What stands or falls together: single weights, 2:4 (any N:M), 4x4 (any block), channel, head, ffn,
             balanced, or coupled: channels as the network's connections tie them, which `shrink` takes out.
@@ -92,9 +107,7 @@ def hunt(
     Returns:
         The levels, and metrics, history and size of the last one, for the record.
     """
-    if (density is None) == (levels is None):
-        raise ValueError("give density (e.g. 0.1) or levels (e.g. 10), and only one of them")
-    densities = geometric(rate, levels if levels is not None else levels_to(1.0 if density is None else density, rate))
+    densities = densities_of(density, levels, rate, fall)
     module, data, trainer, seed = _subject(
         start,
         data,
@@ -109,62 +122,59 @@ def hunt(
     layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
     chosen = _coupled(module, data) if structure == "coupled" else structure
     pruner = Pruner(criterion, chosen, layers, include=include, exclude=exclude, seed=seed)
-    settings = [densities, str(rewind), criterion, structure, allocation, include, exclude, batches, seed]
-    key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
-    point = out / "checkpoints" / "rewind.ckpt"
     pruner.check(network, *densities)
-    masks = pruner(network, 1.0)
-    done: list[dict[str, Any]] = []
-    for level, target in enumerate(densities):
-        folder = out / f"level_{level:02d}"
-        record = _finished(folder, key)
-        if record is None:
-            began = time.monotonic()
-            if level:
-                _check_point(point, done[0])
-                network.load_state_dict(artifact.tensors(out / f"level_{level - 1:02d}"))
-                shown = evidence(pruner.criterion, module, lambda: training_loader(module, data, seed), batches, data)
-                with same_random_state(seed):
-                    masks = pruner(network, target, within=masks, **shown)
-            keeper = KeepMasked(masks) if level else RewindPoint(rewind, point)
-            result = train(
-                module,
-                data,
-                trainer=trainer,
-                seed=seed,
-                out=folder,
-                checkpoint=checkpoint,
-                start=point if level else None,
-                callbacks=[keeper],
-                part=(level, len(densities), f"level {level}, density {target:.1%}"),
-            )
-            if not point.is_file():
-                raise ValueError(f"level 0 was stopped before the rewind point {rewind}: rewind to an earlier one")
-            del result["masks"]  # level 0 has none, the others these
-            masks.apply(network)
-            save_network(module, data, folder, result, masks, example=False)
-            record = {
-                **result,
-                "level": level,
-                "status": "finished",
-                "fingerprint": key,
-                "density": masks.density,
-                "layers": {name: list(count) for name, count in masks.counts().items()},
-                "mask_hash": masks.hash(),
-                "seconds": round(time.monotonic() - began, 3),
-                "rewind": {"to": str(rewind), "sha256": sha256(point)},
-            }
-            if rank() == 0:
-                records.write(folder, record)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            barrier()
-        masks = Masks(artifact.masks(folder))
-        done.append(record)
+    settings = [*densities, str(rewind), rewinding, order, early_stop, criterion, structure, allocation]
+    settings += [include, exclude, batches, seed]
+    key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
+    done = search(
+        Hunt(
+            LightningTrainee(module, data, trainer, seed, rewind, out / "checkpoints", checkpoint, batches, early_stop),
+            pruner,
+            densities,
+            Store(out, key),
+            rewinding,
+            order,
+            controls=(*(controls or ()), *(("other",) if other else ())),
+            other=None if other is None else Path(other),
+            fall=fall,
+            patience=patience,
+        )
+    )
     network.load_state_dict(artifact.tensors(out / f"level_{len(done) - 1:02d}"))
     last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
-    save_network(module, data, out, last, masks)
+    save_network(module, data, out, last, Masks(artifact.masks(out / f"level_{len(done) - 1:02d}")))
     seconds = round(sum(record["seconds"] for record in done), 3)
     return {**last, "seed": seed, "levels": done, "winning": _winning(done, tolerance), "seconds": seconds}
+
+
+def search(hunt: Hunt) -> list[dict[str, Any]]:
+    """Train, prune, rewind, repeat: the records of the levels, each with those of its controls."""
+    levels: list[dict[str, Any]] = []
+    for level in range(len(hunt.densities)):
+        done = {arm: _trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}
+        controls = {arm: record for arm, record in done.items() if arm != TICKET}
+        levels.append({**done[TICKET], **({"controls": controls} if controls else {})})
+        if enough(levels, hunt.fall, hunt.patience):
+            break
+    return levels
+
+
+def _trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
+    """The record of one training of a level, which is trained unless it is whole on disk."""
+    if (record := hunt.store.finished(level, arm)) is not None:
+        return record
+    began, folder = time.monotonic(), hunt.store.folder(level, arm)
+    if level:
+        _check_points(hunt)
+    what = ARMS[arm](hunt, level)
+    name = "" if arm == TICKET else f", {arm}"
+    part = (level, len(hunt.densities), f"level {level}{name}, density {hunt.densities[level]:.1%}")
+    result = hunt.trainee.train(what, folder, part, level)
+    masks = hunt.pruner(hunt.trainee.network, 1.0) if what.masks is None else what.masks
+    masks.apply(hunt.trainee.network)
+    hunt.trainee.save(folder, result, masks)
+    result |= {"seconds": round(time.monotonic() - began, 3), "rewind": what.start.described()}
+    return hunt.store.keep(level, arm, {**result, **({} if level else {"points": hunt.trainee.points()})}, masks)
 
 
 def _subject(
@@ -200,30 +210,19 @@ def _coupled(module: LightningModule, data: LightningDataModule) -> Coupled:
     return Coupled(given(network_of(module), inputs))
 
 
-def _finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """The record of a whole level of this hunt, or None.
-
-    Raises:
-        ValueError: If the level belongs to another hunt.
-    """
-    record = records.finished(folder)
-    if record is not None and record.get("fingerprint") != key:
-        raise ValueError(f"{folder} is a level of another hunt: choose another out, or move it aside")
-    return record
-
-
-def _check_point(point: Path, first: Mapping[str, Any]) -> None:
-    """Refuse a rewind point that is not the one level 0 kept."""
-    if not point.is_file() or sha256(point) != first["rewind"]["sha256"]:
-        state = "was altered" if point.is_file() else "is missing"
-        raise ValueError(f"the rewind point {point} {state}: move level_00 aside to train it anew, levels are kept")
+def _check_points(hunt: Hunt) -> None:
+    """Refuse moments of level 0 that are not those that it kept."""
+    first = hunt.store.finished(0) or {}
+    here = hunt.trainee.points()
+    for name, digest in first.get("points", {}).items():
+        if here.get(name) != digest:
+            state = "was altered" if name in here else "is missing"
+            raise ValueError(f"the rewind {name} {state}: move level_00 aside to train it anew, levels are kept")
 
 
 def _winning(levels: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
     """The sparsest level whose validation score is within ``tolerance`` of the dense network's; None without scores."""
-    name, mode = levels[0]["monitor"]
-    sign = 1 if mode == "max" else -1
-    scores = [sign * level["metrics"].get(f"val/{name}", float("nan")) for level in levels]
-    if not math.isfinite(scores[0]):
+    dense, *_ = found = scores(levels)
+    if not math.isfinite(dense):
         return None
-    return max(level for level, score in enumerate(scores) if score >= scores[0] - tolerance or level == 0)
+    return max(level for level, score in enumerate(found) if score >= dense - tolerance or level == 0)
