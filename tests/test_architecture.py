@@ -64,7 +64,9 @@ def test_the_pure_files_import_torch_only(path: Path) -> None:
     allowed = {"torch", "safetensors", "workbench", package, *sys.stdlib_module_names}
     assert tops(path) <= allowed
     shared = {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")}
-    assert shared <= {f"workbench.{name}" for name in ("anatomy", "bits", "duration", "randomness", "ranks", "tokens")}
+    assert shared <= {
+        f"workbench.{name}" for name in ("anatomy", "batches", "bits", "duration", "randomness", "ranks", "tokens")
+    }
     inside = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
     assert inside <= set(TORCH_ONLY[package]), "and of their own package only one another"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune.criteria.batches import moved, undisturbed
+from workbench.batches import moved, undisturbed
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from prune.criteria.batches import batches, call, check, everywhere, inputs_of, total, undisturbed
-from prune.criteria.weights import precise
+from prune.criteria.weights import check, precise
 from prune.keeping import some
+from workbench.batches import batches, call, everywhere, inputs_of, total, undisturbed
 from workbench.tokens import tokens_of
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prune.criteria.batches import check, inputs_of, moved, undisturbed
+from prune.criteria.weights import check
+from workbench.batches import inputs_of, moved, undisturbed
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:

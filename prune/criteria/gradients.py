@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prune.criteria.batches import batches, check, everywhere, total, undisturbed
-from prune.criteria.weights import precise
+from prune.criteria.weights import check, precise
 from prune.keeping import some
+from workbench.batches import batches, everywhere, total, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]

@@ -1,9 +1,13 @@
-"""What a weight alone tells of its worth."""
+"""What a weight alone tells of its worth, and which weights can be looked at through batches."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from prune.keeping import some
+from prune.storage import distributed, shared_memory
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -34,3 +38,27 @@ def seeded(seed: int, name: str) -> torch.Generator:
 def precise(value: Tensor) -> Tensor:
     """``value`` without its graph, in fp32, or float64 if it is that."""
     return value.detach() if value.dtype == torch.float64 else value.detach().float()
+
+
+def check(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that are not whole on this rank, and what is tied by memory alone.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not weights:
+        raise ValueError("there are no weights to score: give at least one, by name")
+    sharded = [name for name, weight in weights.items() if distributed(weight)]
+    if sharded:
+        raise ValueError(
+            f"{some(sharded)} are sharded (DTensor), and a sharded model gives no gradients or inputs of single "
+            "batches: score the model before fully_shard, or sum up criterion.online over training steps"
+        )
+    of = {id(weight): name for name, weight in weights.items()}
+    for group in shared_memory(model):
+        views = {id(parameter): name for name, parameter in group}
+        if len(views) > 1 and views.keys() & of.keys():
+            raise ValueError(
+                f"{some(views.values())} are several parameters in one memory, so none of them sees all that the "
+                "weight does: make them one parameter (b.weight = a.weight), or exclude them"
+            )

@@ -109,7 +109,7 @@ def test_batches_of_every_form(name: str, form: Callable[[Tensor, Tensor], Any])
     ],
 )
 def test_batches_are_moved_whole(batch: Any):
-    from prune.criteria.batches import moved
+    from workbench.batches import moved
 
     found = moved(batch, torch.device("meta"))
     assert isinstance(found, type(batch))

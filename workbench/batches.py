@@ -1,4 +1,4 @@
-"""How criteria look at a model through batches: it is left as it was, and every rank has a part of them."""
+"""How a model is looked at through batches: it is left as it was, and every rank has a part of them. Torch only."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune.keeping import some
-from prune.storage import distributed, shared_memory
 from workbench.ranks import world
 
 LABELS = ("label", "labels", "label_ids")
@@ -43,30 +41,6 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
                     module._buffers[name] = buffer
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
-
-
-def check(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights that are not whole on this rank, and what is tied by memory alone.
-
-    Raises:
-        ValueError: naming them.
-    """
-    if not weights:
-        raise ValueError("there are no weights to score: give at least one, by name")
-    sharded = [name for name, weight in weights.items() if distributed(weight)]
-    if sharded:
-        raise ValueError(
-            f"{some(sharded)} are sharded (DTensor), and a sharded model gives no gradients or inputs of single "
-            "batches: score the model before fully_shard, or sum up criterion.online over training steps"
-        )
-    of = {id(weight): name for name, weight in weights.items()}
-    for group in shared_memory(model):
-        views = {id(parameter): name for name, parameter in group}
-        if len(views) > 1 and views.keys() & of.keys():
-            raise ValueError(
-                f"{some(views.values())} are several parameters in one memory, so none of them sees all that the "
-                "weight does: make them one parameter (b.weight = a.weight), or exclude them"
-            )
 
 
 def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
