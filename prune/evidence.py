@@ -40,7 +40,5 @@ def evidence(
     loss = {"loss": Loss(module, precision)} if criterion.needs_loss else {}
     if not criterion.needs_loss and (family := getattr(module, "family", ())):
         raise ValueError(f"criterion '{criterion.name}' runs one network, and this is a family of {len(family)}")
-    return {
-        "loader": FirstBatches(loader(), batches, module, data, precision, inputs=not criterion.needs_loss),
-        **given,
-    }
+    few = FirstBatches(loader(), batches, module, data, precision, inputs=not criterion.needs_loss)
+    return {"loader": few, **loss}

@@ -115,6 +115,7 @@ class Loss:
         self.module, self.precision = module, precision
 
     def __call__(self, network: nn.Module, batch: Any) -> Tensor:
+        """The loss of ``network``, the module's own, on ``batch``."""
         if network is not network_of(self.module):
             raise ValueError(f"the loss of {type(self.module).__name__} is that of its own network, not of another")
         with _unseen(self.module), nullcontext() if self.precision is None else self.precision.forward_context():
@@ -130,8 +131,8 @@ class Loss:
         loss = loss["loss"] if isinstance(loss, dict) else loss
         if not isinstance(loss, Tensor):
             raise ValueError(
-                f"{type(module).__name__}.training_step gives {type(loss).__name__}, not a loss: return it, or do it by "
-                "hand, with batches and a loss of your own"
+                f"{type(module).__name__}.training_step gives {type(loss).__name__}, not a loss: return it, or do it "
+                "by hand, with batches and a loss of your own"
             )
         return loss
 
