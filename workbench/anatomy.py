@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-KINDS = "BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama of transformers, and what is laid out as they are"
+KINDS = (
+    "BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama of transformers, workbench.models.Transformer, and what is laid "
+    "out as they are"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,16 @@ ANATOMIES = (
         "mlp.down_proj",
         gate="mlp.gate_proj",
     ),
+    # workbench.models.Transformer, gated: before the plain one, which has the same parts but for the gate
+    Anatomy(
+        "layers",
+        _three("attention.{}"),
+        "attention.output",
+        "feed_forward.up",
+        "feed_forward.down",
+        gate="feed_forward.gate",
+    ),
+    Anatomy("layers", _three("attention.{}"), "attention.output", "feed_forward.up", "feed_forward.down"),
 )
 
 

@@ -1,0 +1,178 @@
+"""The layers of a transformer: attention, feed-forward net, and both with their norms."""
+
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.activations import GLU, glu_width, make
+
+Norm = Literal["layer", "rms"]
+Turns = tuple[Tensor, Tensor]
+_EPS = 1e-5
+
+
+def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0) -> Turns:
+    r"""Cosines and sines of the angles :math:`p\,\text{base}^{-2i/d}` of places p and pairs i of a head's dimensions.
+
+    Args:
+        places: Positions of tokens, int64 [B or 1, L].
+        head_dim: d, even.
+        dtype: Of the result; angles are computed in float32 at least.
+        base: Longest wavelength over 2 pi, in tokens.
+
+    Returns:
+        Two tensors [B or 1, 1, L, d / 2].
+
+    Source: Su et al. 2021, "RoFormer", arXiv:2104.09864, equations 14 and 15.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=wide)
+    angles = (places[..., None].to(wide) * base ** (-pairs / head_dim))[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turned(x: Tensor, turns: Turns) -> Tensor:
+    """Queries or keys [B, heads, L, d], every pair (i, i + d / 2) of a head's dimensions turned by its angle."""
+    (cos, sin), (a, b) = turns, x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def reach(real: Tensor, causal: bool) -> Tensor:
+    """Which keys a query may attend to: those of real tokens, if causal not of later ones, and always its own.
+
+    So what stands at padding reaches no real token, and no row of attention is without a key.
+
+    Args:
+        real: Where tokens are real, bool [B, L].
+        causal: Whether later tokens are hidden.
+
+    Returns:
+        bool [B, 1, L, L], queries before keys.
+    """
+    steps = torch.arange(real.shape[1], device=real.device)
+    allowed = real[:, None, None, :] | (steps[:, None] == steps)
+    return allowed & (steps[:, None] >= steps) if causal else allowed
+
+
+@final
+class Attention(nn.Module):
+    r"""Multi-head self-attention, :math:`\text{softmax}(q k^T / \sqrt d)\, v` in every head; [B, L, D] -> [B, L, D].
+
+    The number of heads is read off the matrices, so that heads may be taken out of them. Vaswani et al. 2017,
+    "Attention is all you need", arXiv:1706.03762, equation 1 and section 3.2.2.
+
+    Args:
+        width: D.
+        heads: A divisor of it; each is ``head_dim`` = D / heads wide.
+        causal: Whether a token sees none behind it.
+        dropout: Of the attention's weights, in [0, 1).
+        bias: Whether the four maps have biases.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        self.head_dim, self.causal, self.dropout = width // heads, causal, dropout
+        self.query = nn.Linear(width, width, bias)
+        self.key = nn.Linear(width, width, bias)
+        self.value = nn.Linear(width, width, bias)
+        self.output = nn.Linear(width, width, bias)
+
+    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Turns | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D].
+
+        Args:
+            x: Hidden states.
+            allowed: As from `reach`; None if nothing is padding.
+            turns: As from `turns_at`, to turn queries and keys by.
+        """
+        q, k, v = (
+            part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        if turns is not None:
+            q, k = turned(q, turns), turned(k, turns)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout, self.causal and allowed is None)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+@final
+class FeedForward(nn.Module):
+    """down(f(up(x))); [..., width] -> [..., width].
+
+    Args:
+        width: Size of the last axis.
+        hidden: Width in between.
+        activation: f, a name from `workbench.activations`.
+        bias: Whether the two maps have biases.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias)
+        self.activation = make(activation)
+        self.down = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.down(self.activation(self.up(x)))
+
+
+def make_norm(norm: Norm, width: int, bias: bool) -> nn.Module:
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450), or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    return nn.LayerNorm(width, _EPS, bias=bias) if norm == "layer" else nn.RMSNorm(width, _EPS)
+
+
+@final
+class TransformerLayer(nn.Module):
+    """Attention and a feed-forward net, each with a norm and a residual connection; [B, L, width] -> [B, L, width].
+
+    A branch g gives x + g(norm(x)) if ``pre_norm``, else norm(x + g(x)).
+
+    Args:
+        width: Hidden size.
+        heads: Attention heads, a divisor of it.
+        width_ffn: Hidden width of a feed-forward net of two matrices; a gated one, which has three, is
+            `glu_width(width_ffn)` wide.
+        activation: A name from `workbench.activations`.
+        gated: Whether the feed-forward net is a `GLU`.
+        norm: "layer" or "rms".
+        pre_norm: Where the norms are.
+        causal: Whether a token sees none behind it.
+        dropout: Of the attention's weights and of what both branches add, in [0, 1).
+        bias: Whether maps and layer norms have biases.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        width_ffn: int,
+        activation: str,
+        gated: bool = False,
+        norm: Norm = "layer",
+        pre_norm: bool = True,
+        causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.norm1 = make_norm(norm, width, bias)
+        self.attention = Attention(width, heads, causal, dropout, bias)
+        self.norm2 = make_norm(norm, width, bias)
+        self.feed_forward = (
+            GLU(width, glu_width(width_ffn), width, activation, bias)
+            if gated
+            else FeedForward(width, width_ffn, activation, bias)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Turns | None = None) -> Tensor:
+        """Hidden states [B, L, width] -> [B, L, width]; see `Attention` for the others."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.norm1(x), allowed, turns))
+            return x + self.dropout(self.feed_forward(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attention(x, allowed, turns)))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
