@@ -1,0 +1,102 @@
+"""The verdict over hunts on disk: arms paired by seed, levels of one density, masks of seeds compared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prune.masks import Masks
+from prune.verdict import verdict
+from workbench import artifact, records
+from workbench.models import MLP
+from workbench.source import Source
+
+LEVELS = (1.0, 0.5, 0.25)
+ARMS = ("ticket", "reinit", "shuffled")
+
+
+def hunt(folder: Path, seed: int, metric: str = "accuracy", mode: str = "max", **change: Any) -> Source:
+    """A hunt as it is on disk, of made-up scores: tickets hold, controls fall by a tenth a level."""
+    draw = torch.Generator().manual_seed(seed)
+    wobble = torch.rand(16, generator=draw, dtype=torch.float64).sub(0.5).mul(0.002).tolist()
+    sign = 1 if mode == "max" else -1
+    levels = []
+    for level, density in enumerate(LEVELS):
+
+        def row(score: float, arm: str = "ticket", level: int = level, density: float = density) -> dict[str, Any]:
+            score = sign * (score + wobble[4 * level + ARMS.index(arm)])
+            metrics = {f"val/{metric}": score, f"test/{metric}": score}
+            return {"metrics": metrics, "monitor": [metric, mode], "level": level, "density": density, "arm": arm}
+
+        network = MLP(16, [8], 4)
+        masks = Masks({"layers.0.weight": torch.rand(8, 16, generator=draw) < density} if level else full(network))
+        masks.apply(network)
+        artifact.save(network, folder / f"level_{level:02d}" / "artifact", masks)
+        ticket = {**row(0.95), "best": {"step": 100 + seed, "score": 0.1}}
+        controls = {arm: row(0.95 - 0.1 * level, arm) for arm in ("reinit", "shuffled")} if level else {}
+        levels.append({**ticket, **({"controls": controls} if controls else {})})
+    record = {"stage": folder.name, "job": "hunt", "status": "finished", "fingerprint": "f", "seed": seed}
+    records.write(folder, {**record, "levels": levels, **change})
+    return Source(folder)
+
+
+def full(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {"layers.0.weight": torch.ones_like(network.get_parameter("layers.0.weight"), dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("nll", "min")])
+def test_hunts_of_several_seeds_are_judged_level_by_level(tmp_path: Path, metric: str, mode: str) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed, metric, mode) for seed in range(4)]
+    (found,) = verdict(hunts)["verdicts"]
+    assert [level["verdict"] for level in found["levels"]] == ["dense", "ticket", "ticket"]
+    assert found["seeds"] == [0, 1, 2, 3]
+    last = found["levels"][-1]
+    sign = 1 if mode == "max" else -1
+    assert last["means"]["ticket"]["mean"] == pytest.approx(sign * 0.95, abs=0.002)
+    interval = last["means"]["reinit"]["interval"]
+    assert interval["low"] < last["means"]["reinit"]["mean"] < interval["high"]
+    assert last["beats"]["reinit"]["paired"]["mean"] == pytest.approx(0.2, abs=0.002)
+    assert last["best_step"]["ticket"]["mean"] == 101.5
+
+
+def test_masks_of_seeds_overlap_as_chance_has_it(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    (found,) = verdict(hunts)["verdicts"]
+    assert found["levels"][0]["overlap"] == {"jaccard": 1.0, "chance": 1.0, "pairs": 3}
+    overlap = found["levels"][2]["overlap"]
+    assert overlap["chance"] == pytest.approx(1 / 7, abs=0.05)
+    assert overlap["jaccard"] == pytest.approx(overlap["chance"], abs=0.1)
+
+
+def test_a_sweep_has_a_verdict_for_each_of_its_other_settings(tmp_path: Path) -> None:
+    runs = []
+    for activation in ("relu", "gelu"):
+        for seed in (0, 1, 2):
+            hunt(tmp_path / "grid" / f"{activation}-{seed}", seed)
+            over = {"model.init_args.activation": activation, "seed": seed}
+            runs.append({"name": f"{activation}-{seed}", "folder": f"{activation}-{seed}", "over": over})
+    records.write(tmp_path / "grid", {"job": "sweep", "status": "finished", "runs": runs})
+    found = verdict([Source(tmp_path / "grid")])["verdicts"]
+    assert [each["name"] for each in found] == ["activation relu", "activation gelu"]
+    assert [len(each["hunts"]) for each in found] == [3, 3]
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    first = hunt(tmp_path / "a", 0)
+    with pytest.raises(ValueError, match="hunts of different seeds"):
+        verdict([first, hunt(tmp_path / "b", 0)])
+    with pytest.raises(ValueError, match=r"metric 'test/f1' is none of \['test/accuracy', 'val/accuracy'\]"):
+        verdict([first], metric="f1")
+    with pytest.raises(ValueError, match="holds no finished stage"):
+        verdict([Source(tmp_path / "none")])
+    records.write(tmp_path / "fit", {"job": "fit", "status": "finished"})
+    with pytest.raises(ValueError, match="is no finished hunt but of job 'fit'"):
+        verdict([Source(tmp_path / "fit")])
+    other = hunt(tmp_path / "c", 1)
+    record = records.read(Path(other)) or {}
+    record["levels"][1]["density"] = 0.4
+    records.write(Path(other), record)
+    with pytest.raises(ValueError, match=r"level 1 has densities \[0.4, 0.5\]"):
+        verdict([first, other])
