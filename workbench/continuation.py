@@ -1,36 +1,94 @@
 """Callbacks that make a stopped training go on as if it had not stopped: random state, history, checkpoints."""
 
-import os
 import time
+import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from torch import Tensor
 
 from workbench import progress
 from workbench.duration import Duration
+from workbench.files import naming, publish
 from workbench.randomness import random_state, set_random_state
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Write Lightning's checkpoint so that a kill or a full disk leaves the old one or the new one, whole.
+    """Write Lightning's checkpoint so that a kill, a power cut or a full disk leaves the old one or the new one, whole.
 
     Called on every rank.
+
+    Raises:
+        OSError: If writing fails; it names ``path``.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, theirs = path.with_name(f".{path.name}.tmp"), trainer.strategy.checkpoint_io
     try:
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, path)
+        if isinstance(theirs, (TorchCheckpointIO, AsyncCheckpointIO)):
+            trainer.strategy.checkpoint_io = StraightIO()
+        with naming(path):
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                publish(temporary, path)
     finally:
-        if trainer.is_global_zero and temporary.is_file():
-            temporary.unlink()
+        trainer.strategy.checkpoint_io = theirs
+        if trainer.is_global_zero:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     trainer.strategy.barrier()
+
+
+def check_checkpoint(path: Path, remedy: str) -> None:
+    """Make sure that what :func:`save_checkpoint` wrote is whole, by the checksums in it, which torch does not look at.
+
+    Raises:
+        ValueError: If the file is truncated or altered; it names ``path`` and says what to do, ``remedy``.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+        torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file zip, pickle and torch say whatever they stumble over
+        part = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if part is not None:
+        raise ValueError(f"{path} is damaged ({part}): {remedy}")
+
+
+@final
+class StraightIO(CheckpointIO):
+    """Writes a checkpoint straight to its file, and is done when it returns.
+
+    Lightning's own holds it in memory twice and brings it through the system's folder for temporary files, which may be
+    smaller than the disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the file, on the rank that is asked to."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from None  # torch's writer hides what the file said
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it onto the CPU, or where ``map_location`` says."""
+        return torch.load(path, map_location=map_location or "cpu", weights_only=weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove the file."""
+        Path(path).unlink(missing_ok=True)
 
 
 def restore_ended(path: Path, module: LightningModule, callbacks: Sequence[Callback]) -> None:

@@ -26,17 +26,32 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")
     try:
         mode = _mode_of_new(temporary)
-        yield temporary
-        _settle(temporary, mode)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with naming(path):
+            yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
+            publish(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an ``OSError`` that names no file, as that of a full disk, names ``path``."""
+    try:
+        yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flush a whole file to disk and let it take the place of ``path`` in the same folder, which is flushed too."""
+    _flush(temporary)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -55,7 +70,9 @@ def filling(folder: Path) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         files = sorted(part.iterdir())
         for file in files:
-            _settle(file, mode)
+            if file.stat().st_mode != mode:
+                file.chmod(mode)
+            _flush(file)
         for file in files:
             os.replace(file, folder / file.name)
         _sync_folder(folder)
@@ -84,10 +101,7 @@ def _mode_of_new(path: Path) -> int:
     return mode
 
 
-def _settle(file: Path, mode: int) -> None:
-    """Give ``file`` its permissions and flush it to disk."""
-    if file.stat().st_mode != mode:
-        file.chmod(mode)
+def _flush(file: Path) -> None:
     with file.open("r+b") as handle:
         os.fsync(handle.fileno())
 
