@@ -4,6 +4,7 @@ from workbench.tasks.base import Task, find_logits, logits_of
 from workbench.tasks.classification import Classification
 from workbench.tasks.imitation import Embedding, Imitation
 from workbench.tasks.language import LanguageModelling
+from workbench.tasks.regression import Regression
 from workbench.tasks.scores import NLL, Accuracy, Perplexity, cross_entropy
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Imitation",
     "LanguageModelling",
     "Perplexity",
+    "Regression",
     "Task",
     "cross_entropy",
     "find_logits",

@@ -70,3 +70,31 @@ def logits_of(raw: Any, who: str = "the model") -> Tensor:
         f"{who} returned {type(raw).__name__} without logits: return a tensor, or an output or a "
         "mapping with 'logits' (in transformers a model with a head)."
     )
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels of a batch: the last of a tuple (x, y), or ``labels`` of a mapping.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(batch, Mapping):
+        labels, form = batch.get("labels"), f"a mapping of {', '.join(map(str, batch)) or 'nothing'}"
+    else:
+        labels = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        form = f"a {type(batch).__name__}"
+    if isinstance(labels, Tensor):
+        return labels
+    raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
+
+
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for a model: ((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping.
+
+    Raises:
+        ValueError: If the batch has no labels.
+    """
+    labels_of(batch)
+    if isinstance(batch, Mapping):
+        return (), {str(key): value for key, value in batch.items() if key != "labels"}
+    return tuple(batch[:-1]), {}

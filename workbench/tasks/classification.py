@@ -1,13 +1,12 @@
 """Classification of samples or of positions."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from workbench.tasks.base import Task, logits_of
+from workbench.tasks.base import Task, inputs_of, labels_of, logits_of
 from workbench.tasks.scores import NLL, Accuracy, counted, cross_entropy
 
 
@@ -47,22 +46,14 @@ class Classification(Task):
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping."""
         self.targets(batch)
-        if isinstance(batch, Mapping):
-            return (), {str(key): value for key, value in batch.items() if key != "labels"}
-        return tuple(batch[:-1]), {}
+        return inputs_of(batch)
 
     def targets(self, batch: Any) -> Tensor:
         """Labels, int64 [B] or [B, L]."""
-        if isinstance(batch, Mapping):
-            labels, form = batch.get("labels"), f"a mapping of {', '.join(map(str, batch)) or 'nothing'}"
-        else:
-            labels = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-            form = f"a {type(batch).__name__}"
-        if isinstance(labels, Tensor):
-            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-                raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
-            return labels.long()
-        raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
+        labels = labels_of(batch)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
+        return labels.long()
 
     def valid(self, batch: Any) -> Tensor:
         """[B] or [B, L]: the label is not ``ignore_index``."""
