@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from workbench.data.digits import Digits
     from workbench.data.idx import IDXImages
     from workbench.data.parquet import ParquetImages
+    from workbench.data.series.classification import SeriesClassification
+    from workbench.data.series.forecast import SeriesForecast
     from workbench.data.text.classification import TextClassification
     from workbench.data.text.sentences import Sentences
     from workbench.data.text.sequences import TextSequences
@@ -19,6 +21,8 @@ __all__ = [
     "IDXImages",
     "ParquetImages",
     "Sentences",
+    "SeriesClassification",
+    "SeriesForecast",
     "TextClassification",
     "TextSequences",
     "TextStream",
@@ -30,6 +34,8 @@ _HOME = {
     "IDXImages": "workbench.data.idx",
     "ParquetImages": "workbench.data.parquet",
     "Sentences": "workbench.data.text.sentences",
+    "SeriesClassification": "workbench.data.series.classification",
+    "SeriesForecast": "workbench.data.series.forecast",
     "TextClassification": "workbench.data.text.classification",
     "TextSequences": "workbench.data.text.sequences",
     "TextStream": "workbench.data.text.stream",

@@ -1,0 +1,189 @@
+"""What data modules of time series share: labelled series in memory, padding, windows and loaders."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from workbench.data.images import SPLIT_SEED, check_loader_arguments
+from workbench.data.series.values import Scale
+
+Item = dict[str, Tensor]
+
+
+@final
+class LabelledSeries(Dataset[Item]):
+    """Series of unequal length, standardised, and their classes.
+
+    An item is ``{"series": float32 [L, F], "labels": class}``, missing values 0, which is the mean.
+
+    Args:
+        series: [L, F] each, missing values NaN.
+        labels: A class each.
+        scale: What they are standardised by.
+    """
+
+    views = 1
+
+    def __init__(self, series: Sequence[np.ndarray], labels: Sequence[int], scale: Scale) -> None:
+        self.ends = np.cumsum([len(each) for each in series])
+        self.values = torch.from_numpy(np.nan_to_num(scale(np.concatenate(series)), nan=0.0))
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self.ends):
+            raise IndexError(f"there is no series {index} among {len(self.ends)}")
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        return {"series": self.values[start:end], "labels": self.labels[index]}
+
+
+@final
+class SeriesPadding:
+    """Makes a batch of items of unequal length, by the names that a model's forward takes.
+
+    Args:
+        inputs: Name of the series.
+        mask: Whether ``attention_mask`` tells what is padding, in the place of ``lengths``.
+    """
+
+    def __init__(self, inputs: str, mask: bool) -> None:
+        self.inputs, self.mask = inputs, mask
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Series [B, L, F] filled up with zeros to the longest, lengths [B] or mask [B, L], and labels [B], int64."""
+        series = [item["series"] for item in items]
+        lengths = torch.tensor([len(each) for each in series])
+        steps = torch.arange(int(lengths.max()))
+        return {
+            self.inputs: pad_sequence(series, batch_first=True),
+            **({"attention_mask": (steps < lengths[:, None]).long()} if self.mask else {"lengths": lengths}),
+            "labels": torch.stack([item["labels"] for item in items]),
+        }
+
+
+@final
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of one series: ``(what was seen, float32 [length, F], what came next, float32 [horizon, targets])``.
+
+    Window i begins at step ``i * stride``. A missing value is 0 where it was seen, NaN where it is to be foretold.
+
+    Args:
+        values: The series, standardised, float32 [T, F].
+        targets: The channels that are foretold.
+        length: Steps seen.
+        horizon: Steps foretold.
+        stride: Steps from one window to the next.
+
+    Raises:
+        ValueError: If the series is shorter than a window.
+    """
+
+    views = 1
+
+    def __init__(self, values: np.ndarray, targets: Sequence[int], length: int, horizon: int, stride: int) -> None:
+        if len(values) < length + horizon:
+            raise ValueError(
+                f"has {len(values)} steps, fewer than length + horizon = {length + horizon}: set smaller ones, or give "
+                "it more steps."
+            )
+        self.seen = torch.from_numpy(np.nan_to_num(values, nan=0.0))
+        self.next = torch.from_numpy(np.ascontiguousarray(values[:, list(targets)]))
+        self.length, self.horizon, self.stride = length, horizon, stride
+        self.count = (len(values) - length - horizon) // stride + 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"there is no window {index} among {self.count}")
+        now = index * self.stride + self.length
+        return self.seen[now - self.length : now], self.next[now : now + self.horizon]
+
+
+class Prepared(NamedTuple):
+    """What a data module of series made of its files."""
+
+    parts: dict[str, Dataset[Any]]
+    collate: Callable[[Any], Any]
+    scale: Scale
+
+
+class SeriesModule(pl.LightningDataModule, ABC):
+    """A data module over series in memory; subclasses say how to read them.
+
+    Args:
+        batch_size: Samples in a batch.
+        num_workers: Loader processes; 0 loads in this one, which is fast, as all is in memory.
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        check_loader_arguments(batch_size, num_workers)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._prepared: Prepared | None = None
+
+    @abstractmethod
+    def prepared(self) -> Prepared:
+        """Read, split and standardise everything; parts are train, val and test."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, once."""
+        if self._prepared is None:
+            self._prepared = self.prepared()
+
+    @property
+    def parts(self) -> dict[str, Dataset[Any]]:
+        """The data sets train, val and test; read now if that was not done yet."""
+        return self._ready.parts
+
+    @property
+    def scale(self) -> Scale:
+        """Mean and deviation of every channel, by which to get back to its unit."""
+        return self._ready.scale
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels, F."""
+        return len(self.scale.mean)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training part, shuffled."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation part, in order."""
+        return self._loader("val", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test part, in order."""
+        return self._loader("test", shuffle=False)
+
+    @property
+    def _ready(self) -> Prepared:
+        self.setup()
+        assert self._prepared is not None
+        return self._prepared
+
+    def _loader(self, part: str, shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            self.parts[part],
+            self.batch_size,
+            shuffle,
+            num_workers=self.num_workers,
+            collate_fn=self._ready.collate,
+            generator=torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED),
+            persistent_workers=self.num_workers > 0,
+        )
