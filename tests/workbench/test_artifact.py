@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workbench import artifact, load, save, swap_activation
-from workbench.models import MLP, LeNet5
+from workbench.models import MLP, Conv, DenseNet, LeNet5, Recurrent, RecurrentTokens, Transformer
 
 
 def magnitude(model: nn.Module, density: float = 0.1) -> dict[str, Tensor]:
@@ -150,10 +150,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]]
     "mlp relu": (lambda: MLP(16, (24,), 5, activation="relu"), lambda: (torch.randn(3, 16),)),
     "mlp batch norm": (lambda: MLP(16, (24,), 5, norm="batch"), lambda: (torch.randn(3, 16),)),
     "lenet": (lambda: LeNet5(image_size=8), lambda: (torch.randn(3, 1, 8, 8),)),
+    "conv": (lambda: Conv(4, 4, 8, image_size=8, norm="batch"), lambda: (torch.randn(3, 3, 8, 8),)),
+    "densenet": (lambda: DenseNet(10, 4, True, 0.5), lambda: (torch.randn(3, 3, 8, 8),)),
+    "rnn": (lambda: Recurrent(4, 5, cell="rnn", horizon=2), lambda: (torch.randn(3, 6, 4),)),
+    "gru": (lambda: swap_activation(Recurrent(4, 5, norm="layer"), "gelu"), lambda: (torch.randn(3, 6, 4),)),
+    "lstm": (lambda: RecurrentTokens(40, 5, bidirectional=True), lambda: (torch.randint(0, 40, (3, 7)),)),
     "float64": (lambda: MLP(16, (24,), 5).double(), lambda: (torch.randn(3, 16).double(),)),
     "bfloat16": (lambda: MLP(16, (24,), 5, norm="layer").bfloat16(), lambda: (torch.randn(3, 16).bfloat16(),)),
     "float16": (lambda: MLP(16, (24,), 5).half(), lambda: (torch.randn(3, 16).half(),)),
     "swapped mlp": (lambda: swap_activation(MLP(16, (24,), 5), "tanh"), lambda: (torch.randn(3, 16),)),
+    "transformer": (
+        lambda: Transformer(40, width=16, heads=2, width_ffn=24, activation="swiglu", causal=True, tied=True),
+        lambda: (torch.randint(0, 40, (3, 7)),),
+    ),
     "tied": (Tied, lambda: (torch.randn(3, 8),)),
     "untied": (lambda: Tied(False), lambda: (torch.randn(3, 8),)),
     "bert": (bert, lambda: (torch.randint(0, 40, (3, 7)),)),

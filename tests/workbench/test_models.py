@@ -15,7 +15,7 @@ from workbench import load, save
 from workbench.activations import gain, names, swap_activation
 from workbench.architecture import describe
 from workbench.data import Digits
-from workbench.models import MLP, LeNet5, LeNet300, ResNet, SentenceEncoder
+from workbench.models import MLP, Conv, DenseNet, LeNet5, LeNet300, Recurrent, ResNet, SentenceEncoder
 from workbench.models.encoder import pool, sentence_encoder
 
 CASES = [
@@ -83,6 +83,30 @@ CASES = [
     (ResNet, {"depth": 8, "width": 6, "classes": 3, "norm": "group", "in_channels": 1}, (1, 8, 8)),
     (ResNet, {"depth": 8, "width": 3, "classes": 3, "norm": "layer", "activation": "relu"}, (3, 12, 12)),
     (ResNet, {"depth": 8, "width": 4, "classes": 3, "norm": "none", "activation": "relu"}, (3, 8, 8)),
+    (Conv, {"convolutions": 2, "width": 3, "hidden": 5, "classes": 4, "image_size": 9, "init": "he"}, (3, 9, 9)),
+    (Conv, {"convolutions": 6, "width": 2, "hidden": 5, "norm": "group", "in_channels": 1, "image_size": 8}, (1, 8, 8)),
+    (Conv, {"convolutions": 4, "width": 3, "hidden": 5, "norm": "batch", "activation": "silu"}, (3, 32, 32)),
+    (DenseNet, {"depth": 10, "growth": 3, "classes": 3, "activation": "relu", "init": "he"}, (3, 9, 8)),
+    (DenseNet, {"depth": 10, "growth": 3, "bottleneck": True, "compression": 0.5, "norm": "group"}, (3, 8, 8)),
+    (DenseNet, {"depth": 7, "growth": 3, "norm": "none", "in_channels": 1}, (1, 8, 8)),
+    (Recurrent, {"features": 3, "outputs": 4, "cell": "rnn", "activation": "relu", "recurrence": "identity"}, (5, 3)),
+    (
+        Recurrent,
+        {
+            "features": 3,
+            "outputs": 4,
+            "hidden": 6,
+            "layers": 2,
+            "cell": "lstm",
+            "activation": "gelu",
+            "bidirectional": True,
+            "norm": "layer",
+            "dropout": 0.5,
+            "init": "he",
+        },
+        (5, 3),
+    ),
+    (Recurrent, {"features": 1, "outputs": 4, "cell": "gru", "hidden": 6}, (7, 1)),
 ]
 
 
@@ -98,7 +122,7 @@ def test_model_from_its_own_init_args(cls, arguments, shape):
     again = cls(**json.loads(json.dumps(model.init_args))).eval()
     again.load_state_dict(model.state_dict())
     x = torch.randn(5, *shape)
-    assert model(x).shape == (5, arguments["classes"])
+    assert model(x).shape == (5, arguments.get("classes", arguments.get("outputs", 10)))
     assert torch.equal(again(x), model(x))
     assert not torch.equal(cls(**arguments).eval()(x), model(x))
 
@@ -202,8 +226,9 @@ def test_lenet_is_smooth_but_for_its_activation():
 
 
 def test_resnet_has_the_published_sizes():
-    """He et al. 2016, table 6: 0.27 M at depth 20, and with the projections of option B 2,752 more."""
+    """He et al. 2016, table 6: 0.27 M at depth 20, 0.46 M at 32, and with the projections of option B 2,752 more."""
     assert parameters(ResNet()) == 269_722 + 2_752
+    assert parameters(ResNet(32)) == 464_154 + 2_752
     assert parameters(ResNet(56)) == 853_018 + 2_752
     layers = [m for m in ResNet(32).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == 32 + 2, "and two projections"
