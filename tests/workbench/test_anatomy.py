@@ -5,6 +5,7 @@ import transformers as hf
 from torch import nn
 
 from workbench.anatomy import ANATOMIES, anatomy_of, at, layers_of
+from workbench.models import Transformer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, Any] = {
@@ -37,6 +38,18 @@ def test_every_family_is_found_with_its_parts(family: str) -> None:
         weights = [parameter for parameter in module.parameters() if parameter.dim() == 2]
         assert len(parts) == len(weights), "and it has no other matrix"
     assert (anatomy.gate is not None) == (family == "Llama")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_our_own_transformer_is_found_with_its_parts(gated: bool) -> None:
+    model = Transformer(9, width=16, layers=2, heads=2, width_ffn=24, gated=gated)
+    found = list(layers_of(nn.Sequential(model)))
+    assert [(layer.path, layer.width) for layer in found] == [("0.layers.0", 8), ("0.layers.1", 8)]
+    for layer in found:
+        weights = {name.removesuffix(".weight") for name, p in layer.module.named_parameters() if p.dim() == 2}
+        assert weights == set(layer.anatomy.parts)
+        assert (layer.anatomy.gate is not None) == gated
+    assert anatomy_of(model) is None, "it has no configuration of transformers"
 
 
 def test_layers_are_found_wherever_the_transformer_is() -> None:

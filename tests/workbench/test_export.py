@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench import artifact, load, records, save, swap_activation
 from workbench.export import export
-from workbench.models import MLP, LeNet5
+from workbench.models import MLP, LeNet5, Transformer
 from workbench.source import Source
 
 BLOCKED = """
@@ -475,3 +475,23 @@ def test_a_network_that_answers_with_infinities_is_compared(tmp_path: Path) -> N
     save_file({"input_0": torch.ones(3, 2)}, tmp_path / "stage" / "example.safetensors")
     (entry,) = export(Source(tmp_path / "stage"), out=tmp_path / "out")["exports"]
     assert entry["largest_difference"] == 0
+
+
+@torch.no_grad()
+def test_a_language_model_is_exported_for_any_batch_and_length(tmp_path: Path) -> None:
+    import onnxruntime
+
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        mask = (torch.arange(length) < torch.randint(1, length + 1, (batch, 1))).long()
+        return {"input_ids": torch.randint(0, 20, (batch, length)), "attention_mask": mask}
+
+    kind: dict[str, Any] = {"causal": True, "tied": True, "positions": "rotary", "activation": "swiglu", "norm": "rms"}
+    of = stage(tmp_path / "stage", Transformer(20, width=16, layers=1, heads=2, width_ffn=24, **kind), inputs(4, 7))
+    result = export(of, formats=["onnx"], out=tmp_path / "out")
+    assert result["exports"][1]["largest_difference"] < 1e-5
+    model = load(of)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
+    for batch, length in ((1, 7), (5, 3), (2, 40)):
+        asked = inputs(batch, length)
+        [answer] = session.run(None, {name: value.numpy() for name, value in asked.items()})
+        torch.testing.assert_close(torch.from_numpy(answer), model(**asked), rtol=1e-4, atol=1e-5)

@@ -13,13 +13,13 @@ Turns = tuple[Tensor, Tensor]
 _EPS = 1e-5
 
 
-def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0) -> Turns:
+def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0) -> Turns:
     r"""Cosines and sines of the angles :math:`p\,\text{base}^{-2i/d}` of places p and pairs i of a head's dimensions.
 
     Args:
         places: Positions of tokens, int64 [B or 1, L].
         head_dim: d, even.
-        dtype: Of the result; angles are computed in float32 at least.
+        dtype: Of what is turned; angles are float32 at least, as bfloat16 counts no further than 256.
         base: Longest wavelength over 2 pi, in tokens.
 
     Returns:
@@ -30,13 +30,13 @@ def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10
     wide = torch.promote_types(dtype, torch.float32)
     pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=wide)
     angles = (places[..., None].to(wide) * base ** (-pairs / head_dim))[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def turned(x: Tensor, turns: Turns) -> Tensor:
     """Queries or keys [B, heads, L, d], every pair (i, i + d / 2) of a head's dimensions turned by its angle."""
     (cos, sin), (a, b) = turns, x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def reach(real: Tensor, causal: bool) -> Tensor:
