@@ -188,6 +188,13 @@ class Masks(Mapping[str, Tensor]):
         """Parameter name -> ``overlap`` of its two masks."""
         return {n: Masks({n: mask}).overlap(Masks({n: theirs})) for n, mask, theirs in self._beside(other)}
 
+    def distance(self, other: "Masks") -> float:
+        """Normalised Hamming distance: the share of weights that are kept in one of the two only, in [0, 1].
+
+        Source: You et al., "Drawing Early-Bird Tickets", 2020, arXiv:1909.11957, section 3.3.
+        """
+        return sum(int((mask ^ theirs).sum()) for _, mask, theirs in self._beside(other)) / self._totals()[1]
+
     def chance_overlap(self, other: "Masks") -> float:
         """The ``overlap`` to expect of masks that keep as much in each parameter, but anywhere: c / (a + b - c).
 

@@ -118,8 +118,8 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 
 def test_masks_and_losses_need_torch_only() -> None:
-    code = "from prune import Masks, Pruner; from distill import losses; losses.soft_target"
-    assert loaded(code) == {"torch"}
+    code = "from prune import Masks, Pruner; from prune.connectivity import barrier; from distill import losses"
+    assert loaded(f"{code}; losses.soft_target") == {"torch"}
 
 
 def test_loading_a_checkpoint_needs_torch_only() -> None:

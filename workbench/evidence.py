@@ -4,7 +4,7 @@ Neither the random state nor an epoch that is under way is touched, and nothing 
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
@@ -73,10 +73,13 @@ class FirstBatches:
             batch = getattr(self.data if theirs else self.module, hook)(batch, 0)
         if not self.inputs or not isinstance(self.module, SupervisedModule):
             return batch
-        if hasattr(batch, "taught"):  # a batch beside its teacher's cached answers
-            batch = batch.batch
-        args, kwargs = self.module.task.inputs(batch)
+        args, kwargs = _inputs(self.module, batch)
         return kwargs or args
+
+
+def _inputs(module: SupervisedModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the network in ``batch``, which may lie beside its teacher's cached answers."""
+    return module.task.inputs(batch.batch if hasattr(batch, "taught") else batch)
 
 
 def _plain(loader: Any) -> Iterable[Any]:
@@ -135,6 +138,22 @@ class Loss:
                 "by hand, with batches and a loss of your own"
             )
         return loss
+
+
+def runs(module: Any, precision: Any = None) -> Callable[[nn.Module, Any], Any]:
+    """``run(network, batch)`` that passes a batch, as ``training_step`` gets it, through the module's network.
+
+    Where the module does not say what of a batch its network takes, it is :class:`Loss`.
+    """
+    if not isinstance(module, SupervisedModule):
+        return Loss(module, precision)
+
+    def run(network: nn.Module, batch: Any) -> Any:
+        args, kwargs = _inputs(module, batch)
+        with nullcontext() if precision is None else precision.forward_context():
+            return module(*args, **kwargs)
+
+    return run
 
 
 def _takes_index(module: Any) -> bool:

@@ -17,13 +17,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from workbench import progress
-from workbench.continuation import Continuation, History, Resumable, ShowProgress, restore_ended
+from workbench.continuation import (
+    Continuation,
+    History,
+    Resumable,
+    ShowProgress,
+    check_checkpoint,
+    restore_ended,
+)
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, SupervisedModule, TaskModule, with_optimizer
 from workbench.order import ordered
 from workbench.randomness import same_random_state
-from workbench.ranks import check_world_size, rank, world
+from workbench.ranks import check_world_size
 from workbench.saving import save_family, save_network
+from workbench.sharding import one_file
 from workbench.tasks import Classification, Imitation, Task
 
 JobT = TypeVar("JobT", bound=Callable[..., Any])
@@ -185,7 +193,7 @@ def evaluated(module: LightningModule, data: LightningDataModule, out: Path) -> 
     """Metrics of a module that is trained already, on the splits that ``data`` has; none if it imitates a teacher."""
     if isinstance(getattr(module, "task", None), Imitation):
         return {}
-    with _quiet(progress.current() is not None):
+    with quiet(progress.current() is not None):
         return _evaluate(make_trainer({"max_epochs": 1}, (), out), module, data)
 
 
@@ -232,11 +240,15 @@ def train(
     history = History()
     ended = out / "checkpoints" / "ended.ckpt"
     own = [*callbacks, Continuation(), history, ShowProgress(*part), Resumable(last, ended, checkpoint)]
-    with _quiet(progress.current() is not None):
+    with quiet(progress.current() is not None):
         seed_everything(seed, workers=True, verbose=False)
         made = make_trainer(trainer, own, out)
         module.train()
         every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        for found in (ended, last):
+            if found.is_file():
+                check_checkpoint(found, "remove it to train this from the start; what is finished is kept")
+                break
         if ended.is_file():
             restore_ended(ended, module, every)
         else:
@@ -271,6 +283,7 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
         given.pop(name, None)
     made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
     check_world_size(made.world_size)
+    one_file(made)
     return made
 
 
@@ -298,13 +311,17 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 
 
 def training_loader(module: LightningModule, data: LightningDataModule, seed: int) -> Any:
-    """The loader that :func:`train` would train ``module`` on, at its first epoch, for other uses of its batches."""
+    """The loader that :func:`train` would train ``module`` on, at its first epoch, for other uses of its batches.
+
+    All ranks have the same batches: what comes of them depends neither on how many ranks there are, nor on whether they
+    have met yet.
+    """
     data.prepare_data()
     data.setup("fit")
     with same_random_state(seed):
         loader = data.train_dataloader()
         attached = module.attach(loader) if isinstance(module, SupervisedModule) else loader
-        return ordered(attached, seed, rank(), world())
+        return ordered(attached, seed)
 
 
 @contextmanager
@@ -340,7 +357,7 @@ def _apart(loader: Any) -> Any:
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def quiet(loggers_too: bool) -> Iterator[None]:
     """Inside, Lightning says only what matters: not, for every level of a hunt, which devices it did not find."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -348,7 +365,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
         for message in _NOISE:
             warnings.filterwarnings("ignore", f".*{message}")
         try:
-            for logger in loggers if quiet else ():
+            for logger in loggers if loggers_too else ():
                 logger.setLevel(logging.WARNING)
             yield
         finally:

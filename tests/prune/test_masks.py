@@ -126,6 +126,7 @@ def test_algebra_is_that_of_sets(a: list[bool], b: list[bool]):
         u, v = ({place for place in places if place[0] == name} for places in (x, y))
         assert share == (len(u & v) / len(u | v) if u | v else 1.0)
     sizes = {"a": 12, "b": 5}
+    assert one.distance(two) == len(x ^ y) / 17
     chance = sum(sum(p[0] == n for p in x) * sum(p[0] == n for p in y) / size for n, size in sizes.items())
     assert one.chance_overlap(two) == pytest.approx(chance / (len(x) + len(y) - chance) if x | y else 1.0)
     assert (one == two) == (x == y) == (one.hash() == two.hash())
@@ -159,6 +160,7 @@ def test_different_masks_cannot_be_combined():
         Masks.overlap,
         Masks.layer_overlaps,
         Masks.chance_overlap,
+        Masks.distance,
     ):
         with pytest.raises(ValueError, match="different parameters, such as 'b'"):
             act(one, fewer)
