@@ -23,7 +23,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
     swapped in afterwards, and layers that were made smaller, are noted beside.
     """
-    cls = type(model)
+    cls = _class_of(model)
     found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     config: Any = getattr(model, "config", None)
     try:
@@ -43,6 +43,11 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         return json.loads(json.dumps(found))
     except (TypeError, ValueError):
         return None
+
+
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that the model was made of, also where FSDP2 has divided it and put one of its own in front."""
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
 def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
@@ -131,12 +136,12 @@ def is_architecture(value: Any) -> bool:
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
     """What the constructor was given; raises TypeError if that is not known or not enough."""
-    signature = inspect.signature(type(model))
+    signature = inspect.signature(_class_of(model))
     given: Any = getattr(model, "init_args", None)
     if not isinstance(given, Mapping):
         given = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
     if not isinstance(given, Mapping):
-        raise TypeError(f"{type(model).__name__} does not say what it was built with")
+        raise TypeError(f"{_class_of(model).__name__} does not say what it was built with")
     arguments = {name: value for name, value in given.items() if name != "_instantiator"}
     signature.bind(**arguments)
     return arguments

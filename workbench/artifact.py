@@ -47,6 +47,7 @@ def save(
     dtype: torch.dtype | None = None,
     architecture: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``model`` as a compact checkpoint into the folder ``path``, read back and proved equal before it counts.
 
@@ -60,6 +61,7 @@ def save(
         architecture: How to build the model again, ``{"class_path": ..., "init_args": {...}}``. By default
             :func:`describe` finds out. Without any, :func:`load` needs the module to fill.
         provenance: JSON kept in the folder for people: recipe, fingerprints, metrics.
+        state: The model's state dict where its own is not whole: divided among ranks, say.
 
     Returns:
         The folder.
@@ -70,7 +72,7 @@ def save(
         OSError: If the disk is full or fails; what was in the folder is then still there.
     """
     path = Path(path)
-    state, first = _state(model)
+    state, first = _plain_state(model.state_dict() if state is None else state)
     masks = _checked_masks(model, state, first, masks or {})
     stored, entries = _stored(model, state, first, masks, dtype)
     content = to_safetensors(stored)
@@ -224,9 +226,9 @@ class _Reader:
         return {name: own[entry.get("alias", name)] for name, entry in self.entries.items()}
 
 
-def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's state on the CPU, sharing memory where it can, and for every name the first one of its tensor."""
-    state, first = model.state_dict(), {}
+def _plain_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's state on the CPU, sharing memory where it can, and for every name the first one of its tensor."""
+    first: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta

@@ -18,6 +18,7 @@ from workbench import progress
 from workbench.duration import Duration
 from workbench.files import naming, publish
 from workbench.randomness import random_state, set_random_state
+from workbench.sharding import load_whole
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
@@ -95,7 +96,7 @@ def restore_ended(path: Path, module: LightningModule, callbacks: Sequence[Callb
     """Put module and callbacks where the training that wrote ``path`` at its end left them."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    load_whole(module, checkpoint["state_dict"])
     for callback in callbacks:
         if callback.state_key in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from workbench.means import GlobalMean, Means
 from workbench.ranks import everyone
+from workbench.sharding import divide
 from workbench.tasks import Imitation, Task
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -224,6 +225,11 @@ class SupervisedModule(LightningModule, ABC):
             self.means["train"].restore(stored["ranks"], self.trainer.global_rank, self.trainer.world_size)
             ranks = checkpoint.get("streams", [])
             self.streams.states = ranks[self.trainer.global_rank] if len(ranks) == self.trainer.world_size else {}
+
+    def configure_model(self) -> None:
+        """Divide the network among the ranks, once, if the Trainer's strategy is ModelParallelStrategy (FSDP2)."""
+        for network in self.members.values():
+            divide(network, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its scheduler."""

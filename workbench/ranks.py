@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -21,19 +22,32 @@ def world() -> int:
 
 
 def check_ranks_agree(network: nn.Module) -> None:
-    """Make sure that data-parallel ranks hold the same parameters, bit for bit.
+    """Make sure that data-parallel ranks hold the same parameters, bit for bit; of divided ones, the same whole.
 
     Raises:
         RuntimeError: If they do not: then what rank 0 is about to save is not what was trained.
     """
     if not _grouped():
         return
-    digest = hashlib.sha256()
-    for parameter in network.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digests = everyone(digest.hexdigest())
+    digests = everyone(digest(dict(network.named_parameters())))
     if len(set(digests)) > 1:
         raise RuntimeError(f"ranks hold different parameters after training: SHA-256 {[d[:12] for d in digests]}")
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bits of a state dict's tensors, those of DTensors as :func:`whole`."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensor = whole(value).detach().cpu().reshape(-1).contiguous()
+            found.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            found.update(tensor.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor that ranks may have divided among them. Of a DTensor, called on every rank that has a part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def barrier() -> None:

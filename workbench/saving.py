@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from workbench import artifact, records
 from workbench.files import replacing
 from workbench.module import SupervisedModule, network_of
-from workbench.ranks import barrier, check_ranks_agree, rank
+from workbench.ranks import barrier, check_ranks_agree, rank, whole
+from workbench.sharding import whole_state
 from workbench.tasks import Task
 
 _SAMPLES = 16
@@ -35,6 +36,7 @@ def save_network(
     network = network_of(module).get_submodule(member)
     folder = out / "artifact"
     check_ranks_agree(network)
+    state = whole_state(network)
     if rank() == 0:
         if artifact.describe(network) is None:
             warnings.warn(
@@ -43,7 +45,7 @@ def save_network(
                 "call save_hyperparameters() in a LightningModule",
                 stacklevel=2,
             )
-        artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]})
+        artifact.save(network, folder, masks, provenance={"metrics": result["metrics"]}, state=state)
         if example and data is not None and (inputs := example_inputs(module, data)):
             with replacing(out / "example.safetensors") as temporary:
                 save_file(inputs, temporary)
@@ -52,7 +54,10 @@ def save_network(
 
 
 def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path) -> dict[str, int]:
-    """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``."""
+    """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``.
+
+    Called on every rank.
+    """
     parameters = list(network.parameters())
     pruned = (
         {
@@ -65,7 +70,7 @@ def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         **pruned,
-        "nonzero": sum(int(parameter.detach().count_nonzero()) for parameter in parameters),
+        "nonzero": sum(int(whole(parameter.detach()).count_nonzero()) for parameter in parameters),
         "dense_fp32_bytes": 4 * sum(parameter.numel() for parameter in parameters),
         "artifact_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
     }
