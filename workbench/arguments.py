@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from enum import Enum
@@ -24,7 +24,7 @@ from workbench.architecture import remembered
 from workbench.duration import Duration
 from workbench.jobs import find_jobs
 from workbench.randomness import same_random_state
-from workbench.recipe import Recipe, Stage
+from workbench.recipe import OVER, RUN, Recipe, Stage
 from workbench.source import Source
 
 register_type(Source, str, Source)
@@ -59,7 +59,10 @@ class Arguments:
             raise recipe.error(str(error), stage.name, "job") from error
         parameters = {parameter.name: parameter for parameter in stage.job.parameters}
         self.trains = "trainer" in parameters
-        given = copy.deepcopy(stage.arguments)
+        self.runs = tuple(Arguments(recipe, run) for run in stage.runs)
+        # What a sweep repeats is checked run by run.
+        self._grid = {name: stage.arguments[name] for name in (RUN, OVER) if stage.runs}
+        given = copy.deepcopy({name: value for name, value in stage.arguments.items() if name not in self._grid})
         if isinstance(given.get("seed_everything"), bool):
             del given["seed_everything"]  # LightningCLI's "seed, or not": here there is always one
         if self.trains and given.setdefault("trainer", {}) is None:
@@ -67,7 +70,7 @@ class Arguments:
         if self.trains and not isinstance(given["trainer"], Mapping):
             what = f"is {given['trainer']!r}: arguments of Lightning's Trainer are expected, e.g. {{max_epochs: 10}}"
             raise recipe.error(what, stage.name, "trainer")
-        self._parser = _parser(function, self.trains)
+        self._parser = _parser(function, self.trains, self._grid)
         try:
             self._values = self._parser.parse_object(copy.deepcopy(given))  # it makes objects inside what it parses
         except Exception as error:  # also whatever a module does that a class_path makes it import
@@ -78,12 +81,12 @@ class Arguments:
                 expected = faults.types_said(parameters[name].annotation)
                 raise recipe.error(f"is null: expected {expected}", stage.name, name)
         for name, value in vars(self._values).items():
-            for part, item in value.items() if isinstance(value, dict) and not _is_family(value) else ():
+            for key, setting in _settings(name, value):
                 try:
                     # Settings, such as the terms of a loss, check themselves when they are made, which costs nothing.
-                    self._parser.instantiate(Namespace({name: {part: item}}))
+                    self._parser.instantiate(Namespace({name: setting}))
                 except ValueError as error:
-                    raise recipe.error(faults.innermost(str(error)), stage.name, f"{name}.{part}") from error
+                    raise recipe.error(faults.innermost(str(error)), stage.name, key) from error
         for index, callback in enumerate(self._callbacks()):
             try:
                 self._parser.instantiate(Namespace(trainer=Namespace(callbacks=[callback])))
@@ -111,7 +114,9 @@ class Arguments:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names of the family that the stage trains; none if it trains one network."""
+        """Names of the family that the stage trains, or of a sweep's runs; none if it trains one network."""
+        if self.runs:
+            return tuple(run.stage.name.rpartition("/")[2] for run in self.runs)
         return next((tuple(value) for value in vars(self._values).values() if _is_family(value)), ())
 
     @property
@@ -125,7 +130,7 @@ class Arguments:
 
     def resolved(self) -> dict[str, Any]:
         """All arguments with their defaults, as JSON; without what is inherited from another stage's trainer."""
-        arguments = self._dumped()
+        arguments = {**self._grid, **self._dumped()}
         if self._inherits:
             arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
         return arguments
@@ -158,7 +163,7 @@ class Arguments:
                 made[name] |= alone[name]
         if self.trains:
             made["trainer"] = {name: made["trainer"][name] for name in self._trainer}
-        return made
+        return {**made, **self._grid}
 
     def _dumped(self) -> dict[str, Any]:
         try:
@@ -206,17 +211,18 @@ def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Lig
     return module, made
 
 
-def _parser(function: Callable[..., Any], trains: bool) -> ArgumentParser:
+def _parser(function: Callable[..., Any], trains: bool, grid: Iterable[str]) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(function, skip={"out", "trainer"}, fail_untyped=False)
+    parser.add_function_arguments(function, skip={"out", "trainer", *grid}, fail_untyped=False)
     if trains:
         parser.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False)
     return parser
 
 
 def _beside(folder: Path, source: Source) -> Source:
-    stage = folder.parent / source
-    return Source(stage) if (stage / "record.json").is_file() else source
+    """The stage's folder if ``source`` is one: beside ``folder``, or beside the sweep that ``folder`` is a run of."""
+    stages = (place / source for place in (folder.parent, folder.parent.parent))
+    return next((Source(stage) for stage in stages if (stage / "record.json").is_file()), source)
 
 
 def _build_data(seed: int, class_type: type[DataT], *args: Any, **kwargs: Any) -> DataT:
@@ -235,6 +241,14 @@ def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> Modul
             given = {name: remembered(value) for name, value in kwargs.items()}
             setattr(made, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
     return made
+
+
+def _settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of the plain settings in an argument: a dataclass's, or those of several by name."""
+    if isinstance(value, Namespace) and "class_path" not in value and name != "trainer":
+        yield name, value
+    elif isinstance(value, dict) and not _is_family(value):
+        yield from ((f"{name}.{part}", {part: item}) for part, item in value.items())
 
 
 def _is_family(value: Any) -> bool:

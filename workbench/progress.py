@@ -3,18 +3,25 @@
 The runner opens `bars` and wraps each stage in `Bars.stage`; whatever does the work calls `show`, which
 does nothing when no bars are open, so a job needs to know nothing about who started it. Only rank zero draws.
 Where the output is not a terminal there are no bars, just one plain line per stage, without control codes.
+
+A run of a sweep draws nothing: inside `telling` what it shows goes into a small file, which the sweep reads and draws.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from time import perf_counter
-from typing import TextIO
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import TextIO, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+_EVERY = 0.5
 
 
 def elapsed(seconds: float) -> str:
@@ -48,6 +55,7 @@ class Bars:
         self._note = ""
         self._progress: Progress | None = None
         self._recipe = self._stage = TaskID(0)
+        self._parts: dict[str, TaskID] = {}
         if console is not None and live:
             self._progress = progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -81,12 +89,28 @@ class Bars:
             raise
         finally:
             if self._progress is not None:
+                self.parts({})
                 self._progress.update(self._stage, visible=False)
                 self._progress.update(self._recipe, advance=0 if outcome else 1)
-            if self._console is not None:
-                line = f"{label}  {outcome}{elapsed(perf_counter() - start)}"
-                line += f"  {self._note}" if self._note else ""
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.line(name, f"{outcome}{elapsed(perf_counter() - start)}", self._note)
+
+    def line(self, name: str, *told: str) -> None:
+        """Write a line that stays, above the bars: of a stage that is over, or of a part of one."""
+        if self._console is not None:
+            words = (printable(name).ljust(self._width), *(printable(word) for word in told if word))
+            self._console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+
+    def parts(self, told: "Mapping[str, Told]") -> None:
+        """Draw a bar for each part of the stage that is at work, below the stage's own; and for no other."""
+        if self._progress is None:
+            return
+        for name in [name for name in self._parts if name not in told]:
+            self._progress.remove_task(self._parts.pop(name))
+        for name, part in told.items():
+            if name not in self._parts:
+                self._parts[name] = self._progress.add_task(f"  {printable(name)}", total=None, message="")
+            total, said = part.total or None, printable(part.message)
+            self._progress.update(self._parts[name], completed=part.done, total=total, message=said)
 
     def show(self, done: int, total: int, message: str) -> None:
         """See the module's `show`."""
@@ -98,7 +122,79 @@ class Bars:
         self._note = printable(text)
 
 
-_active: ContextVar[Bars | None] = ContextVar("bars", default=None)
+@final
+@dataclass(frozen=True)
+class Told:
+    """How far a run is.
+
+    Args:
+        attempt: Which it is, from 1.
+        done: Of its steps.
+        total: Its steps, if it has said so, else 0.
+        message: A few words.
+    """
+
+    attempt: int = 1
+    done: int = 0
+    total: int = 0
+    message: str = ""
+
+
+@final
+class _Teller:
+    """Writes how far a run is, at most once every half second; ``look`` is called as often."""
+
+    def __init__(self, path: Path, look: Callable[[], None]) -> None:
+        self._path, self._look = path, look
+        self._told = Told(attempts(path) + 1)
+        self._at = monotonic()
+        self._write()
+
+    def show(self, done: int, total: int, message: str) -> None:
+        """See the module's `show`."""
+        if monotonic() - self._at >= _EVERY:
+            self._at, self._told = monotonic(), replace(self._told, done=done, total=total, message=message)
+            self._write()
+            self._look()
+
+    def _write(self) -> None:
+        # Not flushed to disk: what is lost in a power cut is not worth a pause in training, nor is a full disk.
+        part = self._path.with_name(f"{self._path.name}.tmp")
+        with suppress(OSError):
+            part.write_text(json.dumps(asdict(self._told)), encoding="utf-8")
+            part.replace(self._path)
+
+
+@contextmanager
+def telling(path: Path, look: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, what is shown goes into the file ``path``, for somebody else to draw.
+
+    Args:
+        path: The file; one that is there is of an earlier attempt.
+        look: Called now and then, to draw it.
+    """
+    token = _active.set(_Teller(path, look))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def told(path: Path) -> Told | None:
+    """What was last told into ``path``; None if nothing was."""
+    try:
+        return Told(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def attempts(path: Path) -> int:
+    """How often somebody began to tell something into ``path``."""
+    found = told(path)
+    return found.attempt if found else 0
+
+
+_active: ContextVar[Bars | _Teller | None] = ContextVar("bars", default=None)
 
 
 @contextmanager
@@ -138,8 +234,8 @@ def _plain(stream: TextIO) -> Console:
     return Console(file=stream, force_terminal=False, color_system=None, force_jupyter=False)
 
 
-def current() -> Bars | None:
-    """The open bars, or None."""
+def current() -> Bars | _Teller | None:
+    """The open bars, or what is there instead of them, or None."""
     return _active.get()
 
 

@@ -3,18 +3,21 @@
 A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other entry is an argument shared by every stage
 whose job takes it and does not set it (mappings without a ``class_path``, such as ``trainer``, are merged key by key).
 A stage, or an argument of one, that is text ending in ``.yaml`` is replaced by the contents of that file.
+
+A job may repeat another one over a grid: it takes ``run: Runs``, the stage to repeat, and ``over``, the grid.
 """
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from workbench import yaml_io
-from workbench.jobs import Job, find_jobs
+from workbench.jobs import REQUIRED, Job, find_jobs
+from workbench.sweep.grid import Setting, settings
 
 _SHARE = Path(__file__).parent / "share"
 _ROOTS = (_SHARE, Path(__file__).parent.parent)
@@ -22,6 +25,10 @@ _ENDINGS = (".yaml", ".yml")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Lightning 2.6's LightningCLI writes it into every config, as null: "as usual".
 _CLI_ONLY = "weights_only"
+_LOOKS_AROUND = "report"
+
+RUN, OVER = "run", "over"
+"""The arguments that make a stage a sweep: the stage to repeat, and the grid."""
 
 REPLACED = "replaced"
 """The folder, beside the stages' own, that stages made with other arguments are moved into."""
@@ -33,11 +40,21 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a recipe: a job and the arguments it was given, before they are checked against types."""
+    """One step of a recipe: a job and the arguments it was given, before they are checked against types.
+
+    Args:
+        name: Its own; of a run of a sweep ``sweep/run``.
+        job: What it does.
+        arguments: As given, shared ones filled in.
+        runs: Of a sweep, its runs.
+        over: Of a run, the values that tell it from the others.
+    """
 
     name: str
     job: Job
     arguments: dict[str, Any]
+    runs: "tuple[Stage, ...]" = ()
+    over: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,8 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     stages = [_stage(blank, name, body, shared) for name, body in content.items() if _is_stage(body)]
     if not stages:
         raise blank.error("has no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
-    taken = dict.fromkeys(parameter.name for stage in stages for parameter in stage.job.parameters)
+    jobs = [part.job for stage in stages for part in (stage, *stage.runs[:1])]
+    taken = dict.fromkeys(parameter.name for job in jobs for parameter in job.parameters)
     for key, value in shared.items():
         # An argument's name may also be a stage's: a `teacher` that has arguments and no job is a stage without one.
         lacks_job = isinstance(value, Mapping) and bool(value) and taken.keys() >= set(value)
@@ -130,26 +148,80 @@ def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[s
     """The stage ``body``: its job found, its keys checked, fragments included, shared arguments filled in."""
     if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
         raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
+    job, given = _filled(recipe, name, body, shared)
+    return _sweep(recipe, Stage(name, job, given), shared) if _sweeps(job) else Stage(name, job, given)
+
+
+def _filled(
+    recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any], above: str = "", starts: bool = False
+) -> tuple[Job, dict[str, Any]]:
+    """The job of a stage's ``body``, which stands under the key ``above``, and its arguments with the shared ones."""
     jobs = find_jobs()
     job = jobs.get(str(body["job"]))
     if job is None:
-        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, "job")
+        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, f"{above}job")
     try:
         names = [parameter.name for parameter in job.parameters]
     except ValueError as error:
-        raise recipe.error(str(error), name, "job") from error
-    own = {str(key): _included(recipe, value, name, str(key)) for key, value in body.items() if key != "job"}
+        raise recipe.error(str(error), name, f"{above}job") from error
+    own = {str(key): _included(recipe, value, name, f"{above}{key}") for key, value in body.items() if key != "job"}
     if own.get(_CLI_ONLY, 0) is None and _CLI_ONLY not in names:
         del own[_CLI_ONLY]
     for key in own:
         if key == "out":
-            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, key)
+            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, f"{above}{key}")
         if key not in names:
-            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, key)
+            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, f"{above}{key}")
     # A stage that starts from another one takes what that one has; only what it says itself comes instead.
-    given = {key: value for key, value in shared.items() if key in names and "start" not in own}
+    starts = starts or "start" in own
+    given = {key: value for key, value in shared.items() if key in names and not starts}
     merged = {**given, **{key: _merged(given.get(key), value) for key, value in own.items()}}
-    return Stage(name, job, copy.deepcopy(merged))
+    return job, copy.deepcopy(merged)
+
+
+def _sweeps(job: Job) -> bool:
+    return {RUN: "Runs"}.items() <= {parameter.name: parameter.annotation for parameter in job.parameters}.items()
+
+
+def _sweep(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
+    """The stage with its runs: the one under ``run``, repeated over the grid."""
+    for key in (RUN, OVER):
+        if key not in stage.arguments:
+            raise recipe.error(f"is {REQUIRED} by job '{stage.job.name}' and not given", stage.name, key)
+    body = stage.arguments[RUN]
+    if not _is_stage(body):
+        raise recipe.error("is the stage to repeat: expected {job: fit, ...}", stage.name, RUN)
+    try:
+        points = settings(stage.arguments[OVER])
+    except ValueError as error:
+        raise recipe.error(str(error), stage.name, OVER) from error
+    starts = any("start" in point.values for point in points)
+    job, given = _filled(recipe, stage.name, body, shared, f"{RUN}.", starts)
+    if _sweeps(job) or job.name == _LOOKS_AROUND:
+        why = "a sweep in a sweep: name all keys in one" if _sweeps(job) else "it looks at all stages: give it its own"
+        raise recipe.error(f"job '{job.name}' cannot be repeated, {why}", stage.name, f"{RUN}.job")
+    runs = tuple(_run(recipe, stage.name, job, given, point) for point in points)
+    return Stage(stage.name, stage.job, {**stage.arguments, RUN: {"job": job.name, **given}}, runs)
+
+
+def _run(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: Setting) -> Stage:
+    """The run of a sweep at one point of its grid."""
+    arguments = copy.deepcopy(dict(given))
+    names = [parameter.name for parameter in job.parameters]
+    for key, value in point.values.items():
+        path = key.split(".")
+        where = f"{OVER}.{key}"
+        if path[0] == "seed" and "seed" not in names:
+            path[0] = "seed_everything"
+        if path[0] not in names or not all(path):
+            hint = nearest(path[0], names)
+            raise recipe.error(f"job '{job.name}' has no such argument{hint}", sweep, where)
+
+        def fault(message: str, where: str = where) -> RecipeError:
+            return recipe.error(message, sweep, where)
+
+        _set(recipe, arguments, path, copy.deepcopy(_included(recipe, value, sweep, where)), fault)
+    return Stage(f"{sweep}/{point.name}", job, arguments, over=point.values)
 
 
 def _is_stage(value: Any) -> bool:
@@ -228,20 +300,30 @@ def _override(recipe: Recipe, content: dict[str, Any], key: str, text: str) -> N
         value = yaml_io.load(text)
     except ValueError as error:
         raise RecipeError(f"--{key}: {text!r} is {error}") from error
-    node: Any = content
+    if path and path[0] not in content and path[0] != "trainer":
+        raise recipe.error(f"--{key}: no such stage or shared argument{nearest(path[0], content)}")
+    _set(recipe, content, [*path, last], value, lambda message: recipe.error(f"--{key}: {message}"), content)
+
+
+def _set(
+    recipe: Recipe,
+    node: Any,
+    keys: Sequence[str],
+    value: Any,
+    fault: Callable[[str], RecipeError],
+    shared: Mapping[str, Any] | None = None,
+) -> None:
+    """Set the value at ``keys`` inside ``node``; a stage has its own copy of what it takes from the shared ones."""
+    *path, last = keys
     for depth, part in enumerate(path):
-        if depth == 0 and part not in content and part != "trainer":
-            raise recipe.error(f"--{key}: no such stage or shared argument{nearest(part, content)}")
         node = _arguments_of(node, part)
-        if part not in node and depth == 1 and part in content and not _is_stage(content[part]):
-            # The stage has this argument from the shared ones: override its own copy.
-            node[part] = copy.deepcopy(content[part])
-        node[part] = _included(recipe, node.get(part), key=key)
+        if part not in node and shared and part in shared and _is_stage(node) and not _is_stage(shared[part]):
+            node[part] = copy.deepcopy(shared[part])
+        node[part] = _included(recipe, node.get(part), key=".".join(keys))
         if node[part] is None:
             node[part] = {}
         if not isinstance(node[part], dict):
-            found = f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}"
-            raise recipe.error(f"--{key}: {found}, which has no keys")
+            raise fault(f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}, which has no keys")
         node = node[part]
     _arguments_of(node, last)[last] = value
 

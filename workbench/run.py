@@ -9,20 +9,26 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from workbench import artifact, progress, records, yaml_io
+from workbench import progress, records, yaml_io
 from workbench.arguments import Arguments, essential
+from workbench.lineage import check, lineage_of, stage_of
+from workbench.locking import locked
 from workbench.ranks import rank
-from workbench.recipe import REPLACED, Recipe, nearest
+from workbench.recipe import REPLACED, RUN, Recipe, RecipeError
 from workbench.source import Source
+from workbench.sweep.runs import Runs
 
 _POLL = 0.2
+LOG = "log.txt"
+"""What a run in a process of its own says, in its folder."""
 _RECORDED = (
     "stage",
     "job",
@@ -39,38 +45,16 @@ _BEGAN = records.now()
 
 
 class StageError(RuntimeError):
-    """A stage failed; its record says why."""
+    """A stage failed; its record says why.
 
-
-def check(recipe: Recipe) -> list[Arguments]:
-    """Check every stage of the recipe before the first one runs.
-
-    Raises:
-        RecipeError: On a wrong argument, a stage named before it exists, a cycle, or a missing folder.
+    Args:
+        message: What to tell.
+        found: Results that it has all the same, for its record.
     """
-    plan = [Arguments(recipe, stage) for stage in recipe.stages]
-    names = [stage.name for stage in recipe.stages]
-    refers = {a.stage.name: [_stage_of(source, names) or str(source) for _, source in a.sources()] for a in plan}
-    for position, arguments in enumerate(plan):
-        name = arguments.stage.name
-        for key, source in arguments.sources():
-            stage = _stage_of(source, names)
-            if stage in names[:position]:
-                _check_member(recipe, plan[names.index(stage)], source, name, key)
-                continue
-            if stage == name:
-                raise recipe.error(
-                    f"the stage names itself: name one above it{nearest('', names[:position])}", name, key
-                )
-            if stage is not None:
-                if path := _path(refers, stage, name):
-                    cycle = " -> ".join([name, *path])
-                    raise recipe.error(f"the stages need each other in a cycle: {cycle}", name, key)
-                raise recipe.error(f"stage '{stage}' is named before it exists: move it above '{name}'", name, key)
-            if not Path(source).exists() and not _hub_name(source):
-                hint = nearest(source, names[:position])
-                raise recipe.error(f"'{source}' is neither a stage above nor a folder{hint}", name, key)
-    return plan
+
+    def __init__(self, message: str, found: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.found = dict(found or {})
 
 
 def run(recipe: Recipe, out: Path, replace: bool = False) -> list[dict[str, Any]]:
@@ -86,25 +70,46 @@ def run(recipe: Recipe, out: Path, replace: bool = False) -> list[dict[str, Any]
         StageError: If a stage fails, or its record cannot be written.
     """
     plan = check(recipe)
-    lineage = _lineage(plan)
-    if rank() == 0:
-        _claim(recipe, plan, lineage, out, replace)
+    lineage = lineage_of(plan)
     done: list[dict[str, Any]] = []
-    with progress.bars(len(plan), list(lineage)) as bars:
+    with _alone(out), progress.bars(len(plan), [arguments.stage.name for arguments in plan]) as bars:
+        if rank() == 0:
+            _claim(recipe, plan, lineage, out, replace)
         for arguments in plan:
             name = arguments.stage.name
             with bars.stage(name):
-                record = _finished(out / name, lineage[name][0])
+                record = _kept(arguments, out, lineage)
                 if record is None:
-                    record = _run_stage(arguments, out, lineage)
-                    bars.note(_score(record))
+                    record = run_stage(arguments, out, lineage)
+                    bars.note(score(record))
                 else:
-                    bars.note(", ".join(filter(None, ("kept", _score(record)))))
+                    bars.note(", ".join(filter(None, ("kept", score(record)))))
             done.append(record)
     return done
 
 
-def _run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Inside, no other process runs a recipe in ``out``."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        yield
+
+
+def run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Run one stage, in ``<out>/<its name>``; its record.
+
+    Args:
+        arguments: The stage's.
+        out: The run's folder.
+        lineage: Fingerprint and parents, of this stage and of those above it.
+
+    Raises:
+        StageError: If it fails, or its record cannot be written.
+    """
     name = arguments.stage.name
     folder, (fingerprint, parents) = out / name, lineage[name]
     if rank() != 0 and not arguments.trains:
@@ -126,7 +131,9 @@ def _run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str,
     began = time.monotonic()
     try:
         seed_everything(arguments.seed or 0, workers=True, verbose=False)
-        made = arguments.build(lambda source: Source(out / source) if _stage_of(source, lineage) else source)
+        made = arguments.build(lambda source: Source(out / source) if stage_of(source, lineage) else source)
+        if arguments.runs:
+            made[RUN] = Runs(arguments.runs, out, lineage)
         result = _result(arguments.stage.job.function(**made, out=folder))
         seconds = round(time.monotonic() - began, 3)
         finished = {**record, "seconds": seconds, **result, "status": "finished", "ended": records.now()}
@@ -161,7 +168,9 @@ def _result(returned: Any) -> dict[str, Any]:
 
 def _failed(folder: Path, record: Mapping[str, Any], error: BaseException) -> StageError:
     """Record the failure; the error to raise for it."""
-    said = f"stage '{record['stage']}': {type(error).__name__}: {error}"
+    kind = "" if isinstance(error, StageError) else f"{type(error).__name__}: "
+    said = f"stage '{record['stage']}': {kind}{error}"
+    record = {**record, **getattr(error, "found", {})}
     text = "".join(traceback.format_exception(error))
     try:
         _write(folder, {**record, "status": "failed", "error": text, "ended": records.now()})
@@ -170,58 +179,15 @@ def _failed(folder: Path, record: Mapping[str, Any], error: BaseException) -> St
     return StageError(f"{said}\nThe full traceback is in {folder / 'record.json'}; the same command tries again.")
 
 
-def _lineage(plan: Sequence[Arguments]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each stage its fingerprint, and its parents by the argument that names them."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for arguments in plan:
-        prints: dict[str, str] = {}
-        parents: dict[str, Any] = {}
-        for key, source in arguments.sources():
-            stage = _stage_of(source, found)
-            prints[key] = found[stage][0] if stage else _content(source)
-            parents[key] = {"stage": str(source), "fingerprint": prints[key] if stage else None}
-        if not prints and not arguments.trains:
-            # It names no stage and trains nothing: like a report, it may look at everything above it.
-            prints = {f"above/{name}": fingerprint for name, (fingerprint, _) in found.items()}
-        found[arguments.stage.name] = arguments.fingerprint(prints), parents
-    return found
-
-
-def _stage_of(source: Source, names: Container[str]) -> str | None:
-    """The stage that ``source`` means, if it is one of ``names``: by its name, or as ``stage/student`` of a family."""
-    stage, _, member = source.partition("/")
-    if source in names:
-        return str(source)
-    return stage if stage in names and member and "/" not in member else None
-
-
-def _check_member(recipe: Recipe, family: Arguments, source: Source, name: str, key: str) -> None:
-    """Refuse a source that names no network, or not which of a stage's several."""
-    stage, _, member = source.partition("/")
-    if not family.trains or member in family.members or not (member or family.members):
-        return
-    whole = [f"{stage}/{known}" for known in family.members]
-    if not member:
-        raise recipe.error(f"stage '{stage}' trains a family: name one of {', '.join(whole)}", name, key)
-    hint = nearest(source, whole) if whole else f": it trains one network, name it '{stage}'"
-    raise recipe.error(f"stage '{stage}' has no '{member}'{hint}", name, key)
-
-
-def _content(source: Source) -> str:
-    """What stands for a folder outside the run: its checkpoint's hash, weights and architecture, else its path."""
-    try:
-        return artifact.read_index(artifact.find(source))["sha256"]
-    except ValueError:
-        return str(source)
-
-
 def _claim(
     recipe: Recipe, plan: Sequence[Arguments], lineage: Mapping[str, tuple[str, Any]], out: Path, replace: bool
 ) -> None:
     """Make sure that no folder holds what another recipe left there, before anything is trained."""
     foreign: list[Path] = []
-    for arguments in plan:
+    for arguments in (part for each in plan for part in (each, *each.runs)):
         name = arguments.stage.name
+        if out / name in foreign or (out / name).parent in foreign:
+            continue
         try:
             why = _occupied(out / name, arguments, *lineage[name])
         except (OSError, ValueError) as error:
@@ -233,7 +199,7 @@ def _claim(
         if why:
             foreign.append(out / name)
     for folder in foreign:
-        places = (out / REPLACED / f"{folder.name}-{n}" for n in itertools.count(1))
+        places = (out / REPLACED / f"{folder.relative_to(out)}-{n}" for n in itertools.count(1))
         aside = next(place for place in places if not place.exists())
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -246,12 +212,14 @@ def _occupied(folder: Path, arguments: Arguments, fingerprint: str, parents: Map
     """What the stage's folder holds that is not this stage; None if it is free."""
     record = records.read(folder)
     if record is None:
-        # A run that is killed while it writes its first record leaves only a hidden temporary.
-        if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
+        # A run that is killed before its first record is whole leaves only hidden files, and what it said.
+        if folder.is_dir() and all(path.name.startswith(".") or path.name == LOG for path in folder.iterdir()):
             return None
         return "exists and was not written by a recipe" if folder.exists() else None
     if record.get("fingerprint") == fingerprint:
         return None
+    if arguments.runs and record.get("job") == arguments.stage.job.name:
+        return None  # a grid may grow: each of its runs is looked at by itself
     return f"holds a {record.get('status')} stage made with {_difference(record, arguments, parents)}"
 
 
@@ -271,6 +239,13 @@ def _difference(record: Mapping[str, Any], arguments: Arguments, parents: Mappin
 
 def _said(values: Mapping[str, Any], key: str) -> str:
     return yaml_io.inline(values[key]) if key in values else "nothing"
+
+
+def _kept(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]]) -> dict[str, Any] | None:
+    """The stage's record if it is finished; a sweep is if all its runs still are."""
+    if not all(_finished(out / run.stage.name, lineage[run.stage.name][0]) for run in arguments.runs):
+        return None
+    return _finished(out / arguments.stage.name, lineage[arguments.stage.name][0])
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -304,27 +279,10 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _path(refers: Mapping[str, list[str]], start: str, goal: str) -> list[str] | None:
-    """Stages from ``start`` to ``goal`` along references, both included, or None."""
-    todo, seen = [[start]], {start}
-    while todo:
-        path = todo.pop()
-        if path[-1] == goal:
-            return path
-        for name in refers.get(path[-1], []):
-            if name not in seen:
-                seen.add(name)
-                todo.append([*path, name])
-    return None
-
-
-def _hub_name(source: str) -> bool:
-    """``owner/name``, as model hubs have it; not a path that was mistyped."""
-    owner, _, name = source.partition("/")
-    return bool(owner and name) and "/" not in name and not owner.startswith((".", "~")) and not Path(owner).exists()
-
-
-def _score(record: Mapping[str, Any]) -> str:
+def score(record: Mapping[str, Any]) -> str:
+    """The main test metric of a record in words, or how many runs it has; empty if there is neither."""
+    if runs := record.get("runs"):
+        return f"{len(runs)} runs"
     name = (record.get("monitor") or ["loss"])[0]
     value = (record.get("metrics") or {}).get(f"test/{name}")
     if value is None:

@@ -1,0 +1,65 @@
+"""Runs in processes of their own, a few at a time: one that dies takes no other with it."""
+
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from workbench.arguments import Arguments
+from workbench.sweep.runs import Runs
+from workbench.sweep.task import Done, start, stop, threads, why, write_task
+from workbench.sweep.watch import Watch
+
+_POLL = 0.2
+
+
+def in_processes(runs: Runs, todo: Sequence[Arguments], workers: int, retries: int, watch: Watch) -> Iterator[Done]:
+    """Perform the runs, ``workers`` at a time, each until it is finished or has failed ``1 + retries`` times.
+
+    When this is stopped, by Ctrl-C or SIGTERM, so are they.
+    """
+    waiting, failed = deque(todo), Counter[str]()
+    busy: dict[subprocess.Popen[bytes], Arguments] = {}
+    with _stopped_by_sigterm():
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < workers:
+                    run = waiting.popleft()
+                    busy[start(write_task(runs, run), threads(workers))] = run
+                time.sleep(_POLL)
+                watch.look()
+                for child in [child for child in busy if child.poll() is not None]:
+                    run = busy.pop(child)
+                    stop(child)
+                    failed[run.stage.name] += 1
+                    if runs.finished(run):
+                        yield Done(run)
+                    elif failed[run.stage.name] <= retries:
+                        waiting.append(run)
+                    else:
+                        yield Done(run, why(runs.folder(run), child.returncode))
+        finally:
+            for child in busy:
+                child.terminate()
+            for child in busy:
+                stop(child)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is as Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
