@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, open_teacher
 from distill.features import matches
+from distill.losses import LogitLoss, LogitMSE
 from distill.objective import Objective, Seen, Term, soft_and_hard
 from distill.teacher import Teacher
 from workbench.randomness import same_random_state
 from workbench.ranks import world
 from workbench.source import Source
-from workbench.tasks import logits_of
+from workbench.tasks import Regression, Task, logits_of
 
 AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
 
@@ -44,6 +45,22 @@ def objective_of(
     if (temperature, alpha) != (4.0, 0.9):
         raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
     return Objective(losses, members)
+
+
+def check_scored(objective: Objective, task: Task) -> None:
+    """Refuse losses between distributions over classes where a task has no classes.
+
+    Raises:
+        ValueError: If the task is a regression and a term compares anything of the outputs but their numbers.
+    """
+    if not isinstance(task, Regression):
+        return
+    for name, term in objective.terms.items():
+        if isinstance(term.loss, LogitLoss) and not (isinstance(term.loss, LogitMSE) and not term.loss.standardize):
+            raise ValueError(
+                f"term {name!r} is {term.loss}, which compares classes, and Regression has none: give losses, e.g. "
+                "{soft: {loss: {class_path: distill.losses.LogitMSE}, weight: 0.5}, hard: {weight: 0.5}}"
+            )
 
 
 def lesson_of(

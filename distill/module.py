@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
 from distill.language import check_headless, chunked_terms, headless
-from distill.lesson import AnyTeacher, asleep, elapsed, lesson_of, objective_of, opened
+from distill.lesson import AnyTeacher, asleep, check_scored, elapsed, lesson_of, objective_of, opened
 from distill.losses import SoftTarget
 from distill.objective import Seen, Term
 from distill.teacher import Teacher
@@ -87,6 +87,7 @@ class DistillModule(SupervisedModule):
         super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
         self.teacher = opened(teacher)
         self.objective = objective_of(temperature, alpha, losses, tuple(self.members))
+        check_scored(self.objective, task)
         self.chunked = chunked
         if imitates and isinstance(self.teacher, CachedTeacher):
             raise ValueError(

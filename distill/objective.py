@@ -189,7 +189,8 @@ class Objective(nn.Module):
             teacher: The teacher's.
             weights: From :meth:`weights`.
             own: Logits -> the task's own loss.
-            valid: Bool, of the logits' shape without the classes: the positions that count; all if None.
+            valid: Bool, of the logits' shape without the classes: the positions that count; all if None. Of their whole
+                shape, where they are numbers that count one by one, as of a regression.
             labels: Targets at these positions, where a term needs them.
             tokens: Bool [B, L], where features have a place for each token: those that are not padding; a prompt's too.
             member: Which student of a family this is.
@@ -214,7 +215,7 @@ class Objective(nn.Module):
                     raise ValueError(f"term {name!r} compares logits, and the teacher gave none: cache them as well")
                 # A loss that needs no teacher still takes a tensor in its place.
                 logits = student.logits if teacher.logits is None else teacher.logits
-                value = term.loss(student.logits, logits, valid, labels)
+                value = term.loss(*_with_classes(student.logits, logits, valid), valid, labels)
             found[name] = value
             if weight:
                 # A weight of 1 leaves the value as it is, bit for bit; and 0 * NaN is NaN.
@@ -298,6 +299,12 @@ def _fitting(feature: Tensor, valid: Tensor | None, tokens: Tensor | None) -> Te
     """The mask that fits a feature's leading axes: of its tokens, or of the positions that the task scores."""
     masks = (mask for mask in (tokens, valid) if mask is not None)
     return next((mask for mask in masks if feature.ndim > mask.ndim and feature.shape[: mask.ndim] == mask.shape), None)
+
+
+def _with_classes(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [..., classes]; numbers that count one by one are given a last axis of size 1."""
+    alone = valid is not None and valid.shape == student.shape
+    return (student.unsqueeze(-1), teacher.unsqueeze(-1)) if alone else (student, teacher)
 
 
 def _sampled(loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tensor], valid: Tensor | None) -> Tensor:

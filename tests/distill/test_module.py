@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
 from distill.lesson import elapsed
-from distill.losses import Hint, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
+from distill.losses import Hint, LogitMSE, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
 from distill.module import DistillModule, distill
 from distill.objective import Term
 from distill.teacher import Teacher
@@ -24,7 +24,7 @@ from workbench.models import MLP
 from workbench.module import TaskModule
 from workbench.order import ordered
 from workbench.source import Source
-from workbench.tasks import Classification, Embedding, LanguageModelling
+from workbench.tasks import Classification, Embedding, LanguageModelling, Regression
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -384,6 +384,36 @@ def test_a_cache_needs_its_loader(tmp_path: Path) -> None:
     trainer.fit(cached, cached.attach(loader), data())
     expected = live.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in cached.network.state_dict().items())
+
+
+def test_a_regression_is_taught_numbers_and_where_no_label_is_nothing(tmp_path: Path) -> None:
+    """Both terms are means over the elements that have a label; the teacher's flat outputs are brought to the shape."""
+    x, y = torch.randn(10, 6), torch.randn(10, 3, 2)
+    y[2:5, 1] = float("nan")
+    judge, task = MLP(6, [8], 6), Regression(shape=[3, 2])
+    terms = {"soft": Term(LogitMSE(), 0.25), "hard": Term(None, 0.75)}
+    module = DistillModule(MLP(6, [4], 6), judge, task, losses=terms)
+    output, wanted = module.network(x).view(10, 3, 2), judge(x).view(10, 3, 2)
+    known = [(i, h, d) for i in range(10) for h in range(3) for d in range(2) if not y[i, h, d].isnan()]
+    soft, hard = (sum((output[at] - other[at]) ** 2 for at in known) / len(known) for other in (wanted, y))
+    step = module.step((x, y))
+    torch.testing.assert_close(step.loss, 0.25 * soft + 0.75 * hard)
+    assert step.positions == len(known) == 54
+    loader = DataLoader(TensorDataset(x, y), 5)
+    path = cache_teacher(judge, loader, tmp_path / "cache")
+    cached = DistillModule(copy.deepcopy(module.network), CachedTeacher(path), task, losses=terms)
+    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, loader, loader)
+    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(cached, cached.attach(loader), loader)
+    expected = module.network.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in cached.network.state_dict().items())
+
+
+@pytest.mark.parametrize("losses", [None, {"z": Term(LogitMSE(standardize=True))}, {"kl": Term(ReverseKL())}])
+def test_a_regression_has_no_classes_to_soften(losses: dict[str, Term] | None) -> None:
+    with pytest.raises(
+        ValueError, match=r"which compares classes, and Regression has none: give losses, e\.g\. \{soft"
+    ):
+        DistillModule(student(), teacher(), Regression(), losses=losses)
 
 
 def test_embeddings_imitate_their_teacher() -> None:
