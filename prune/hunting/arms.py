@@ -1,15 +1,30 @@
-"""The trainings of a level: the ticket, and the controls that it has to beat."""
+"""The trainings of a level: the ticket, and the controls that it has to beat.
 
+Every arm says from where, under which masks and with which seed it is trained: a pure function of the hunt's seed and
+of what is on disk, the same on every rank. A control of a level is paired with its ticket: the same order of the data,
+the same random numbers in training, the same end.
+"""
+
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from prune.allocation import Global
+from prune.criteria import seeded
 from prune.hunting.plan import derived
+from prune.hunting.reinit import reinitialised
 from prune.hunting.rewinding import REWINDING, Trained
-from prune.hunting.store import Store
+from prune.hunting.store import TICKET, Store
 from prune.hunting.trainee import Arm, Start, Trainee
+from prune.masks import Masks
 from prune.pruner import Pruner
+from prune.structure import Layout
+from workbench import artifact, records
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class Hunt:
         other: Folder of another hunt, whose masks the control ``other`` has.
         fall: How far below level 0 the validation score may fall before the hunt ends.
         patience: For how many levels in a row.
+        given: The ticket, where it was found in another hunt; then nothing is rewound.
     """
 
     trainee: Trainee
@@ -39,6 +55,7 @@ class Hunt:
     other: Path | None = None
     fall: float | None = None
     patience: int = 1
+    given: Arm | None = None
 
     def seed(self, level: int) -> int:
         """Of the data order and everything random at ``level``: the ticket's and its controls' alike."""
@@ -47,6 +64,8 @@ class Hunt:
 
 def ticket(hunt: Hunt, level: int) -> Arm:
     """Level 0 is dense; another one prunes the last one's weights and rewinds."""
+    if hunt.given is not None:
+        return hunt.given
     if level == 0:
         return Arm(Start("first"), None, hunt.trainee.seed)
     trained = hunt.store.weights(level - 1)
@@ -55,10 +74,135 @@ def ticket(hunt: Hunt, level: int) -> Arm:
     return Arm(rewound(hunt, trained), masks, hunt.seed(level))
 
 
+def reinit(hunt: Hunt, level: int) -> Arm:
+    """The ticket's mask over new initial weights, trained from the first update: at least as long as the ticket.
+
+    Hunts of the same seed draw the same noise for it, whatever their activation, up to its gain.
+
+    Source: Frankle & Carbin 2019, arXiv:1803.03635, section 2; Frankle et al. 2020, arXiv:1912.05671.
+    """
+    weights = reinitialised(hunt.trainee.network, derived(hunt.trainee.seed, level, "reinit"))
+    return Arm(_ordered(hunt, Start("first", weights)), hunt.store.masks(level), hunt.seed(level))
+
+
+def shuffled(hunt: Hunt, level: int) -> Arm:
+    """The ticket's start under a mask that keeps as many units of each layer, but any.
+
+    Units are those of the structure: of N:M as many weights, as the structure allows them.
+
+    Source: Frankle et al. 2021, "Pruning Neural Networks at Initialization: Why Are We Missing the Mark?",
+    arXiv:2009.08576 (layerwise shuffling).
+    """
+    layout, masks = _units(hunt, level)
+    alive = layout.alive(masks) or {}
+    counts = {key: int(units.sum()) for key, units in alive.items()}
+    scores = _scores(layout, derived(hunt.trainee.seed, level, "shuffled"))
+    kept = layout.select(scores, counts, layout.candidates(scores, None))
+    return Arm(began(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
+
+
+def random(hunt: Hunt, level: int) -> Arm:
+    """The ticket's start under a mask of as many units, drawn anew over all layers together.
+
+    No layer keeps less than the floor of :class:`prune.allocation.Global`.
+    """
+    layout, masks = _units(hunt, level)
+    scores = _scores(layout, derived(hunt.trainee.seed, level, "random"))
+    candidates = layout.candidates(scores, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer that was lifted to its floor is no collapse to be told of
+        counts = Global()(scores, _density(layout, masks), within=candidates)
+    kept = layout.select(scores, counts, candidates)
+    return Arm(began(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
+
+
+def dense(hunt: Hunt, level: int) -> Arm:
+    """Never pruned: trained on from its last weights, with all else at the rewind point, as often as the ticket was.
+
+    At level 1 it goes on from level 0, so that after every level it has had as many updates as the hunt up to there.
+    Where the hunt fine-tunes it goes on as that does, at the last learning rate.
+
+    Source: Renda et al. 2020, arXiv:2003.02389 (its retraining, here without pruning).
+    """
+    trained = hunt.store.weights(level - 1, TICKET if level == 1 else "dense")
+    start = REWINDING["fine_tuning" if hunt.rewinding == "fine_tuning" else "learning_rate"](trained)
+    return Arm(_ordered(hunt, start), None, hunt.seed(level))
+
+
+def other(hunt: Hunt, level: int) -> Arm:
+    """The ticket's start under the mask that another hunt in the same network has at this level.
+
+    Raises:
+        ValueError: If it has no such finished level, or its mask is of another network or density.
+    """
+    if hunt.other is None:
+        raise ValueError("the control 'other' is the mask of another hunt, and none is named: give its folder as other")
+    layout, masks = _units(hunt, level)
+    theirs, folder = Store(hunt.other, "").folder(level), hunt.store.folder(level)
+    if records.finished(theirs) is None:
+        raise ValueError(f"{theirs} is no finished level, and {folder} is to have its mask: finish that hunt first")
+    found = Masks(artifact.masks(theirs))
+    shapes, expected = ({name: tuple(mask.shape) for name, mask in each.items()} for each in (found, masks))
+    if odd := [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]:
+        said = f"{odd[0]!r} is {shapes.get(odd[0], 'not pruned')} there, {expected.get(odd[0], 'not pruned')} here"
+        raise ValueError(f"{theirs} and {folder} prune different networks: {said}")
+    one, two = _density(layout, found), _density(layout, masks)
+    if abs(one - two) * sum(layout.units.values()) > len(layout.units):
+        raise ValueError(f"{theirs} has density {one:.4g}, {folder} {two:.4g}: name a hunt of the same densities")
+    return Arm(began(hunt, level), found, hunt.seed(level))
+
+
+def twin(hunt: Hunt, level: int) -> Arm:
+    """The ticket again, from the same point, with another order of the data and other random numbers in training.
+
+    At level 0 the dense network, from the rewind point.
+
+    Source: Frankle et al. 2020, arXiv:1912.05671, section 2 (instability analysis).
+    """
+    seed = derived(hunt.trainee.seed, level, "twin")
+    if level == 0:
+        return Arm(Start("point", random=False), None, seed)
+    return Arm(replace(began(hunt, level), random=False), hunt.store.masks(level), seed)
+
+
 def rewound(hunt: Hunt, trained: Trained) -> Start:
     """Where a level starts whose last one ended with the weights ``trained``."""
-    start = REWINDING[hunt.rewinding](trained)
+    return _ordered(hunt, REWINDING[hunt.rewinding](trained))
+
+
+def began(hunt: Hunt, level: int) -> Start:
+    """Where the ticket of a level beyond 0 started."""
+    return rewound(hunt, hunt.store.weights(level - 1)) if hunt.given is None else hunt.given.start
+
+
+def _ordered(hunt: Hunt, start: Start) -> Start:
     return start if hunt.order == "same" else replace(start, random=False)
 
 
-ARMS: dict[str, Callable[[Hunt, int], Arm]] = {"ticket": ticket}
+def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:
+    """How the structure divides what the ticket's mask is of, and that mask."""
+    masks = hunt.store.masks(level)
+    weights = {name: hunt.trainee.network.get_parameter(name) for name in masks}
+    return hunt.pruner.structure.layout(hunt.trainee.network, weights), masks
+
+
+def _density(layout: Layout, masks: Masks) -> float:
+    """The share of all units that masks keep."""
+    return sum(int(units.sum()) for units in (layout.alive(masks) or {}).values()) / sum(layout.units.values())
+
+
+def _scores(layout: Layout, seed: int) -> dict[str, Tensor]:
+    """A random number for every unit: not the mean over its weights, by which large units would all be alike."""
+    shapes = {
+        key: layout.shapes[name] if index is None else (layout.units[key],)
+        for name, members in layout.members.items()
+        for key, index in members
+    }
+    return {
+        key: torch.rand(tuple(shape), generator=seeded(seed, key), dtype=torch.float64) for key, shape in shapes.items()
+    }
+
+
+ARMS: dict[str, Callable[[Hunt, int], Arm]] = {
+    each.__name__: each for each in (ticket, reinit, shuffled, random, dense, other, twin)
+}
