@@ -1,29 +1,39 @@
 """A LightningModule with its data module and Trainer as what a hunt trains."""
 
+import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from lightning.pytorch import LightningDataModule, LightningModule
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 
 from prune.callbacks import KeepMasked
 from prune.evidence import evidence
+from prune.hunting.stopping import EarlyStop, best_of
 from prune.hunting.trainee import Arm, Trainee
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.rewind import RewindPoint
+from prune.rewind import LastUpdate, Return, RewindPoint
 from workbench.duration import Duration
-from workbench.files import sha256
+from workbench.files import replacing, sha256
 from workbench.module import network_of
 from workbench.randomness import same_random_state
+from workbench.ranks import barrier, rank
 from workbench.saving import save_network
+from workbench.sharding import load_whole
+from workbench.tasks import Task
 from workbench.training import train, training_loader
 
 
 @final
 class LightningTrainee(Trainee):
-    """Trains a module in Lightning; moments of level 0 are Lightning's checkpoints.
+    """Trains a module in Lightning; the moments of level 0, its rewind point and its end, are Lightning's checkpoints.
+
+    Weights that a training is to start with are those of the network. What else the module has, a projector of a
+    distillation say, is as it was at the moment, and before the first update as the module is now.
 
     Args:
         module: The module.
@@ -31,7 +41,7 @@ class LightningTrainee(Trainee):
         trainer: Arguments of Lightning's Trainer.
         seed: Of level 0.
         rewind: Where the rewind point is.
-        folder: Where it is kept.
+        folder: Where the moments are kept.
         checkpoint: How often what a stopped training resumes from is written.
         batches: How many training batches a criterion looks at that looks at data.
         early_stop: After how many validations without a better score a training ends; None trains to the end.
@@ -54,28 +64,71 @@ class LightningTrainee(Trainee):
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
         self.checkpoint, self.batches = checkpoint, batches
         self.early_stop = early_stop
+        self._end = folder / "end.ckpt"
+        self._untouched = copy.deepcopy(module.state_dict())
 
     def train(self, arm: Arm, folder: Path, part: tuple[int, int, str], level: int) -> dict[str, Any]:
         """See :class:`Trainee`."""
+        start = {"first": None, "point": self.point, "end": self._end}[arm.start.at]
+        if start is None:
+            load_whole(self.module, self._untouched)
+            if arm.start.weights is not None:
+                self.load(arm.start.weights)
+        callbacks, early = self._callbacks(arm, start, level)
         result = train(
             self.module,
             self.data,
-            trainer=self.trainer,
+            trainer=self._further() if start == self._end else self.trainer,
             seed=arm.seed,
             out=folder,
             checkpoint=self.checkpoint,
-            start=self.point if arm.start.at == "point" else None,
-            callbacks=[RewindPoint(self.rewind, self.point) if arm.masks is None else KeepMasked(arm.masks)],
+            start=start,
+            callbacks=callbacks,
             part=part,
         )
         if not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
+        if level == 0:
+            self._keep_end(folder)
         del result["masks"]  # level 0 has none, the others the arm's
-        return result
+        result["best"] = best_of(result["history"], 0 if start is None else _counters(start)[0])
+        return {**result, **({"stopped": early.ended} if early else {})}
+
+    def _callbacks(self, arm: Arm, start: Path | None, level: int) -> tuple[list[Callback], EarlyStop | None]:
+        """What makes a plain training that of ``arm``, in order."""
+        made: list[Callback] = [] if start is None else [Return(start, arm.start, self.load)]
+        if level == 0:
+            made += [LastUpdate(), RewindPoint(self.rewind, self.point)]
+        elif start == self._end:
+            made.append(LastUpdate(held=True))
+        if arm.masks is not None:
+            made.append(KeepMasked(arm.masks))
+        if self.early_stop is None:
+            return made, None
+        task = getattr(self.module, "task", None)
+        early = EarlyStop(self.early_stop, self.rewind, task.monitor if isinstance(task, Task) else ("loss", "min"))
+        return [*made, early], early
+
+    def _further(self) -> dict[str, Any]:
+        """Arguments of a Trainer that goes on from the end, for as long as one from the rewind point does."""
+        given = dict(self.trainer or {})
+        begun, _, _ = _counters(self.point)
+        ended, epochs, budget = _counters(self._end)
+        if self.rewind.unit == "ep" and given.get("max_steps", -1) in (-1, None):
+            return {**given, "max_epochs": epochs + given["max_epochs"] - self.rewind.value}
+        return {**given, "max_epochs": -1, "max_steps": ended + max(ended, budget) - begun}
+
+    def _keep_end(self, folder: Path) -> None:
+        """Keep the checkpoint of the end. What was resumed at its very end has written it as the last of its way."""
+        written = [path for name in ("ended", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
+        if rank() == 0:
+            with replacing(self._end) as temporary:
+                shutil.copyfile(written[0], temporary)
+        barrier()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """See :class:`Trainee`."""
-        self.network.load_state_dict(weights)
+        load_whole(self.network, weights)
 
     def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
@@ -90,4 +143,11 @@ class LightningTrainee(Trainee):
 
     def points(self) -> dict[str, str]:
         """See :class:`Trainee`."""
-        return {"point": sha256(self.point)} if self.point.is_file() else {}
+        return {name: sha256(path) for name, path in (("point", self.point), ("end", self._end)) if path.is_file()}
+
+
+def _counters(path: Path) -> tuple[int, int, int]:
+    """Updates and epochs done at a checkpoint, and how many updates were to be done, 0 if nobody knows."""
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return checkpoint["global_step"], epochs, checkpoint.get("last_update", {}).get("budget", 0)

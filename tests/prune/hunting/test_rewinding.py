@@ -1,0 +1,128 @@
+"""What goes back at the beginning of a level and what does not, for every mode, schedule and moment of being killed."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.optim import lr_scheduler
+
+from prune.hunting.rewinding import REWINDING, groups_of, hold
+from tests.prune.hunting.trainings import ADAMW, BATCHES, SGD, Stop, Watch, hunted, same, trainee, weights
+from workbench import artifact
+
+TOTAL = 3 * BATCHES
+SCHEDULES: dict[str, Any] = {
+    "constant": None,
+    "cosine": ("step", functools.partial(lr_scheduler.CosineAnnealingLR, T_max=TOTAL)),
+    "step": ("epoch", functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)),
+    "one-cycle": ("step", functools.partial(lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=TOTAL + 1)),
+    "plateau": ("epoch", functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.9)),
+}
+EXPECTED = {
+    # what level 1 sees of level 0's learning rates, from update 8 on
+    "all": lambda rates: rates[8:],
+    "weights": lambda rates: rates[8:],
+    "learning_rate": lambda rates: rates[8:],
+    "fine_tuning": lambda rates: [rates[-1]] * len(rates[8:]),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule"),
+    [
+        *(("all", schedule) for schedule in SCHEDULES),
+        ("weights", "cosine"),
+        ("learning_rate", "one-cycle"),
+        *(("fine_tuning", schedule) for schedule in SCHEDULES),
+    ],
+)
+def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: str, schedule: str) -> None:
+    watch = Watch()
+    optimizer = ADAMW if schedule == "one-cycle" else SGD
+    of = trainee(tmp_path, optimizer=optimizer, scheduler=SCHEDULES[schedule], trainer={"callbacks": [watch]})
+    hunted(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    rates = watch.rates[0]
+    assert len(rates) == TOTAL
+    if schedule == "plateau" and mode != "fine_tuning":  # which follows the losses of its own level
+        assert watch.rates[1][: 12 - 8] == rates[8:12]
+        assert len(watch.rates[1]) == TOTAL - 8
+        return
+    assert watch.rates[1] == EXPECTED[mode](rates)
+    assert schedule == "constant" or len(set(rates)) > 1
+    assert rates[-1] > 0
+
+
+@pytest.mark.parametrize("rewind", ["0it", "8it", "2ep"])
+@pytest.mark.parametrize("mode", REWINDING)
+def test_where_a_level_starts(tmp_path: Path, mode: str, rewind: str) -> None:
+    watch = Watch()
+    of = trainee(tmp_path, rewind=rewind, trainer={"callbacks": [watch]})
+    hunted(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    k = {"0it": 0, "8it": 8, "2ep": 12}[rewind]
+    (_, dense, held) = watch.weights[0][k]
+    step, start, momenta = watch.weights[1][0]
+    assert step == (TOTAL if mode == "fine_tuning" else k)
+    assert len(watch.weights[1]) == TOTAL - k
+    masks = artifact.masks(tmp_path / "level_01")
+    for name, value in (dense if mode in ("all", "weights") else weights(tmp_path, 0)).items():
+        assert torch.equal(start[name], value * masks[name] if name in masks else value), name
+    assert momenta == {"weights": [0], "fine_tuning": [6]}.get(mode, held)
+    if mode != "fine_tuning":  # which sees epochs that level 0 never came to
+        assert all(torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][k:]))
+
+
+@pytest.mark.parametrize("mode", REWINDING)
+def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path, mode: str) -> None:
+    seen = []
+    for name in ("a", "b"):
+        watch = Watch()
+        out = tmp_path / name
+        hunted(out, trainee(out, trainer={"callbacks": [watch]}), rewinding=mode, order="fresh")
+        seen.append(watch.seen)
+        assert all(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][8:]))
+        assert any(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[2]))
+    for one, other in zip(*seen):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("mode", REWINDING)
+def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, mode: str) -> None:
+    options: dict[str, Any] = {"scheduler": SCHEDULES["one-cycle"], "checkpoint": "4it", "optimizer": ADAMW}
+    whole = hunted(tmp_path / "whole", trainee(tmp_path / "whole", **options), rewinding=mode)
+    for left in [9, 14, 5, 11, -1]:
+        of = trainee(tmp_path / "pieces", trainer={"callbacks": [Watch(left)]}, **options)
+        try:
+            pieces = hunted(tmp_path / "pieces", of, rewinding=mode)
+        except Stop:
+            continue
+    for level in range(3):
+        assert same(weights(tmp_path / "whole", level), weights(tmp_path / "pieces", level))
+        for key in ("metrics", "history", "mask_hash", "best"):
+            assert whole[level][key] == pieces[level][key]
+
+
+@pytest.mark.parametrize("mode", ["all", "learning_rate"])
+@pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
+def test_rate_zero_of_the_dense_start_changes_nothing(tmp_path: Path, mode: str, schedule: str) -> None:
+    """All: level 1 is level 0. Learning-rate rewinding at 0it of untrained weights would be, so here: all."""
+    of = trainee(tmp_path, optimizer=ADAMW, scheduler=SCHEDULES[schedule])
+    levels = hunted(tmp_path, of, densities=(1.0, 1.0), rewinding=mode)
+    assert (levels[0]["history"] == levels[1]["history"]) == (mode == "all")
+    assert same(weights(tmp_path, 0), weights(tmp_path, 1)) == (mode == "all")
+
+
+def test_held_groups_are_those_that_were_kept() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.5}, {"params": [torch.nn.Parameter(torch.ones(1))]}], 0.1)
+    kept = groups_of(optimizer)
+    assert "params" not in kept[0]
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["momentum"] = 0.0, 0.9
+    hold(optimizer, kept)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    assert optimizer.param_groups[1]["momentum"] == 0
+    assert optimizer.param_groups[0]["params"] == [weight]
+    with pytest.raises(ValueError, match="has 2 groups, 1 were kept"):
+        hold(optimizer, kept[:1])
