@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune.masks import Masks
 from prune.shrinking import Coupled, Shrunk
-from workbench.models import MLP, LeNet5, ResNet, SentenceEncoder
+from workbench.models import MLP, LeNet5, ResNet, SentenceEncoder, Transformer
 
 
 class Vgg(nn.Module):
@@ -199,6 +199,8 @@ def tiny(name: str) -> tuple[Any, dict[str, Tensor]]:
     elif name == "llama":
         config = transformers.LlamaConfig(**llama, **words, bos_token_id=1, eos_token_id=1, pad_token_id=0)
         model = transformers.LlamaForCausalLM(config)
+    elif name == "transformer":
+        model = Transformer(40, width=16, layers=2, width_ffn=36, activation="swiglu", causal=True, tied=True)
     elif name == "sentence":
         model = SentenceEncoder(transformers.BertModel(transformers.BertConfig(**shape, **words)))
     else:

@@ -14,7 +14,7 @@ from prune.structure import FFN
 from tests.prune.shrinking.networks import coupled, masked, sparse, tiny, weights
 from workbench import load, save
 
-TRANSFORMERS = ["bert", "roberta", "distilbert", "gpt2", "llama", "vit", "sentence"]
+TRANSFORMERS = ["bert", "roberta", "distilbert", "gpt2", "llama", "vit", "sentence", "transformer"]
 
 
 def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
