@@ -95,6 +95,27 @@ def call(model: nn.Module, inputs: Any) -> Any:
         ) from error
 
 
+def forward(model: nn.Module, batch: Any) -> Any:
+    """``model`` on a batch: on a mapping without its labels, the first of a sequence, or a tensor."""
+    return call(model, inputs_of(batch))
+
+
+def scalar(value: Any) -> Tensor:
+    """A loss, checked.
+
+    Raises:
+        ValueError: if it is not a scalar tensor with a graph.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the loss is {given}: loss(model, batch) must return a scalar tensor, the mean over the batch"
+        )
+    if not value.requires_grad:
+        raise ValueError("the loss has no graph: compute it from what the model returns, without no_grad or detach")
+    return value.reshape(())
+
+
 def everywhere(sums: Iterable[Tensor]) -> None:
     """Add up tensors over all ranks, in place; called on every rank."""
     if world() > 1:

@@ -162,7 +162,8 @@ def _takes_index(module: Any) -> bool:
 
 @contextmanager
 def _unseen(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` logs nothing, and its metrics are afterwards what they were."""
+    """Inside, ``module`` logs nothing; its metrics, and what a family draws from, are afterwards what they were."""
+    streams = dict(module.streams.states) if isinstance(module, SupervisedModule) else {}
     metrics = [each for each in module.modules() if isinstance(each, Metric)]
     before = [copy.deepcopy(metric.__getstate__()) for metric in metrics]
     silent: Any = module
@@ -171,5 +172,7 @@ def _unseen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         del silent.log, silent.log_dict
+        if isinstance(module, SupervisedModule):
+            module.streams.states = streams
         for metric, state in zip(metrics, before):
             metric.__setstate__(state)

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from workbench.batches import batches, call, everywhere, inputs_of, total
+from workbench.batches import batches, everywhere, forward, total
 from workbench.randomness import same_random_state
 
 Run = Callable[[nn.Module, Any], Any]
-
-
-def forward(network: nn.Module, batch: Any) -> Any:
-    """``network`` on a batch: a mapping without its labels, the first of a tuple, or a tensor."""
-    return call(network, inputs_of(batch))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prune.criteria.weights import check, precise
 from prune.keeping import some
-from workbench.batches import batches, everywhere, total, undisturbed
+from workbench.batches import batches, everywhere, scalar, total, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]
@@ -138,7 +138,7 @@ def _mean(
     with undisturbed(model, training=True):
         sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
         for batch in batches(loader, home):
-            value = _scalar(loss(model, batch))
+            value = scalar(loss(model, batch))
             found = _gradients(value, weights) if derive is None else derive(value)
             for (name, weight), grad in zip(weights.items(), found):
                 if grad is not None:
@@ -156,14 +156,3 @@ def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> S
             f"the loss depends on none of the {len(weights)} weights: compute it from what the model returns"
         )
     return found
-
-
-def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"the loss is {given}: loss(model, batch) must return a scalar tensor, the mean over the batch"
-        )
-    if not value.requires_grad:
-        raise ValueError("the loss has no graph: compute it from what the model returns, without no_grad or detach")
-    return value.reshape(())
