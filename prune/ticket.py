@@ -26,6 +26,7 @@ from workbench.arguments import rebuild
 from workbench.duration import Duration
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
 from workbench.saving import example_inputs, save_network
+from workbench.sharding import load_whole
 from workbench.source import Source
 from workbench.tasks import Task
 from workbench.training import module_for
@@ -140,7 +141,7 @@ def hunt(
             patience=patience,
         )
     )
-    network.load_state_dict(artifact.tensors(out / f"level_{len(done) - 1:02d}"))
+    load_whole(network, artifact.tensors(out / f"level_{len(done) - 1:02d}"))
     last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
     save_network(module, data, out, last, Masks(artifact.masks(out / f"level_{len(done) - 1:02d}")))
     seconds = round(sum(record["seconds"] for record in done), 3)
