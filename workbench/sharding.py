@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from workbench.ranks import rank, whole
 
@@ -23,18 +24,13 @@ def divide(network: nn.Module, mesh: Any) -> None:
         mesh: A LightningModule's ``device_mesh``; None, as other strategies have it, divides nothing.
 
     Raises:
-        ValueError: If a layer's weights are to be divided as well, by tensor parallelism, which nobody asked of it.
+        ValueError: As :func:`check_mesh`.
     """
     if mesh is None:
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
-            f"the strategy divides each layer among {mesh['tensor_parallel'].size()} processes, and "
-            f"{type(network).__name__} does not say how: give ModelParallelStrategy data_parallel_size: "
-            f"{mesh.size()} and tensor_parallel_size: 1, or divide it in configure_model of a module of your own"
-        )
+    check_mesh(mesh)
     if isinstance(network, FSDPModule):
         return
     several = [module for module in network.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
@@ -46,31 +42,92 @@ def divide(network: nn.Module, mesh: Any) -> None:
     fully_shard(network, mesh=mesh["data_parallel"])
 
 
-def one_file(trainer: Trainer) -> None:
-    """Let FSDP2's checkpoints be one file of whole tensors: a folder of parts cannot be replaced at once."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        trainer.strategy._save_distributed_checkpoint = False
+def check_mesh(mesh: Any) -> None:
+    """Refuse processes that share the work on each batch, as by default all of a machine do: here each has its own.
+
+    Raises:
+        ValueError: If the mesh has a ``tensor_parallel`` dimension of more than one process.
+    """
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}, where processes see the "
+            f"same batches: give it data_parallel_size: {mesh.size()} and tensor_parallel_size: 1"
+        )
+
+
+def whole_checkpoints(trainer: Trainer) -> None:
+    """Let the checkpoints of FSDP2 be one file of whole tensors each, as those of other strategies are.
+
+    It can be replaced at once, is the same whatever the number of ranks, and can be looked into. Lightning 2.6 writes
+    such files too, but reads none in which an optimizer has no state; and to ask an optimizer for its state before its
+    first step, torch 2.13 makes it take one, which Adam counts.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+
+    def load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+        load_whole(trainer.lightning_module, checkpoint["state_dict"])
+        for optimizer, state in zip(strategy.optimizers, checkpoint["optimizer_states"]):
+            load_optimizer(optimizer, state)
+        return checkpoint
+
+    strategy._save_distributed_checkpoint = False
+    strategy.lightning_module_state_dict = lambda: whole_state(trainer.lightning_module)
+    strategy.optimizer_state = optimizer_state
+    strategy.load_checkpoint = load
 
 
 def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of whole tensors, of which a divided module takes each rank's part, without communication."""
-    own = module.state_dict()
-    module.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()})
+    own, strict = module.state_dict(), getattr(module, "strict_loading", True)
+    module.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()}, strict=strict)
 
 
-@torch.no_grad()
 def whole_state(network: nn.Module) -> dict[str, Any]:
     """The state dict with whole tensors, on the CPU where they were divided; empty on ranks above zero.
 
     Tied weights stay one tensor. Called on every rank.
     """
-    state = network.state_dict(keep_vars=True)
     found: dict[int, Any] = {}
+    state = network.state_dict(keep_vars=True)
     for value in state.values():
         if id(value) not in found:
-            full = whole(value)
-            found[id(value)] = None if rank() else full if full is value else full.cpu()
+            found[id(value)] = _gathered(value)
     return {} if rank() else {name: found[id(value)] for name, value in state.items()}
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """An optimizer's state dict with whole tensors; empty on ranks above zero. Called on every rank."""
+    found = optimizer.state_dict()
+    state = {i: {key: _gathered(item) for key, item in each.items()} for i, each in found["state"].items()}
+    return {} if rank() else {**found, "state": state}
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load what :func:`optimizer_state` gave on rank zero: what has a parameter's shape is divided as that is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            key: _part(item, parameters[index]) if key != "step" and _shaped(item, parameters[index]) else item
+            for key, item in each.items()
+        }
+        for index, each in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def _shaped(item: Any, like: Tensor) -> bool:
+    return isinstance(item, Tensor) and item.shape == like.shape
+
+
+def _gathered(value: Any) -> Any:
+    """``value`` without its history, all of it and on the CPU if it was divided; None then on ranks above zero."""
+    if not isinstance(value, Tensor):
+        return value
+    full = whole(value.detach())
+    return full if not hasattr(value, "device_mesh") else None if rank() else full.cpu()
 
 
 def _part(value: Tensor, like: Any) -> Tensor:

@@ -31,7 +31,7 @@ from workbench.order import ordered
 from workbench.randomness import same_random_state
 from workbench.ranks import check_world_size
 from workbench.saving import save_family, save_network
-from workbench.sharding import one_file
+from workbench.sharding import check_mesh, whole_checkpoints
 from workbench.tasks import Classification, Imitation, Task
 
 JobT = TypeVar("JobT", bound=Callable[..., Any])
@@ -283,7 +283,7 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
         given.pop(name, None)
     made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
     check_world_size(made.world_size)
-    one_file(made)
+    whole_checkpoints(made)
     return made
 
 
@@ -334,6 +334,7 @@ def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trai
     attach = module.attach if isinstance(module, SupervisedModule) else (lambda loader: loader)
 
     def train_dataloader() -> Any:
+        check_mesh(module.device_mesh)
         if trainer.overfit_batches:  # type: ignore[attr-defined] - the same few batches every epoch, by Lightning
             return attach(original())
         return ordered(attach(original()), seed, trainer.global_rank, trainer.world_size)
