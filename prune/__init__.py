@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prune.accounting import account
-    from prune.callbacks import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket
+    from prune.callbacks import DynamicSparsity, EarlyBird, GradualPruning, KeepMasked, LotteryTicket
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewind import RewindPoint
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Coupled",
     "DynamicSparsity",
+    "EarlyBird",
     "GradualPruning",
     "KeepMasked",
     "LotteryTicket",
@@ -35,6 +36,7 @@ __all__ = [
 _HOME = {
     "Coupled": "prune.shrinking",
     "DynamicSparsity": "prune.callbacks",
+    "EarlyBird": "prune.callbacks",
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
     "LotteryTicket": "prune.callbacks",

@@ -1,0 +1,133 @@
+"""When the mask that a network would be pruned with stops changing: early-bird tickets."""
+
+from typing import Any, final
+
+from lightning.pytorch import Callback
+from pytorch_lightning import Callback as OtherCallback
+
+from prune.evidence import evidence
+from prune.masks import Masks
+from prune.pruner import Pruner
+from prune.schedule import check_density
+from workbench.bits import pack, unpack
+from workbench.module import network_of
+
+
+@final
+class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
+    """After every training epoch, draws the mask that ``pruner`` would choose, and looks how far it is from the last.
+
+    Nothing is pruned: train ``ticket`` under :class:`KeepMasked`. The ticket is drawn when the newest mask is nearer
+    than ``threshold`` to each of the ``window`` - 1 before it, in normalised Hamming distance: as the authors' program
+    has it, which is stricter than to compare each with the next. Logged per epoch: ``mask_distance``, from the mask of
+    the epoch before. Its state is part of the trainer's checkpoints; it keeps the masks of the
+    window, a bit a weight. A second ``fit`` starts anew.
+
+    Args:
+        pruner: Draws the masks, of the module's ``network`` or of all of the module if it has none.
+        density: Share of the prunable weights it would keep, in (0, 1].
+        threshold: In (0, 1].
+        window: How many masks are compared, 2 or more.
+        stop: End training when the ticket is drawn.
+        batches: How many training batches a criterion looks at that looks at data.
+
+    Attributes:
+        distances: From the mask of the epoch before, for every epoch but the first.
+        farthest: The largest of those from the masks in the window, for every epoch but the first.
+        drawn_at: After how many epochs of this training the ticket was drawn; None if it was not.
+        ticket: Its masks.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if the pruner cannot choose in this network,
+            or its criterion cannot be shown what it looks at.
+
+    Source: You et al., "Drawing Early-Bird Tickets: Towards More Efficient Training of Deep Networks", 2020,
+    arXiv:1909.11957, section 3.
+    """
+
+    made_of_settings = True  # recipes make one when they are checked, and not only when its stage starts
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        density: float,
+        threshold: float = 0.1,
+        window: int = 5,
+        stop: bool = False,
+        batches: int = 16,
+    ) -> None:
+        check_density(density)
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is {threshold}: give a distance above 0, up to 1")
+        if window < 2:
+            raise ValueError(f"window is {window}: compare 2 masks or more")
+        self.pruner, self.density, self.threshold, self.window = pruner, density, threshold, window
+        self.stop, self._batches = stop, batches
+        self._forget()
+
+    @property
+    def state_key(self) -> str:
+        """Under which its state is in checkpoints."""
+        pruner = self.pruner
+        return f"EarlyBird, {pruner.criterion.name}, {type(pruner.structure).__name__}, {self.density}, {self.window}"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Start anew; a checkpoint that is resumed is read later."""
+        if stage == "fit":
+            self._forget()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that masks can be drawn."""
+        self.pruner.check(network_of(pl_module), self.density)
+        self._shown(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw a mask, and the ticket if it is time."""
+        if trainer.current_epoch == self._last:
+            return  # resumed at the end of an epoch
+        self._last = trainer.current_epoch
+        drawn = self.pruner(network_of(pl_module), self.density, **self._shown(trainer, pl_module))
+        drawn = drawn.to("cpu")
+        if self._queue:
+            found = [_unpacked(each).distance(drawn) for each in self._queue]
+            self.distances.append(found[-1])
+            self.farthest.append(max(found))
+            pl_module.log("mask_distance", found[-1], on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            full = len(found) == self.window - 1
+            if self.drawn_at is None and full and max(found) < self.threshold:
+                self.drawn_at, self.ticket = len(self.distances) + 1, drawn
+                trainer.should_stop = trainer.should_stop or self.stop
+        self._queue = [*self._queue, _packed(drawn)][1 - self.window :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks in the window, distances, and the ticket."""
+        ticket = None if self.ticket is None else _packed(self.ticket)
+        lists = {"queue": list(self._queue), "distances": list(self.distances), "farthest": list(self.farthest)}
+        return {**lists, "ticket": ticket, "drawn_at": self.drawn_at, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._queue = list(state_dict["queue"])
+        self.distances, self.farthest = list(state_dict["distances"]), list(state_dict["farthest"])
+        self.ticket = None if state_dict["ticket"] is None else _unpacked(state_dict["ticket"])
+        self.drawn_at, self._last = state_dict["drawn_at"], state_dict["last"]
+
+    def _forget(self) -> None:
+        self._queue: list[dict[str, Any]] = []
+        self.distances: list[float] = []
+        self.farthest: list[float] = []
+        self.drawn_at: int | None = None
+        self.ticket: Masks | None = None
+        self._last: int | None = None
+
+    def _shown(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
+        return evidence(self.pruner.criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
+
+
+def _packed(masks: Masks) -> dict[str, dict[str, Any]]:
+    return {name: {"bits": pack(mask), "shape": list(mask.shape)} for name, mask in masks.items()}
+
+
+def _unpacked(stored: dict[str, dict[str, Any]]) -> Masks:
+    return Masks({name: unpack(entry["bits"], entry["shape"]) for name, entry in stored.items()})

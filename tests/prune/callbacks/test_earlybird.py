@@ -1,0 +1,149 @@
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+import pytest
+import torch
+
+from prune import EarlyBird, KeepMasked, LotteryTicket, Pruner
+from prune.masks import Masks
+from tests.prune.trainings import ADAMW, BOTH, SGD, adversaries, data, fit, theirs
+from workbench import TaskModule
+from workbench.tasks import Classification
+
+
+class Drawn(lp.Callback):
+    """The masks that the network would be pruned to after every epoch, as lists of flat positions."""
+
+    def __init__(self, pruner: Pruner, density: float) -> None:
+        self.pruner, self.density, self.kept = pruner, density, []  # type: ignore[var-annotated]
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        masks = self.pruner(pl_module.network, self.density)
+        self.kept.append([on for mask in masks.values() for on in mask.flatten().tolist()])
+
+
+def distance(one: list[bool], two: list[bool]) -> float:
+    return sum(a != b for a, b in zip(one, two)) / len(one)
+
+
+@pytest.mark.parametrize(("window", "threshold"), [(2, 0.2), (3, 0.15), (5, 0.3), (5, 0.001)])
+def test_the_ticket_is_that_of_the_authors_queue(window: int, threshold: float) -> None:
+    """A queue of the last masks; drawn when it is full and all of them are near the newest."""
+    pruner = Pruner()
+    bird, seen = EarlyBird(pruner, 0.3, threshold, window), Drawn(pruner, 0.3)
+    fit(theirs(optimizer=ADAMW), bird, seen, max_epochs=8)
+    queue: list[list[bool]] = []
+    farthest, drawn_at, ticket = [], None, None
+    for epoch, mask in enumerate(seen.kept):
+        queue = [*queue, mask][-window:]
+        distances = [distance(mask, each) for each in queue[:-1]]
+        farthest += [max(distances)] if distances else []
+        if drawn_at is None and len(queue) == window and all(each < threshold for each in distances):
+            drawn_at, ticket = epoch + 1, mask
+    assert bird.distances == pytest.approx([distance(a, b) for a, b in zip(seen.kept, seen.kept[1:])])
+    assert bird.farthest == pytest.approx(farthest)
+    assert bird.drawn_at == drawn_at
+    kept = None if bird.ticket is None else [on for mask in bird.ticket.values() for on in mask.flatten().tolist()]
+    assert kept == ticket
+    assert (drawn_at is None) == (threshold == 0.001), "both happen"
+
+
+@BOTH
+def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
+    alone, watched, stopped = theirs(namespace), theirs(namespace), theirs(namespace)
+    fit(alone, namespace=namespace, max_epochs=6)
+    bird = EarlyBird(Pruner(), 0.3, 0.4, 3)
+    trainer = fit(watched, bird, namespace=namespace, max_epochs=6)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters()))
+    assert len(bird.distances) == 5
+    assert float(trainer.callback_metrics["mask_distance"]) == pytest.approx(bird.distances[-1])
+    assert bird.drawn_at is not None
+    assert bird.drawn_at < 6
+    early = EarlyBird(Pruner(), 0.3, 0.4, 3, stop=True)
+    trainer = fit(stopped, early, namespace=namespace, max_epochs=6)
+    assert trainer.current_epoch == early.drawn_at == bird.drawn_at
+    assert early.ticket == bird.ticket
+    assert early.ticket is not None
+    fit(stopped, KeepMasked(early.ticket), namespace=namespace)
+    assert early.ticket.obeyed_by(stopped.network)
+
+
+@BOTH
+@pytest.mark.parametrize("ended", [2, 4])
+def test_resumed_it_gives_the_same(namespace: Any, ended: int, tmp_path: Path) -> None:
+    whole = EarlyBird(Pruner(), 0.3, 0.25, 3)
+    fit(theirs(namespace), whole, namespace=namespace, max_epochs=6)
+    first, second, module = EarlyBird(Pruner(), 0.3, 0.25, 3), EarlyBird(Pruner(), 0.3, 0.25, 3), theirs(namespace)
+    fit(module, first, namespace=namespace, max_epochs=ended).save_checkpoint(tmp_path / "half.ckpt")
+    fit(theirs(namespace), second, namespace=namespace, max_epochs=6, ckpt_path=tmp_path / "half.ckpt")
+    assert second.distances == whole.distances
+    assert (second.farthest, second.drawn_at, second.ticket) == (whole.farthest, whole.drawn_at, whole.ticket)
+    assert whole.drawn_at is not None
+
+
+def test_its_state_is_a_bit_a_weight_whatever_the_epochs() -> None:
+    bird = EarlyBird(Pruner(), 0.3, window=3)
+    fit(theirs(), bird, max_epochs=6)
+    queue = bird.state_dict()["queue"]
+    assert len(queue) == 2
+    assert [entry["bits"].numel() for entry in queue[0].values()] == [8, 4]
+    assert bird._queue is not queue
+
+
+def test_a_second_fit_starts_anew() -> None:
+    bird = EarlyBird(Pruner(), 0.3, 1.0, 2)
+    fit(theirs(), bird, max_epochs=4)
+    fit(theirs(), bird, max_epochs=1)
+    assert (bird.distances, bird.drawn_at, bird.ticket) == ([], None, None)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "wanda", "random"])
+def test_any_criterion_may_draw(criterion: str) -> None:
+    module, plain = (
+        TaskModule(theirs().network, Classification(3), SGD),
+        TaskModule(theirs().network, Classification(3), SGD),
+    )
+    bird = EarlyBird(Pruner(criterion, allocation="uniform"), 0.3, batches=2)
+    for each, callbacks in ((module, [bird]), (plain, [])):
+        trainer = lp.Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(each, data(), data())
+    assert len(bird.distances) == 2
+    assert (max(bird.distances) == 0) == (criterion == "random")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters()))
+
+
+def test_in_a_hunt_every_level_has_its_own_ticket() -> None:
+    bird = EarlyBird(Pruner(), 0.3, 1.0, 2)
+    lengths = []
+
+    class Noted(lp.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            lengths.append(len(bird.distances))
+
+    fit(theirs(), LotteryTicket(levels=2, rate=0.5, rewind="0it"), bird, Noted(), max_epochs=3)
+    assert lengths == [0, 1, 2] * 3
+
+
+def test_several_have_states_of_their_own() -> None:
+    birds = [EarlyBird(Pruner(), density) for density in (0.1, 0.3)]
+    fit(theirs(), *birds, max_epochs=2)
+    assert birds[0].state_key != birds[1].state_key
+    assert all(isinstance(each, Masks) or each is None for each in (bird.ticket for bird in birds))
+
+
+def test_mistakes_are_named_before_training() -> None:
+    for wrong, message in (
+        ({"density": 0.0}, r"density is 0\.0"),
+        ({"threshold": 0.0}, r"threshold is 0\.0: give a distance above 0"),
+        ({"window": 1}, "window is 1: compare 2 masks or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EarlyBird(**{"pruner": Pruner(), "density": 0.5, **wrong})
+    with pytest.raises(ValueError, match=r"above the 0\.5 that"):
+        fit(theirs(), EarlyBird(Pruner(structure="1:2"), 0.7))
+    with pytest.raises(ValueError, match="steps its optimizers in training_step"):
+        fit(adversaries(), EarlyBird(Pruner("snip"), 0.7))
