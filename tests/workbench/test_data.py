@@ -693,13 +693,19 @@ def test_a_data_set_of_the_hub(parquet, monkeypatch, tmp_path_factory):
         ParquetImages("somebody/pictures", image="img").setup()
     with pytest.raises(ValueError, match=r"somebody/pictures, train, row 3: label 3 is not in 0 \.\. 2"):
         ParquetImages("somebody/pictures", classes=3).setup()
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, part: load(str(parquet), part, cache_dir=cache))
+    found = parts_of(ParquetImages("somebody/pictures:default", validation=20, classes=4, channels=1))
+    assert torch.equal(found["train"][1], expected["train"][1])
+    assert found["train"][0].shape[1:] == (1, 6, 5)
+    with pytest.raises(ValueError, match=r"pictures:other: neither a path here .*other.*default.*; set root to the"):
+        ParquetImages("somebody/pictures:other", classes=4).setup()
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"validation": None})
     with pytest.raises(ValueError, match="somebody/pictures: has no split 'train', only validation"):
         ParquetImages("somebody/pictures").setup()
 
 
 def test_the_hub_offline_is_named():
-    with pytest.raises(ValueError, match=r"nobody/nothing: neither a folder here nor a data set .*; set root to"):
+    with pytest.raises(ValueError, match=r"nobody/nothing: neither a path here nor a data set .*; set root to"):
         ParquetImages("nobody/nothing").setup()
 
 

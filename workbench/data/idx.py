@@ -100,7 +100,7 @@ class IDXImages(ImageModule):
 
     Batches: x float32 [B, 1, height, width], y int64 [B]. The validation part is cut from the training file,
     stratified and the same in every run; the ``t10k`` files are the test part. Training order depends on
-    (seed, epoch) alone, and so does augmentation.
+    (seed, epoch) alone, and so does augmentation. From the hub the same sets come as `ParquetImages` with channels 1.
 
     Args:
         root: Folder with train-images-idx3-ubyte, train-labels-idx1-ubyte and the two t10k files, each plain

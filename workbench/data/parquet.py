@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from workbench.data.augment import Augment
+from workbench.data.hub import from_hub, named_so
 from workbench.data.images import ImageModule
 from workbench.located import expanded
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 _ROWS = 1024
 
@@ -151,7 +151,8 @@ class ParquetImages(ImageModule):
     Args:
         root: Folder with train.parquet and test.parquet, each possibly in shards, as the hub has them. ``~`` and
             environment variables (``$DATA/cifar10``) are expanded. Where there is no such folder, the name of a data
-            set of the hub, with splits train and test.
+            set of the hub, with splits train and test: ``uoft-cs/cifar10`` with image ``img``, or MNIST as
+            ``ylecun/mnist`` with channels 1; a configuration, if there are several, after a colon.
         image: Name of the column of images.
         label: Name of the column of labels.
         batch_size: Samples in a batch.
@@ -201,7 +202,7 @@ class ParquetImages(ImageModule):
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Decode the rows of both splits."""
         folder = Path(self.root)
-        if not folder.is_dir() and (folder.exists() or not _HUB_NAME.fullmatch(self.root)):
+        if not folder.is_dir() and (folder.exists() or not named_so(self.root)):
             raise ValueError(
                 f"{self.root}: no such folder; set root to the folder that holds train.parquet and test.parquet, or to "
                 "the name of a data set of the hub."
@@ -233,14 +234,7 @@ class ParquetImages(ImageModule):
     def _hub(self, name: str) -> list[tuple[Tensor, Tensor]]:
         import datasets
 
-        try:
-            found = datasets.load_dataset(name)
-        except Exception as error:  # the hub's, the network's and the files' own
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{name}: neither a folder here nor a data set that the hub gives ({reason[:300]}); set root to the "
-                "folder that holds train.parquet and test.parquet."
-            ) from error
+        found = from_hub(name, "; set root to the folder that holds train.parquet and test.parquet")
         parts = []
         for part in ("train", "test"):
             if part not in found:

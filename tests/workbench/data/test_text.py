@@ -171,6 +171,14 @@ def test_a_name_is_asked_of_the_hub(monkeypatch):
     assert TextClassification("someone/some-set").classes == 2
     assert asked == ["someone/some-set"]
 
+    def several(name, part):
+        asked.append((name, part))
+        return load_dataset(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", several)
+    assert TextClassification("someone/some-set:plus").classes == 2
+    assert asked[1:] == [("someone/some-set", "plus"), "someone/some-set"]
+
     def fail(name):
         raise ConnectionError("offline")
 
@@ -300,6 +308,28 @@ def test_sentences_of_several_files(lines, tmp_path, tokenizer):
     for wrong in ([], str(lines)):
         with pytest.raises(ValueError, match="give a list of one or more text files"):
             Sentences(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "expected"),
+    [
+        (TextStream, {"train": "some/texts", "column": "text", "tokens": "word", "length": 4}, [30, 2, 2]),
+        (TextSequences, {"path": "some/texts", "column": "ids"}, [18, 1, 1]),
+        (Sentences, {"paths": ["some/texts"], "column": "text"}, [18, 1, 1]),
+    ],
+)
+def test_every_kind_of_text_comes_from_the_hub_too(module, arguments, expected, monkeypatch):
+    rows = {"text": sentences(20), "ids": [[1, 2, 3]] * 20}
+    made = {"train": datasets.Dataset.from_dict(rows), "odd": datasets.Dataset.from_dict({"text": [1], "ids": ["x"]})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(made))
+    found = module(**arguments)
+    assert [len(found.parts[part]) for part in PARTS] == expected
+    made["train"] = datasets.Dataset.from_dict({"text": [1] * 9, "ids": ["x"] * 9})
+    with pytest.raises(ValueError, match=r"some/texts.*(has 1, which is not a text|has texts; give a tokenizer)"):
+        module(**arguments).setup()
+    del made["train"]
+    with pytest.raises(ValueError, match=r"some/texts.*: has no split 'train', only '?odd"):
+        module(**arguments).setup()
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path, lines):

@@ -4,16 +4,15 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.data.hub import from_hub, named_so
 from workbench.located import located
 
 Rows = list[tuple[Any, ...]]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
 _LINES = (".all", ".txt")
 _ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", *_LINES)
@@ -71,7 +70,8 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
 
     A source is a file: JSON (a mapping of splits, or one list; rows are lists in the order of the columns, or
     mappings), JSON lines, CSV or TSV with a header, Parquet, or, for two columns, lines ``label text`` (.all, .txt); a
-    folder of such files named train, val and test, or one that `datasets` saved; or a data set of the hub.
+    folder of such files named train, val and test, or one that `datasets` saved; or a data set of the hub, of whose
+    configurations one is named after a colon (``clinc/clinc_oos:plus``).
 
     Args:
         source: Path, in which ``~`` and environment variables are replaced (see `workbench.located`), or hub name.
@@ -88,8 +88,8 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
         found = _file(path, columns)
     elif path.is_dir():
         found = _folder(path, columns)
-    elif not path.exists() and _HUB_NAME.fullmatch(str(source)):
-        found = _hub(str(source), columns)
+    elif not path.exists() and named_so(str(source)):
+        found = _splits(from_hub(str(source)), columns, str(source))
     else:
         raise ValueError(f"{path}: no such file or folder, and no name of a data set of the hub.")
     return {_SPLITS.get(name, name): rows for name, rows in found.items()}
@@ -188,17 +188,6 @@ def _folder(folder: Path, columns: Sequence[str]) -> dict[str, Rows]:
             raise ValueError(f"{path}: has splits of its own, {', '.join(parts)}: give that file itself.")
         made[name] = parts[WHOLE]
     return made
-
-
-def _hub(name: str, columns: Sequence[str]) -> dict[str, Rows]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # the hub's, the network's and the files' own
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name}: neither a path here nor a data set that the hub gives ({reason}).") from error
-    return _splits(loaded, columns, name)
 
 
 def _splits(loaded: Any, columns: Sequence[str], where: str) -> dict[str, Rows]:

@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import final
 
 from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
-from workbench.data.text.reading import WHOLE, Rows, read_labelled, read_lines
+from workbench.data.text.reading import WHOLE, Rows, read_labelled, read_lines, read_rows
 from workbench.data.text.tokens import tokens_for
 from workbench.located import located
 
 
 @final
 class Sentences(TextModule):
-    """Sentences without labels, one a line, from several files: what a student learns its teacher's embeddings on.
+    """Sentences without labels, from several files or data sets: what a student learns its teacher's embeddings on.
 
     Batches: ``input_ids`` and ``attention_mask`` int64 [B, L], padded on the right to the longest of the batch. The
     split is the same in every run, and each file is shared out over the parts in proportion.
 
     Args:
-        paths: Text files, in which ``~`` and environment variables (``$DATA/mr/rt-polarity.all``) are replaced.
+        paths: Text files of a sentence a line, in which ``~`` and environment variables (``$DATA/mr/rt-polarity.all``)
+            are replaced, or, with ``column``, whatever `workbench.data.text.reading.read_rows` reads, the hub's data
+            sets too.
         tokenizer: "word" or "bpe", learnt from the training part, or the folder (``package:NAME/folder`` too) or hub
             name of a tokenizer, such as that of a pretrained encoder.
         labelled: Whether a line is ``label text``, of which the label is dropped.
@@ -29,6 +31,7 @@ class Sentences(TextModule):
         num_workers: Loader processes; 0 loads in this one, which is fast, as all is in memory.
         validation: Fraction that becomes the validation part.
         test: Fraction that becomes the test part.
+        column: Column of sentences, for tables and data sets of the hub; of those in parts the training part is read.
 
     Raises:
         ValueError: An argument out of range; on `setup`, a missing or broken file.
@@ -45,12 +48,13 @@ class Sentences(TextModule):
         num_workers: int = 0,
         validation: float = 0.05,
         test: float = 0.05,
+        column: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
         check_fractions(validation=validation, test=test)
         if isinstance(paths, str | os.PathLike) or not paths:
             raise ValueError(f"paths={paths!r}: give a list of one or more text files.")
-        self.paths, self.labelled = list(paths), labelled
+        self.paths, self.labelled, self.column = list(paths), labelled, column
         self.tokens = tokens_for(tokenizer, vocabulary, length)
         self.validation, self.test = validation, test
 
@@ -59,11 +63,23 @@ class Sentences(TextModule):
         rows: Rows = []
         files: list[int] = []
         for number, name in enumerate(self.paths):
-            path = Path(located(name))
-            read = read_labelled(path) if self.labelled else [(line, None) for _, line in read_lines(path)]
+            read = self._read(name)
             rows += read
             files += [number] * len(read)
         parts = split_rows({WHOLE: rows}, self.validation, self.test, {WHOLE: files}, ", ".join(map(str, self.paths)))
         tokens = self.tokens([text for text, _ in parts["train"]])
         made = {name: TokenLists(tokens.encode(text for text, _ in part)) for name, part in parts.items()}
         return Prepared({**made}, Padding(tokens.pad), tokens.vocabulary, tokens.fingerprint)
+
+    def _read(self, name: str) -> Rows:
+        """(sentence, whatever was its label) of every row."""
+        if self.column is None:
+            path = Path(located(name))
+            return read_labelled(path) if self.labelled else [(line, None) for _, line in read_lines(path)]
+        found = read_rows(name, [self.column])
+        rows = found.get("train", found.get(WHOLE))
+        if rows is None:
+            raise ValueError(f"{name}: has no split 'train', only {', '.join(map(repr, found))}.")
+        if odd := [text for (text,) in rows if not isinstance(text, str)]:
+            raise ValueError(f"{name}: column {self.column!r} has {repr(odd[0])[:40]}, which is not a text.")
+        return [(text, None) for (text,) in rows]
