@@ -344,23 +344,25 @@ def _onnx(subject: _Subject, folder: Path) -> tuple[Tensor | None, int]:
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
     with filling(folder) as part:
         with _quiet_exporter(), _tracing(wide, inputs) as (args, kwargs, dynamic):
-            torch.onnx.export(
-                wide,
-                args,
-                str(part / "model.onnx"),
-                kwargs=kwargs,
-                dynamo=True,
-                dynamic_shapes=dynamic,
-                input_names=names,
-                output_names=["output"],
-                external_data=False,
-                verbose=False,
-            )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(part / "model.onnx"), options, providers=["CPUExecutionProvider"])
+            # Traced here, as the exporter would drop the condition that a size is the example's.
+            program = torch.export.export(wide, args, kwargs, dynamic_shapes=dynamic)
+            options = {"input_names": names, "output_names": ["output"], "verbose": False}
+            graph: Any = torch.onnx.export(program, dynamo=True, **options)
+            _fix_sizes(graph)
+            graph.save(part / "model.onnx", external_data=False)
+        quiet = onnxruntime.SessionOptions()
+        quiet.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(part / "model.onnx"), quiet, providers=["CPUExecutionProvider"])
         feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
         return torch.from_numpy(session.run(["output"], feed)[0]), _bytes(part)
+
+
+def _fix_sizes(graph: Any) -> None:
+    """Where a network takes sequences of one length only, say so, that ONNX Runtime refuses others."""
+    for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
+        for axis, size in enumerate(value.shape or ()):
+            if str(size).isdigit():
+                value.shape[axis] = int(str(size))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench import artifact, load, records, save, swap_activation
 from workbench.export import export
-from workbench.models import MLP, LeNet5, Transformer
+from workbench.models import MLP, Conv, DenseNet, LeNet5, RecurrentTokens, Transformer
 from workbench.source import Source
 
 BLOCKED = """
@@ -316,6 +316,36 @@ def test_an_activation_that_transformers_knows_is_in_its_configuration(tmp_path:
     result = export(of, formats=["torch"], out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "torch" / "config.json").read_text())["hidden_act"] == "silu"
     assert all(entry["same_predictions"] for entry in result["exports"])
+
+
+@pytest.mark.parametrize("name", ["conv", "densenet", "recurrent"])
+def test_the_onnx_file_of_other_networks(tmp_path: Path, name: str) -> None:
+    """Any batch; of sequences, which a recurrent network is unrolled for, the example's length or an error."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model, example = {
+        "conv": (lambda: Conv(2, 2, 4, image_size=4), lambda *size: {"input_0": torch.randn(*size[:1], 3, 4, 4)}),
+        "densenet": (lambda: DenseNet(7, 2), lambda *size: {"input_0": torch.randn(*size[:1], 3, 4, 4)}),
+        "recurrent": (
+            lambda: RecurrentTokens(9, None, 3, 4, activation="gelu"),
+            lambda *size: {"input_ids": torch.randint(0, 9, size), "attention_mask": torch.randint(0, 2, size)},
+        ),
+    }[name]
+    of = stage(tmp_path / "stage", model(), example(4, 3))
+    compact, onnx = export(of, formats=["onnx"], out=tmp_path / "out")["exports"]
+    assert (compact["largest_difference"], onnx["same_predictions"]) == (0, True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"), options)
+    for size in ((1, 3), (7, 3)):
+        inputs = example(*size)
+        found = session.run(None, {key: value.numpy() for key, value in inputs.items()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), answers(load(of), inputs), atol=1e-5, rtol=1e-4)
+    if name == "recurrent":
+        for length in (2, 5):
+            with pytest.raises(Exception, match=f"invalid dimensions.*\n? index: 1 Got: {length} Expected: 3"):
+                session.run(None, {key: value.numpy() for key, value in example(4, length).items()})
 
 
 class Branching(nn.Module):
