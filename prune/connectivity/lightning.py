@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,6 +29,12 @@ _ALONE: dict[str, Any] = {
     "enable_progress_bar": False,
     "barebones": False,
 }
+
+
+class _Measured(NamedTuple):
+    name: str
+    error: bool
+    height: float
 
 
 def between(
@@ -66,16 +72,17 @@ def between(
         seed: Of the training batches' order.
 
     Returns:
-        ``barrier`` and ``excess`` as :class:`prune.connectivity.Barrier` has them; ``ends``, the heights of a and b;
-        ``alphas`` and ``heights``, from b to a; ``metric``, the name of what was measured; ``split``; ``refreshed``,
-        whether statistics were estimated anew.
+        ``barrier``, ``excess`` and, of errors, ``stable``, as :class:`prune.connectivity.Barrier` has them; ``ends``,
+        the heights of a and b; ``alphas`` and ``heights``, from b to a; ``metric``, the name of what was measured;
+        ``split``; and ``refreshed``, whether statistics were estimated anew.
 
     Raises:
         ValueError: If there is no such split or metric, or the states do not fit the network.
     """
     check_namespace(module)
     _check(module, data, split)
-    network, attached, named = network_of(module), module._trainer, ""
+    network, attached, home = network_of(module), module._trainer, module.device
+    seen: list[_Measured] = []
     normed = bool(batch_norms(network))
     with same_random_state(), quiet(True):
         made = make_trainer({**(trainer or {}), **_ALONE}, (), Path())
@@ -83,27 +90,27 @@ def between(
         state = random_state()
 
         def height(at: Mapping[str, Tensor]) -> float:
-            nonlocal named
             set_random_state(state)
+            module.to(made.strategy.root_device)
             visit(at)
             rows = (made.validate if split == "val" else made.test)(module, datamodule=data, verbose=False)
-            named, found = _measured(
-                {name: value for row in rows for name, value in row.items()}, module, split, metric
-            )
-            return found
+            seen.append(_measured({name: value for row in rows for name, value in row.items()}, module, split, metric))
+            return seen[-1].height
 
         try:
             with _held(data, split), visiting(network, shown, runs(module, made.precision_plugin)) as visit:
                 found = barrier(height, a, b, points)
         finally:
             module._trainer = attached
+            module.to(home)
     return {
         "barrier": found.barrier,
         "excess": found.excess,
+        "stable": found.stable if seen[0].error else None,
         "ends": list(found.ends),
         "alphas": list(found.alphas),
         "heights": list(found.heights),
-        "metric": named,
+        "metric": seen[0].name,
         "split": split,
         "refreshed": shown is not None,
     }
@@ -146,16 +153,14 @@ def _held(data: LightningDataModule, split: str) -> Iterator[None]:
         vars(data).update(before)
 
 
-def _measured(
-    logged: Mapping[str, float], module: nn.Module, split: str, metric: tuple[str, str] | None
-) -> tuple[str, float]:
-    """The height, and the name of what was logged for it."""
+def _measured(logged: Mapping[str, float], module: nn.Module, split: str, metric: tuple[str, str] | None) -> _Measured:
     task = getattr(module, "task", None)
     words = ("loss",) if isinstance(task, Task) and task.monitor[0] != "accuracy" else ("accuracy", "acc", "loss")
     tried = [(f"{split}{mark}{word}", "min" if word == "loss" else "max") for word in words for mark in "/_"]
     for name, better in tried if metric is None else [metric]:
         if name in logged:
-            return name, float(logged[name]) if better == "min" else 1 - float(logged[name])
+            value = float(logged[name])
+            return _Measured(name, better == "max", 1 - value if better == "max" else value)
     raise ValueError(
         f"{type(module).__name__} logged {some(sorted(logged)) if logged else 'nothing'} on the {split} split, not "
         f"{' or '.join(name for name, _ in tried) if metric is None else metric[0]}: give metric=(name, 'min' or 'max')"

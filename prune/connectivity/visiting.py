@@ -84,7 +84,7 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
         return 0
     modes = {module: module.training for module in network.modules()}
     momenta = [norm.momentum for norm in norms]
-    home, count = next(network.parameters()).device, 0
+    home, count = next(network.buffers()).device, 0
     try:
         network.eval()
         for norm in norms:

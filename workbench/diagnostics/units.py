@@ -121,7 +121,7 @@ def _moments(kind: str | None, row: Tensor) -> dict[str, Any]:
 
 def _watch(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outputs: bool) -> None:
     """Let ``look`` see what every activation is given, or gives, [P, U], on all batches."""
-    home, count, tokens, behind = next(network.parameters()).device, 0, None, ("", -1)
+    home, count, tokens, behind = next(network.parameters(), torch.empty(0)).device, 0, None, ("", -1)
 
     def passed(name: str, dims: int, *_: Any) -> None:
         nonlocal behind

@@ -92,6 +92,7 @@ def test_heights_are_errors_on_the_split(split: Any, part: slice) -> None:
     assert found["ends"] == [found["heights"][-1], found["heights"][0]]
     assert found["barrier"] == pytest.approx(max(expected) - (expected[0] + expected[-1]) / 2, abs=1e-6)
     assert (found["metric"], found["split"], found["refreshed"]) == (f"{split}/accuracy", split, False)
+    assert found["stable"] == (found["barrier"] < 0.02)
     assert data.calls == ["prepare", "validate" if split == "val" else "test"], "set up once"
 
 
@@ -122,6 +123,7 @@ def test_a_module_of_ones_own_is_judged_by_what_it_logs(names: Any, metric: Any,
         other.layers[3].bias.add_(torch.tensor([5.0, 0.0, 0.0]))
     found = between(module, data, module.state_dict(), other.state_dict(), 3, metric=metric)
     assert found["metric"] == named
+    assert (found["stable"] is None) == (not error)
     x, y, same = data.x[32:48], data.y[32:48], Theirs()
     if error:
         expected = errors(same, same.state_dict(), other.state_dict(), x, y, points=3)
