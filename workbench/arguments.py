@@ -203,12 +203,29 @@ def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Lig
         raise ValueError(
             f"{folder} is of job {record.get('job')!r}, which trains no module: name a fit or distill stage"
         )
+    made = arguments_of(folder, changes)
+    module = build(**{name: made[name] for name in inspect.signature(build).parameters})
+    return module, made
+
+
+def arguments_of(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the stage in ``folder`` was given, built again under its seed.
+
+    Args:
+        folder: A stage's folder.
+        changes: Raw arguments that replace the stage's own.
+
+    Raises:
+        ValueError: If there is no stage of an installed job.
+    """
+    record = records.read(folder) or {}
+    job = find_jobs().get(record.get("job", ""))
+    if job is None:
+        raise ValueError(f"{folder} holds no stage of an installed job: name one that a recipe has run")
     stage = Stage(folder.name, job, {**record["given"], **(changes or {})})
     arguments = Arguments(Recipe(folder / "record.json", ()), stage)
     seed_everything(arguments.seed or 0, workers=True, verbose=False)
-    made = arguments.build(lambda source: _beside(folder, source))
-    module = build(**{name: made[name] for name in inspect.signature(build).parameters})
-    return module, made
+    return arguments.build(lambda source: _beside(folder, source))
 
 
 def _parser(function: Callable[..., Any], trains: bool, grid: Iterable[str]) -> ArgumentParser:
