@@ -16,6 +16,7 @@ from prune.allocation import LayerwiseAsPaper
 from prune.hunting.arms import ARMS, Hunt
 from prune.hunting.lightning import LightningTrainee
 from prune.hunting.plan import densities_of, enough, scores
+from prune.hunting.settings import settings_of
 from prune.hunting.store import TICKET, Store
 from prune.masks import Masks
 from prune.pruner import Pruner
@@ -124,15 +125,18 @@ def hunt(
     chosen = _coupled(module, data) if structure == "coupled" else structure
     pruner = Pruner(criterion, chosen, layers, include=include, exclude=exclude, seed=seed)
     pruner.check(network, *densities)
-    settings = [*densities, str(rewind), rewinding, order, early_stop, criterion, structure, allocation]
-    settings += [include, exclude, batches, seed]
+    given_here = {"rate": rate, "densities": densities, "rewind": str(rewind), "rewinding": rewinding, "order": order}
+    given_here |= {"early_stop": early_stop, "criterion": criterion, "structure": structure, "allocation": allocation}
+    given_here |= {"include": include, "exclude": exclude, "batches": batches, "seed": seed}
+    given_here |= {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    settings = settings_of(module, data, trainer, **given_here)
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     done = search(
         Hunt(
             LightningTrainee(module, data, trainer, seed, rewind, out / "checkpoints", checkpoint, batches, early_stop),
             pruner,
             densities,
-            Store(out, key),
+            Store(out, key, settings),
             rewinding,
             order,
             controls=(*(controls or ()), *(("other",) if other else ())),
@@ -150,6 +154,7 @@ def hunt(
 
 def search(hunt: Hunt) -> list[dict[str, Any]]:
     """Train, prune, rewind, repeat: the records of the levels, each with those of its controls."""
+    hunt.store.check()
     levels: list[dict[str, Any]] = []
     for level in range(len(hunt.densities)):
         done = {arm: _trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}

@@ -1,17 +1,27 @@
 """The trainings of a hunt on disk: a folder each, whole once its record is there."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
+from prune.hunting.settings import difference
 from prune.masks import Masks
 from workbench import artifact, records
 from workbench.ranks import barrier, rank
 
 TICKET = "ticket"
+_PARTS = {
+    "metrics": dict,
+    "monitor": list,
+    "history": list,
+    "world_size": int,
+    "seconds": (int, float),
+    "density": (int, float),
+    "mask_hash": str,
+}
 
 
 @final
@@ -21,15 +31,36 @@ class Store:
     Args:
         out: The hunt's folder.
         key: What tells this hunt from another: levels of another key are refused.
+        settings: What the key stands for, as far as it is known, kept with every level to say what differs.
     """
 
-    def __init__(self, out: Path, key: str) -> None:
-        self.out, self.key = out, key
+    def __init__(self, out: Path, key: str, settings: Mapping[str, Any] | None = None) -> None:
+        self.out, self.key, self.settings = out, key, dict(settings or {})
 
     def folder(self, level: int, arm: str = TICKET) -> Path:
         """Where the training of ``arm`` at ``level`` is kept."""
         folder = self.out / f"level_{level:02d}"
         return folder if arm == TICKET else folder / arm
+
+    def check(self) -> None:
+        """Make sure, before anything is trained, that all trainings here are this hunt's, and as they were left.
+
+        Raises:
+            ValueError: If one belongs to another hunt, its record makes no sense, or its network or masks were
+                truncated, altered or replaced since; it names the file. Nothing is removed.
+        """
+        for folder in self._folders():
+            if (record := self._record(folder)) is None:
+                continue
+            if odd := [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]:
+                raise ValueError(f"{folder / 'record.json'} is damaged: no {', '.join(odd)} in it. {_remedy(folder)}")
+            try:
+                where = artifact.find(folder)
+                index, masks = artifact.read_index(where), Masks(artifact.masks(where))
+            except ValueError as error:
+                raise ValueError(f"{error}. {_remedy(folder)}") from error
+            if record.get("artifact", index["sha256"]) != index["sha256"] or record["mask_hash"] != masks.hash():
+                raise ValueError(f"{where} is not what {folder / 'record.json'} was written for. {_remedy(folder)}")
 
     def finished(self, level: int, arm: str = TICKET) -> dict[str, Any] | None:
         """The record of a whole training of this hunt, or None.
@@ -37,11 +68,7 @@ class Store:
         Raises:
             ValueError: If it belongs to another hunt.
         """
-        folder = self.folder(level, arm)
-        record = records.finished(folder)
-        if record is not None and record.get("fingerprint") != self.key:
-            raise ValueError(f"{folder} is a level of another hunt: choose another out, or move it aside")
-        return record
+        return self._record(self.folder(level, arm))
 
     def keep(self, level: int, arm: str, result: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
         """Make the training whole: write its record, and remove what it would have resumed from. On every rank."""
@@ -52,9 +79,11 @@ class Store:
             "arm": arm,
             "status": "finished",
             "fingerprint": self.key,
+            "settings": self.settings,
             "density": masks.density,
             "layers": {name: list(count) for name, count in masks.counts().items()},
             "mask_hash": masks.hash(),
+            "artifact": artifact.read_index(artifact.find(folder))["sha256"],
         }
         if rank() == 0:
             records.write(folder, record)
@@ -69,3 +98,22 @@ class Store:
     def masks(self, level: int, arm: str = TICKET) -> Masks:
         """The masks of a training."""
         return Masks(artifact.masks(self.folder(level, arm)))
+
+    def _folders(self) -> Iterator[Path]:
+        """Every folder that may hold a training, whatever the plan says."""
+        for folder in sorted(self.out.glob("level_*")):
+            yield from (folder, *sorted(path.parent for path in folder.glob("*/record.json")))
+
+    def _record(self, folder: Path) -> dict[str, Any] | None:
+        record = records.finished(folder)
+        if record is None:
+            return None
+        if record.get("fingerprint") != self.key:
+            other = difference(record.get("settings") or {}, self.settings) if self.settings else ""
+            made = f", made with {other}" if other else ""
+            raise ValueError(f"{folder} is a level of another hunt{made}: choose another out, or move it aside")
+        return record
+
+
+def _remedy(folder: Path) -> str:
+    return f"Move {folder} aside to train it anew; all others are kept"
