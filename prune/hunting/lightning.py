@@ -8,6 +8,7 @@ from typing import Any, final
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prune.callbacks import KeepMasked
@@ -21,11 +22,14 @@ from workbench.duration import Duration
 from workbench.files import replacing, sha256
 from workbench.module import network_of
 from workbench.randomness import same_random_state
-from workbench.ranks import barrier, rank
+from workbench.ranks import barrier, rank, whole
 from workbench.saving import save_network
 from workbench.sharding import load_whole
 from workbench.tasks import Task
 from workbench.training import train, training_loader
+
+WEIGHTS = "rewind.safetensors"
+"""The file of the network's state dict at the rewind point, among a hunt's checkpoints."""
 
 
 @final
@@ -64,8 +68,8 @@ class LightningTrainee(Trainee):
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
         self.checkpoint, self.batches = checkpoint, batches
         self.early_stop = early_stop
-        self._end = folder / "end.ckpt"
-        self._untouched = copy.deepcopy(module.state_dict())
+        self._end, self._weights = folder / "end.ckpt", folder / WEIGHTS
+        self._untouched = {name: _copied(value) for name, value in module.state_dict().items()}
 
     def train(self, arm: Arm, folder: Path, part: tuple[int, int, str], level: int) -> dict[str, Any]:
         """See :class:`Trainee`."""
@@ -74,7 +78,8 @@ class LightningTrainee(Trainee):
             load_whole(self.module, self._untouched)
             if arm.start.weights is not None:
                 self.load(arm.start.weights)
-        callbacks, early = self._callbacks(arm, start, level)
+        leaves = level == 0 and start is None and arm.masks is None
+        callbacks, early = self._callbacks(arm, start, leaves)
         result = train(
             self.module,
             self.data,
@@ -86,18 +91,19 @@ class LightningTrainee(Trainee):
             callbacks=callbacks,
             part=part,
         )
-        if not self.point.is_file():
+        if leaves and not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
-        if level == 0:
+        if leaves:
             self._keep_end(folder)
+            self._keep_weights()
         del result["masks"]  # level 0 has none, the others the arm's
         result["best"] = best_of(result["history"], 0 if start is None else _counters(start)[0])
         return {**result, **({"stopped": early.ended} if early else {})}
 
-    def _callbacks(self, arm: Arm, start: Path | None, level: int) -> tuple[list[Callback], EarlyStop | None]:
-        """What makes a plain training that of ``arm``, in order."""
+    def _callbacks(self, arm: Arm, start: Path | None, leaves: bool) -> tuple[list[Callback], EarlyStop | None]:
+        """What makes a plain training that of ``arm``, in order, and one that ``leaves`` the moments to start from."""
         made: list[Callback] = [] if start is None else [Return(start, arm.start, self.load)]
-        if level == 0:
+        if leaves:
             made += [LastUpdate(), RewindPoint(self.rewind, self.point)]
         elif start == self._end:
             made.append(LastUpdate(held=True))
@@ -126,6 +132,17 @@ class LightningTrainee(Trainee):
                 shutil.copyfile(written[0], temporary)
         barrier()
 
+    def _keep_weights(self) -> None:
+        """Keep the network's weights at the rewind point in a file that other runs may read."""
+        if rank() == 0:
+            path = next(path for path, each in self.module.named_modules() if each is self.network)
+            prefix = f"{path}." if path else ""
+            state = torch.load(self.point, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+            found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+            with replacing(self._weights) as temporary:
+                save_file({name: value.contiguous().clone() for name, value in found.items()}, temporary)
+        barrier()
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """See :class:`Trainee`."""
         load_whole(self.network, weights)
@@ -143,7 +160,13 @@ class LightningTrainee(Trainee):
 
     def points(self) -> dict[str, str]:
         """See :class:`Trainee`."""
-        return {name: sha256(path) for name, path in (("point", self.point), ("end", self._end)) if path.is_file()}
+        paths = {"point": self.point, "end": self._end, "weights": self._weights}
+        return {name: sha256(path) for name, path in paths.items() if path.is_file()}
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the CPU, of all of a tensor."""
+    return whole(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _counters(path: Path) -> tuple[int, int, int]:

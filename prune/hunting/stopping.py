@@ -7,10 +7,12 @@ from typing import Any, Literal, final
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from prune.storage import gathered, local, shard
+from prune.storage import local, shard
 from workbench.duration import Duration
+from workbench.ranks import whole
 
 
 def best_of(history: Sequence[Mapping[str, float]], after: int = 0) -> dict[str, float] | None:
@@ -78,8 +80,8 @@ class EarlyStop(Checkpoint):
         self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the validation."""
-        if trainer.sanity_checking or not self._counts(trainer):
+        """Count the validation, if it is one of training."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self._counts(trainer):
             return
         if self.score not in trainer.callback_metrics:
             raise ValueError(
@@ -90,7 +92,7 @@ class EarlyStop(Checkpoint):
         score = self.sign * float(trainer.strategy.reduce(found.float(), reduce_op="mean"))
         if math.isfinite(score) and (self._best is None or score > self._best[0]):
             self._best, self._waited = (score, trainer.global_step), 0
-            self._weights = {name: gathered(local(t), t).to("cpu", copy=True) for name, t in _held(pl_module)}
+            self._weights = {name: whole(t).detach().to("cpu", copy=True) for name, t in _held(pl_module)}
         else:
             self._waited += 1
             self._stop(trainer)

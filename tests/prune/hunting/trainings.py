@@ -42,19 +42,18 @@ class Blobs(lp.LightningDataModule):
 
     classes = 3
 
-    def __init__(self, validated: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         noise = torch.Generator().manual_seed(3)
         labels = torch.arange(48) % 3
         inputs = torch.randn(48, 5, generator=noise) + nn.functional.one_hot(labels, 5)
         self.held = [TensorDataset(inputs[:36], labels[:36]), TensorDataset(inputs[36:], labels[36:])]
-        self.validated = validated
 
     def train_dataloader(self) -> Any:
         return DataLoader(self.held[0], 6, shuffle=True)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(self.held[1], 12) if self.validated else []
+        return DataLoader(self.held[1], 12)
 
 
 class Stop(RuntimeError):
