@@ -33,7 +33,7 @@ class Transformer(nn.Module):
     Initial weights are :math:`N(0, \text{gain}^2 / \text{inputs})`, biases 0. The gain is 1 for what reads normalised
     states, values or inputs, and the activation's own for the matrix behind it. The two matrices of a layer that write
     to the residual stream are divided by :math:`\sqrt{2\,\text{layers}}` if ``pre_norm``, so that the sum of all
-    branches is no larger than its input (Radford et al. 2019, GPT-2, section 2.3). Embeddings of tokens and positions are
+    branches is no larger than its input (Radford et al. 2019, GPT-2, section 2.3). Embeddings, of positions too, are
     :math:`N(0, 1 / \text{width})` and multiplied by :math:`\sqrt{\text{width}}` where they are read, so that they can
     be tied to an output (arXiv:1706.03762, section 3.4).
 
