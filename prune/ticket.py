@@ -25,6 +25,7 @@ from prune.shrinking.job import given
 from workbench import artifact, records
 from workbench.arguments import rebuild
 from workbench.duration import Duration
+from workbench.locking import locked
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
 from workbench.saving import example_inputs, save_network
 from workbench.sharding import load_whole
@@ -131,23 +132,26 @@ def hunt(
     given_here |= {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     settings = settings_of(module, data, trainer, **given_here)
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
-    done = search(
-        Hunt(
-            LightningTrainee(module, data, trainer, seed, rewind, out / "checkpoints", checkpoint, batches, early_stop),
-            pruner,
-            densities,
-            Store(out, key, settings),
-            rewinding,
-            order,
-            controls=(*(controls or ()), *(("other",) if other else ())),
-            other=None if other is None else Path(other),
-            fall=fall,
-            patience=patience,
+    with locked(out):
+        done = search(
+            Hunt(
+                LightningTrainee(
+                    module, data, trainer, seed, rewind, out / "checkpoints", checkpoint, batches, early_stop
+                ),
+                pruner,
+                densities,
+                Store(out, key, settings),
+                rewinding,
+                order,
+                controls=(*(controls or ()), *(("other",) if other else ())),
+                other=None if other is None else Path(other),
+                fall=fall,
+                patience=patience,
+            )
         )
-    )
-    load_whole(network, artifact.tensors(out / f"level_{len(done) - 1:02d}"))
-    last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
-    save_network(module, data, out, last, Masks(artifact.masks(out / f"level_{len(done) - 1:02d}")))
+        load_whole(network, artifact.tensors(out / f"level_{len(done) - 1:02d}"))
+        last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
+        save_network(module, data, out, last, Masks(artifact.masks(out / f"level_{len(done) - 1:02d}")))
     seconds = round(sum(record["seconds"] for record in done), 3)
     return {**last, "seed": seed, "levels": done, "winning": _winning(done, tolerance), "seconds": seconds}
 
