@@ -5,14 +5,15 @@ of what is on disk, the same on every rank. A control of a level is paired with 
 the same random numbers in training, the same end.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prune.allocation import Global
 from prune.criteria import seeded
@@ -43,6 +44,9 @@ class Hunt:
         fall: How far below level 0 the validation score may fall before the hunt ends.
         patience: For how many levels in a row.
         given: The ticket, where it was found in another hunt; then nothing is rewound.
+
+    Attributes:
+        untrained: The network as it was at first, in one piece, for a control with new initial weights.
     """
 
     trainee: Trainee
@@ -56,6 +60,11 @@ class Hunt:
     fall: float | None = None
     patience: int = 1
     given: Arm | None = None
+    untrained: nn.Module | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if "reinit" in self.controls:
+            object.__setattr__(self, "untrained", copy.deepcopy(self.trainee.network))
 
     def seed(self, level: int) -> int:
         """Of the data order and everything random at ``level``: the ticket's and its controls' alike."""
@@ -81,7 +90,8 @@ def reinit(hunt: Hunt, level: int) -> Arm:
 
     Source: Frankle & Carbin 2019, arXiv:1803.03635, section 2; Frankle et al. 2020, arXiv:1912.05671.
     """
-    weights = reinitialised(hunt.trainee.network, derived(hunt.trainee.seed, level, "reinit"))
+    network = hunt.trainee.network if hunt.untrained is None else hunt.untrained
+    weights = reinitialised(network, derived(hunt.trainee.seed, level, "reinit"))
     return Arm(_ordered(hunt, Start("first", weights)), hunt.store.masks(level), hunt.seed(level))
 
 
