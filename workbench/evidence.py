@@ -18,6 +18,8 @@ from torchmetrics import Metric
 from workbench.module import SupervisedModule, network_of
 from workbench.randomness import random_state, same_random_state, set_random_state
 
+_FIXED = {*vars(nn.Module()), "update", "compute", "_update_signature"}  # of a metric: what no batch changes
+
 
 @final
 class FirstBatches:
@@ -164,8 +166,8 @@ def _takes_index(module: Any) -> bool:
 def _unseen(module: nn.Module) -> Iterator[None]:
     """Inside, ``module`` logs nothing; its metrics, and what a family draws from, are afterwards what they were."""
     streams = dict(module.streams.states) if isinstance(module, SupervisedModule) else {}
-    metrics = [each for each in module.modules() if isinstance(each, Metric)]
-    before = [copy.deepcopy(metric.__getstate__()) for metric in metrics]
+    metrics = [vars(each) for each in module.modules() if isinstance(each, Metric)]
+    before = [{name: copy.deepcopy(value) for name, value in each.items() if name not in _FIXED} for each in metrics]
     silent: Any = module
     silent.log = silent.log_dict = lambda *_, **__: None
     try:
@@ -174,5 +176,5 @@ def _unseen(module: nn.Module) -> Iterator[None]:
         del silent.log, silent.log_dict
         if isinstance(module, SupervisedModule):
             module.streams.states = streams
-        for metric, state in zip(metrics, before):
-            metric.__setstate__(state)
+        for each, state in zip(metrics, before):
+            each.update(state)  # __setstate__ would wrap update and compute once more, which cannot sync twice

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
+from prune import EarlyBird, Pruner
 from prune.connectivity import between, interpolated
 from prune.masks import Masks
 from tests.prune.connectivity.test_visiting import assert_same, everything
+from tests.together import together
 from workbench import TaskModule
+from workbench.diagnostics import Diagnose
 from workbench.tasks import Classification
 from workbench.training import training_loader
 
@@ -40,7 +43,7 @@ class Data(lp.LightningDataModule):
         self.calls.append(stage)
 
     def loader(self, part: slice, shuffle: bool = False) -> Any:
-        return DataLoader(TensorDataset(self.x[part], self.y[part]), 8, shuffle)
+        return DataLoader(TensorDataset(self.x[part], self.y[part]), 8, shuffle=shuffle)
 
     def train_dataloader(self) -> Any:
         return self.loader(slice(32), shuffle=True)
@@ -185,6 +188,23 @@ def test_masked_weights_stay_masked_on_the_way() -> None:
     module.network.register_forward_hook(lambda *_: seen.append(masks.obeyed_by(module.network)))
     between(module, data, module.network.state_dict(), other.state_dict(), 3)
     assert seen == [True] * 6
+
+
+def in_parallel() -> Any:
+    module, other = TaskModule(net(1, norm=True), Classification(3)), net(2, norm=True).state_dict()
+    diagnose, bird = Diagnose(), EarlyBird(Pruner("snip"), 0.3)
+    parallel = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    lp.Trainer(**parallel, **quiet, max_epochs=3, callbacks=[diagnose, bird]).fit(module, datamodule=Data())
+    found = between(module, Data(), module.network.state_dict(), other, 3, trainer=parallel)
+    return found, diagnose.last, bird.distances, [value.tolist() for value in module.state_dict().values()]
+
+
+def test_ranks_agree_on_all_that_is_said_of_a_training() -> None:
+    first, second = together(in_parallel)
+    assert first == second
+    assert len(first[2]) == 2
+    assert first[0]["refreshed"]
 
 
 def test_mistakes_are_named() -> None:
