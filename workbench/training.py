@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
@@ -243,6 +245,7 @@ def train(
     with quiet(progress.current() is not None):
         seed_everything(seed, workers=True, verbose=False)
         made = make_trainer(trainer, own, out)
+        meet(made)
         module.train()
         every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
         for found in (ended, last):
@@ -285,6 +288,22 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     check_world_size(made.world_size)
     whole_checkpoints(made)
     return made
+
+
+def meet(trainer: Trainer) -> None:
+    """Let the ranks that a launcher such as torchrun has started form their group now, and not at their first fit.
+
+    Before that they would know nothing of each other, and not wait for what rank zero writes. Those that Lightning
+    starts itself come to life inside a fit.
+    """
+    strategy: Any = trainer.strategy
+    environment = getattr(strategy, "cluster_environment", None)
+    if isinstance(environment, LightningEnvironment) or not getattr(environment, "creates_processes_externally", False):
+        return
+    if isinstance(strategy, (DDPStrategy, FSDPStrategy)):
+        strategy.setup_environment()
+    elif isinstance(strategy, ModelParallelStrategy):
+        strategy._setup_distributed()  # the rest of its setup asks for the module
 
 
 def _monitor(module: nn.Module) -> list[str]:

@@ -18,6 +18,8 @@ from prune.hunting.trainee import Arm, Trainee
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewind import LastUpdate, Return, RewindPoint
+from workbench import progress
+from workbench.continuation import check_checkpoint
 from workbench.duration import Duration
 from workbench.files import replacing, sha256
 from workbench.module import network_of
@@ -26,7 +28,7 @@ from workbench.ranks import barrier, rank, whole
 from workbench.saving import save_network
 from workbench.sharding import load_whole
 from workbench.tasks import Task
-from workbench.training import train, training_loader
+from workbench.training import make_trainer, meet, quiet, train, training_loader
 
 WEIGHTS = "rewind.safetensors"
 """The file of the network's state dict at the rewind point, among a hunt's checkpoints."""
@@ -63,6 +65,9 @@ class LightningTrainee(Trainee):
         batches: int,
         early_stop: int | None = None,
     ) -> None:
+        apart = {name: value for name, value in (trainer or {}).items() if name not in ("callbacks", "logger")}
+        with quiet(progress.current() is not None):
+            meet(make_trainer(apart, (), folder))
         self.module, self.data, self.trainer, self.seed = module, data, trainer, seed
         self.network = network_of(module)
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
@@ -94,6 +99,7 @@ class LightningTrainee(Trainee):
         if leaves and not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
         if leaves:
+            check_checkpoint(self.point, f"move {folder} aside to train it anew")
             self._keep_end(folder)
             self._keep_weights()
         del result["masks"]  # level 0 has none, the others the arm's
