@@ -6,11 +6,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from prune.hunting.judging import Judgement, judged
+from prune.hunting.judging import ALPHA, Judgement, judged
 from prune.masks import Masks
 from workbench import artifact, records
 from workbench.source import Source
-from workbench.stats import mean
+from workbench.stats import equivalence, holm, mean, paired
 
 DENSE = "dense"
 """The control that is not pruned: it is matched, not beaten."""
@@ -31,23 +31,29 @@ def verdict(
     Everything is compared within seeds. A level is a `ticket` if it is surely no more than delta below the dense
     network, and below the one trained as long if there is one, and surely above every other control; `no ticket` if one
     of these is surely not so; else `inconclusive`. Also: how far the masks of different seeds overlap, and how far they
-    would by chance.
+    would by chance; and where there are several groups of hunts, what each has over the first, within seeds.
 
     Args:
-        hunts: Hunt stages of different seeds, or a sweep over them: then one verdict for each of its other settings.
+        hunts: Hunt stages of different seeds, or sweeps over them: then one verdict for each sweep and each of its
+            other settings, say for two activations, or for hunts with and without a teacher.
         delta: What a ticket may lose on the dense network, in the unit of the metric.
         metric: The metric's name without split; the main one by default.
         split: Where it is measured.
         out: The stage's folder, given by the recipe.
 
     Returns:
-        `verdicts`, for the record: one for each group of hunts, with every level's means, differences and verdict.
+        `verdicts`, for the record: one for each group of hunts, with every level's means, differences and verdict; and
+        `differences`: of each group's tickets less the first group's, above, below, equivalent within delta, or
+        inconclusive.
 
     Raises:
         ValueError: If a source is no finished hunt, hunts differ in more than their seed, or the metric is missing.
     """
     groups = _grouped(hunts)
-    return {"verdicts": [_verdict(name, found, delta, metric, split) for name, found in groups.items()]}
+    verdicts = [_verdict(name, found, delta, metric, split) for name, found in groups.items()]
+    first, *others = groups
+    differences = [_difference(name, first, groups, verdicts[0]) for name in others]
+    return {"verdicts": verdicts, "differences": differences}
 
 
 def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]:
@@ -61,7 +67,8 @@ def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]
             groups.setdefault("", {})[Path(source)] = record
         for run in record.get("runs", ()):
             others = {key: value for key, value in run["over"].items() if key not in ("seed", "seed_everything")}
-            name = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in others.items())
+            parts = [Path(source).name] if len(sources) > 1 else []
+            name = ", ".join([*parts, *(f"{key.rpartition('.')[2]} {value}" for key, value in others.items())])
             folder = Path(source) / run["folder"]
             groups.setdefault(name, {})[folder] = records.finished(folder) or {}
     for found in groups.values():
@@ -121,6 +128,36 @@ def _level(
         **({**told, "verdict": "dense", "why": "nothing is pruned"} if first else told),
         "best_step": {arm: asdict(mean(values)) for arm, values in found.items() if len(values) == len(tickets)},
     }
+
+
+def _difference(
+    name: str, first: str, groups: Mapping[str, Mapping[Path, Mapping[str, Any]]], judged_first: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the tickets of one group have over those of the first, level by level, within the seeds that both have."""
+    ours, theirs = ({each["seed"]: each["levels"] for each in groups[group].values()} for group in (name, first))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        raise ValueError(f"{name!r} and {first!r} have no seed in common: give hunts of the same seeds")
+    key, sign = judged_first["metric"], 1 if judged_first["higher_is_better"] else -1
+    delta, levels = judged_first["delta"], []
+    for level in range(min(len(found[seed]) for found in (ours, theirs) for seed in seeds)):
+        a, b = (_scores([found[seed][level] for seed in seeds], key, sign) for found in (ours, theirs))
+        levels.append(
+            {
+                "level": level,
+                "density": theirs[seeds[0]][level]["density"],
+                "paired": asdict(paired(a, b)),
+                "equivalence": asdict(equivalence(a, b, delta)),
+            }
+        )
+    known = [each for each in levels if each["paired"]["p"] is not None]
+    for each, p in zip(known, holm([each["paired"]["p"] for each in known])):
+        each["p_holm"] = p
+        if p <= ALPHA:
+            each["said"] = "above" if each["paired"]["mean"] > 0 else "below"
+    for each in levels:
+        each.setdefault("said", "equivalent" if each["equivalence"]["equivalent"] else "inconclusive")
+    return {"of": name, "less": first, "seeds": seeds, "levels": levels}
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[float]:

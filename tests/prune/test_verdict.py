@@ -83,6 +83,31 @@ def test_a_sweep_has_a_verdict_for_each_of_its_other_settings(tmp_path: Path) ->
     assert [len(each["hunts"]) for each in found] == [3, 3]
 
 
+def test_groups_are_compared_with_the_first_within_seeds(tmp_path: Path) -> None:
+    for group, lift in (("labels", 0.0), ("taught", 0.05)):
+        runs = []
+        for seed in (0, 1, 2, 3):
+            folder = tmp_path / group / f"seed-{seed}"
+            hunt(folder, seed)
+            record = records.read(folder) or {}
+            for level in record["levels"][1:]:
+                level["metrics"]["test/accuracy"] += lift * level["level"] + 1e-4 * seed
+            records.write(folder, record)
+            runs.append({"name": folder.name, "folder": folder.name, "over": {"seed": seed}})
+        records.write(tmp_path / group, {"job": "sweep", "status": "finished", "runs": runs})
+        for run in runs if lift else ():  # the difference of the seeds must differ a little, or it has no spread
+            record = records.read(tmp_path / group / run["folder"]) or {}
+            for level in record["levels"][1:]:
+                level["metrics"]["test/accuracy"] += 1e-4 * (run["over"]["seed"] % 2)
+            records.write(tmp_path / group / run["folder"], record)
+    found = verdict([Source(tmp_path / "labels"), Source(tmp_path / "taught")])
+    assert [each["name"] for each in found["verdicts"]] == ["labels", "taught"]
+    (difference,) = found["differences"]
+    assert (difference["of"], difference["less"], difference["seeds"]) == ("taught", "labels", [0, 1, 2, 3])
+    assert [level["said"] for level in difference["levels"]] == ["inconclusive", "above", "above"]
+    assert difference["levels"][2]["paired"]["mean"] == pytest.approx(0.1, abs=1e-3)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     first = hunt(tmp_path / "a", 0)
     with pytest.raises(ValueError, match="hunts of different seeds"):
