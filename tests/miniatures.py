@@ -20,6 +20,8 @@ def miniatures(folder: Path) -> Path:
     text(folder / "tinyshakespeare" / "input.txt", 6000)
     for name in ("valid.txt", "test.txt"):
         text(folder / "wikitext2-valid-test" / name, 3000)
+    vowels(folder / "japanese_vowels")
+    ett(folder / "ett" / "ETTh1.csv")
     return folder
 
 
@@ -78,6 +80,28 @@ def text(file: Path, characters: int) -> None:
     """Running text."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{_words(characters // 4)} .\n"[:characters])
+
+
+def vowels(folder: Path, samples: int = 45) -> None:
+    """``.ts`` files of series of twelve channels and 3 to 9 steps in nine classes."""
+    folder.mkdir(parents=True)
+    header = "@dimensions 12\n@equalLength false\n@classLabel true 1 2 3 4 5 6 7 8 9\n@data\n"
+    for part in ("TRAIN", "TEST"):
+        lines = [
+            ":".join(
+                [*(",".join(str(random.gauss(n % 9, 1)) for _ in range(3 + n % 7)) for _ in range(12)), str(1 + n % 9)]
+            )
+            for n in range(samples)
+        ]
+        (folder / f"JapaneseVowels_{part}.ts").write_text(header + "\n".join(lines))
+
+
+def ett(file: Path, hours: int = 460) -> None:
+    """Seven channels, hour by hour."""
+    file.parent.mkdir(parents=True)
+    names = ["HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"]
+    rows = [",".join([f"hour {n}", *(str(random.gauss(n % 24, 1)) for _ in names)]) for n in range(hours)]
+    file.write_text("\n".join([",".join(["date", *names]), *rows]))
 
 
 def _words(count: int) -> str:

@@ -21,6 +21,7 @@ SMALL: dict[str, list[tuple[str, str]]] = {
     "cifar10": [("data.batch_size", "8"), ("data.validation", "20")],
     "clinc150": [("data.batch_size", "8")],
     "minilm": [("data.batch_size", "8"), ("data.tokenizer", "word"), ("teacher.model.encoder", BERT)],
+    "ett": [("data.batch_size", "32"), ("data.split", "[200, 125, 125]")],
     "mnist": [("data.batch_size", "8"), ("data.validation", "20")],
     "shakespeare": [("data.batch_size", "4"), ("data.length", "16")],
     "sparse": [
@@ -28,6 +29,7 @@ SMALL: dict[str, list[tuple[str, str]]] = {
         ("rigl.trainer.callbacks", f"[{{class_path: prune.DynamicSparsity, init_args: {{density: 0.5, {TIMES}}}}}]"),
         ("narrow.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{{TIED}, {TIMES}}}}}]"),
     ],
+    "vowels": [("data.batch_size", "8")],
     "wikitext": [("data.batch_size", "4"), ("data.length", "16")],
 }
 STUDENTS = {"distill", "fit"}
@@ -39,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_number_of_recipes() -> None:
-    assert len(FILES) == 8, "a recipe was added or lost: say so here"
+    assert len(FILES) == 10, "a recipe was added or lost: say so here"
     assert len(recipes.recipes()) == len(FILES)
     assert SMALL.keys() == {path.stem for path in FILES} - {"digits"}
 
