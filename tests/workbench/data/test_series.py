@@ -20,6 +20,7 @@ from workbench.data import SeriesClassification, SeriesForecast
 from workbench.data.series.batches import Windows
 from workbench.data.series.ts import read_ts
 from workbench.data.series.values import measured, number
+from workbench.models import Recurrent, Transformer
 from workbench.module import TaskModule
 from workbench.order import ordered
 from workbench.tasks import Classification, Regression
@@ -372,6 +373,24 @@ def test_a_recurrent_network_learns_from_ts_files(pair):
     trainer.fit(module, data)
     (row,) = trainer.test(module, data, verbose=False)
     assert row["test/accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        (Recurrent(2, 2, hidden=4), {}),
+        (Recurrent(2, 2, hidden=4), {"mask": True}),
+        (Transformer(features=2, classes=2, width=8, layers=1, heads=2), {"inputs": "input_ids", "mask": True}),
+    ],
+)
+def test_the_bundled_networks_take_these_batches_and_see_no_padding(pair, network, arguments):
+    module, task = SeriesClassification(pair, batch_size=10, **arguments), Classification(2)
+    (batch,) = loaded(module, "test")
+    _, kwargs = task.inputs(batch)
+    together = network.eval()(**kwargs)
+    for row in range(10):
+        _, kwargs = task.inputs(module.test_dataloader().collate_fn([module.parts["test"][row]]))
+        torch.testing.assert_close(network(**kwargs)[0], together[row], atol=1e-5, rtol=1e-5)
 
 
 # --- forecasts
