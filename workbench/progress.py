@@ -167,12 +167,15 @@ class _Teller:
 
 @contextmanager
 def telling(path: Path, look: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, what is shown goes into the file ``path``, for somebody else to draw.
+    """Inside, what is shown goes into the file ``path``, for somebody else to draw; what rank zero shows, that is.
 
     Args:
         path: The file; one that is there is of an earlier attempt.
         look: Called now and then, to draw it.
     """
+    if not _leads():
+        yield
+        return
     token = _active.set(_Teller(path, look))
     try:
         yield
@@ -214,7 +217,7 @@ def bars(total_stages: int, names: Sequence[str], file: TextIO | None = None) ->
     if len(names) != total_stages:
         raise ValueError(f"total_stages is {total_stages} but {len(names)} names were given: name every stage")
     stream = sys.stderr if file is None else file
-    silent = _active.get() is not None or any(os.environ.get(k, "0") != "0" for k in ("RANK", "LOCAL_RANK"))
+    silent = _active.get() is not None or not _leads()
     live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     console = None if silent else Console(file=stream) if live else _plain(stream)
     made = Bars(total_stages, max([6, *(len(printable(name)) for name in names)]), console, live)
@@ -227,6 +230,11 @@ def bars(total_stages: int, names: Sequence[str], file: TextIO | None = None) ->
                 yield made
     finally:
         _active.reset(token)
+
+
+def _leads() -> bool:
+    """Whether this is rank zero, or alone."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
 def _plain(stream: TextIO) -> Console:

@@ -24,11 +24,10 @@ from workbench.locking import locked
 from workbench.ranks import rank
 from workbench.recipe import REPLACED, RUN, Recipe, RecipeError
 from workbench.source import Source
+from workbench.sweep.child import LOG
 from workbench.sweep.runs import Runs
 
 _POLL = 0.2
-LOG = "log.txt"
-"""What a run in a process of its own says, in its folder."""
 _RECORDED = (
     "stage",
     "job",

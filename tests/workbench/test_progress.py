@@ -4,7 +4,8 @@ from io import StringIO
 
 import pytest
 
-from workbench.progress import bars, current, elapsed, printable, show
+from workbench import progress
+from workbench.progress import Told, attempts, bars, current, elapsed, printable, show, telling, told
 
 LINE = re.compile(r"^(\S+) +(?:failed after )?\d+\.\d s(?:  .*)?$")
 
@@ -144,3 +145,62 @@ def test_words():
         "0.0 s", "59.9 s", "1 min 00 s", "1 h 00 min", "1 h 30 min",
     ]  # fmt: skip
     assert printable("a\tb\n\u202ec") == "a b \N{REPLACEMENT CHARACTER}c"
+
+
+def test_bars_of_parts_below_the_stage():
+    file = Screen()
+    with bars(1, ["grid"], file=file) as b:
+        with b.stage("grid"):
+            b.parts({"grid/a": Told(1, 2, 4, "level 1"), "grid/b": Told()})
+            assert b._progress is not None
+            _, _, first, second = b._progress.tasks
+            assert (first.description, first.completed, first.total) == ("  grid/a", 2, 4)
+            assert first.fields["message"] == "level 1"
+            assert second.total is None
+            b.parts({"grid/b": Told(1, 1, 3)})
+            assert [task.description for task in b._progress.tasks[2:]] == ["  grid/b"]
+            b.line("grid/a", "1.0 s", "", "test accuracy\n98%")
+        assert len(b._progress.tasks) == 2, "they end with the stage"
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    assert "grid/a  1.0 s  test accuracy 98%" in plain
+
+
+def test_parts_are_not_drawn_where_there_is_no_terminal():
+    file = StringIO()
+    with bars(1, ["grid"], file=file) as b, b.stage("grid"):
+        b.parts({"grid/a": Told(1, 2, 4, "level 1")})
+    assert "grid/a" not in file.getvalue()
+
+
+def test_what_is_told_is_read_elsewhere(tmp_path, monkeypatch):
+    path, looked = tmp_path / ".progress.json", []
+    monkeypatch.setattr(progress, "_EVERY", 0)
+    assert (told(path), attempts(path)) == (None, 0)
+    with telling(path, lambda: looked.append(told(path))):
+        assert current() is not None, "so that nobody else draws bars"
+        assert told(path) == Told(1, 0, 0, "")
+        show(3, 10, "level 3")
+        with bars(1, ["inner"]) as inner, inner.stage("inner"):
+            show(9, 9)
+    assert looked == [Told(1, 3, 10, "level 3")]
+    with telling(path):
+        assert attempts(path) == 2
+    assert current() is None
+
+
+def test_telling_is_rare_and_harmless(tmp_path, monkeypatch):
+    path = tmp_path / "gone" / "progress.json"
+    with telling(path):
+        show(1, 2)
+    path = tmp_path / "progress.json"
+    with telling(path):
+        for done in range(1000):
+            show(done, 1000)
+        assert told(path).done == 0, "within half a second"
+    monkeypatch.setenv("RANK", "1")
+    with telling(path):
+        assert (current(), attempts(path)) == (None, 1)
+    path.write_text("{")
+    assert told(path) is None
+    path.write_text('{"other": 1}')
+    assert told(path) is None

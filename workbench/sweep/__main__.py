@@ -8,16 +8,17 @@ from pathlib import Path
 
 
 def main(task: Path) -> None:
-    """Perform the task. Exits with 1 if it fails, and its record says why, 2 if it cannot be begun."""
+    """Perform the task. Exits with 3 if it fails, as its record says, with 2 if it cannot be begun."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from workbench.run import StageError
+    from workbench.sweep.child import FAILED
     from workbench.sweep.task import perform_task
 
     try:
         perform_task(task)
     except StageError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+        sys.exit(FAILED)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from workbench import records
 from workbench.arguments import Arguments
 from workbench.run import StageError
 from workbench.sweep.in_place import in_place
@@ -88,17 +89,24 @@ def _performed(
     """The runs as they end, wherever they are performed."""
     if ray is not None:
         yield from on_ray(runs, todo, ray, retries, watch)
-    elif workers > 1 or launched() or any(map(_of_several_devices, todo)):
+    elif workers > 1 or launched() or any(_of_several_devices(runs, each) for each in todo):
         yield from in_processes(runs, todo, workers, retries, watch)
     else:
         yield from in_place(runs, todo, retries, watch)
 
 
-def _of_several_devices(run: Arguments) -> bool:
+def _of_several_devices(runs: Runs, run: Arguments) -> bool:
     """Whether Lightning may start the run's command again for its other devices: that has to be the run's own."""
-    trainer = run.resolved().get("trainer") or {}
-    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes") or 1
-    if devices == "auto" and trainer.get("accelerator", "auto") == "cpu":
-        return nodes > 1
-    alone = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    return nodes > 1 or not (alone or (devices == "auto" and torch.cuda.device_count() <= 1))
+    if not run.trains:
+        return False
+    trainer: dict[str, Any] = {}
+    for _, source in run.sources():  # a run that starts from a stage has what it is not given from there
+        above = records.read(runs.out / source) or {}
+        trainer |= (above.get("arguments") or {}).get("trainer") or {}
+    trainer |= {name: value for name, value in run.resolved()["trainer"].items() if value is not None}
+    if (trainer.get("num_nodes") or 1) > 1:
+        return True
+    devices = trainer.get("devices") or "auto"
+    if devices == "auto":
+        return trainer.get("accelerator") != "cpu" and torch.cuda.device_count() > 1
+    return devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1)

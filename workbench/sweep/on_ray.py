@@ -12,8 +12,9 @@ from typing import Any, final
 
 from workbench.arguments import Arguments
 from workbench.progress import printable
+from workbench.sweep.child import attempt, interruptible
 from workbench.sweep.runs import Runs
-from workbench.sweep.task import Done, start, stop, why, write_task
+from workbench.sweep.task import Done, write_task
 from workbench.sweep.watch import Watch
 
 _POLL = 0.5
@@ -53,11 +54,11 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
     import ray as core
     from ray.exceptions import RayError
 
-    with _running(ray):
+    with interruptible(), _running(ray):
         resources: dict[str, Any] = {"num_cpus": ray.cpus, "num_gpus": ray.gpus}
-        attempt = core.remote(_attempt).options(max_retries=retries, retry_exceptions=True, **resources)
+        remote = core.remote(attempt).options(max_retries=retries, retry_exceptions=True, **resources)
         share = max(1, min(int(ray.cpus), int(os.environ.get("OMP_NUM_THREADS") or ray.cpus)))
-        waiting = {attempt.remote(str(write_task(runs, run)), share, str(Path.cwd())): run for run in todo}
+        waiting = {remote.remote(str(write_task(runs, run)), share, str(Path.cwd())): run for run in todo}
         try:
             while waiting:
                 ready, _ = core.wait(list(waiting), timeout=_POLL)
@@ -73,17 +74,6 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
         finally:
             for reference in waiting:
                 core.cancel(reference, force=True)
-
-
-def _attempt(task: str, share: int, here: str) -> None:
-    """On a worker of Ray: the run in a process of its own, which ends with the worker."""
-    child = start(Path(task), share, Path(here))
-    try:
-        code = child.wait()
-    finally:
-        stop(child)
-    if code:
-        raise RuntimeError(why(Path(task).parent, code))
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """Runs in processes of their own, a few at a time: one that dies takes no other with it."""
 
-import signal
 import subprocess
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from workbench.arguments import Arguments
+from workbench.sweep.child import interruptible, start, stop, threads, why
 from workbench.sweep.runs import Runs
-from workbench.sweep.task import Done, start, stop, threads, why, write_task
+from workbench.sweep.task import Done, write_task
 from workbench.sweep.watch import Watch
 
 _POLL = 0.2
@@ -23,7 +21,7 @@ def in_processes(runs: Runs, todo: Sequence[Arguments], workers: int, retries: i
     """
     waiting, failed = deque(todo), Counter[str]()
     busy: dict[subprocess.Popen[bytes], Arguments] = {}
-    with _stopped_by_sigterm():
+    with interruptible():
         try:
             while waiting or busy:
                 while waiting and len(busy) < workers:
@@ -46,20 +44,3 @@ def in_processes(runs: Runs, todo: Sequence[Arguments], workers: int, retries: i
                 child.terminate()
             for child in busy:
                 stop(child)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is as Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

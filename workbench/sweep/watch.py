@@ -7,7 +7,7 @@ from workbench import progress
 from workbench.arguments import Arguments
 from workbench.run import score
 from workbench.sweep.runs import Runs
-from workbench.sweep.task import PROGRESS, Done
+from workbench.sweep.task import PROGRESS, Done, tidy
 
 
 @final
@@ -27,7 +27,7 @@ class Watch:
         self._failed = 0
         self._width = max(len(run.stage.name) for run in runs.plan)
         for path in self._open.values():
-            path.unlink(missing_ok=True)
+            tidy(path.parent)
         self.look()
 
     def look(self) -> None:
@@ -45,7 +45,7 @@ class Watch:
         name = done.run.stage.name
         path = self._open.pop(name)
         attempts = progress.attempts(path)
-        path.unlink(missing_ok=True)
+        tidy(path.parent)
         self._failed += done.failure is not None
         if self._bars is not None:
             tried = f"after {attempts} attempts" if attempts > 1 else ""
