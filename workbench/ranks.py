@@ -39,7 +39,8 @@ def digest(state: Mapping[str, Any]) -> str:
     found = hashlib.sha256()
     for name, value in state.items():
         if isinstance(value, Tensor):
-            tensor = whole(value).detach().cpu().reshape(-1).contiguous()
+            # A copy, as memory that numpy has seen cannot be resized any more, which FSDP2 does.
+            tensor = whole(value).detach().cpu().reshape(-1).clone()
             found.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
             found.update(tensor.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

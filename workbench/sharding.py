@@ -79,6 +79,13 @@ def whole_checkpoints(trainer: Trainer) -> None:
     strategy.load_checkpoint = load
 
 
+def release(module: nn.Module) -> None:
+    """Let go of weights that were gathered for the last forward pass, so that those seen are those of each rank."""
+    for each in module.modules():
+        if hasattr(each, "unshard"):
+            each.reshard()  # type: ignore[operator]
+
+
 def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of whole tensors, of which a divided module takes each rank's part, without communication."""
     own, strict = module.state_dict(), getattr(module, "strict_loading", True)

@@ -33,7 +33,7 @@ from workbench.order import ordered
 from workbench.randomness import same_random_state
 from workbench.ranks import check_world_size
 from workbench.saving import save_family, save_network
-from workbench.sharding import check_mesh, whole_checkpoints
+from workbench.sharding import check_mesh, release, whole_checkpoints
 from workbench.tasks import Classification, Imitation, Task
 
 JobT = TypeVar("JobT", bound=Callable[..., Any])
@@ -262,6 +262,7 @@ def train(
             if made.global_step == 0:
                 raise ValueError("training took no step: give max_epochs or max_steps, and batches, above 0")
         metrics = _evaluate(made, module, data)
+        release(module)
     return {
         "metrics": metrics,
         "history": history.rows,
@@ -284,6 +285,8 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     # Always so: the stage keeps its resume point, and its order is split over the ranks already.
     for name in ("enable_checkpointing", "use_distributed_sampler"):
         given.pop(name, None)
+    if isinstance(given.get("strategy"), ModelParallelStrategy):
+        given["inference_mode"] = False  # what FSDP2 gathers in it, training could not use
     made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
     check_world_size(made.world_size)
     whole_checkpoints(made)
