@@ -87,7 +87,7 @@ def _path(named: Any) -> str:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not (isinstance(value, Mapping) and value):
+    if not isinstance(value, Mapping):
         return {key: value}
     return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
 
