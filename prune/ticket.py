@@ -3,35 +3,36 @@
 A level is a folder: its network and mask as a compact checkpoint, and a record without which it does not exist.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from prune.allocation import LayerwiseAsPaper
+from prune.callbacks import EarlyBird
+from prune.connectivity import between
 from prune.hunting.arms import ARMS, Hunt
-from prune.hunting.lightning import LightningTrainee
+from prune.hunting.lightning import LightningTrainee, check_criterion
 from prune.hunting.plan import densities_of, enough, scores
 from prune.hunting.settings import settings_of
 from prune.hunting.store import TICKET, Store
+from prune.hunting.studying import studied
+from prune.hunting.subject import coupled, subject
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.shrinking import Coupled
-from prune.shrinking.job import given
 from workbench import artifact, records
-from workbench.arguments import rebuild
 from workbench.duration import Duration
 from workbench.locking import locked
-from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of, with_optimizer
-from workbench.saving import example_inputs, save_network
+from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of
+from workbench.saving import save_network
 from workbench.sharding import load_whole
 from workbench.source import Source
 from workbench.tasks import Task
-from workbench.training import module_for
 
 
 def hunt(
@@ -50,6 +51,8 @@ def hunt(
     order: Literal["same", "fresh"] = "same",
     controls: list[Literal["reinit", "shuffled", "random", "dense"]] | None = None,
     other: Source | None = None,
+    connectivity: bool = False,
+    diagnose: bool = True,
     criterion: Literal["magnitude", "random", "snip", "grasp", "synflow", "taylor", "movement", "wanda"] = "magnitude",
     structure: str = "unstructured",
     allocation: Literal["global", "uniform", "layerwise", "erk", "erdos_renyi"] = "global",
@@ -91,6 +94,10 @@ def hunt(
             mask, shuffled its mask shuffled within each layer, random a random mask, and dense is never pruned but
             trained for as many steps as all levels so far.
         other: Another hunt in the same network, say of another seed: its mask is one more control.
+        connectivity: Train every ticket once more with another data order, and measure the error barrier between the
+            two, and between each level and the one before (Frankle et al. 2020).
+        diagnose: Record dead units and gradient flow of every training, and after each epoch how far the mask that
+            would be drawn is from the last epoch's (the early-bird distance of You et al. 2020).
         criterion: What a weight is worth: its magnitude, a random number (the control), or what the loss says of it.
         structure: What stands or falls together: single weights, 2:4 (any N:M), 4x4 (any block), channel, head, ffn,
             balanced, or coupled: channels as the network's connections tie them, which `shrink` takes out.
@@ -111,7 +118,7 @@ def hunt(
         The levels, and metrics, history and size of the last one, for the record.
     """
     densities = densities_of(density, levels, rate, fall)
-    module, data, trainer, seed = _subject(
+    module, data, trainer, seed = subject(
         start,
         data,
         trainer,
@@ -123,32 +130,47 @@ def hunt(
     )
     network = network_of(module)
     layers = LayerwiseAsPaper(rate=rate) if allocation == "layerwise" else allocation
-    chosen = _coupled(module, data) if structure == "coupled" else structure
+    chosen = coupled(module, data) if structure == "coupled" else structure
     pruner = Pruner(criterion, chosen, layers, include=include, exclude=exclude, seed=seed)
     pruner.check(network, *densities)
+    check_criterion(pruner, trainer)
     given_here = {"rate": rate, "densities": densities, "rewind": str(rewind), "rewinding": rewinding, "order": order}
     given_here |= {"early_stop": early_stop, "criterion": criterion, "structure": structure, "allocation": allocation}
     given_here |= {"include": include, "exclude": exclude, "batches": batches, "seed": seed}
     given_here |= {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     settings = settings_of(module, data, trainer, **given_here)
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
+    store = Store(out, key, settings)
+    drawn = {store.folder(level): density for level, density in enumerate(densities[1:])}
+    birds = drawn if diagnose and not pruner.criterion.needs_loader else {}
+    trainee = LightningTrainee(
+        module,
+        data,
+        trainer,
+        seed,
+        rewind,
+        out / "checkpoints",
+        checkpoint,
+        batches,
+        early_stop,
+        lambda folder: [EarlyBird(pruner, birds[folder])] if folder in birds else [],
+    )
+    searched = Hunt(
+        trainee,
+        pruner,
+        densities,
+        store,
+        rewinding,
+        order,
+        controls=(*(controls or ()), *(("other",) if other else ())),
+        other=None if other is None else Path(other),
+        fall=fall,
+        patience=patience,
+        study=(lambda masks: studied(module, data, masks, seed)) if diagnose else None,
+        connect=functools.partial(between, module, data, trainer=trainer, seed=seed) if connectivity else None,
+    )
     with locked(out):
-        done = search(
-            Hunt(
-                LightningTrainee(
-                    module, data, trainer, seed, rewind, out / "checkpoints", checkpoint, batches, early_stop
-                ),
-                pruner,
-                densities,
-                Store(out, key, settings),
-                rewinding,
-                order,
-                controls=(*(controls or ()), *(("other",) if other else ())),
-                other=None if other is None else Path(other),
-                fall=fall,
-                patience=patience,
-            )
-        )
+        done = search(searched)
         load_whole(network, artifact.tensors(out / f"level_{len(done) - 1:02d}"))
         last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
         save_network(module, data, out, last, Masks(artifact.masks(out / f"level_{len(done) - 1:02d}")))
@@ -161,18 +183,18 @@ def search(hunt: Hunt) -> list[dict[str, Any]]:
     hunt.store.check()
     levels: list[dict[str, Any]] = []
     for level in range(len(hunt.densities)):
-        done = {arm: _trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}
+        done = {arm: trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}
         controls = {arm: record for arm, record in done.items() if arm != TICKET}
-        levels.append({**done[TICKET], **({"controls": controls} if controls else {})})
+        levels.append({**done[TICKET], **({"controls": controls} if controls else {}), **_connected(hunt, level)})
         if enough(levels, hunt.fall, hunt.patience):
             break
     return levels
 
 
-def _trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
+def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     """The record of one training of a level, which is trained unless it is whole on disk."""
     if (record := hunt.store.finished(level, arm)) is not None:
-        return record
+        return _told(record)
     began, folder = time.monotonic(), hunt.store.folder(level, arm)
     if level:
         _check_points(hunt)
@@ -183,41 +205,29 @@ def _trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     masks = hunt.pruner(hunt.trainee.network, 1.0) if what.masks is None else what.masks
     masks.apply(hunt.trainee.network)
     hunt.trainee.save(folder, result, masks)
+    result |= {"diagnosis": hunt.study(masks)} if hunt.study else {}
     result |= {"seconds": round(time.monotonic() - began, 3), "rewind": what.start.described()}
-    return hunt.store.keep(level, arm, {**result, **({} if level else {"points": hunt.trainee.points()})}, masks)
+    points = {} if level else {"points": hunt.trainee.points()}
+    return _told(hunt.store.keep(level, arm, {**result, **points}, masks))
 
 
-def _subject(
-    start: Source | None,
-    data: LightningDataModule | None,
-    trainer: Mapping[str, Any] | None,
-    seed: int | None,
-    **plain: Any,
-) -> tuple[LightningModule, LightningDataModule, Mapping[str, Any] | None, int]:
-    """What is trained, on what, how, with which seed: of the stage ``start``, or as given."""
-    if start is None:
-        if plain["model"] is None or data is None:
-            raise ValueError("nothing to hunt in: give start (a fit or distill stage), or model and data")
-        return module_for(data=data, **plain), data, trainer, seed or 0
-    if given := [name for name in ("model", "task") if plain[name] is not None]:
-        raise ValueError(f"{', '.join(given)} is given beside start, which brings its own: give one or the other")
-    module, made = rebuild(Path(start), {} if seed is None else {"seed_everything": seed})
-    if family := getattr(module, "family", ()):
-        raise ValueError(
-            f"{start} trained a family, {', '.join(family)}: hunt in one network, of a stage that trains it alone"
-        )
-    module = with_optimizer(module, plain["optimizer"], plain["lr_scheduler"])
-    return module, data or made["data"], {**made["trainer"], **(trainer or {})}, made["seed_everything"]
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a training's record belongs into the hunt's."""
+    return {name: value for name, value in record.items() if name not in ("format", "settings", "fingerprint")}
 
 
-def _coupled(module: LightningModule, data: LightningDataModule) -> Coupled:
-    """Channels as the network's connections tie them, traced with inputs of the data module."""
-    if not (inputs := example_inputs(module, data)):
-        raise ValueError(
-            f"structure 'coupled' traces the network with validation inputs, and {type(data).__name__} has none that "
-            "are tensors: choose another structure"
-        )
-    return Coupled(given(network_of(module), inputs))
+def _connected(hunt: Hunt, level: int) -> dict[str, Any]:
+    """The barriers of a level, ``orders`` to its twin and ``levels`` to the level before; nothing if nobody asks."""
+    if hunt.connect is None:
+        return {}
+    if (found := hunt.store.noted(level, "connectivity")) is None:
+        twin = trained(hunt, level, "twin")
+        ticket = hunt.store.weights(level)
+        found = {"orders": {**hunt.connect(ticket, hunt.store.weights(level, "twin")), "twin": twin["metrics"]}}
+        if level:
+            found["levels"] = hunt.connect(ticket, hunt.store.weights(level - 1))
+        hunt.store.note(level, "connectivity", found)
+    return {"connectivity": found}
 
 
 def _check_points(hunt: Hunt) -> None:

@@ -12,10 +12,11 @@ from prune.hunting.arms import Hunt
 from prune.hunting.lightning import WEIGHTS, LightningTrainee
 from prune.hunting.settings import settings_of
 from prune.hunting.store import TICKET, Store
+from prune.hunting.subject import coupled, subject
 from prune.hunting.trainee import Arm, Start
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.ticket import _coupled, _subject, _trained
+from prune.ticket import trained
 from workbench import artifact, records
 from workbench.arguments import arguments_of
 from workbench.duration import Duration
@@ -95,7 +96,7 @@ def transfer(
     chosen_here |= {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     known = settings_of(module, data, settings, of=levels[-1]["mask_hash"], **chosen_here)
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(known)
-    structure = _coupled(module, data) if made["structure"] == "coupled" else made["structure"]
+    structure = coupled(module, data) if made["structure"] == "coupled" else made["structure"]
     moved = Hunt(
         LightningTrainee(
             module,
@@ -116,7 +117,7 @@ def transfer(
     )
     with locked(out):
         moved.store.check()
-        done = {arm: _trained(moved, number, arm) for arm in (TICKET, *moved.controls)}
+        done = {arm: trained(moved, number, arm) for arm in (TICKET, *moved.controls)}
         ticket = done.pop(TICKET)
         moved.trainee.load(moved.store.weights(number))
         last = {name: ticket[name] for name in _KEPT if name in ticket}
@@ -187,7 +188,7 @@ def _subject_now(
     """What is trained, on what, how, with which seed: as in the hunt that was given ``made``, but for what is given."""
     plain = {name: made[name] for name in ("model", "task", "optimizer", "lr_scheduler")}
     shared = (made[name] for name in ("start", "data", "trainer", "seed_everything"))
-    module, hunted, settings, seed = _subject(*shared, **plain)
+    module, hunted, settings, seed = subject(*shared, **plain)
     if model is None and data is None and task is None:
         return with_optimizer(module, optimizer, lr_scheduler), hunted, settings or {}, seed
     theirs = module if isinstance(module, SupervisedModule) else None

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class Hunt:
         fall: How far below level 0 the validation score may fall before the hunt ends.
         patience: For how many levels in a row.
         given: The ticket, where it was found in another hunt; then nothing is rewound.
+        study: Masks of the network as it is -> what to record of it.
+        connect: Two state dicts of the network -> the barrier between them. With it every ticket has a twin, from level
+            0 on, and is compared with it and with the last level.
 
     Attributes:
         untrained: The network as it was at first, in one piece, for a control with new initial weights.
@@ -60,6 +63,8 @@ class Hunt:
     fall: float | None = None
     patience: int = 1
     given: Arm | None = None
+    study: Callable[[Masks], dict[str, Any]] | None = None
+    connect: Callable[[Trained, Trained], dict[str, Any]] | None = None
     untrained: nn.Module | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,6 +53,7 @@ class LightningTrainee(Trainee):
         checkpoint: How often what a stopped training resumes from is written.
         batches: How many training batches a criterion looks at that looks at data.
         early_stop: After how many validations without a better score a training ends; None trains to the end.
+        watched: Folder of a training -> callbacks that only look on.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class LightningTrainee(Trainee):
         checkpoint: Duration,
         batches: int,
         early_stop: int | None = None,
+        watched: Callable[[Path], list[Callback]] = lambda _: [],
     ) -> None:
         apart = {name: value for name, value in (trainer or {}).items() if name not in ("callbacks", "logger")}
         with quiet(progress.current() is not None):
@@ -72,7 +76,7 @@ class LightningTrainee(Trainee):
         self.network = network_of(module)
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
         self.checkpoint, self.batches = checkpoint, batches
-        self.early_stop = early_stop
+        self.early_stop, self.watched = early_stop, watched
         self._end, self._weights = folder / "end.ckpt", folder / WEIGHTS
         self._untouched = {name: _copied(value) for name, value in module.state_dict().items()}
 
@@ -85,17 +89,20 @@ class LightningTrainee(Trainee):
                 self.load(arm.start.weights)
         leaves = level == 0 and start is None and arm.masks is None
         callbacks, early = self._callbacks(arm, start, leaves)
-        result = train(
-            self.module,
-            self.data,
-            trainer=self._further() if start == self._end else self.trainer,
-            seed=arm.seed,
-            out=folder,
-            checkpoint=self.checkpoint,
-            start=start,
-            callbacks=callbacks,
-            part=part,
-        )
+        with warnings.catch_warnings():
+            # What only looks on at a level, and is in its checkpoints, is another one at the next.
+            warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['EarlyBird")
+            result = train(
+                self.module,
+                self.data,
+                trainer=self._further() if start == self._end else self.trainer,
+                seed=arm.seed,
+                out=folder,
+                checkpoint=self.checkpoint,
+                start=start,
+                callbacks=[*callbacks, *self.watched(folder)],
+                part=part,
+            )
         if leaves and not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
         if leaves:
@@ -104,7 +111,9 @@ class LightningTrainee(Trainee):
             self._keep_weights()
         del result["masks"]  # level 0 has none, the others the arm's
         result["best"] = best_of(result["history"], 0 if start is None else _counters(start)[0])
-        return {**result, **({"stopped": early.ended} if early else {})}
+        # Beside the history, so that the last level, which nothing follows, has one like the others'.
+        far = [row.pop("mask_distance") for row in result["history"] if "mask_distance" in row]
+        return {**result, **({"mask_distances": far} if far else {}), **({"stopped": early.ended} if early else {})}
 
     def _callbacks(self, arm: Arm, start: Path | None, leaves: bool) -> tuple[list[Callback], EarlyStop | None]:
         """What makes a plain training that of ``arm``, in order, and one that ``leaves`` the moments to start from."""
@@ -173,6 +182,20 @@ class LightningTrainee(Trainee):
 def _copied(value: Any) -> Any:
     """A copy on the CPU, of all of a tensor."""
     return whole(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def check_criterion(pruner: Pruner, trainer: Mapping[str, Any] | None) -> None:
+    """Make sure, before anything is trained, that the pruner can score a network trained so.
+
+    Raises:
+        ValueError: If it looks at batches and the weights will be divided among ranks.
+    """
+    name, strategy = pruner.criterion.name, (trainer or {}).get("strategy")
+    if pruner.criterion.needs_loader and isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"criterion {name!r} looks at single batches, and what ModelParallelStrategy divides says nothing of them: "
+            "score by magnitude or random, or train with strategy: ddp"
+        )
 
 
 def _counters(path: Path) -> tuple[int, int, int]:

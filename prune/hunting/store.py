@@ -1,5 +1,6 @@
 """The trainings of a hunt on disk: a folder each, whole once its record is there."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from prune.hunting.settings import difference
 from prune.masks import Masks
 from workbench import artifact, records
+from workbench.files import write_json
 from workbench.ranks import barrier, rank
 
 TICKET = "ticket"
@@ -90,6 +92,27 @@ class Store:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         barrier()
         return record
+
+    def noted(self, level: int, name: str) -> dict[str, Any] | None:
+        """What :meth:`note` wrote of a level under ``name``, or None.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.folder(level) / f"{name}.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): remove it to measure it anew") from error
+        return found["found"] if found["fingerprint"] == self.key else None
+
+    def note(self, level: int, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what was measured of a finished level, beside its record. On every rank."""
+        if rank() == 0:
+            write_json(self.folder(level) / f"{name}.json", {"fingerprint": self.key, "found": found})
+        barrier()
 
     def weights(self, level: int, arm: str = TICKET) -> dict[str, Tensor]:
         """The network's state dict at the end of a training."""

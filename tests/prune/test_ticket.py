@@ -284,11 +284,35 @@ def test_start_and_model_are_one_or_the_other(tmp_path: Path) -> None:
 
 def test_a_diverged_level_is_not_pruned(tmp_path: Path) -> None:
     explode = functools.partial(torch.optim.SGD, lr=1e30)
+    with pytest.raises(ValueError, match="diverged"):
+        run(tmp_path / "watched", levels=1, rewind="1it", optimizer=explode)
     with (
         pytest.warns(UserWarning, match="not finite after training"),
         pytest.raises(ValueError, match="diverged"),
     ):
-        run(tmp_path, levels=1, rewind="1it", optimizer=explode)
+        run(tmp_path / "unwatched", levels=1, rewind="1it", optimizer=explode, diagnose=False)
+
+
+def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
+    result = run(tmp_path, levels=2, rate=0.6, rewind="1it", controls=["shuffled"], connectivity=True)
+    dense, one, two = result["levels"]
+    assert dense["diagnosis"]["units"] == 24
+    assert one["controls"]["shuffled"]["diagnosis"]["gradient_flow"] > 0
+    assert [len(level.get("mask_distances", [])) for level in (dense, one, two)] == [1, 1, 0]
+    assert "levels" not in dense["connectivity"]
+    for level in (one, two):
+        for pair in ("orders", "levels"):
+            found = level["connectivity"][pair]
+            assert len(found["heights"]) == 11
+            assert found["ends"][0] == pytest.approx(1 - level["metrics"]["val/accuracy"], abs=0.2)
+    again = run(tmp_path, levels=2, rate=0.6, rewind="1it", controls=["shuffled"], connectivity=True)
+    assert again["levels"] == result["levels"]
+
+
+def test_looking_on_changes_nothing(tmp_path: Path) -> None:
+    one, two = (run(tmp_path / str(seen), levels=1, rate=0.5, rewind="3it", diagnose=seen) for seen in (True, False))
+    assert [level["mask_hash"] for level in one["levels"]] == [level["mask_hash"] for level in two["levels"]]
+    assert one["history"] == two["history"]
 
 
 @pytest.mark.parametrize("rewind", ["1ep", "8it", "9it"])
