@@ -54,7 +54,7 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
     import ray as core
     from ray.exceptions import RayError
 
-    with interruptible(), _running(ray):
+    with _running(ray), interruptible():  # in this order: Ray has a handler of its own
         resources: dict[str, Any] = {"num_cpus": ray.cpus, "num_gpus": ray.gpus}
         remote = core.remote(attempt).options(max_retries=retries, retry_exceptions=True, **resources)
         share = max(1, min(int(ray.cpus), int(os.environ.get("OMP_NUM_THREADS") or ray.cpus)))
