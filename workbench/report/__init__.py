@@ -1,15 +1,15 @@
 """Records of a run into one self-contained page, and the same table for the terminal.
 
 `report` is the job, `summary` what a terminal shows. `reading` makes stages of records, `facts` rows and the
-pick of stages, `tables` cells and sentences of facts, `comparisons` those of what distillation bought; `page` and
-`figures` draw them.
+pick of stages, `tables` cells and sentences of facts, `comparisons` those of what distillation bought, `tickets` those
+of verdicts, `sweeps` those of runs over a grid; `page` and `figures` draw them.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.files import replacing
-from workbench.report import comparisons, reading, tables
+from workbench.report import opening, reading
 from workbench.report.facts import gather
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def summary(run: Path) -> "Table":
     from rich.text import Text
 
     found = gather(reading.read(run))
-    told = tables.stages(found, brief=True)
-    bought = [comparisons.sentence(stage.name, stage.comparison) for stage in found.aside if stage.comparison]
-    foot = (tables.headline(found), *bought, tables.caveat(found), tables.aside(found), tables.unfinished(found))
-    caption = Text("\n".join(line for line in foot if line), style="")
+    told = opening.table(found)
+    caption = Text("\n".join(opening.lines(found)), style="")
     drawn = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header, numeric in zip(told.headers, told.numeric):
         drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from workbench.report.reading import Export, Level, Stage, expand
+from workbench.report.reading import Export, Level, Stage, covered, expand
 from workbench.report.wording import Metric, metric
 
 TOLERANCE = 0.01
@@ -75,13 +75,19 @@ class Hunt:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one stage to draw; ``dense`` is the test metric of a hunt's level 0."""
+    """Points of one stage to draw.
+
+    Attributes:
+        dense: The test metric of a hunt's level 0.
+        controls: Of a hunt, control -> its points.
+    """
 
     stage: str
     metric: Metric
     x: list[float]
     y: list[float]
     dense: float | None = None
+    controls: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ class Facts:
     """Everything a report says.
 
     ``reference`` is the teacher, or else the first stage with a size; ``aside`` are finished stages that trained and
-    measured no network of their own, such as a cache or a comparison.
+    measured no network of their own, such as a cache or a comparison; ``sweeps`` are those whose runs are known,
+    finished or not; ``covered`` are names of hunts and sweeps that a verdict tells of.
     """
 
     rows: list[Row]
@@ -110,6 +117,9 @@ class Facts:
     unfinished: list[Stage]
     reference: Row | None
     pick: Pick | None
+    verdicts: list[Stage]
+    sweeps: list[Stage]
+    covered: set[str]
 
 
 def gather(stages: Sequence[Stage]) -> Facts:
@@ -121,11 +131,13 @@ def gather(stages: Sequence[Stage]) -> Facts:
     told = [s for s in expand(stages) if not (s.job == "report" and s.status == "finished")]
     finished = [s for s in told if s.status == "finished"]
     unfinished = [s for s in told if s.status != "finished"]
-    if not finished:
+    sweeps = [s for s in told if s.runs]
+    if not finished and not sweeps:
         found = ", ".join(f"{s.name}: {s.status}" for s in unfinished) or "nothing but reports"
         raise ValueError(f"no finished stage to report on ({found}): run the recipe again, it resumes where it stopped")
     named = {s.name: s for s in finished}
-    measured = [s for s in finished if not _aside(s)] or finished
+    verdicts = [s for s in finished if s.verdicts]
+    measured = [s for s in finished if not _aside(s)] or ([] if verdicts or sweeps else finished)
     metrics = _metrics(measured)
     hunts = [_hunt(s, metrics[s.monitor]) for s in measured if s.levels]
     sized = [s for s in measured if _outcome(s)[1].get("dense_fp32_bytes")]
@@ -135,7 +147,8 @@ def gather(stages: Sequence[Stage]) -> Facts:
     rows = [_row(s, named, metrics, dense) for s in measured]
     first = next((r for r in rows if reference is not None and r.stage.name == reference.name), None)
     aside = [s for s in finished if s not in measured]
-    return Facts(rows, aside, hunts, unfinished, first, None if first is None else _pick(rows, hunts, first))
+    pick = None if first is None else _pick(rows, hunts, first)
+    return Facts(rows, aside, hunts, unfinished, first, pick, verdicts, sweeps, covered(told))
 
 
 def dense_bytes(row: Row) -> float | None:
@@ -152,6 +165,7 @@ def stale(stages: Iterable[Stage]) -> list[tuple[str, str]]:
     """Pairs of a stage and a parent that has been run anew, with other arguments, after the stage."""
     stages = list(stages)
     now = {s.name: s.fingerprint for s in (*stages, *expand(stages))}
+    now |= {f"{s.name}/{run.name}": run.fingerprint for s in stages for run in s.runs}
     return [
         (s.name, parent)
         for s in stages
@@ -174,23 +188,39 @@ def learning(found: Facts) -> list[Curve]:
 
 
 def sparsity(found: Facts) -> list[Curve]:
-    """The main test metric against density, densest first, one curve a hunt."""
+    """The main test metric against density, densest first, one curve a hunt that no verdict tells of."""
     curves = []
     for hunt in found.hunts:
-        measured = [(r.level.density or 0.0, r.test) for r in hunt.levels]
-        points = sorted(((d, t) for d, t in measured if d > 0 and t is not None and math.isfinite(t)), reverse=True)
+        x, y = _points((r.level.density, r.test) for r in hunt.levels)
+        if not x or hunt.stage.name in found.covered:
+            continue
         dense = hunt.dense.test if hunt.dense and _finite(hunt.dense.test) else None
-        if points:
-            x, y = [d for d, _ in points], [t for _, t in points]
-            curves.append(Curve(hunt.stage.name, hunt.metric, x, y, dense))
+        key = f"test/{hunt.metric.name}"
+        controls = {
+            arm: _points((r.level.density, r.level.controls.get(arm, {}).get(key)) for r in hunt.levels)
+            for arm in arms(hunt)
+        }
+        curves.append(Curve(hunt.stage.name, hunt.metric, x, y, dense, {a: p for a, p in controls.items() if p[0]}))
     return curves
+
+
+def arms(hunt: Hunt) -> list[str]:
+    """The controls that were trained beside the hunt's tickets."""
+    return list(dict.fromkeys(arm for row in hunt.levels for arm in row.level.controls))
+
+
+def _points(measured: Iterable[tuple[float | None, float | None]]) -> tuple[list[float], list[float]]:
+    """Densities and values of the pairs that have both, densest first."""
+    points = sorted(((d, v) for d, v in measured if d and d > 0 and v is not None and math.isfinite(v)), reverse=True)
+    return [d for d, _ in points], [v for _, v in points]
 
 
 def _metrics(stages: Iterable[Stage]) -> dict[tuple[str, str], Metric]:
     """One metric per monitor; whether it is a share is decided by all its values in the run."""
     values: dict[tuple[str, str], list[float | None]] = {}
     for stage in stages:
-        for recorded in (stage.metrics, *(level.metrics for level in stage.levels)):
+        trained = [own for level in stage.levels for own in (level.metrics, *level.controls.values())]
+        for recorded in (stage.metrics, *trained):
             for split in ("val", "test"):
                 values.setdefault(stage.monitor, []).append(recorded.get(f"{split}/{stage.monitor[0]}"))
     return {monitor: metric(*monitor, found) for monitor, found in values.items()}

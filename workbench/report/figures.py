@@ -1,67 +1,18 @@
-"""Curves and bars into SVG that follows the reader's colour scheme.
+"""Curves and bars of a report, as SVG."""
 
-Matplotlib lays the figure out in the light palette; afterwards each colour of the palette becomes a CSS
-variable with that colour as its fallback, fonts are left to the page, identifiers get the figure's name as a
-prefix, and namespaces and metadata go: the same records give the same bytes, and a figure refers to nothing.
-"""
-
-import io
-import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from workbench.report.comparisons import Move
 from workbench.report.facts import Curve
-from workbench.report.wording import Metric, percent
+from workbench.report.seeds import Band
+from workbench.report.svg import LIGHT, drawn
+from workbench.report.wording import Metric, count, percent
 
-# name: (on white, on near-black). The first eight tell stages apart and stay apart for colour-blind readers.
-PALETTE = {
-    "series-0": ("#1f5fa8", "#7db0ee"),
-    "series-1": ("#bf4408", "#f98f57"),
-    "series-2": ("#0d7268", "#4ecfb6"),
-    "series-3": ("#7b3ba6", "#c798f3"),
-    "series-4": ("#8a6208", "#e2ba54"),
-    "series-5": ("#ad2569", "#f180b3"),
-    "series-6": ("#3f7a12", "#9fd152"),
-    "series-7": ("#4a5868", "#aab8cc"),
-    "ink": ("#1b1f24", "#e7eaee"),
-    "muted": ("#5a6370", "#a2abb7"),
-    "grid": ("#dde1e7", "#353c46"),
-}
-_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-_VARIABLE = {light: f"var(--{name}, {light})" for name, light in _LIGHT.items()}
 _MARKERS = "osD^vPXp"
-_STYLE: Any = {
-    "svg.hashsalt": "report",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": _LIGHT["ink"],
-    "axes.edgecolor": _LIGHT["muted"],
-    "axes.labelcolor": _LIGHT["muted"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titlecolor": _LIGHT["muted"],
-    "grid.color": _LIGHT["grid"],
-    "grid.linewidth": 0.8,
-    "xtick.color": _LIGHT["muted"],
-    "ytick.color": _LIGHT["muted"],
-    "ytick.left": False,
-    "lines.linewidth": 1.8,
-}
-_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 def colours(stages: Sequence[str]) -> dict[str, int]:
@@ -81,7 +32,7 @@ def learning(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
         _value_axis(axes, curves[0].metric)
         _label(axes, [(_cut(c.stage), c.x[-1], c.y[-1], colour[c.stage]) for c in curves])
 
-    return _svg(name, title, (5.6, max(3.2, 1.2 + 0.24 * len(curves))), draw)
+    return drawn(name, title, (5.6, max(3.2, 1.2 + 0.24 * len(curves))), draw)
 
 
 def sparsity(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str, int]) -> str:
@@ -89,23 +40,60 @@ def sparsity(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
 
     def draw(axes: Axes) -> None:
         labels = []
-        axes.set_xscale("log")
-        low, high = min(min(c.x) for c in curves), max(max(c.x) for c in curves)
-        axes.set_xlim(high * 1.08, low / 1.08)
+        end = _density_axis(axes, [c.x for c in curves])
         for curve in curves:
+            for arm, (x, y) in curve.controls.items():
+                axes.plot(x, y, color=LIGHT[f"series-{colour[curve.stage]}"], lw=0.8, marker=".", markersize=3)
+                labels.append((f"{_cut(curve.stage, 13)}, {_cut(arm, 10)}", x[-1], y[-1], colour[curve.stage]))
             axes.plot(curve.x, curve.y, **_line(colour[curve.stage]), markersize=5)
             labels.append((_cut(curve.stage), curve.x[-1], curve.y[-1], colour[curve.stage]))
             if curve.dense is not None:
-                axes.axhline(curve.dense, color=_LIGHT[f"series-{colour[curve.stage]}"], lw=1, ls=(0, (5, 4)))
-                labels.append((f"{_cut(curve.stage, 15)}, dense", low / 1.08, curve.dense, colour[curve.stage]))
-        axes.set_xlabel("density: kept / prunable weights")
-        axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+                axes.axhline(curve.dense, color=LIGHT[f"series-{colour[curve.stage]}"], lw=1, ls=(0, (5, 4)))
+                labels.append((f"{_cut(curve.stage, 15)}, dense", end, curve.dense, colour[curve.stage]))
         _value_axis(axes, curves[0].metric)
         _label(axes, labels)
 
-    return _svg(name, title, (5.6, max(3.2, 1.2 + 0.48 * len(curves))), draw)
+    lines = sum(2 + len(curve.controls) for curve in curves)
+    return drawn(name, title, (5.6, max(3.2, 1.2 + 0.24 * lines)), draw)
+
+
+def over_seeds(
+    name: str, title: str, bands: Sequence[Band], measured: Metric | None, limits: tuple[float, float]
+) -> str:
+    """Means over seeds against density as SVG, densest left, with their intervals.
+
+    Args:
+        name: The figure's, of which its identifiers are made.
+        title: Above it.
+        bands: One a curve; its dense level is a dashed line, what is marked has a ring.
+        measured: The metric, or None of a count.
+        limits: Of the vertical axis.
+    """
+
+    def draw(axes: Axes) -> None:
+        _density_axis(axes, [band.x for band in bands])
+        axes.set_ylim(limits)
+        _value_axis(axes, measured)
+        floor, top = axes.get_ylim()
+        labels = []
+        for band in bands:
+            tone = LIGHT[f"series-{band.tone}"]
+            low, high = ([y if end is None else end for y, end in zip(band.y, ends)] for ends in (band.low, band.high))
+            axes.fill_between(band.x, low, high, color=tone, alpha=0.15, lw=0)
+            axes.plot(band.x, band.y, **_line(band.tone), markersize=4)
+            ringed = [(x, y) for x, y, marked in zip(band.x, band.y, band.marked) if marked]
+            axes.plot(
+                [x for x, _ in ringed], [y for _, y in ringed],
+                ls="", marker="o", markersize=9.5, mfc="none", mec=LIGHT["ink"], mew=1.1,
+            )  # fmt: skip
+            if band.dense is not None:
+                axes.axhline(band.dense, color=tone, lw=1, ls=(0, (5, 4)))
+            seen = [(x, y) for x, y in zip(band.x, band.y) if floor <= y <= top]
+            x, y = seen[-1] if seen else (band.x[-1], band.y[-1])
+            labels.append((_cut(band.name), x, y, band.tone))
+        _label(axes, labels)
+
+    return drawn(name, title, (5.6, max(3.4, 1.2 + 0.24 * len(bands))), draw)
 
 
 def bars(
@@ -121,23 +109,23 @@ def bars(
     def draw(axes: Axes) -> None:
         longest = max([value for _, value, _ in entries] + ([line[0]] if line else [])) or 1.0
         for place, (stage, value, text) in enumerate(entries):
-            tone = _LIGHT[f"series-{colour[stage]}" if stage in colour else "muted"]
+            tone = LIGHT[f"series-{colour[stage]}" if stage in colour else "muted"]
             axes.barh(place, value, height=0.56, color=tone, linewidth=0)
             axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", size=9)
         if line:
-            axes.axvline(line[0], color=_LIGHT["muted"], lw=1, ls=(0, (5, 4)))
+            axes.axvline(line[0], color=LIGHT["muted"], lw=1, ls=(0, (5, 4)))
             axes.annotate(
                 line[1], (line[0], 1), (-3, 2), ("data", "axes fraction"), "offset points",
-                ha="right", va="bottom", size=9, color=_LIGHT["muted"],
+                ha="right", va="bottom", size=9, color=LIGHT["muted"],
             )  # fmt: skip
-        axes.set_yticks(range(len(entries)), [_cut(stage) for stage, _, _ in entries], color=_LIGHT["ink"])
+        axes.set_yticks(range(len(entries)), [_cut(stage) for stage, _, _ in entries], color=LIGHT["ink"])
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.grid(visible=False, axis="y")
 
-    return _svg(name, title, (5.6, 0.9 + 0.32 * len(entries)), draw)
+    return drawn(name, title, (5.6, 0.9 + 0.32 * len(entries)), draw)
 
 
 def moves(
@@ -149,16 +137,16 @@ def moves(
 
     def draw(axes: Axes) -> None:
         for row in range(1, len(shown)):
-            axes.axhline(row - 0.5, color=_LIGHT["grid"], lw=0.8)
+            axes.axhline(row - 0.5, color=LIGHT["grid"], lw=0.8)
         for place, student in enumerate(students):
             x = [100 * move.changes[place] for move in shown]
             y = [row + lane * (place - (len(students) - 1) / 2) for row in range(len(shown))]
-            tone = _LIGHT[f"series-{colour[student]}"]
+            tone = LIGHT[f"series-{colour[student]}"]
             axes.hlines(y, 0, x, color=tone, lw=1.2, alpha=0.6)
             axes.plot(x, y, **{**_line(colour[student]), "ls": ""}, markersize=5.5, label=_cut(student))
-        axes.axvline(0, color=_LIGHT["muted"], lw=1)
+        axes.axvline(0, color=LIGHT["muted"], lw=1)
         labels = [f"{_cut(move.name)}  (n = {move.n:,.0f})" for move in shown]
-        axes.set_yticks(range(len(shown)), labels, color=_LIGHT["ink"])
+        axes.set_yticks(range(len(shown)), labels, color=LIGHT["ink"])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel(f"recall less that of {_cut(baseline)}, points")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
@@ -167,15 +155,7 @@ def moves(
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, fontsize=9)
 
     height = 1.0 + 0.2 * lines + len(shown) * max(0.26, 0.15 * len(students))
-    return _svg(name, title, (5.6, height), draw)
-
-
-def standalone(svg: str) -> str:
-    """An inlined figure as a file of its own, with both palettes."""
-    scheme = "".join(f"--{name}:{dark};" for name, (_, dark) in PALETTE.items())
-    style = f"<style>svg{{font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{scheme}}}}}</style>"
-    head, body = svg.split(">", 1)
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
+    return drawn(name, title, (5.6, height), draw)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -222,14 +202,49 @@ def window(series: Sequence[Sequence[float]]) -> tuple[float, float]:
     return min(chosen) - margin, max(chosen) + margin
 
 
+def reach(bands: Sequence[Band], leads: Sequence[Band]) -> tuple[float, float]:
+    """Limits of a vertical axis: the window of the means of ``leads``, and room for what else there is.
+
+    For other means up to four times as much, for intervals as much again: a control that has fallen far, or the
+    interval of two seeds, would otherwise press what is asked into one line.
+    """
+    low, high = window([band.y[::-1] for band in leads])
+    least, most = low, high
+    for room, every in (
+        (4, [y for band in bands for y in band.y]),
+        (1, [y for band in bands for y in (*band.low, *band.high) if y is not None]),
+    ):
+        floor, top = low - room * (high - low), high + room * (high - low)
+        margin = 0.03 * (high - low)
+        least = min([least, *(max(floor, y - margin) for y in every)])
+        most = max([most, *(min(top, y + margin) for y in every)])
+    return least, most
+
+
+def _density_axis(axes: Axes, densities: Sequence[Sequence[float]]) -> float:
+    """A logarithmic axis, densest left; where it ends."""
+    low, high = min(map(min, densities)), max(map(max, densities))
+    axes.set_xscale("log")
+    axes.set_xlim(high * 1.08, low / 1.08)
+    axes.set_xlabel("density: kept / prunable weights")
+    axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    return low / 1.08
+
+
 def _line(index: int) -> dict[str, Any]:
-    return {"color": _LIGHT[f"series-{index}"], "marker": _MARKERS[index]}
+    return {"color": LIGHT[f"series-{index}"], "marker": _MARKERS[index]}
 
 
-def _value_axis(axes: Axes, measured: Metric) -> None:
+def _value_axis(axes: Axes, measured: Metric | None) -> None:
+    """Of a metric, or of a count."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    if measured is None:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+        return
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 1.02) if measured.share else high)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     scale, unit = (100, "%") if measured.share else (1, "")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.4g}{unit}"))
 
@@ -242,7 +257,7 @@ def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:
     inches = figure.get_size_inches()[1] - 0.85
     places = spread([(y - low) / (high - low) for _, _, y, _ in labels], 0.19 / inches)
     for (text, x, y, index), place in zip(labels, places):
-        tone = _LIGHT[f"series-{index}"]
+        tone = LIGHT[f"series-{index}"]
         axes.annotate(
             text, (x, y), (1.05, place), textcoords="axes fraction", va="center", color=tone,
             annotation_clip=False,
@@ -252,52 +267,3 @@ def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:
 
 def _cut(text: str, length: int = 22) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _svg(name: str, title: str, inches: tuple[float, float], draw: Callable[[Axes], None]) -> str:
-    """A figure with one pair of axes, drawn and made ready to be inlined."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=inches, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(title)
-        draw(axes)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue(), name, title)
-
-
-def _inline(svg: bytes, prefix: str, title: str) -> str:
-    """Matplotlib's SVG rewritten as the module's docstring says."""
-    root = ET.fromstring(svg)
-    for parent in root.iter():
-        for child in list(parent):
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        attributes = {key.removeprefix(_XLINK): value for key, value in element.attrib.items()}
-        element.attrib.clear()
-        for key, value in attributes.items():
-            element.set(key, _attribute(key, value, prefix))
-        element.tail = None
-    box = root.get("viewBox", "0 0 400 230")
-    root.attrib.clear()
-    for key, value in (("viewBox", box), ("role", "img"), ("aria-label", title)):
-        root.set(key, value)
-    root.set("style", "stroke-linejoin:round;stroke-linecap:butt")
-    return ET.tostring(root, encoding="unicode")
-
-
-def _attribute(key: str, value: str, prefix: str) -> str:
-    if key == "id":
-        return f"{prefix}-{value}"
-    if key == "href":
-        return value.replace("#", f"#{prefix}-", 1)
-    if key == "style":
-        parts = [part.strip() for part in value.split(";")]
-        value = ";".join(part for part in parts if part and not part.startswith("font-family"))
-        for light, variable in _VARIABLE.items():
-            value = value.replace(light, variable)
-        return value
-    return value.replace("url(#", f"url(#{prefix}-")

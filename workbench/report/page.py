@@ -11,13 +11,17 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from workbench.report import comparisons, tables
+from workbench.report import comparisons, opening, sweeps, tables, tickets
 from workbench.report import facts as data
 from workbench.report import figures as draw
-from workbench.report.reading import Stage
+from workbench.report.reading import Stage, Verdict
+from workbench.report.seeds import Band
+from workbench.report.svg import PALETTE, standalone
 from workbench.report.wording import size, times
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:[kMG]?B|points?)\b)")
+Drawn = tuple[list[Band], list[Band]]
+"""Scores and steps of a group."""
+_UNIT = re.compile(r"(?<=\d) (?=(?:[kMG]?B|points?|seeds?)\b)")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,47 @@ class Figure:
     images: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Group:
+    """What a verdict says of one group of hunts; ``title`` is empty where it is the only one."""
+
+    title: str
+    sentence: str
+    rest: str
+    levels: tables.Table
+    legend: str
+    figure: "Figure | None"
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What a verdict says of the difference of two groups."""
+
+    title: str
+    sentence: str
+    levels: tables.Table
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A verdict's part of the page: its groups, and the differences of two."""
+
+    stage: str
+    groups: list[Group]
+    gaps: list[Gaps]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's part of the page; ``means`` is None without seeds."""
+
+    stage: str
+    sentence: str
+    runs: tables.Table
+    means: tables.Table | None
+    figure: "Figure | None"
+
+
 def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str, str]]:
     """The page and its figures as files by name, of the stages of the run called ``run``.
 
@@ -56,6 +101,10 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
     colour = draw.colours([*(c.stage for c in (*learning, *sparsity)), *compared])
     bought = _bought(told, colour)
     drawn = [part.figure for part in bought if part.figure]
+    rulings = _rulings(found.verdicts, len(drawn) + 1)
+    drawn += [group.figure for part in rulings for group in part.groups if group.figure]
+    swept = _sweeps(found, len(drawn) + 1)
+    drawn += [part.figure for part in swept if part.figure]
     figures = _figures(found, learning, sparsity, colour, len(drawn) + 1)
     environment = Environment(
         loader=PackageLoader("workbench", "report"),
@@ -67,26 +116,28 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
     page = environment.get_template("page.html.j2").render(
         title=title,
         run=shlex.quote(run),
-        headline=_UNIT.sub("\N{NO-BREAK SPACE}", tables.headline(found)),
+        headline=_UNIT.sub("\N{NO-BREAK SPACE}", opening.headline(found)),
         caveat=tables.caveat(found),
         unfinished=tables.unfinished(found),
         stale=data.stale(stages),
-        stages=tables.stages(found),
-        legend=tables.legend(found),
+        stages=tables.stages(found) if found.rows else None,
+        legend=tables.legend(found) if found.rows else "",
         aside=tables.aside(found),
         bought=bought,
+        rulings=rulings,
+        sweeps=swept,
         exports=tables.exports(found),
-        hunts=[(hunt, tables.sparsest(hunt), tables.levels(hunt)) for hunt in found.hunts],
+        hunts=[(hunt, tables.sparsest(hunt), tables.levels(hunt), tables.columns(hunt)) for hunt in found.hunts],
         figures=figures,
         svg=Markup,
         colour=colour,
-        palette=draw.PALETTE,
+        palette=PALETTE,
         versions=_shared([(s.name, s.versions) for s in stages]),
         machines=_shared([(s.name, s.environment) for s in stages]),
         prints=tables.prints(stages),
         recipe=_recipe(stages),
     )
-    return page, {name: draw.standalone(svg) for figure in (*drawn, *figures) for name, svg in figure.images.items()}
+    return page, {name: standalone(svg) for figure in (*drawn, *figures) for name, svg in figure.images.items()}
 
 
 def _bought(stages: Sequence[Stage], colour: dict[str, int]) -> list[Bought]:
@@ -114,6 +165,69 @@ def _bought(stages: Sequence[Stage], colour: dict[str, int]) -> list[Bought]:
     return made
 
 
+def _rulings(stages: Sequence[Stage], number: int) -> list[Ruling]:
+    """What each verdict says, with a figure a group, numbered from ``number``; groups are drawn to one scale."""
+    made: list[Ruling] = []
+    place = 0
+    for stage in stages:
+        groups = []
+        drawn = [(tickets.scores(found), tickets.steps(found)) for found in stage.verdicts]
+        for found, bands in zip(stage.verdicts, drawn):
+            figure = None
+            if bands[0]:
+                figure = _judged(stage, found, bands, drawn, number + place, f"-{place + 1}" if place else "")
+                place += 1
+            title = tickets.name(stage, found) if len(stage.verdicts) > 1 else ""
+            told = tickets.sentence(found), tickets.rest(found), tickets.levels(found), tickets.legend(found)
+            groups.append(Group(title, *told, figure))
+        measured = tickets.measure(stage.verdicts[0])
+        gaps = [Gaps(*tickets.contrast(g, stage.verdicts[0]), tickets.gaps(g, measured)) for g in stage.differences]
+        made.append(Ruling(stage.name, groups, gaps))
+    return made
+
+
+def _judged(stage: Stage, found: Verdict, bands: Drawn, every: Sequence[Drawn], number: int, suffix: str) -> Figure:
+    """Scores of tickets and controls against density, and beside them how soon they were best."""
+    (scores, steps), measured, split = bands, tickets.measure(found), found.metric.partition("/")[0]
+    said = f"{split} {measured.name}, {measured.direction}"
+    limits = draw.reach([band for each, _ in every for band in each], [each[0] for each, _ in every if each])
+    images = {f"tickets{suffix}": draw.over_seeds(f"tickets{suffix}", said, scores, measured, limits)}
+    about = (
+        f"Mean {split} {measured.name} over seeds against density, densest left; shaded, its interval; dashed, the "
+        "dense level 0; ringed, levels judged tickets."
+    )
+    if steps:
+        said, shown = "step of the lowest validation loss, lower learns sooner", [b for _, each in every for b in each]
+        images[f"steps{suffix}"] = draw.over_seeds(f"steps{suffix}", said, steps, None, draw.reach(shown, shown))
+        about += " Second, the early-stopping iteration: the step of the lowest validation loss."
+    about += " What lies far off the tickets is cut by the axis."
+    title = f"Score against density, {tickets.name(stage, found)}"
+    return Figure(number, title, about, tickets.caption(stage, found), images)
+
+
+def _sweeps(found: data.Facts, number: int) -> list[Sweep]:
+    """What the runs of each sweep came to; hunts that no verdict tells of are drawn, numbered from ``number``."""
+    made: list[Sweep] = []
+    place = 0
+    for stage in found.sweeps:
+        figure = None
+        if told := None if stage.name in found.covered else sweeps.curves(stage):
+            measured, bands = told
+            name = f"sweep-{place + 1}" if place else "sweep"
+            svg = draw.over_seeds(
+                name, f"test {measured.name}, {measured.direction}", bands, measured, draw.reach(bands, bands)
+            )
+            about = (
+                f"Mean test {measured.name} over seeds against density, densest left; shaded, its interval; dashed, "
+                "the dense level 0. What lies far off the rest is cut by the axis."
+            )
+            title = f"Score against density, {stage.name}"
+            figure = Figure(number + place, title, about, sweeps.caption(stage), {name: svg})
+            place += 1
+        made.append(Sweep(stage.name, sweeps.sentence(stage), sweeps.runs(stage), sweeps.means(stage), figure))
+    return made
+
+
 def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str, int], first: int) -> list[Figure]:
     """The figures that the records have points for, numbered from ``first``; one image per metric."""
     made: list[tuple[str, str, Iterable[str], dict[str, str]]] = []
@@ -137,6 +251,8 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
             "curve shows how far a network can be pruned; that its weights are a winning ticket takes "
             "controls with re-drawn weights and shuffled masks."
         )
+        if any(curve.controls for curve in sparsity):
+            about += " Thin, the controls as sparse."
         made.append(("Score against density", about, [c.stage for c in sparsity], images))
     images, drawn = _costs(found, colour)
     if images:

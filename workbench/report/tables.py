@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-from workbench.report.facts import TOLERANCE, Curve, Facts, Hunt, LevelRow, Row, dense_bytes, teachers_of
-from workbench.report.reading import Export, Stage
-from workbench.report.wording import DASH, count, duration, percent, plural, size, times
+from workbench.report.facts import TOLERANCE, Curve, Facts, Hunt, LevelRow, Row, arms, dense_bytes, teachers_of
+from workbench.report.reading import Barrier, Export, Stage
+from workbench.report.wording import DASH, Metric, count, duration, percent, plural, size, times
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def legend(found: Facts) -> str:
 
 
 def levels(hunt: Hunt) -> Table:
-    """One line per level of a hunt, the picked one marked."""
+    """One line per level of a hunt, the picked one marked. A column about which nothing is known is left out."""
     measured = hunt.metric
+    controls = [(f"test {arm}", lambda r, arm=arm: _control(r, arm, measured)) for arm in arms(hunt)]
     columns: list[tuple[str, Callable[[LevelRow], Cell]]] = [
         ("level", lambda r: Cell(count(r.level.level))),
         ("density", lambda r: Cell(percent(r.level.density))),
@@ -86,11 +87,36 @@ def levels(hunt: Hunt) -> Table:
         (f"val {measured.name}", lambda r: Cell(measured.show(r.validation))),
         (f"test {measured.name}", lambda r: Cell(measured.show(r.test))),
         (measured.heading, lambda r: Cell(measured.change(r.change))),
+        *controls,
+        ("dead units", _dead),
+        ("gradient flow", lambda r: _figure(r.level.diagnosis.get("gradient_flow"))),
+        ("barrier, other order", lambda r: _barrier(r.level.orders)),
+        ("barrier, last level", lambda r: _barrier(r.level.last)),
+        ("mask distance", lambda r: _figure(r.level.history[-1].get("mask_distance") if r.level.history else None)),
         ("took", lambda r: Cell(duration(r.level.seconds), title=_seconds(r.level.seconds))),
         ("mask", lambda r: Cell(short(r.level.mask_hash), title=r.level.mask_hash or "")),
     ]
     lines = [Line([cell(row) for _, cell in columns], hunt.stage.name, row is hunt.pick) for row in hunt.levels]
-    return Table([c[0] for c in columns], [c[0] != "mask" for c in columns], lines)
+    return without_empty(Table([c[0] for c in columns], [c[0] != "mask" for c in columns], lines))
+
+
+def columns(hunt: Hunt) -> str:
+    """What the columns of a level table that not every hunt has are; empty if it has none."""
+    known = [row.level for row in hunt.levels]
+    told = {
+        f"Test {', '.join(arms(hunt))}: the {hunt.metric.name} of controls as sparse as the ticket": arms(hunt),
+        "dead units: share that is the same for every input": any(lv.diagnosis.get("units") for lv in known),
+        "gradient flow: squared norm of the gradient of the weights kept": any(
+            "gradient_flow" in lv.diagnosis for lv in known
+        ),
+        "barrier: how far the straight line between two trainings, of the ticket with another order of the data, or "
+        "of this level and the last, rises above the mean of its ends": any(lv.orders or lv.last for lv in known),
+        "mask distance: share of the next mask that changed in the last epoch": any(
+            "mask_distance" in row for lv in known for row in lv.history[-1:]
+        ),
+    }
+    text = "; ".join(text for text, there in told.items() if there)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def exports(found: Facts) -> Table | None:
@@ -153,17 +179,23 @@ def headline(found: Facts) -> str:
 
 def caveat(found: Facts) -> str:
     """What the headline must not be read as."""
+    last = "test figures are those of the last epoch."
+    if not found.rows:
+        return f"Figures are means over seeds where n says so; {last}"
+    elsewhere = ", ".join(stage.name for stage in (*found.verdicts, *found.sweeps))
+    seeds = _seeds(found.rows)
+    seeds = f"Beside the means over seeds of {elsewhere}, {seeds[0].lower()}{seeds[1:]}" if elsewhere else seeds
     return (
-        f"{_seeds(found.rows)}, so no interval over seeds can be given and small differences may be noise. "
-        "Picks are made on validation data alone; test figures are those of the last epoch."
+        f"{seeds}, so no interval over seeds can be given and small differences may be noise. "
+        f"Picks are made on validation data alone; {last}"
     )
 
 
 def aside(found: Facts) -> str:
-    """Finished stages that the main table has no row for, and what they left; comparisons are told elsewhere."""
+    """Finished stages that are told of nowhere else, and what they left."""
     told = []
     for stage in found.aside:
-        if stage.comparison is None:
+        if not (stage.comparison or stage.verdicts or stage.runs):
             left = [
                 "" if stage.bytes is None else size(stage.bytes),
                 "" if stage.samples is None else f"{count(stage.samples)} samples",
@@ -175,11 +207,12 @@ def aside(found: Facts) -> str:
 
 
 def unfinished(found: Facts) -> str:
-    """Which stages the tables leave out, and why; empty if none."""
-    if not found.unfinished:
-        return ""
-    listed = ", ".join(f"{s.name} ({s.status or 'no status'})" for s in found.unfinished)
-    return f"Not finished, and in no figure or table: {listed}."
+    """Which stages the tables leave out, and why, and which sweeps lack runs; empty if none."""
+    told = []
+    for said, runs in (("Not finished, and in no figure or table", False), ("Not finished, but for some runs", True)):
+        listed = [f"{s.name} ({s.status or 'no status'})" for s in found.unfinished if bool(s.runs) == runs]
+        told += [f"{said}: {', '.join(listed)}."] if listed else []
+    return " ".join(told)
 
 
 def sparsest(hunt: Hunt) -> str:
@@ -208,6 +241,7 @@ def sample(found: Facts, names: Iterable[str]) -> str:
     listed = ", ".join(f"{stage.name} {short(stage.fingerprint)}" for stage in stages)
     seeds = _known_seeds(rows)
     n = f"n = 1 seed ({_list(seeds)})" if len(seeds) == 1 else f"n = 1 seed each ({_list(seeds)})"
+    n = n if rows else "n = 1 each"
     return f"{n}, no interval. Recipe fingerprints: {listed}."
 
 
@@ -226,6 +260,30 @@ def without_empty(table: Table) -> Table:
     keep = [i == 0 or any(line.cells[i].text != DASH for line in table.lines) for i in range(len(table.headers))]
     lines = [Line(list(compress(line.cells, keep)), line.stage, line.marked) for line in table.lines]
     return Table(list(compress(table.headers, keep)), list(compress(table.numeric, keep)), lines)
+
+
+def _control(row: LevelRow, arm: str, measured: Metric) -> Cell:
+    value = row.level.controls.get(arm, {}).get(f"test/{measured.name}")
+    return Cell(measured.show(value), title=_plain(value))
+
+
+def _dead(row: LevelRow) -> Cell:
+    units, dead = (row.level.diagnosis.get(key) for key in ("units", "dead"))
+    return Cell(DASH) if dead is None or not units else Cell(percent(dead / units), title=f"{dead:g} of {units:g}")
+
+
+def _figure(value: float | None) -> Cell:
+    return Cell(DASH if value is None else f"{value:.3g}", title=_plain(value))
+
+
+def _barrier(found: Barrier | None) -> Cell:
+    """Of errors, which are the ones that can be stable, in points."""
+    if found is None:
+        return Cell(DASH)
+    if found.stable is None:
+        return Cell(f"{found.height:.3g}", title=str(found.height))
+    height = Metric("error", "min", True).change(found.height).lstrip("+")
+    return Cell(height, "stable" if found.stable else "", str(found.height))
 
 
 def _headings(found: Facts) -> tuple[bool, str, str]:
