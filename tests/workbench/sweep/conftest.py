@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 PLUGIN = """
+import os, signal, time
 from pathlib import Path
 from workbench import progress
 from workbench.source import Source
@@ -22,6 +23,9 @@ def make(size: int = 1, mood: str = "fine", seed_everything: int = 0, of: Source
     (out / "tried").touch()
     if mood == "bad" or (mood == "once" and not tried):
         raise ArithmeticError("as asked")
+    if mood == "lost" and not tried:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     (out / "made.txt").write_text(str(size))
     return {"metrics": {"test/loss": size + seed_everything / 10}, "monitor": ["loss", "min"], "seconds": 1.5}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from workbench.sweep.grid import settings
@@ -65,6 +66,7 @@ def test_names_can_be_read_and_are_a_folders(over: Any, name: str) -> None:
 VALUES = st.one_of(st.text(max_size=40), st.integers(), st.floats(allow_nan=False), st.booleans(), st.none())
 
 
+@tries(max_examples=50, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=8, unique_by=lambda value: (type(value), value)), VALUES)
 def test_different_values_have_different_names_and_each_keeps_its_own(values: list[Any], other: Any) -> None:
     alone = [names({"x": [value]})[0] for value in values]

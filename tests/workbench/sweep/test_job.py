@@ -362,11 +362,14 @@ def test_a_run_over_several_devices_has_a_process_of_its_own(
     plan = check(read(text))
     runs = Runs(plan[0].runs, Path("out"), lineage_of(plan))
     assert job._of_several_devices(runs, runs.plan[0]) is several
-    Path("out/teacher").mkdir(parents=True)
-    records.write(Path("out/teacher"), {"status": "finished", "arguments": runs.plan[0].resolved()})
-    hunts = "teacher: {job: fit}\n" + text.replace(
-        f"job: fit, trainer: {trainer}", "job: hunt, levels: 1, start: teacher"
-    )
-    plan = check(read(hunts.replace("model.init_args.activation: [relu, gelu], ", "")))
-    runs = Runs(plan[1].runs, Path("out"), lineage_of(plan))
-    assert job._of_several_devices(runs, runs.plan[0]) is several, "also where it is inherited"
+
+
+def test_devices_are_inherited_too(plugin: Any) -> None:
+    grid = "grid: {job: sweep, run: {job: hunt, levels: 1, start: teacher}, over: {seed: [0]}}\n"
+    for devices in (1, 2):
+        trainer = f"trainer: {{max_epochs: 1, accelerator: cpu, devices: {devices}}}"
+        data = "data: {class_path: workbench.data.Digits}"
+        plan = check(read(f"teacher: {{job: fit, model: {MODEL}, {data}, {trainer}}}\n{grid}"))
+        records.write(Path("out/teacher"), {"status": "finished", "arguments": plan[0].resolved()})
+        runs = Runs(plan[1].runs, Path("out"), lineage_of(plan))
+        assert job._of_several_devices(runs, runs.plan[0]) is (devices == 2)
