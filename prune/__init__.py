@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prune.accounting import account
     from prune.callbacks import DynamicSparsity, EarlyBird, GradualPruning, KeepMasked, LotteryTicket
+    from prune.hunting.function import find_tickets
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewind import RewindPoint
@@ -29,6 +30,7 @@ __all__ = [
     "Shrunk",
     "Snapshot",
     "account",
+    "find_tickets",
     "hunt",
     "shrink",
 ]
@@ -46,6 +48,7 @@ _HOME = {
     "Shrunk": "prune.shrinking",
     "Snapshot": "prune.snapshot",
     "account": "prune.accounting",
+    "find_tickets": "prune.hunting.function",
     "hunt": "prune.ticket",
     "shrink": "prune.shrinking",
 }

@@ -10,53 +10,55 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import lr_scheduler
 
 from prune.hunting.rewinding import REWINDING, groups_of, hold
-from tests.prune.hunting.trainings import ADAMW, BATCHES, SGD, Stop, Watch, hunted, same, trainee, weights
+from tests.prune.hunting.trainings import (
+    ADAMW,
+    BATCHES,
+    SGD,
+    Blobs,
+    Net,
+    Stop,
+    Watch,
+    hunted,
+    same,
+    trainee,
+    weights,
+)
 from workbench import artifact
+from workbench.randomness import set_random_state
 
 TOTAL = 3 * BATCHES
 SCHEDULES: dict[str, Any] = {
-    "constant": None,
     "cosine": ("step", functools.partial(lr_scheduler.CosineAnnealingLR, T_max=TOTAL)),
     "step": ("epoch", functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)),
     "one-cycle": ("step", functools.partial(lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=TOTAL + 1)),
     "plateau": ("epoch", functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.9)),
 }
-EXPECTED = {
-    # what level 1 sees of level 0's learning rates, from update 8 on
-    "all": lambda rates: rates[8:],
-    "weights": lambda rates: rates[8:],
-    "learning_rate": lambda rates: rates[8:],
-    "fine_tuning": lambda rates: [rates[-1]] * len(rates[8:]),
-}
+RATES = [("weights", "cosine"), ("learning_rate", "step"), ("fine_tuning", "cosine"), ("fine_tuning", "one-cycle")]
+RATES += [(mode, schedule) for mode in ("all", "fine_tuning") for schedule in ("plateau", "step")]
 
 
-@pytest.mark.parametrize(
-    ("mode", "schedule"),
-    [
-        *(("all", schedule) for schedule in SCHEDULES),
-        ("weights", "cosine"),
-        ("learning_rate", "one-cycle"),
-        *(("fine_tuning", schedule) for schedule in SCHEDULES),
-    ],
-)
+@pytest.mark.parametrize(("mode", "schedule"), RATES)
 def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: str, schedule: str) -> None:
     watch = Watch()
     optimizer = ADAMW if schedule == "one-cycle" else SGD
     of = trainee(tmp_path, optimizer=optimizer, scheduler=SCHEDULES[schedule], trainer={"callbacks": [watch]})
     hunted(tmp_path, of, (1.0, 0.6), rewinding=mode)
-    rates = watch.rates[0]
+    rates, then = watch.rates
     assert len(rates) == TOTAL
-    if schedule == "plateau" and mode != "fine_tuning":  # which follows the losses of its own level
-        assert watch.rates[1][: 12 - 8] == rates[8:12]
-        assert len(watch.rates[1]) == TOTAL - 8
-        return
-    assert watch.rates[1] == EXPECTED[mode](rates)
-    assert schedule == "constant" or len(set(rates)) > 1
-    assert rates[-1] > 0
+    assert len(then) == TOTAL - 8
+    assert len(set(rates)) > 1
+    if mode == "fine_tuning":
+        assert set(then) == {rates[-1]}
+    elif schedule == "plateau":  # which follows the losses of its own level
+        assert then[: 12 - 8] == rates[8:12]
+    else:
+        assert then == rates[8:]
 
 
-@pytest.mark.parametrize("rewind", ["0it", "8it", "2ep"])
-@pytest.mark.parametrize("mode", REWINDING)
+STARTS = [*((mode, "8it") for mode in REWINDING), ("weights", "0it"), ("fine_tuning", "2ep"), ("learning_rate", "2ep")]
+
+
+@pytest.mark.parametrize(("mode", "rewind"), STARTS)
 def test_where_a_level_starts(tmp_path: Path, mode: str, rewind: str) -> None:
     watch = Watch()
     of = trainee(tmp_path, rewind=rewind, trainer={"callbacks": [watch]})
@@ -74,16 +76,14 @@ def test_where_a_level_starts(tmp_path: Path, mode: str, rewind: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][k:]))
 
 
-@pytest.mark.parametrize("mode", REWINDING)
-def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path, mode: str) -> None:
+def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path) -> None:
     seen = []
     for name in ("a", "b"):
         watch = Watch()
-        out = tmp_path / name
-        hunted(out, trainee(out, trainer={"callbacks": [watch]}), rewinding=mode, order="fresh")
+        hunted(tmp_path / name, trainee(tmp_path / name, trainer={"callbacks": [watch]}), order="fresh")
         seen.append(watch.seen)
-        assert all(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][8:]))
-        assert any(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[2]))
+    assert all(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][8:]))
+    assert any(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[2]))
     for one, other in zip(*seen):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -91,27 +91,48 @@ def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path, mo
 @pytest.mark.parametrize("mode", REWINDING)
 def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, mode: str) -> None:
     options: dict[str, Any] = {"scheduler": SCHEDULES["one-cycle"], "checkpoint": "4it", "optimizer": ADAMW}
-    whole = hunted(tmp_path / "whole", trainee(tmp_path / "whole", **options), rewinding=mode)
-    for left in [9, 14, 5, 11, -1]:
+    whole = hunted(tmp_path / "whole", trainee(tmp_path / "whole", **options), (1.0, 0.5), rewinding=mode)
+    for left in [9, 14, 7, -1]:
         of = trainee(tmp_path / "pieces", trainer={"callbacks": [Watch(left)]}, **options)
         try:
-            pieces = hunted(tmp_path / "pieces", of, rewinding=mode)
+            pieces = hunted(tmp_path / "pieces", of, (1.0, 0.5), rewinding=mode)
         except Stop:
             continue
-    for level in range(3):
+    for level in range(2):
         assert same(weights(tmp_path / "whole", level), weights(tmp_path / "pieces", level))
         for key in ("metrics", "history", "mask_hash", "best"):
             assert whole[level][key] == pieces[level][key]
 
 
-@pytest.mark.parametrize("mode", ["all", "learning_rate"])
 @pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
-def test_rate_zero_of_the_dense_start_changes_nothing(tmp_path: Path, mode: str, schedule: str) -> None:
-    """All: level 1 is level 0. Learning-rate rewinding at 0it of untrained weights would be, so here: all."""
+def test_rate_zero_repeats_level_zero(tmp_path: Path, schedule: str) -> None:
     of = trainee(tmp_path, optimizer=ADAMW, scheduler=SCHEDULES[schedule])
-    levels = hunted(tmp_path, of, densities=(1.0, 1.0), rewinding=mode)
-    assert (levels[0]["history"] == levels[1]["history"]) == (mode == "all")
-    assert same(weights(tmp_path, 0), weights(tmp_path, 1)) == (mode == "all")
+    levels = hunted(tmp_path, of, (1.0, 1.0))
+    assert levels[0]["history"] == levels[1]["history"]
+    assert same(weights(tmp_path, 0), weights(tmp_path, 1))
+
+
+def test_learning_rate_rewinding_is_a_continuation_by_hand(tmp_path: Path) -> None:
+    """Trained weights, all else of the rewind point, and a loop without Lightning."""
+    watch = Watch()
+    of = trainee(tmp_path, scheduler=SCHEDULES["cosine"], trainer={"callbacks": [watch]})
+    hunted(tmp_path, of, (1.0, 1.0), rewinding="learning_rate")
+    point = torch.load(tmp_path / "checkpoints" / "rewind.ckpt", weights_only=False)
+    model = Net()
+    model.load_state_dict(weights(tmp_path, 0))
+    optimizer = SGD(model.parameters())
+    optimizer.load_state_dict(point["optimizer_states"][0])
+    before = torch.get_rng_state()
+    set_random_state(point["continuation"]["random"][0])
+    everything, labels = Blobs().held[0].tensors
+    for inputs, rate in zip(watch.seen[1], watch.rates[0][8:], strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        target = torch.stack([labels[(everything == row).all(1)][0] for row in inputs])
+        torch.nn.functional.cross_entropy(model(inputs), target).backward()
+        optimizer.step()
+    torch.set_rng_state(before)
+    assert same(weights(tmp_path, 1), dict(model.state_dict()))
 
 
 def test_held_groups_are_those_that_were_kept() -> None:

@@ -65,8 +65,7 @@ def expected(scores: list[float], patience: int, after: int) -> tuple[int, int]:
     return len(scores), best
 
 
-@pytest.mark.parametrize("patience", [1, 2, 3])
-@pytest.mark.parametrize("rewind", ["0it", "2ep"])
+@pytest.mark.parametrize(("patience", "rewind"), [(1, "0it"), (3, "0it"), (2, "2ep")])
 def test_a_level_ends_after_its_patience_with_its_best_weights(tmp_path: Path, patience: int, rewind: str) -> None:
     scored = Scored()
     of = trainee(
@@ -118,7 +117,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
     whole = hunted(
         tmp_path / "a", trainee(tmp_path / "a", trainer={**length, "callbacks": [Scored()]}, **options), (1.0, 0.5)
     )
-    for left in [13, 8, 14, 0, 9, 17, 0]:
+    for left in [20, 9, 0, 13, 0]:
         callbacks = [Scored(), Watch(left), StopAtEnd()]
         of = trainee(tmp_path / "b", trainer={**length, "callbacks": callbacks}, **options)
         try:

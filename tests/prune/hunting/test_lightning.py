@@ -1,0 +1,195 @@
+"""What a LightningModule's trainings share, whatever it is: its moments, what is not its network, its own callbacks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from tests.prune.hunting.trainings import BATCHES, SGD, Net, Watch, hunted, same, trainee, weights
+
+TOTAL = 3 * BATCHES
+
+
+class Projected(lp.LightningModule):
+    """A network beside a part that is trained and not shipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.network, self.projector = Net(), nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.projector(self.network(batch[0])), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters())
+
+
+class Adversaries(Projected):
+    """Two optimizers with schedulers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.rates: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = nn.functional.cross_entropy(self.projector(self.network(batch[0])), batch[1])
+        self.manual_backward(loss)
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers()):  # type: ignore[arg-type]
+            optimizer.step()
+            self.rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.zero_grad()
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        built = [SGD(self.network.parameters()), torch.optim.Adam(self.projector.parameters(), lr=0.01)]
+        return built, [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in built]
+
+
+class Projectors(lp.Callback):
+    """The projector at the beginning of every training."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __deepcopy__(self, memo: Any) -> "Projectors":
+        return self
+
+    def on_train_batch_start(self, trainer: lp.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not hasattr(trainer, "seen"):
+            trainer.seen = self.seen.append(pl_module.projector.weight.detach().clone())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", ["learning_rate", "fine_tuning"])
+def test_what_is_not_the_network_is_of_the_moment(tmp_path: Path, mode: str) -> None:
+    projectors = Projectors()
+    of = trainee(tmp_path, Projected(), trainer={"callbacks": [projectors]})
+    hunted(tmp_path, of, (1.0, 0.6, 0.3), rewinding=mode, controls=("reinit",))
+    first, one, anew, two, again = projectors.seen
+    moment = {"learning_rate": "rewind", "fine_tuning": "end"}[mode]
+    kept = torch.load(tmp_path / "checkpoints" / f"{moment}.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(one, kept["projector.weight"])
+    assert torch.equal(two, one)
+    assert torch.equal(anew, first), "a control with new initial weights starts from the very start"
+    assert torch.equal(again, first)
+    assert not torch.equal(one, first)
+
+
+@pytest.mark.parametrize("rewind", ["8it", "1ep"])
+def test_optimizers_stepped_by_hand(tmp_path: Path, rewind: str) -> None:
+    """Every step of each counts; what was last stepped with is held for each."""
+    watch = Watch()
+    module = Adversaries()
+    of = trainee(tmp_path, module, rewind=rewind, trainer={"callbacks": [watch]})
+    levels = hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    k = {"8it": 8, "1ep": 2 * BATCHES}[rewind]
+    assert watch.weights[1][0][0] == 2 * TOTAL
+    assert levels[1]["history"][-1]["step"] == 2 * TOTAL + 2 * TOTAL - k
+    dense, then = module.rates[: 2 * TOTAL], module.rates[2 * TOTAL :]
+    assert then == dense[-2:] * ((2 * TOTAL - k) // 2)
+    assert len(set(dense)) == 2 * TOTAL
+
+
+def test_a_point_that_training_steps_over_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rewind is 7it, but training went past that step inside a batch, to step 8"):
+        hunted(tmp_path, trainee(tmp_path, Adversaries(), rewind="7it"))
+
+
+class Averaging(lp.Callback):
+    """An average of the weights that is not what training ends with."""
+
+    def setup(self, trainer: lp.Trainer, pl_module: Any, stage: str) -> None:
+        self.average = AveragedModel(pl_module, use_buffers=True)
+
+    def __deepcopy__(self, memo: Any) -> "Averaging":
+        return self
+
+    def on_train_batch_end(self, trainer: lp.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 9:
+            self.before = {name: v.clone() for name, v in self.average.module.network.state_dict().items()}  # type: ignore[union-attr]
+        self.average.update_parameters(pl_module)
+        self.count = int(self.average.n_averaged)
+
+    def on_save_checkpoint(self, trainer: lp.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, trainer: lp.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.average.load_state_dict(checkpoint["average"])
+
+
+@pytest.mark.parametrize(("mode", "count"), [("all", TOTAL), ("learning_rate", TOTAL - 8)])
+def test_averages_start_anew_with_new_weights_alone(tmp_path: Path, mode: str, count: int) -> None:
+    averaging = Averaging()
+    hunted(tmp_path, trainee(tmp_path, trainer={"callbacks": [averaging]}), (1.0, 1.0), rewinding=mode)
+    assert averaging.count == count
+    assert same(averaging.before, weights(tmp_path, 0)) == (mode == "learning_rate")
+
+
+def test_an_average_of_swa_that_has_begun_is_refused_new_weights(tmp_path: Path) -> None:
+    swa = lp.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    of = trainee(tmp_path, rewind="15it", trainer={"callbacks": [swa]})
+    with pytest.raises(ValueError, match="StochasticWeightAveraging has weights in its average"):
+        hunted(tmp_path, of, (1.0, 0.5), rewinding="learning_rate")
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": None, "max_steps": 15}, {"max_epochs": 3, "max_steps": 40}])
+def test_fine_tuning_goes_on_for_as_long_as_rewinding_would(tmp_path: Path, length: dict[str, Any]) -> None:
+    watch = Watch()
+    of = trainee(tmp_path, rewind="1ep", trainer={"callbacks": [watch], **length})
+    hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    end = min(length["max_steps"], TOTAL)
+    assert [step for step, *_ in watch.weights[1]] == list(range(end, end + end - BATCHES))
+
+
+def test_fine_tuning_after_a_stop_on_the_way_has_the_whole_budget(tmp_path: Path) -> None:
+    """Level 0 was ended by a callback of the user's, whose state does not go on."""
+
+    class StopEarly(lp.Callback):
+        def __init__(self) -> None:
+            self.ended = False
+
+        def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
+            self.ended = self.ended or trainer.global_step == 12
+            trainer.should_stop = trainer.should_stop or self.ended
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"ended": self.ended}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.ended = state_dict["ended"]
+
+    watch = Watch()
+    of = trainee(tmp_path, rewind="1ep", trainer={"callbacks": [watch, StopEarly()]})
+    hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    assert len(watch.weights[0]) == 12
+    assert len(watch.weights[1]) == TOTAL - BATCHES
+
+
+def test_both_moments_are_kept_and_looked_at(tmp_path: Path) -> None:
+    levels = hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+    assert set(levels[0]["points"]) >= {"point", "end"}
+    assert "points" not in levels[1]
+    shutil.rmtree(tmp_path / "level_01")
+    end = tmp_path / "checkpoints" / "end.ckpt"
+    whole = end.read_bytes()
+    end.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="end was altered"):
+        hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+    end.write_bytes(whole)
+    again = hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+    assert again[1]["metrics"] == levels[1]["metrics"]
+
+
+def test_a_second_order_of_level_zero_leaves_its_moments_alone(tmp_path: Path) -> None:
+    of = trainee(tmp_path, rewind="0it")
+    levels = hunted(tmp_path, of, (1.0, 0.5), controls=("twin",))
+    assert of.points() == levels[0]["points"]
