@@ -27,7 +27,7 @@ PYTHON, RECIPES = examples("python"), examples("yaml")
 
 def test_every_kind_of_example_is_there() -> None:
     count = {name: [sum(key.startswith(name) for key in kind) for kind in (PYTHON, RECIPES)] for name in PAGES}
-    assert count == {"README": [3, 1], "distillation": [3, 1], "pruning": [4, 1]}
+    assert count == {"README": [3, 1], "distillation": [3, 1], "pruning": [4, 1], "tickets": [1, 3]}
 
 
 @pytest.mark.parametrize("name", [name for name, code in PYTHON.items() if "runs/digits" not in code])
@@ -42,7 +42,7 @@ def test_a_recipe_is_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPES[name], encoding="utf-8")
     stages = [arguments.stage.name for arguments in check(recipes.read(tmp_path / "recipe.yaml"))]
     assert stages == re.findall(r"^(\w+):(?:\n  | \{)job:", RECIPES[name], re.MULTILINE)
-    assert len(stages) > 3
+    assert len(stages) >= 3
 
 
 def test_every_path_named_exists() -> None:

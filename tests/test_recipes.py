@@ -16,12 +16,18 @@ BERT = "{model_type: bert, vocab_size: 100, hidden_size: 16, num_hidden_layers: 
 TIMES = "begin: 0it, end: 2it, every: 1it"
 COUPLED = "{class_path: prune.Coupled, init_args: {example_inputs: [2, 64]}}"
 TIED = f"density: 0.5, pruner: {{class_path: prune.Pruner, init_args: {{structure: {COUPLED}}}}}"
+HUNTS = (("run.density", "[0.5]"), ("run.rewind", "1it"), ("over.seed", "[0]"))
 # What makes a recipe for real data run on a few samples: batches that they fill, a model that is not downloaded.
 SMALL: dict[str, list[tuple[str, str]]] = {
     "cifar10": [("data.batch_size", "8"), ("data.validation", "20")],
     "clinc150": [("data.batch_size", "8")],
     "minilm": [("data.batch_size", "8"), ("data.tokenizer", "word"), ("teacher.model.encoder", BERT)],
     "ett": [("data.batch_size", "32"), ("data.split", "[200, 125, 125]")],
+    "lottery": [
+        ("data.batch_size", "8"),
+        ("data.validation", "20"),
+        *[("hunts.run.levels", "1"), ("hunts.run.trainer.max_epochs", "1"), ("hunts.over.seed", "[0]")],
+    ],
     "mnist": [("data.batch_size", "8"), ("data.validation", "20")],
     "shakespeare": [("data.batch_size", "4"), ("data.length", "16")],
     "sparse": [
@@ -29,6 +35,11 @@ SMALL: dict[str, list[tuple[str, str]]] = {
         ("rigl.trainer.callbacks", f"[{{class_path: prune.DynamicSparsity, init_args: {{density: 0.5, {TIMES}}}}}]"),
         ("narrow.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{{TIED}, {TIMES}}}}}]"),
     ],
+    "taught": [
+        *[("data.batch_size", "8"), ("data.validation", "20"), ("student.trainer.max_steps", "4")],
+        *[(f"{arm}.{key}", value) for arm in ("labels", "taught") for key, value in HUNTS],
+    ],
+    "tickets": [(f"hunts.{key}", value) for key, value in (*HUNTS, ("run.trainer.max_epochs", "2"), ("workers", "1"))],
     "vowels": [("data.batch_size", "8")],
     "wikitext": [("data.batch_size", "4"), ("data.length", "16")],
 }
@@ -41,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_number_of_recipes() -> None:
-    assert len(FILES) == 10, "a recipe was added or lost: say so here"
+    assert len(FILES) == 13, "a recipe was added or lost: say so here"
     assert len(recipes.recipes()) == len(FILES)
     assert SMALL.keys() == {path.stem for path in FILES} - {"digits"}
 
