@@ -90,7 +90,7 @@ def over_seeds(
                 axes.axhline(band.dense, color=tone, lw=1, ls=(0, (5, 4)))
             seen = [(x, y) for x, y in zip(band.x, band.y) if floor <= y <= top]
             x, y = seen[-1] if seen else (band.x[-1], band.y[-1])
-            labels.append((_cut(band.name), x, y, band.tone))
+            labels.append((_cut(band.name), x, min(max(y, floor), top), band.tone))
         _label(axes, labels)
 
     return drawn(name, title, (5.6, max(3.4, 1.2 + 0.24 * len(bands))), draw)

@@ -35,7 +35,7 @@ def judged(found: Facts) -> list[str]:
     for stage in found.verdicts:
         whose = {each.name: f"{stage.name}{', ' if each.name else ''}{each.name}" for each in stage.verdicts}
         told += [f"{whose[each.name]}: {tickets.sentence(each)}" for each in stage.verdicts]
-        told += [": ".join(tickets.contrast(each, stage.verdicts[0])) for each in stage.differences]
+        told += [f"{tickets.pair(each)}: {tickets.contrast(each, stage.verdicts[0])}" for each in stage.differences]
     return told
 
 

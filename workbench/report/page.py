@@ -181,7 +181,10 @@ def _rulings(stages: Sequence[Stage], number: int) -> list[Ruling]:
             told = tickets.sentence(found), tickets.rest(found), tickets.levels(found), tickets.legend(found)
             groups.append(Group(title, *told, figure))
         measured = tickets.measure(stage.verdicts[0])
-        gaps = [Gaps(*tickets.contrast(g, stage.verdicts[0]), tickets.gaps(g, measured)) for g in stage.differences]
+        gaps = [
+            Gaps(tickets.pair(g), tickets.contrast(g, stage.verdicts[0]), tickets.gaps(g, measured))
+            for g in stage.differences
+        ]
         made.append(Ruling(stage.name, groups, gaps))
     return made
 

@@ -40,7 +40,8 @@ def sentence(found: Verdict) -> str:
 
 def rest(found: Verdict) -> str:
     """Which levels are no tickets, and which may be, and why; empty if there is none, or the sentence has said it."""
-    if len({level.why for level in found.levels if level.verdict != DENSE}) == 1 and not _spans(found.levels, TICKET):
+    kinds = {level.verdict for level in found.levels} - {DENSE}
+    if len(kinds) == 1 and len(_reasons(found, list(kinds))) == 1:
         return ""
     told = []
     for verdict, said in (("no ticket", "Surely none"), ("inconclusive", "Open")):
@@ -152,19 +153,23 @@ def gaps(found: Difference, measured: Metric) -> Table:
         )
         for gap in found.levels
     ]
-    headers = ["level", "density", f"{measured.heading} of {found.of} less {found.less}", "p (Holm)", "verdict"]
+    headers = ["level", "density", f"{measured.heading}, {pair(found)}", "p (Holm)", "verdict"]
     return without_empty(Table(headers, [True, True, True, True, False], lines))
 
 
-def contrast(found: Difference, judged: Verdict) -> tuple[str, str]:
-    """Which groups are compared, and where one's tickets are better or worse than the other's."""
+def pair(found: Difference) -> str:
+    """Which groups are compared."""
+    return f"{found.of or 'other hunts'} less {found.less or 'other hunts'}"
+
+
+def contrast(found: Difference, judged: Verdict) -> str:
+    """Where one group's tickets are better or worse than the other's."""
     told = []
     for said in dict.fromkeys(("better", "worse", *map(_said, found.levels))):
         spans = _ranges([(gap.density, _said(gap) == said) for gap in found.levels])
         within = f" within {_margin(judged)}" if said == "equivalent" else ""
         told += [f"{said}{within} at {_all(spans)}"] if spans and said else []
-    text = f"Tickets within seeds ({number([len(found.seeds)])}): {'; '.join(told) or 'nothing is recorded'}."
-    return f"{found.of} less {found.less}", text
+    return f"Tickets within seeds ({number([len(found.seeds)])}): {'; '.join(told) or 'nothing is recorded'}."
 
 
 def _reasons(found: Verdict, verdicts: Sequence[str]) -> list[str]:

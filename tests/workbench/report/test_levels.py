@@ -1,0 +1,115 @@
+"""What the report tells of a hunt's levels: controls, dead units, gradient flow, barriers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.workbench.report.lotteries import DENSITIES, hunted, laid
+from tests.workbench.test_report import cells, realistic
+from workbench.report import report, tables
+from workbench.report.facts import gather, sparsity
+from workbench.report.reading import read
+
+FEW = tuple(DENSITIES[::4])
+
+
+def test_every_control_and_measurement_is_in_the_records(tmp_path):
+    entry = hunted(0, FEW)
+    run = laid(tmp_path, entry)
+    report(run / "report")
+    page = (run / "report/index.html").read_text(encoding="utf-8")
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="levels"')[2].partition("</thead>")[0])
+    assert headers[6:] == [
+        "test reinit", "test shuffled", "dead units", "gradient flow", "barrier, other order", "barrier, last level",
+        "mask distance", "took", "mask",
+    ]  # fmt: skip
+    for level, row in zip(entry["levels"], cells(page, "levels"), strict=True):
+        for cell, arm in zip(row[6:8], ("reinit", "shuffled")):
+            control = level.get("controls", {}).get(arm)
+            assert cell == (f"{100 * control['metrics']['test/accuracy']:.2f}%" if control else "—")
+        told, barriers = level["diagnosis"], level["connectivity"]
+        assert row[8] == f"{100 * told['dead'] / told['units']:.3g}%"
+        assert row[9] == f"{told['gradient_flow']:.3g}"
+        orders = barriers["orders"]
+        assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
+        assert row[11] == ("0.40 stable" if level["level"] else "—")
+        assert row[12] == f"{level['history'][-1]['mask_distance']:.3g}"
+    legend = tables.columns(gather(read(run)).hunts[0])
+    assert legend.startswith("Test reinit, shuffled: the accuracy of controls as sparse as the ticket; dead units")
+    assert legend in re.sub(r"<[^>]*>", "", page)
+
+
+def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
+    entry = hunted(0, FEW)
+    run = laid(tmp_path, entry)
+    (curve,) = sparsity(gather(read(run)))
+    for arm, (x, y) in curve.controls.items():
+        assert x == [level["density"] for level in entry["levels"][1:]]
+        assert y == [level["controls"][arm]["metrics"]["test/accuracy"] for level in entry["levels"][1:]]
+    report(run / "report")
+    drawn = (run / "report/figures/density.svg").read_text(encoding="utf-8")
+    assert [drawn.count(f">seed-0, {arm}<") for arm in curve.controls] == [1, 1]
+    assert drawn.count("stroke-width: 0.8") > 0
+    assert "Thin, the controls as sparse." in (run / "report/index.html").read_text(encoding="utf-8")
+
+
+def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
+    run = laid(tmp_path, *realistic()[:4])
+    (hunt,) = gather(read(run)).hunts
+    told = tables.levels(hunt)
+    assert told.headers == ["level", "density", "kept", "val accuracy", "test accuracy", "points", "took", "mask"]
+    assert tables.columns(hunt) == ""
+    assert sparsity(gather(read(run)))[0].controls == {}
+
+
+def test_a_control_decides_too_whether_the_metric_is_a_share(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["controls"]["reinit"]["metrics"]["test/accuracy"] = 97.0
+    (hunt,) = gather(read(laid(tmp_path, entry))).hunts
+    assert not hunt.metric.share
+
+
+def test_barriers_of_losses_are_in_their_unit(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["connectivity"]["orders"] = {"barrier": 0.01234, "stable": None}
+    entry["levels"][2]["connectivity"]["orders"] = {"barrier": float("nan"), "stable": False}
+    (hunt,) = gather(read(laid(tmp_path, entry))).hunts
+    at = tables.levels(hunt).headers.index("barrier, other order")
+    told = [line.cells[at] for line in tables.levels(hunt).lines]
+    assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
+
+
+@pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "history", "size"])
+def test_any_of_it_may_be_missing(tmp_path, key):
+    entry = hunted(0, FEW)
+    for place, level in enumerate(entry["levels"]):
+        level[key] = None
+        if place % 2:
+            del level[key]
+    (hunt,) = gather(read(laid(tmp_path, entry))).hunts
+    assert len(tables.levels(hunt).lines) == len(FEW)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"controls": 1}, {"controls": {"reinit": 1}}, {"controls": {"reinit": {"metrics": 1}}}, {"diagnosis": [1]},
+        {"connectivity": [1]}, {"connectivity": {"orders": 1}},
+    ],
+)  # fmt: skip
+def test_a_malformed_level_is_named(tmp_path: Path, wrong):
+    entry = hunted(0, FEW)
+    entry["levels"][1].update(wrong)
+    with pytest.raises(ValueError, match=r"seed-0.record\.json"):
+        read(laid(tmp_path, entry))
+
+
+def test_diagnoses_that_are_no_numbers_are_dashes(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["diagnosis"] = {"units": 0, "dead": 0, "gradient_flow": "much"}
+    entry["levels"][2]["diagnosis"] = {"units": 400, "dead": None, "gradient_flow": float("inf")}
+    (hunt,) = gather(read(laid(tmp_path, entry))).hunts
+    told = tables.levels(hunt)
+    dead, flow = told.headers.index("dead units"), told.headers.index("gradient flow")
+    assert [(line.cells[dead].text, line.cells[flow].text) for line in told.lines[1:3]] == [("—", "—"), ("—", "inf")]
