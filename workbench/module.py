@@ -227,7 +227,19 @@ class SupervisedModule(LightningModule, ABC):
             self.streams.states = ranks[self.trainer.global_rank] if len(ranks) == self.trainer.world_size else {}
 
     def configure_model(self) -> None:
-        """Divide the network among the ranks, once, if the Trainer's strategy is ModelParallelStrategy (FSDP2)."""
+        """Divide the network among the ranks, once, if the Trainer's strategy is ModelParallelStrategy (FSDP2).
+
+        Raises:
+            ValueError: If something beside the network is trained, whose gradients nobody would average.
+        """
+        beside = [
+            name for name, each in self.named_parameters() if each.requires_grad and not name.startswith("network.")
+        ]
+        if beside and self.device_mesh is not None:
+            raise ValueError(
+                f"{beside[0]!r} is trained beside the network, and ModelParallelStrategy averages only gradients of "
+                "what it divides: train with strategy: ddp"
+            )
         for network in self.members.values():
             divide(network, self.device_mesh)
 

@@ -17,7 +17,7 @@ def divide(network: nn.Module, mesh: Any) -> None:
     """Let the ranks of the mesh's ``data_parallel`` dimension share the weights of ``network`` by FSDP2, in place.
 
     Blocks, the members of every ``Sequential`` and ``ModuleList``, are gathered one at a time while training; what is
-    outside of them, together. A network that is divided already stays as it is.
+    outside of them, or shared, together. A network that is divided already stays as it is.
 
     Args:
         network: The network.
@@ -34,10 +34,12 @@ def divide(network: nn.Module, mesh: Any) -> None:
     if isinstance(network, FSDPModule):
         return
     several = [module for module in network.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    named = dict(network.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, named.values()))
+    shared = {id(parameter): parameter for parameter in named.values() if uses[id(parameter)] > 1}
     for block in (block for module in reversed(several) for block in module):
         own = list(block.parameters())
-        if own and not isinstance(block, nn.ModuleList) and all(uses[id(parameter)] == 1 for parameter in own):
+        if own and not isinstance(block, nn.ModuleList) and not any(id(parameter) in shared for parameter in own):
             fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(network, mesh=mesh["data_parallel"])
 

@@ -144,16 +144,17 @@ def weights(out: Path, level: int) -> dict[str, torch.Tensor]:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {"optimizer": ADAMW, "controls": ["shuffled", "reinit"]}),
-    "fsdp2": ("fsdp2", {"optimizer": ADAMW, "controls": ["random", "dense"]}),
     "fsdp2 from the first weights": (
         "fsdp2",
         {"optimizer": ADAMW, "rewind": Duration(0, "it"), "controls": ["reinit"]},
     ),
+    "fsdp2": ("fsdp2", {"optimizer": ADAMW, "controls": ["random", "dense"]}),
     "fsdp2, a module of one's own": ("fsdp2", {"model": Own, "rewinding": "learning_rate"}),
 }
+SLOW = list(CASES)[2:]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_two_processes_find_the_ticket_of_one(tmp_path: Path, case: str) -> None:
     strategy, options = CASES[case]
     one = hunted(tmp_path / "one", **options)
