@@ -6,6 +6,7 @@ would resume from, evaluates, and writes its compact checkpoint and record. Rati
 their quartiles printed; memory is the process's peak, of one of each in a process of its own.
 
     python benchmarks/hunt_overhead.py --rounds 5
+    python benchmarks/hunt_overhead.py --resnet
     python benchmarks/hunt_overhead.py --data /folder/of/idx/files      # LeNet-300-100 on MNIST
 """
 
@@ -33,7 +34,7 @@ from prune.ticket import hunt
 from workbench import TaskModule
 from workbench.data import Digits, IDXImages
 from workbench.duration import Duration
-from workbench.models import MLP, LeNet300
+from workbench.models import MLP, LeNet300, ResNet
 from workbench.tasks import Classification
 
 warnings.filterwarnings("ignore")
@@ -44,6 +45,8 @@ OPTIMIZER = functools.partial(torch.optim.Adam, lr=1.2e-3)
 def subject(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.data:
         return LeNet300("relu"), IDXImages(options.data, batch_size=60)
+    if options.resnet:
+        return ResNet(8, 16, in_channels=1), Digits(batch_size=60, image=True)
     return MLP(64, [options.width] * 2, 10), Digits(batch_size=60)
 
 
@@ -92,6 +95,7 @@ def level(options: argparse.Namespace, network: torch.nn.Module, data: Any) -> f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
+    parser.add_argument("--resnet", action="store_true", help="ResNet-8 on the digits as images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
