@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from workbench.report.reading import Export, Level, Stage, covered, expand
 from workbench.report.wording import Metric, metric
@@ -106,9 +106,9 @@ class Pick:
 class Facts:
     """Everything a report says.
 
-    ``reference`` is the teacher, or else the first stage with a size; ``aside`` are finished stages that trained and
-    measured no network of their own, such as a cache or a comparison; ``sweeps`` are those whose runs are known,
-    finished or not; ``covered`` are names of hunts and sweeps that a verdict tells of.
+    ``reference`` is the teacher, or else the first stage with a size, of a hunt its dense level; ``aside`` are finished
+    stages that trained and measured no network of their own, such as a cache or a comparison; ``sweeps`` are those
+    whose runs are known, finished or not; ``covered`` are names of hunts and sweeps that a verdict tells of.
     """
 
     rows: list[Row]
@@ -145,7 +145,7 @@ def gather(stages: Sequence[Stage]) -> Facts:
     reference = next((s for s in sized if s.name in teachers), sized[0] if sized else None)
     dense = None if reference is None else _outcome(reference)[1]["dense_fp32_bytes"]
     rows = [_row(s, named, metrics, dense) for s in measured]
-    first = next((r for r in rows if reference is not None and r.stage.name == reference.name), None)
+    first = next((_dense_row(r) for r in rows if reference is not None and r.stage.name == reference.name), None)
     aside = [s for s in finished if s not in measured]
     pick = None if first is None else _pick(rows, hunts, first)
     return Facts(rows, aside, hunts, unfinished, first, pick, verdicts, sweeps, covered(told))
@@ -274,6 +274,14 @@ def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], M
         smaller=dense / stored if dense and stored else None,
         reproduces=parent[1] if parent and stage.exports and all(e.same_predictions for e in stage.exports) else None,
     )
+
+
+def _dense_row(row: Row) -> Row:
+    """The row; of a hunt, with the figures of its dense level."""
+    if (dense := _dense(row.stage)) is None:
+        return row
+    validation, test = (dense.metrics.get(f"{split}/{row.metric.name}") for split in ("val", "test"))
+    return replace(row, level=0, validation=validation, test=test)
 
 
 def _teaches(role: str) -> bool:

@@ -241,6 +241,7 @@ def _value_axis(axes: Axes, measured: Metric | None) -> None:
     """Of a metric, or of a count."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     if measured is None:
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         return
     low, high = axes.get_ylim()

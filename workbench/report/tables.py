@@ -155,6 +155,7 @@ def headline(found: Facts) -> str:
     if reference is None:
         return f"{done} finished; no stage records the size of its weights, so none is named the smallest."
     name, measured = reference.stage.name, reference.metric
+    name = f"the dense {name}" if reference.level == 0 else name
     if reference.validation is None:
         return f"{done} finished; {name} records no validation {measured.name}, so no checkpoint is picked."
     margin = f"{measured.tolerance(TOLERANCE)} of {name}'s {measured.show(reference.validation)} "

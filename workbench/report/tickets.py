@@ -89,15 +89,14 @@ def legend(found: Verdict) -> str:
             f" {measured.heading.capitalize()} vs: ticket less the arm within seeds, with its interval; positive where "
             "the ticket is better."
         )
+    said = []
     if any(level.matches for level in found.levels):
-        text += (
-            f" Of a dense network, yes: surely (5%, one-sided) no more than {_margin(found)} below it; no: surely more."
-        )
+        said.append(f"of a dense network, yes: no more than {_margin(found)} below it, no: more")
     if any(level.beats for level in found.levels):
-        text += (
-            " Of a control, yes: surely above it, adjusted for their number (Holm); no: surely not above it by "
-            f"{_margin(found)}."
-        )
+        told = f"yes: above it, adjusted for their number (Holm), no: not above it by {_margin(found)}"
+        said.append(f"of a control, {told}")
+    if said:
+        text += f" Surely (5%, one-sided) {'; '.join(said)}; else open."
     if any(level.overlap is not None for level in found.levels):
         text += " Mask overlap: Jaccard index of two seeds' masks, mean over pairs, and what chance gives."
     return text

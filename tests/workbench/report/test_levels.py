@@ -54,6 +54,18 @@ def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
     assert "Thin, the controls as sparse." in (run / "report/index.html").read_text(encoding="utf-8")
 
 
+def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
+    entry = hunted(0, FEW)
+    found = gather(read(laid(tmp_path, entry)))
+    first, last = entry["levels"][0], entry["levels"][-1]
+    dense, sparse = (level["metrics"]["test/accuracy"] for level in (first, last))
+    validation = first["metrics"]["val/accuracy"]
+    said = tables.headline(found)
+    assert f"Within 1 point of the dense seed-0's {100 * validation:.2f}% validation accuracy, the smallest" in said
+    assert f"is seed-0 (level {last['level']})" in said
+    assert f"its test accuracy is {100 * sparse:.2f}%, {100 * (dense - sparse):.2f} points below the dense" in said
+
+
 def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
     run = laid(tmp_path, *realistic()[:4])
     (hunt,) = gather(read(run)).hunts

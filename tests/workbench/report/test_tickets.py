@@ -140,6 +140,15 @@ def test_the_figure_names_n_the_interval_delta_and_fingerprints(alone):
     assert all(f">{arm}<" in svg for arm in ("ticket", "reinit", "shuffled"))
 
 
+def test_no_step_is_below_zero(tmp_path):
+    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    for told in entry["verdicts"][0]["levels"]:
+        interval = {"low": -900.0, "high": 1000.0, "confidence": 0.95}
+        told["best_step"]["ticket"] = {"n": 3, "mean": 50.0 + 900 * (told["level"] % 2), "interval": interval}
+    page_of(laid(tmp_path, entry))
+    assert ">-" not in (tmp_path / "report/figures/steps.svg").read_text(encoding="utf-8")
+
+
 def test_without_steps_there_is_one_picture(tmp_path):
     entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
     for told in entry["verdicts"][0]["levels"]:
