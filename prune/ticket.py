@@ -16,6 +16,7 @@ from torch import nn
 from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import EarlyBird
 from prune.connectivity import between
+from prune.connectivity.visiting import batch_norms
 from prune.hunting.arms import ARMS, Hunt
 from prune.hunting.lightning import LightningTrainee, check_criterion
 from prune.hunting.plan import densities_of, enough, scores
@@ -27,6 +28,7 @@ from prune.masks import Masks
 from prune.pruner import Pruner
 from workbench import artifact, records
 from workbench.duration import Duration
+from workbench.evidence import runs
 from workbench.locking import locked
 from workbench.module import LRSchedulerCallable, OptimizerCallable, network_of
 from workbench.saving import save_network
@@ -134,6 +136,8 @@ def hunt(
     pruner = Pruner(criterion, chosen, layers, include=include, exclude=exclude, seed=seed)
     pruner.check(network, *densities)
     check_criterion(pruner, trainer)
+    if connectivity and batch_norms(network):
+        runs(module)  # refuses a module that steps by hand
     given_here = {"rate": rate, "densities": densities, "rewind": str(rewind), "rewinding": rewinding, "order": order}
     given_here |= {"early_stop": early_stop, "criterion": criterion, "structure": structure, "allocation": allocation}
     given_here |= {"include": include, "exclude": exclude, "batches": batches, "seed": seed}

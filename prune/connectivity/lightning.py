@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prune.connectivity.line import barrier
 from prune.connectivity.visiting import batch_norms, visiting
 from prune.keeping import some
+from workbench.batches import forward
 from workbench.evidence import FirstBatches, runs
 from workbench.module import network_of
 from workbench.randomness import random_state, same_random_state, set_random_state
@@ -87,6 +88,7 @@ def between(
     with same_random_state(), quiet(True):
         made = make_trainer({**(trainer or {}), **_ALONE}, (), Path())
         shown = _shown(refresh, module, data, seed, made) if normed else None
+        run = forward if shown is None else runs(module, made.precision_plugin)
         state = random_state()
 
         def height(at: Mapping[str, Tensor]) -> float:
@@ -98,7 +100,7 @@ def between(
             return seen[-1].height
 
         try:
-            with _held(data, split), visiting(network, shown, runs(module, made.precision_plugin)) as visit:
+            with _held(data, split), visiting(network, shown, run) as visit:
                 found = barrier(height, a, b, points)
         finally:
             module._trainer = attached

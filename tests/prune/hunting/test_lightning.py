@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from tests.prune.hunting.trainings import BATCHES, SGD, Net, Watch, hunted, same, trainee, weights
+from prune.ticket import hunt
+from tests.prune.hunting.trainings import BATCHES, SGD, Blobs, Net, Watch, hunted, same, trainee, weights
+from workbench.duration import Duration
+from workbench.models import MLP
 
 TOTAL = 3 * BATCHES
+START: Any = {"rewind": Duration(0, "it")}
 
 
 class Projected(lp.LightningModule):
@@ -193,3 +197,33 @@ def test_a_second_order_of_level_zero_leaves_its_moments_alone(tmp_path: Path) -
     of = trainee(tmp_path, rewind="0it")
     levels = hunted(tmp_path, of, (1.0, 0.5), controls=("twin",))
     assert of.points() == levels[0]["points"]
+
+
+def test_a_module_stepped_by_hand_is_hunted_in_and_connected(tmp_path: Path) -> None:
+    """Its training step, which would train it, is not called to look at it."""
+    given = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+    options: Any = {"data": Blobs(), "levels": 1, "trainer": given, "connectivity": True, **START}
+    with pytest.raises(ValueError, match="steps its optimizers in training_step"):
+        hunt(model=Adversaries(), out=tmp_path, **options)
+    assert not (tmp_path / "level_00").exists()
+    plain = Adversaries()
+    plain.network = MLP(5, [4], 3)  # type: ignore[assignment] - no batch norm
+    found = hunt(model=plain, out=tmp_path, **options)
+    assert [level["diagnosis"] for level in found["levels"]] == [{}, {}]
+    assert found["levels"][1]["connectivity"]["orders"]["metric"] == "val/loss"
+
+
+class Attached(Projected):
+    """Its training step asks for what it has inside of a fit only."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.trainer.training:
+            raise RuntimeError("no fit")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_that_cannot_be_looked_at_is_hunted_in_and_that_is_said(tmp_path: Path) -> None:
+    given = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+    with pytest.warns(UserWarning, match=r"gradient flow are not in the record, RuntimeError: .*no fit"):
+        found = hunt(model=Attached(), data=Blobs(), levels=1, trainer=given, **START, out=tmp_path)
+    assert [level["diagnosis"] for level in found["levels"]] == [{}, {}]
