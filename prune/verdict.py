@@ -1,5 +1,8 @@
 """The ``verdict`` job: are the tickets of several hunts tickets, and do they agree with each other?"""
 
+import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prune.hunting.judging import ALPHA, Judgement, judged
+from prune.hunting.settings import INITIAL, difference
 from prune.masks import Masks
 from workbench import artifact, records
 from workbench.source import Source
@@ -16,6 +20,9 @@ DENSE = "dense"
 """The control that is not pruned: it is matched, not beaten."""
 TWIN = "twin"
 """The ticket with another data order: the same ticket, not a control."""
+SPREAD = 0.1
+"""How far densities of one level may be apart: where whole channels are kept, seeds keep larger and smaller ones."""
+_DOWN = ("loss", "nll", "perplexity", "ece", "brier", "mse", "mae", "error", "kl")
 
 
 def verdict(
@@ -87,12 +94,17 @@ def _verdict(
         raise ValueError(f"hunts have seeds {seeds}: give hunts of different seeds, each counts as one observation")
     main, mode = all_levels[0][0]["monitor"]
     key = f"{split}/{metric or main}"
-    # A metric that is not the main one: the better direction of losses is down.
-    sign = 1 if (mode == "max" if metric in (None, main) else metric not in ("loss", "nll", "perplexity")) else -1
+    # A metric that is not the main one: the better direction of losses and errors is down.
+    sign = 1 if (mode == "max" if metric in (None, main) else not set(_DOWN) & set(re.split(r"[/_]", metric))) else -1
+    _check_alike(hunts)
+    least, most = min(map(len, all_levels)), max(map(len, all_levels))
+    if ended := [folder.name for folder, record in hunts.items() if len(record["levels"]) < most]:
+        said = f"only levels up to {least - 1}, which all have, are judged"
+        warnings.warn(f"{', '.join(ended)} ended early: {said}", stacklevel=3)
     levels = []
     for each in zip(*all_levels):
         densities = {round(record["density"], 6) for record in each}
-        if len(densities) > 1:
+        if min(densities) < (1 - SPREAD) * max(densities):
             raise ValueError(f"level {each[0]['level']} has densities {sorted(densities)}: give hunts of one recipe")
         levels.append(_level(each, [first[0] for first in all_levels], key, sign, delta))
         levels[-1]["overlap"] = _overlap([folder / f"level_{each[0]['level']:02d}" for folder in hunts])
@@ -106,6 +118,23 @@ def _verdict(
         "delta": delta,
         "levels": levels,
     }
+
+
+def _check_alike(hunts: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse hunts that differ in more than their seed, as far as their levels tell."""
+    first, *others = hunts
+    one, *more = (_settings(folder) for folder in hunts)
+    for folder, settings in zip(others, more):
+        if one and settings and (said := difference(settings, one)):
+            raise ValueError(
+                f"{folder} was made with {said} as {first} has it: give hunts that differ in their seed only, or a "
+                "sweep, which is judged group by group"
+            )
+
+
+def _settings(hunt: Path) -> dict[str, Any]:
+    found = (records.read(hunt / "level_00") or {}).get("settings") or {}
+    return {name: value for name, value in found.items() if name not in ("seed", INITIAL)}
 
 
 def _level(
@@ -141,7 +170,11 @@ def _difference(
     key, sign = judged_first["metric"], 1 if judged_first["higher_is_better"] else -1
     delta, levels = judged_first["delta"], []
     for level in range(min(len(found[seed]) for found in (ours, theirs) for seed in seeds)):
-        a, b = (_scores([found[seed][level] for seed in seeds], key, sign) for found in (ours, theirs))
+        rows = [_scores([found[seed][level] for seed in seeds], key, sign) for found in (ours, theirs)]
+        pairs = [pair for pair in zip(*rows) if all(map(math.isfinite, pair))]
+        if not pairs:
+            continue  # all diverged
+        a, b = zip(*pairs)
         levels.append(
             {
                 "level": level,

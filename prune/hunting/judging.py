@@ -1,5 +1,6 @@
 """Is it a ticket? One level of several hunts judged against the dense network and against its controls."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -57,8 +58,11 @@ def judged(
 
     Matching is non-inferiority: yes where the one-sided 95 % bound of ticket - dense is above -delta, no where it is
     below -delta from the other side. Beating is superiority: yes where a one-sided paired t test, after Holm over the
-    controls, has p <= .05; no where the ticket is as surely no better by more than delta. Seeds that all differ by the
-    same amount, or a single one, answer nothing.
+    controls, has p <= .05; no where the ticket is, by the same test, surely no better by more than delta. Seeds that
+    all differ by the same amount, or a single one, answer nothing.
+
+    A score that is not finite is of a training that diverged. The pairs of an arm that did are left out, which is to
+    the ticket's disadvantage; a ticket that did is none.
 
     Args:
         ticket: Scores of the tickets.
@@ -71,25 +75,45 @@ def judged(
     """
     if not delta > 0:
         raise ValueError(f"delta is {delta}: give what a ticket may lose on the dense network, above 0")
+    arms = {"ticket": ticket, **dense, **controls}
+    means = {arm: mean(finite) for arm, scores in arms.items() if (finite := [s for s in scores if math.isfinite(s)])}
+    if diverged := sum(not math.isfinite(score) for score in ticket):
+        return Judgement("no ticket", f"{diverged} of {len(ticket)} diverged", means, {}, {})
     matches = {}
-    for arm, scores in dense.items():
-        found = paired(ticket, scores)
+    for arm, found in _compared(ticket, dense).items():
         p = shifted(found, -delta)
         matches[arm] = Against(
             found, p, None if p is None else True if p <= ALPHA else False if p >= 1 - ALPHA else None
         )
-    found = {arm: paired(ticket, scores) for arm, scores in controls.items()}
-    raw = {arm: shifted(each, 0.0) for arm, each in found.items()}
-    known = {arm: p for arm, p in raw.items() if p is not None}
-    adjusted = dict(zip(known, holm(list(known.values()))))
     beats = {}
-    for arm, each in found.items():
-        p, above = adjusted.get(arm), shifted(each, delta)
-        holds = True if p is not None and p <= ALPHA else False if above is not None and above >= 1 - ALPHA else None
-        beats[arm] = Against(each, p, holds)
-    means = {"ticket": mean(ticket), **{arm: mean(scores) for arm, scores in {**dense, **controls}.items()}}
+    compared = _compared(ticket, controls)
+    above, below = _adjusted(compared, 0.0, 1), _adjusted(compared, delta, -1)
+    for arm, found in compared.items():
+        p, no = above.get(arm), below.get(arm)
+        holds = True if p is not None and p <= ALPHA else False if no is not None and no <= ALPHA else None
+        beats[arm] = Against(found, p, holds)
     verdict, why = _said(len(ticket), matches, beats)
-    return Judgement(verdict, why, means, matches, beats)
+    gone = {arm: sum(not math.isfinite(score) for score in scores) for arm, scores in arms.items()}
+    told = [f"{count} of {len(ticket)} {arm} diverged, left out" for arm, count in gone.items() if count]
+    return Judgement(verdict, "; ".join([why, *told]), means, matches, beats)
+
+
+def _compared(ticket: Sequence[float], others: Mapping[str, Sequence[float]]) -> dict[str, Paired]:
+    """Arm -> what the tickets have over it, in the pairs in which it did not diverge; without arms that all did."""
+    found = {}
+    for arm, scores in others.items():
+        whole = [index for index, score in enumerate(scores) if math.isfinite(score)]
+        if len(whole) == len(scores):
+            found[arm] = paired(ticket, scores)
+        elif whole:
+            found[arm] = paired([ticket[index] for index in whole], [scores[index] for index in whole])
+    return found
+
+
+def _adjusted(compared: Mapping[str, Paired], bound: float, side: Literal[1, -1]) -> dict[str, float]:
+    """Arm -> p, after Holm, of a mean difference above ``bound`` (side 1) or below it (-1); without open ones."""
+    raw = {arm: p for arm, found in compared.items() if (p := shifted(found, bound)) is not None}
+    return dict(zip(raw, holm([p if side > 0 else 1 - p for p in raw.values()])))
 
 
 def shifted(found: Paired, bound: float) -> float | None:

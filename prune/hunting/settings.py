@@ -19,7 +19,7 @@ from workbench.ranks import digest
 # Where and how a level is trained, and by whom it is watched, does not make it another one.
 _ELSEWHERE = ("accelerator", "devices", "num_nodes", "strategy", "callbacks", "plugins", "enable_checkpointing")
 _SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
-_WEIGHTS, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
+INITIAL, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
 _DEPTH, _LONGEST = 4, 100
 
 
@@ -40,7 +40,7 @@ def settings_of(
         **{name: plain(value) for name, value in chosen.items()},
         "module": plain(module),
         "network": describe(network) or re.sub(r" at 0x[0-9a-f]+", "", repr(network)),
-        _WEIGHTS: digest(module.state_dict())[:16],
+        INITIAL: digest(module.state_dict())[:16],
         "data": plain(data),
         "trainer": {name: plain(value) for name, value in sorted(budget.items()) if value is not None},
     }
@@ -51,7 +51,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = _flat(before), _flat(now)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     said = [
-        _MOVED if key == _WEIGHTS else f"{key} {_said(old.get(key))} instead of {_said(new.get(key))}" for key in keys
+        _MOVED if key == INITIAL else f"{key} {_said(old.get(key))} instead of {_said(new.get(key))}" for key in keys
     ]
     return ", ".join(said[:4]) + (" and more" if len(said) > 4 else "")
 

@@ -100,12 +100,17 @@ def test_groups_are_compared_with_the_first_within_seeds(tmp_path: Path) -> None
             for level in record["levels"][1:]:
                 level["metrics"]["test/accuracy"] += 1e-4 * (run["over"]["seed"] % 2)
             records.write(tmp_path / group / run["folder"], record)
+    record = records.read(tmp_path / "taught" / "seed-3") or {}
+    record["levels"][2]["metrics"]["test/accuracy"] = float("nan")
+    records.write(tmp_path / "taught" / "seed-3", record)
     found = verdict([Source(tmp_path / "labels"), Source(tmp_path / "taught")])
     assert [each["name"] for each in found["verdicts"]] == ["labels", "taught"]
     (difference,) = found["differences"]
     assert (difference["of"], difference["less"], difference["seeds"]) == ("taught", "labels", [0, 1, 2, 3])
     assert [level["said"] for level in difference["levels"]] == ["inconclusive", "above", "above"]
     assert difference["levels"][2]["paired"]["mean"] == pytest.approx(0.1, abs=1e-3)
+    assert [level["paired"]["n"] for level in difference["levels"]] == [4, 4, 3], "one diverged"
+    assert found["verdicts"][1]["levels"][2]["verdict"] == "no ticket"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -125,3 +130,43 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     records.write(Path(other), record)
     with pytest.raises(ValueError, match=r"level 1 has densities \[0.4, 0.5\]"):
         verdict([first, other])
+
+
+def test_hunts_of_other_settings_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for source, rate in zip(hunts, (0.2, 0.5)):
+        settings = {"rate": rate, "seed": rate, "initial weights": str(source)}
+        records.write(Path(source) / "level_00", {"status": "finished", "settings": settings})
+    with pytest.raises(ValueError, match=r"b was made with rate 0.5 instead of 0.2 as .*a has it"):
+        verdict(hunts)
+    records.write(Path(hunts[1]) / "level_00", {"status": "finished", "settings": {"rate": 0.2, "seed": 9}})
+    assert verdict(hunts)["verdicts"][0]["seeds"] == [0, 1]
+
+
+def test_levels_that_a_hunt_did_not_reach_are_told_of(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    record = records.read(Path(hunts[1])) or {}
+    records.write(Path(hunts[1]), {**record, "levels": record["levels"][:2]})
+    with pytest.warns(UserWarning, match="seed1 ended early: only levels up to 1, which all have, are judged"):
+        found = verdict(hunts)["verdicts"]
+    assert len(found[0]["levels"]) == 2
+
+
+def test_whole_channels_leave_densities_a_little_apart(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(2)]
+    record = records.read(Path(hunts[1])) or {}
+    record["levels"][1]["density"] = 0.48
+    records.write(Path(hunts[1]), record)
+    assert len(verdict(hunts)["verdicts"][0]["levels"]) == 3
+
+
+@pytest.mark.parametrize(("metric", "higher"), [("mae", False), ("r2", True), ("loss", False), ("top5_accuracy", True)])
+def test_errors_are_better_low(tmp_path: Path, metric: str, higher: bool) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(2)]
+    for source in hunts:
+        record = records.read(Path(source)) or {}
+        for level in record["levels"]:
+            for row in (level, *level.get("controls", {}).values()):
+                row["metrics"][f"test/{metric}"] = row["metrics"]["test/accuracy"]
+        records.write(Path(source), record)
+    assert verdict(hunts, metric=metric)["verdicts"][0]["higher_is_better"] is higher

@@ -78,3 +78,25 @@ def test_a_ticket_that_is_none_is_seldom_called_one() -> None:
 def test_delta_has_to_be_given() -> None:
     with pytest.raises(ValueError, match=r"delta is 0: give what a ticket may lose"):
         judged(TICKET, {"level 0": DENSE}, {}, delta=0)
+
+
+def test_what_diverged_is_left_out_and_said() -> None:
+    nan = float("nan")
+    lost = [nan, *WORSE[1:]]
+    result = judged(TICKET, {"level 0": DENSE}, {"reinit": lost, "random": [nan] * 4, "shuffled": WORSE}, delta=0.005)
+    assert result.verdict == "ticket"
+    assert result.why.endswith(
+        "beats reinit and shuffled; 1 of 4 reinit diverged, left out; 4 of 4 random diverged, left out"
+    )
+    assert (result.beats["reinit"].paired.n, result.means["reinit"].n) == (3, 3)
+    assert "random" not in result.means | result.beats
+    none = judged([*TICKET[1:], nan], {"level 0": DENSE}, {"reinit": WORSE}, delta=0.005)
+    assert (none.verdict, none.why) == ("no ticket", "1 of 4 diverged")
+
+
+def test_a_no_is_adjusted_over_the_controls_too() -> None:
+    """One in twenty is no surprise among many."""
+    near = [t - 0.005 - d for t, d in zip(TICKET, [-0.004, -0.001, -0.008, -0.0065])]
+    alone = judged(TICKET, {}, {"a": near}, delta=0.005).beats["a"]
+    beside = judged(TICKET, {}, {"a": near, **dict.fromkeys("bcdefgh", WORSE)}, delta=0.005).beats["a"]
+    assert (alone.holds, beside.holds) == (False, None)
