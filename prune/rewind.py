@@ -36,8 +36,8 @@ class RewindPoint(Checkpoint):
         path: The file.
 
     Raises:
-        ValueError: When training starts, if it ends before the point; in training, if it steps over the point inside a
-            batch, as a module with several optimizers may.
+        ValueError: When training starts, if it ends before the point, or goes on from after it and the file is missing;
+            in training, if it steps over the point inside a batch, as a module with several optimizers may.
 
     Source: Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020,
     arXiv:1912.05671; Renda, Frankle, Carbin, "Comparing Rewinding and Fine-tuning", 2020, arXiv:2003.02389.
@@ -57,6 +57,12 @@ class RewindPoint(Checkpoint):
                 "rewind to an earlier point"
             )
         self._reached = trainer.global_step > 0 and self.path.is_file()
+        done = trainer.current_epoch if self.at.unit == "ep" else trainer.global_step
+        if trainer.global_step > 0 and done >= self.at.value and not self._reached:
+            raise ValueError(
+                f"{self.path} is missing, and training goes on from after that point: move the folder that it goes on "
+                "from aside, to train from the start"
+            )
         if self.at.value == 0 and trainer.global_step == 0:
             self._take(trainer)
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -117,6 +118,43 @@ def test_killed_twenty_times() -> None:
     done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "20 of 20 ended as the undisturbed run" in done.stdout
+
+
+LAUNCHERS = {"lightning": (), "torchrun": ("torch.distributed.run", "--nproc_per_node=2", "-m")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_killed_together_end_as_undisturbed(tmp_path: Path, launcher: str, strategy: str) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    for folder in (whole, pieces):
+        folder.mkdir()
+    assert started(whole, launcher, strategy).wait(300) == 0, (whole / "log.txt").read_text()
+    for level in ("level_00", "level_01/shuffled", "level_03"):
+        process = started(pieces, launcher, strategy)
+        last = pieces / "run" / "ticket" / level / "checkpoints" / "last.ckpt"
+        while process.poll() is None and not last.exists():
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (pieces / "log.txt").read_text()
+    assert started(pieces, launcher, strategy).wait(300) == 0, (pieces / "log.txt").read_text()
+    assert len(levels(whole)) == 7
+    assert levels(pieces) == levels(whole)
+
+
+def started(folder: Path, launcher: str, strategy: str) -> subprocess.Popen[bytes]:
+    """The hunt in two processes, all of one group."""
+    divided = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    given = {"devices": 2, "strategy": divided if strategy == "fsdp2" else "ddp"}
+    text = RECIPE.replace("norm: batch", "norm: layer").replace("cpu}", f"cpu, {json.dumps(given)[1:]}")
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "workbench", "run", "recipe.yaml", "--out", "run"]
+    log = (folder / "log.txt").open("ab")
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, call: str, after: int, number: int) -> None:
@@ -291,13 +329,17 @@ def test_a_damaged_checkpoint_is_named(
     assert levels(tmp_path) == whole
 
 
-def test_a_rewind_point_that_is_damaged_before_level_0_is_done(
+def test_a_rewind_point_that_is_damaged_or_missing_before_level_0_is_done(
     tmp_path: Path, whole: dict[str, Any], stopped: Any, capfd: Any
 ) -> None:
     stopped(tmp_path, "level_00")
     level = tmp_path / "run" / "ticket" / "level_00"
     point = tmp_path / "run" / "ticket" / "checkpoints" / "rewind.ckpt"
     assert (level / "checkpoints" / "last.ckpt").is_file()
+    moved = point.rename(tmp_path / "moved")
+    assert run(tmp_path) == 1
+    assert f"{point} is missing" in capfd.readouterr().err
+    moved.rename(point)
     point.write_bytes(flipped(point.read_bytes()))
     assert run(tmp_path) == 1
     said = capfd.readouterr().err
