@@ -12,7 +12,7 @@ from prune.allocation import ALLOCATIONS, Allocation
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.keeping import nearest
 from prune.masks import Masks
-from prune.pruner.scope import Patterns, check_fits, check_weight, matching, patterns_of, prunable
+from prune.pruner.scope import Patterns, check_fits, check_weight, matching, output_weight, patterns_of, prunable
 from prune.schedule import check_density, exponential, kept
 from prune.structure import STRUCTURES, Layout, Structure, structure_named
 from workbench.bits import pack, unpack
@@ -36,7 +36,7 @@ class Pruner:
             for all.
         exclude: name patterns or types of layers; weights that match one are not pruned.
         output: name pattern of the output layers, which ``"layerwise"`` prunes more slowly. None for the last
-            prunable weight in definition order.
+            Linear or Conv layer in definition order; none is, where that is not pruned, as a head tied to an embedding.
         seed: for criteria that draw random numbers; the draw depends on nothing but this and the parameter's
             name.
         smallest: weights of fewer entries are not pruned.
@@ -126,7 +126,7 @@ class Pruner:
                 )
         if density == 1:
             return Masks.ones(weights) if within is None else within
-        outputs = self._outputs(layout, list(everything))
+        outputs = self._outputs(model, layout, everything)
         if scores is not None:
             check_fits("scores", scores, weights)
             return self._agreed(self._chosen(layout, weights, scores, density, within, outputs))
@@ -187,9 +187,13 @@ class Pruner:
                 )
         return layout
 
-    def _outputs(self, layout: Layout, names: Sequence[str]) -> list[str]:
+    def _outputs(self, model: nn.Module, layout: Layout, weights: Mapping[str, nn.Parameter]) -> list[str]:
         """The keys of the output layers."""
-        found = names[-1:] if self.output is None else matching("output", (self.output,), {n: [n] for n in names})
+        if self.output is not None:
+            found = matching("output", (self.output,), {name: [name] for name in weights})
+        else:
+            last = output_weight(model)
+            found = [name for name, weight in weights.items() if weight is last]
         return [key for name in found for key, _ in layout.members.get(name, ())]
 
     def _data(self, loader: Any, loss: Any) -> tuple[Any, ...]:

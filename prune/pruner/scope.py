@@ -72,6 +72,19 @@ def _is_prunable(name: str, layer: nn.Module) -> bool:
     return known and name.rpartition(".")[2] == "weight"
 
 
+def output_weight(model: nn.Module) -> nn.Parameter | None:
+    """That of the last Linear or Conv layer in definition order, may it be pruned or, as a tied one, not."""
+    return next(
+        (
+            parameter
+            for layer in reversed(list(model.modules()))
+            for name, parameter in reversed(layer._parameters.items())
+            if parameter is not None and _is_prunable(name, layer)
+        ),
+        None,
+    )
+
+
 def check_weight(name: str, weight: nn.Parameter) -> None:
     """Whether a weight has values that can be ranked; called on every rank that has a shard of it.
 

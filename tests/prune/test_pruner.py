@@ -468,6 +468,15 @@ def test_output_layer_is_the_last_or_the_one_named():
     assert [k for k, _ in first.counts().values()] == [90, 80, 80]
 
 
+def test_a_tied_or_excluded_output_leaves_no_other_layer_in_its_place():
+    """The last layer of the body is no output."""
+    model = nn.Sequential(nn.Embedding(10, 10), *mlp(10, 10, 10, 10))
+    inner = Pruner(allocation="layerwise", exclude=f"{len(model) - 1}.*")(model, 0.8)
+    assert [k for k, _ in inner.counts().values()] == [80, 80]
+    model[-1].weight = model[0].weight
+    assert [k for k, _ in Pruner(allocation="layerwise")(model, 0.8).counts().values()] == [80, 80]
+
+
 # Weights that cannot be ranked
 
 
