@@ -17,7 +17,7 @@ from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import EarlyBird
 from prune.connectivity import between
 from prune.connectivity.visiting import batch_norms
-from prune.hunting.arms import ARMS, Hunt
+from prune.hunting.arms import ARMS, Hunt, check_other
 from prune.hunting.lightning import LightningTrainee, check_criterion
 from prune.hunting.plan import densities_of, enough, scores
 from prune.hunting.settings import settings_of
@@ -185,6 +185,7 @@ def hunt(
 def search(hunt: Hunt) -> list[dict[str, Any]]:
     """Train, prune, rewind, repeat: the records of the levels, each with those of its controls."""
     hunt.store.check()
+    check_other(hunt)
     levels: list[dict[str, Any]] = []
     for level in range(len(hunt.densities)):
         done = {arm: trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}
@@ -203,10 +204,8 @@ def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     if level:
         _check_points(hunt)
     what = ARMS[arm](hunt, level)
-    name = "" if arm == TICKET else f", {arm}"
-    part = (level, len(hunt.densities), f"level {level}{name}, density {hunt.densities[level]:.1%}")
-    result = hunt.trainee.train(what, folder, part, level)
-    masks = hunt.pruner(hunt.trainee.network, 1.0) if what.masks is None else what.masks
+    result = hunt.trainee.train(what, folder, hunt.part(level, arm), level)
+    masks = Masks.ones(hunt.pruner.scope(hunt.trainee.network)) if what.masks is None else what.masks
     masks.apply(hunt.trainee.network)
     hunt.trainee.save(folder, result, masks)
     result |= {"diagnosis": hunt.study(masks)} if hunt.study else {}

@@ -7,7 +7,7 @@ the same random numbers in training, the same end.
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,12 +68,40 @@ class Hunt:
     untrained: nn.Module | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        check_names("rewinding", [self.rewinding], REWINDING)
+        check_names("order", [self.order], ("same", "fresh"))
+        check_names("controls", self.controls, [name for name in ARMS if name != TICKET])
+        if not (self.fall or 0) >= 0 or self.patience < 1:
+            said = f"fall is {self.fall} and patience {self.patience}"
+            raise ValueError(f"{said}: give a fall of 0 or more, and at least 1 level")
         if "reinit" in self.controls:
             object.__setattr__(self, "untrained", copy.deepcopy(self.trainee.network))
+
+    def arms(self, level: int) -> tuple[str, ...]:
+        """What is trained at a level, in order."""
+        controls = self.controls if level else ()
+        return (TICKET, *controls, *(("twin",) if self.connect is not None and "twin" not in controls else ()))
+
+    def part(self, level: int, arm: str) -> tuple[int, int, str]:
+        """Which of how many trainings the one of ``arm`` at ``level`` is, and its label, for a progress bar."""
+        levels = range(len(self.densities)) if self.given is None else (level,)
+        trainings = [(each, name) for each in levels for name in self.arms(each)]
+        label = f"level {level}{'' if arm == TICKET else f', {arm}'}, density {self.densities[level]:.1%}"
+        return trainings.index((level, arm)), len(trainings), label
 
     def seed(self, level: int) -> int:
         """Of the data order and everything random at ``level``: the ticket's and its controls' alike."""
         return self.trainee.seed if self.order == "same" or level == 0 else derived(self.trainee.seed, level, "order")
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is none of those known.
+
+    Raises:
+        ValueError: Naming it and them.
+    """
+    if odd := [name for name in given if name not in known]:
+        raise ValueError(f"{what} has {odd[0]!r}: choose of {list(known)}")
 
 
 def ticket(hunt: Hunt, level: int) -> Arm:
@@ -81,7 +109,8 @@ def ticket(hunt: Hunt, level: int) -> Arm:
     if hunt.given is not None:
         return hunt.given
     if level == 0:
-        return Arm(Start("first"), None, hunt.trainee.seed)
+        moments = ("point", "end") if hunt.rewinding == "fine_tuning" else ("point",)
+        return Arm(Start("first"), None, hunt.trainee.seed, moments)
     trained = hunt.store.weights(level - 1)
     hunt.trainee.load(trained)
     masks = hunt.trainee.pruned(hunt.pruner, hunt.densities[level], hunt.store.masks(level - 1))
@@ -148,23 +177,48 @@ def other(hunt: Hunt, level: int) -> Arm:
     """The ticket's start under the mask that another hunt in the same network has at this level.
 
     Raises:
-        ValueError: If it has no such finished level, or its mask is of another network or density.
+        ValueError: As :func:`theirs`; or if the mask is of another density.
     """
-    if hunt.other is None:
-        raise ValueError("the control 'other' is the mask of another hunt, and none is named: give its folder as other")
     layout, masks = _units(hunt, level)
-    theirs, folder = Store(hunt.other, "").folder(level), hunt.store.folder(level)
-    if records.finished(theirs) is None:
-        raise ValueError(f"{theirs} is no finished level, and {folder} is to have its mask: finish that hunt first")
-    found = Masks(artifact.masks(theirs))
-    shapes, expected = ({name: tuple(mask.shape) for name, mask in each.items()} for each in (found, masks))
-    if odd := [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]:
-        said = f"{odd[0]!r} is {shapes.get(odd[0], 'not pruned')} there, {expected.get(odd[0], 'not pruned')} here"
-        raise ValueError(f"{theirs} and {folder} prune different networks: {said}")
+    found, folder = theirs(hunt, level), hunt.store.folder(level)
     one, two = _density(layout, found), _density(layout, masks)
     if abs(one - two) * sum(layout.units.values()) > len(layout.units):
-        raise ValueError(f"{theirs} has density {one:.4g}, {folder} {two:.4g}: name a hunt of the same densities")
+        said = f"{_other(hunt, level)} has density {one:.4g}, {folder} {two:.4g}"
+        raise ValueError(f"{said}: name a hunt of the same densities")
     return Arm(began(hunt, level), found, hunt.seed(level))
+
+
+def theirs(hunt: Hunt, level: int) -> Masks:
+    """The mask that the other hunt has at a level.
+
+    Raises:
+        ValueError: If none is named, it has no such finished level, its mask is of another network, or the control here
+            was trained with another one.
+    """
+    place, folder = _other(hunt, level), hunt.store.folder(level)
+    if records.finished(place) is None:
+        raise ValueError(f"{place} is no finished level, and {folder} is to have its mask: finish that hunt first")
+    found = Masks(artifact.masks(place))
+    weights = hunt.pruner.scope(hunt.trainee.network)
+    shapes, expected = ({name: tuple(each.shape) for name, each in of.items()} for of in (found, weights))
+    if odd := [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]:
+        said = f"{odd[0]!r} is {shapes.get(odd[0], 'not pruned')} there, {expected.get(odd[0], 'not pruned')} here"
+        raise ValueError(f"{place} and {folder} prune different networks: {said}")
+    if hunt.store.finished(level, "other") is not None and hunt.store.masks(level, "other") != found:
+        raise ValueError(f"{folder / 'other'} was trained under another mask than {place} has: move it aside")
+    return found
+
+
+def check_other(hunt: Hunt) -> None:
+    """Make sure, before anything is trained, that the control ``other`` has its masks.
+
+    All of them, or where ``fall`` may end the hunt before the last level, the first.
+
+    Raises:
+        ValueError: As :func:`theirs`.
+    """
+    for level in range(1, len(hunt.densities) if hunt.fall is None else 2) if "other" in hunt.controls else ():
+        theirs(hunt, level)
 
 
 def twin(hunt: Hunt, level: int) -> Arm:
@@ -188,6 +242,12 @@ def rewound(hunt: Hunt, trained: Trained) -> Start:
 def began(hunt: Hunt, level: int) -> Start:
     """Where the ticket of a level beyond 0 started."""
     return rewound(hunt, hunt.store.weights(level - 1)) if hunt.given is None else hunt.given.start
+
+
+def _other(hunt: Hunt, level: int) -> Path:
+    if hunt.other is None:
+        raise ValueError("the control 'other' is the mask of another hunt, and none is named: give its folder as other")
+    return Store(hunt.other, "").folder(level)
 
 
 def _ordered(hunt: Hunt, start: Start) -> Start:

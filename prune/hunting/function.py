@@ -6,12 +6,11 @@ from typing import Any, Literal, cast, final
 
 from torch import Tensor, nn
 
-from prune.hunting.arms import ARMS, Hunt
+from prune.hunting.arms import Hunt
 from prune.hunting.level import Level, Moments
 from prune.hunting.plan import densities_of
-from prune.hunting.rewinding import REWINDING
 from prune.hunting.settings import settings_of
-from prune.hunting.store import TICKET, Store
+from prune.hunting.store import Store
 from prune.hunting.trainee import Arm, Trainee
 from prune.masks import Masks
 from prune.pruner import Pruner
@@ -123,9 +122,6 @@ def find_tickets(
     densities, out = densities_of(density, levels, rate, fall), Path(out)
     controls = (*controls, *(("other",) if other else ()))
     point, every = _updates("rewind", rewind, 0), _updates("checkpoint", checkpoint, 1)
-    _check_names("rewinding", [rewinding], REWINDING)
-    _check_names("order", [order], ("same", "fresh"))
-    _check_names("controls", controls, [name for name in ARMS if name != TICKET])
     pruner = Pruner(seed=seed) if pruner is None else pruner
     pruner.check(model, *densities)
     chosen = {"rate": rate, "densities": densities, "rewind": point, "rewinding": rewinding, "order": order}
@@ -235,8 +231,3 @@ def _updates(what: str, given: str | Duration, least: int) -> int:
     if duration.unit != "it" or duration.value < least:
         raise ValueError(f"{what} is {duration}: a function has updates only, give {max(least, 500)}it or the like")
     return duration.value
-
-
-def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    if odd := [name for name in given if name not in known]:
-        raise ValueError(f"{what} has {odd[0]!r}: choose of {list(known)}")

@@ -61,7 +61,7 @@ class Level:
         self.number, self.seed, self.masks = number, arm.seed, arm.masks
         self._model, self._start, self._moments = model, arm.start, moments
         self._rewind, self._every, self._first = rewind, every, first
-        self._leaves = number == 0 and arm.start.at == "first" and arm.masks is None
+        self._leaves = arm.leaves
         self._resumed = moments.last.is_file()
         here = {"first": None, "point": moments.point, "end": moments.end}[arm.start.at]
         here = moments.last if self._resumed else here
@@ -180,7 +180,7 @@ class Level:
             )
         if self.masks is not None and not self.masks.obeyed_by(self._model):
             raise ValueError("pruned weights moved: give level.begin all optimizers that step the model")
-        if self._leaves:
+        if "end" in self._leaves:
             self._keep(self._moments.end)
         return self._began, self.step
 
@@ -215,11 +215,12 @@ class Level:
                 self._groups[index] = groups_of(stepped)
 
             def same(stepped: Any, *_: Any, index: int = index) -> None:
-                hold(stepped, self._groups[index])
+                if index in self._groups:  # else it never stepped
+                    hold(stepped, self._groups[index])
 
             if self._start.at == "end":
                 same(unwrapped(optimizer))
-            if self._start.at == "end" or self._leaves:
+            if self._start.at == "end" or "end" in self._leaves:
                 hook = same if self._start.at == "end" else look
                 removers.append(unwrapped(optimizer).register_step_pre_hook(hook).remove)
         if self._start.at == "end":

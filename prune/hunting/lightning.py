@@ -38,7 +38,8 @@ WEIGHTS = "rewind.safetensors"
 
 @final
 class LightningTrainee(Trainee):
-    """Trains a module in Lightning; the moments of level 0, its rewind point and its end, are Lightning's checkpoints.
+    """Trains a module in Lightning; the moments of level 0 are Lightning's checkpoints: its rewind point, and its end
+    where later levels are fine-tuned.
 
     Weights that a training is to start with are those of the network. What else the module has, a projector of a
     distillation say, is as it was at the moment, and before the first update as the module is now.
@@ -87,8 +88,7 @@ class LightningTrainee(Trainee):
             load_whole(self.module, self._untouched)
             if arm.start.weights is not None:
                 self.load(arm.start.weights)
-        leaves = level == 0 and start is None and arm.masks is None
-        callbacks, early = self._callbacks(arm, start, leaves)
+        callbacks, early = self._callbacks(arm, start)
         with warnings.catch_warnings():
             # What only looks on at a level, and is in its checkpoints, is another one at the next.
             warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['EarlyBird")
@@ -103,24 +103,25 @@ class LightningTrainee(Trainee):
                 callbacks=[*callbacks, *self.watched(folder)],
                 part=part,
             )
-        if leaves and not self.point.is_file():
+        if arm.leaves and not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
-        if leaves:
+        if arm.leaves:
             check_checkpoint(self.point, f"move {folder} aside to train it anew")
-            self._keep_end(folder)
             self._keep_weights()
+        if "end" in arm.leaves:
+            self._keep_end(folder)
         del result["masks"]  # level 0 has none, the others the arm's
         result["best"] = best_of(result["history"], 0 if start is None else _counters(start)[0])
         # Beside the history, so that the last level, which nothing follows, has one like the others'.
         far = [row.pop("mask_distance") for row in result["history"] if "mask_distance" in row]
         return {**result, **({"mask_distances": far} if far else {}), **({"stopped": early.ended} if early else {})}
 
-    def _callbacks(self, arm: Arm, start: Path | None, leaves: bool) -> tuple[list[Callback], EarlyStop | None]:
-        """What makes a plain training that of ``arm``, in order, and one that ``leaves`` the moments to start from."""
+    def _callbacks(self, arm: Arm, start: Path | None) -> tuple[list[Callback], EarlyStop | None]:
+        """What makes a plain training that of ``arm``, in order."""
         made: list[Callback] = [] if start is None else [Return(start, arm.start, self.load)]
-        if leaves:
-            made += [LastUpdate(), RewindPoint(self.rewind, self.point)]
-        elif start == self._end:
+        made += [LastUpdate()] if "end" in arm.leaves else []
+        made += [RewindPoint(self.rewind, self.point)] if arm.leaves else []
+        if start == self._end:
             made.append(LastUpdate(held=True))
         if arm.masks is not None:
             made.append(KeepMasked(arm.masks))

@@ -48,22 +48,24 @@ def densities_of(
 def enough(levels: Sequence[Mapping[str, Any]], fall: float | None, patience: int) -> bool:
     """Whether the last ``patience`` levels all score more than ``fall`` below level 0, on validation data.
 
-    Without a validation score a hunt never has enough.
-
     Args:
         levels: Records of the levels so far.
         fall: In the unit of the main metric, 0 or more; None never ends.
         patience: 1 or more.
 
     Raises:
-        ValueError: If ``fall`` or ``patience`` is out of range.
+        ValueError: If level 0 has no validation score to fall from.
     """
     if fall is None:
         return False
-    if not fall >= 0 or patience < 1:
-        raise ValueError(f"fall is {fall} and patience {patience}: give a fall of 0 or more, and at least 1 level")
     dense, *others = scores(levels)
-    return math.isfinite(dense) and len(others) >= patience and all(not s >= dense - fall for s in others[-patience:])
+    if not math.isfinite(dense):
+        name, _ = levels[0]["monitor"]
+        raise ValueError(
+            f"fall is {fall}, but level 0 has no finite val/{name} to fall from: give validation data, let the module "
+            f"log that, or say by density or levels alone how far to go"
+        )
+    return len(others) >= patience and all(not s >= dense - fall for s in others[-patience:])
 
 
 def scores(levels: Sequence[Mapping[str, Any]]) -> list[float]:

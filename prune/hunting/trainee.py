@@ -48,11 +48,13 @@ class Arm:
         start: Where it begins.
         masks: What stays at zero; None for a dense one.
         seed: Of its data order and of everything random in it.
+        leaves: The moments that it keeps for later ones to start from: ``"point"``, ``"end"``.
     """
 
     start: Start
     masks: Masks | None
     seed: int
+    leaves: tuple[str, ...] = ()
 
 
 class Trainee(ABC):
@@ -68,7 +70,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def train(self, arm: Arm, folder: Path, part: tuple[int, int, str], level: int) -> dict[str, Any]:
-        """Train the network in place, resuming what was begun in ``folder``; level 0 leaves the rewind point.
+        """Train the network in place, resuming what was begun in ``folder``; it leaves the moments that ``arm`` says.
 
         Args:
             arm: From where, under which masks.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prune.hunting.arms import ARMS, Hunt, began
+from prune.hunting.arms import ARMS, Hunt, began, check_other
 from prune.hunting.plan import derived
 from prune.hunting.reinit import reinitialised
 from prune.hunting.store import Store
@@ -353,3 +353,21 @@ def test_batches_and_noise_are_those_of_the_ticket(tmp_path: Path, order: str, l
         assert densities == {"reinit": ours, "shuffled": ours, "random": ours, "dense": 1.0}
         kept = {name: Masks(artifact.masks(f"{ticket}/{name}")) for name in ("reinit", "shuffled", "random")}
         assert kept["reinit"].hash() == result["levels"][level]["mask_hash"] != kept["shuffled"].hash()
+
+
+def test_another_hunt_is_looked_at_before_training_and_again(tmp_path: Path) -> None:
+    theirs = hunted(tmp_path / "theirs", seed=2)
+    ours = Hunt(Drifting(Net()), Pruner(), DENSITIES, Store(tmp_path / "ours", "key"), controls=("other",))
+    ours = replace(ours, other=theirs.store.out)
+    check_other(ours)
+    for level in range(2):
+        train(ours, level, "ticket")
+    train(ours, 1, "other")
+    check_other(ours)
+    third = hunted(tmp_path / "third", seed=3)
+    with pytest.raises(ValueError, match=r"level_01/other was trained under another mask than .*third/level_01 has"):
+        check_other(replace(ours, other=third.store.out))
+    (tmp_path / "theirs" / "level_02" / "record.json").unlink()
+    with pytest.raises(ValueError, match=r"theirs/level_02 is no finished level"):
+        check_other(ours)
+    check_other(replace(ours, fall=0.1))

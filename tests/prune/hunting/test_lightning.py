@@ -1,5 +1,6 @@
 """What a LightningModule's trainings share, whatever it is: its moments, what is not its network, its own callbacks."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from prune.hunting.arms import Hunt
+from prune.hunting.store import Store
+from prune.pruner import Pruner
 from prune.ticket import hunt
 from tests.prune.hunting.trainings import BATCHES, SGD, Blobs, Net, Watch, hunted, same, trainee, weights
 from workbench.duration import Duration
@@ -180,7 +184,7 @@ def test_fine_tuning_after_a_stop_on_the_way_has_the_whole_budget(tmp_path: Path
 
 def test_both_moments_are_kept_and_looked_at(tmp_path: Path) -> None:
     levels = hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
-    assert set(levels[0]["points"]) >= {"point", "end"}
+    assert set(levels[0]["points"]) == {"point", "end", "weights"}
     assert "points" not in levels[1]
     shutil.rmtree(tmp_path / "level_01")
     end = tmp_path / "checkpoints" / "end.ckpt"
@@ -197,6 +201,7 @@ def test_a_second_order_of_level_zero_leaves_its_moments_alone(tmp_path: Path) -
     of = trainee(tmp_path, rewind="0it")
     levels = hunted(tmp_path, of, (1.0, 0.5), controls=("twin",))
     assert of.points() == levels[0]["points"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["rewind.ckpt", "rewind.safetensors"]
 
 
 def test_a_module_stepped_by_hand_is_hunted_in_and_connected(tmp_path: Path) -> None:
@@ -227,3 +232,50 @@ def test_a_module_that_cannot_be_looked_at_is_hunted_in_and_that_is_said(tmp_pat
     with pytest.warns(UserWarning, match=r"gradient flow are not in the record, RuntimeError: .*no fit"):
         found = hunt(model=Attached(), data=Blobs(), levels=1, trainer=given, **START, out=tmp_path)
     assert [level["diagnosis"] for level in found["levels"]] == [{}, {}]
+
+
+class Exploding(Projected):
+    """Trained at a rate that no network survives, where nothing is pruned and level 0 is over."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if "dense" in self.trainer.default_root_dir else loss
+
+
+def test_a_control_that_diverges_is_a_control_all_the_same(tmp_path: Path) -> None:
+    of = trainee(tmp_path, Exploding())
+    with pytest.warns(UserWarning, match="val/loss: not finite after training"):
+        levels = hunted(tmp_path, of, (1.0, 0.5), controls=("dense",))
+    assert math.isnan(levels[1]["controls"]["dense"]["metrics"]["val/loss"])
+    assert math.isfinite(levels[1]["metrics"]["val/loss"])
+
+
+def test_every_training_of_a_hunt_has_its_place_on_the_bar(tmp_path: Path) -> None:
+    of = trainee(tmp_path)
+    hunt = Hunt(
+        of, Pruner(), (1.0, 0.5, 0.25), Store(tmp_path, "k"), controls=("reinit", "dense"), connect=lambda *_: {}
+    )
+    asked = [hunt.part(level, arm) for level in range(3) for arm in hunt.arms(level)]
+    assert [(done, total) for done, total, _ in asked] == [(i, 10) for i in range(10)]
+    assert asked[3][2] == "level 1, reinit, density 50.0%"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"controls": ("nothing",)}, "controls has 'nothing': choose of"),
+        ({"controls": ("other",)}, "none is named: give its folder as other"),
+        ({"fall": -1.0}, "fall is -1.0 and patience 1"),
+        ({"fall": 0.1, "patience": 0}, "fall is 0.1 and patience 0"),
+    ],
+)
+def test_mistakes_are_named_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), **options)
+    assert not (tmp_path / "level_00").exists()
+
+
+def test_a_fall_needs_a_score_to_fall_from(tmp_path: Path) -> None:
+    of = trainee(tmp_path, trainer={"limit_val_batches": 0})
+    with pytest.raises(ValueError, match=r"fall is 0.1, but level 0 has no finite val/accuracy to fall from"):
+        hunted(tmp_path, of, (1.0, 0.5), fall=0.1)
