@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -17,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.data import _replace_dunder_methods, _update_dataloader
 from PIL import Image
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from workbench.data import Augment, Digits, IDXImages, ParquetImages
 from workbench.data.augment import augmented, random_bits
@@ -156,6 +158,10 @@ def test_loaders_are_plain_so_that_a_trainer_can_rebuild_them():
         data_loader = getattr(Digits(), f"{part}_dataloader")()
         assert type(data_loader) is DataLoader
         assert type(data_loader.sampler) is sampler
+        with _replace_dunder_methods(DataLoader, "dataset"):
+            data_loader = getattr(Digits(), f"{part}_dataloader")()
+        again = _update_dataloader(data_loader, DistributedSampler(data_loader.dataset, 2, 0))
+        assert len(again.sampler) == math.ceil(len(data_loader.dataset) / 2)
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])

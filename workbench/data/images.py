@@ -132,8 +132,8 @@ def loader(data: LabelledImages, batch_size: int, num_workers: int, shuffle: boo
     generator = torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED)
     return DataLoader(
         data,
-        batch_size,
-        shuffle,
+        batch_size=batch_size,
+        shuffle=shuffle,
         num_workers=num_workers,
         collate_fn=_as_is,
         generator=generator,

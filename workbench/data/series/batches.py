@@ -180,8 +180,8 @@ class SeriesModule(pl.LightningDataModule, ABC):
     def _loader(self, part: str, shuffle: bool) -> DataLoader[Any]:
         return DataLoader(
             self.parts[part],
-            self.batch_size,
-            shuffle,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
             num_workers=self.num_workers,
             collate_fn=self._ready.collate,
             generator=torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED),

@@ -146,8 +146,8 @@ class TextModule(pl.LightningDataModule, ABC):
         generator = torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED)
         return DataLoader(
             self.parts[part],
-            self.batch_size,
-            shuffle,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
             num_workers=self.num_workers,
             collate_fn=self._ready.collate,
             generator=generator,
