@@ -355,7 +355,7 @@ def distill(
         teacher: A stage that trained one or cached its outputs, or a folder or hub name to load one from; or several
             that train, whose logits are averaged.
         data: The data module.
-        task: Loss and metrics; by default classification over the data module's `classes`.
+        task: Loss and metrics; by default the data module's own `task`, else classification over its `classes`.
         temperature: Softens both outputs; the loss is scaled by its square.
         alpha: Weight of the soft targets, 0 (labels only) to 1 (teacher only).
         losses: Terms of the objective by name, instead of temperature and alpha.

@@ -43,7 +43,7 @@ def compare(
         teacher: A stage of the recipe, or a folder with a compact checkpoint.
         students: Stages or folders like that, e.g. [alone, distilled]; a student of a family is stage/name.
         data: The data module; its `names`, if it has any, are the classes'.
-        task: How to read batches and outputs; by default classification over the data module's `classes`.
+        task: How to read batches and outputs; by default the data module's `task`, else classification over `classes`.
         split: Which part of the data to score on, test or val.
         baseline: The student that the others are compared with, by its name in `students`; the first by default.
         device: Where to compute, e.g. cpu or cuda:1; a GPU by default if there is one.

@@ -65,13 +65,14 @@ def trains(build: Callable[..., LightningModule]) -> Callable[[JobT], JobT]:
 
 
 def task_for(data: LightningDataModule, task: Task | None) -> Task:
-    """The task given, else classification over the data module's ``classes``.
+    """The task given, else the data module's own ``task``, else classification over its ``classes``.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is none of them.
     """
-    if task is not None:
-        return task
+    own = getattr(data, "task", None) if task is None else task
+    if isinstance(own, Task):
+        return own
     classes = getattr(data, "classes", None)
     if not isinstance(classes, int):
         raise ValueError(
@@ -129,7 +130,7 @@ def fit(
     Args:
         model: A network, or a LightningModule of your own, which brings its loss, metrics and optimizer.
         data: The data module.
-        task: Loss and metrics; by default classification over the data module's `classes`.
+        task: Loss and metrics; by default the data module's own `task`, else classification over its `classes`.
         optimizer: AdamW at 1e-3 by default.
         lr_scheduler: Stepped once an epoch; constant by default.
         trainer: Arguments of Lightning's Trainer; `max_epochs` or `max_steps` is needed.
@@ -176,7 +177,7 @@ def pretrained(
     Args:
         model: The network with its weights, e.g. of `workbench.models.hub.pretrained`.
         data: The data module to score it on, and to keep example inputs of; neither if not given.
-        task: Loss and metrics; by default classification over the data module's `classes`.
+        task: Loss and metrics; by default the data module's own `task`, else classification over its `classes`.
         out: The stage's folder, given by the recipe.
 
     Returns:

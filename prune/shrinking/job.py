@@ -35,7 +35,7 @@ def shrink(
         of: The stage with the pruned network, or the folder of a compact checkpoint.
         level: Of a hunt: its last level, the sparsest within tolerance on validation data, or a number.
         data: The data module to score the smaller network on; by default the metrics of `of` are taken over.
-        task: Loss and metrics on `data`; by default classification over the data module's `classes`.
+        task: Loss and metrics on `data`; by default the data module's `task`, else classification over `classes`.
         out: The stage's folder, given by the recipe.
 
     Returns:

@@ -24,6 +24,7 @@ from workbench.models import Recurrent, Transformer
 from workbench.module import TaskModule
 from workbench.order import ordered
 from workbench.tasks import Classification, Regression
+from workbench.training import fit
 
 PARTS = ("train", "val", "test")
 HEADER = "# a comment\n@problemName Made\n@missing true\n@univariate false\n@dimensions 2\n@equalLength false\n"
@@ -423,6 +424,14 @@ def test_windows_by_the_book(data):
         assert y.tolist() == values[begin + length : begin + length + horizon, 1:].tolist()
     with pytest.raises(IndexError, match="no window"):
         windows[len(windows)]
+
+
+def test_a_forecast_without_a_task_is_a_regression(tmp_path):
+    data = SeriesForecast(write_table(tmp_path / "x.csv", steps(60)), ["a", "b"], ["b"], 4, 3)
+    model = Recurrent(2, 1, horizon=3, hidden=4)
+    found = fit(model, data, trainer={"max_epochs": 1, "accelerator": "cpu"}, out=tmp_path / "out")
+    assert found["monitor"] == ["mse", "min"]
+    assert math.isfinite(found["metrics"]["test/mse"])
 
 
 @given(data=st.data())

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from workbench.data.series.batches import Prepared, SeriesModule, Windows
 from workbench.data.series.values import measured, number, unscaled
 from workbench.data.text.reading import WHOLE, read_rows
+from workbench.tasks import Regression
 
 _PARTS = ("train", "val", "test")
 
@@ -71,6 +72,11 @@ class SeriesForecast(SeriesModule):
         self.path, self.columns, self.targets = path, list(columns), targets
         self.length, self.horizon, self.stride = length, horizon, stride
         self.split, self.normalize = tuple(split), normalize
+
+    @property
+    def task(self) -> Regression:
+        """What a recipe trains for unless it names a task: mean squared error of [B, horizon, targets]."""
+        return Regression(shape=[self.horizon, len(self.targets)])
 
     def prepared(self) -> Prepared:
         """Read, split in the order of time, standardise by the training part and cut into windows."""

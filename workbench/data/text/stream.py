@@ -18,6 +18,7 @@ from workbench.data.text.batches import Item, Prepared, TextModule, check_fracti
 from workbench.data.text.reading import WHOLE, read_rows, read_text
 from workbench.data.text.tokens import Tokens, load
 from workbench.located import located
+from workbench.tasks import LanguageModelling
 
 UNKNOWN, END = "<unk>", "<eos>"
 _IGNORED = -100
@@ -115,6 +116,11 @@ class TextStream(TextModule):
         self.tokens, self.length, self.size, self.min_count = tokens, length, vocabulary, min_count
         self.cuts = {"val": validation, "test": testing}
         self.column = column
+
+    @property
+    def task(self) -> LanguageModelling:
+        """What a recipe trains for unless it names a task: the next token; the text is read for their number."""
+        return LanguageModelling(len(self.vocabulary))
 
     def prepared(self) -> Prepared:
         """Read, split, number what occurs in the training part, and cut into blocks."""
