@@ -37,6 +37,7 @@ _SEEDS = range(2**32)
 _UNWRITABLE = object()
 ModuleT = TypeVar("ModuleT")
 DataT = TypeVar("DataT")
+JobT = TypeVar("JobT", bound=Callable[..., Any])
 _BUDGETS = ("max_epochs", "max_steps")
 
 
@@ -87,6 +88,11 @@ class Arguments:
                     self._parser.instantiate(Namespace({name: setting}))
                 except ValueError as error:
                     raise recipe.error(faults.innermost(str(error)), stage.name, key) from error
+        if check := getattr(function, "check", None):
+            try:
+                check(**{name: self._values[name] for name in inspect.signature(check).parameters})
+            except ValueError as error:
+                raise recipe.error(str(error), stage.name) from error
         for index, callback in enumerate(self._callbacks()):
             try:
                 self._parser.instantiate(Namespace(trainer=Namespace(callbacks=[callback])))
@@ -173,6 +179,19 @@ class Arguments:
 
     def _is_default(self, name: str) -> bool:
         return self._values["trainer"][name] == inspect.signature(Trainer).parameters[name].default
+
+
+def checked(check: Callable[..., None]) -> Callable[[JobT], JobT]:
+    """Marks a job whose recipe is refused, before any stage runs, where ``check`` raises ValueError.
+
+    ``check`` takes some of the job's arguments, by their names, as they are before objects are made of them.
+    """
+
+    def mark(job: JobT) -> JobT:
+        setattr(job, "check", check)  # noqa: B010 - a function has no declared attribute of that name
+        return job
+
+    return mark
 
 
 def essential(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the stages of a recipe come from: each other, or folders outside of it. Checked before the first one runs."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from workbench.recipe import Recipe, nearest
 from workbench.source import Source
 
 _NAMED = 8
+_MISTYPED = 0.8  # as near to ``stage/member`` no hub's name is by chance
 
 
 def check(recipe: Recipe) -> list[Arguments]:
@@ -27,8 +29,10 @@ def check(recipe: Recipe) -> list[Arguments]:
             part = stage_of(source, parts)
             place, whole = parts[part] if part else (None, None)
             if place is None or whole is None:
-                if not Path(source).exists() and not _hub_name(source):
-                    hint = nearest(source, names[:position])
+                known = [f"{above.stage.name}/{member}" for above in plan[:position] for member in above.members]
+                mistyped = get_close_matches(source, known, 1, _MISTYPED)
+                if not Path(source).exists() and (mistyped or not _hub_name(source)):
+                    hint = nearest(source, mistyped or names[:position])
                     raise recipe.error(f"'{source}' is neither a stage above nor a folder{hint}", name, key)
             elif place < position:
                 _check_member(recipe, whole, source, name, key)

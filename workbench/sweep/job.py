@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from workbench import records
-from workbench.arguments import Arguments
+from workbench.arguments import Arguments, checked
 from workbench.run import StageError
 from workbench.sweep.in_place import in_place
 from workbench.sweep.on_ray import Ray, on_ray
@@ -19,6 +19,14 @@ from workbench.sweep.task import Done, launched
 from workbench.sweep.watch import Watch
 
 
+def _check(workers: int, ray: object, retries: int) -> None:
+    if workers < 1 or retries < 0:
+        raise ValueError(f"workers is {workers} and retries {retries}: give at least 1 and 0")
+    if ray is not None and workers > 1:
+        raise ValueError(f"workers is {workers} beside ray, which runs as many as there is room for: give one of them")
+
+
+@checked(_check)
 def sweep(
     run: Runs,
     over: dict[str, list[Any]] | list[dict[str, Any]],
@@ -49,10 +57,7 @@ def sweep(
         StageError: If runs failed, when all others are finished; which and why. The same command tries those again.
         ValueError: If workers or retries are out of range, or Ray is not there.
     """
-    if workers < 1 or retries < 0:
-        raise ValueError(f"workers is {workers} and retries {retries}: give at least 1 and 0")
-    if ray is not None and workers > 1:
-        raise ValueError(f"workers is {workers} beside ray, which runs as many as there is room for: give one of them")
+    _check(workers, ray, retries)
     before = {each.stage.name: run.finished(each) for each in run.plan}
     todo = [each for each in run.plan if before[each.stage.name] is None]
     watch = Watch(run, todo)

@@ -176,10 +176,14 @@ def test_mistakes_are_said(plugin: Any, text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("given", "said"), [("workers: 0", "workers is 0"), ("workers: 2, ray: {}", "beside ray")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("workers: 0", "workers is 0"), ("retries: -1", "retries -1"), ("workers: 2, ray: {}", "beside ray")],
+)
 def test_contradictions_are_said(plugin: Any, given: str, said: str) -> None:
-    with pytest.raises(StageError, match=said):
-        execute(GRID.replace("job: sweep", f"job: sweep, {given}"))
+    with pytest.raises(RecipeError, match=f"stage 'grid': .*{said}"):
+        execute("first: {job: make}\n" + GRID.replace("job: sweep", f"job: sweep, {given}"))
+    assert plugin.calls == []
 
 
 def test_without_ray_a_sweep_on_it_is_refused_before_anything_runs(
@@ -204,6 +208,7 @@ def test_other_stages_name_a_run_by_a_slash(plugin: Any) -> None:
     for more, said in {
         "last: {job: use, of: grid}": "stage 'grid' is a sweep: name one of grid/size-1_seed-0, grid/size-1_seed-1",
         "last: {job: use, of: grid/size-1_seed-7}": "stage 'grid' has no 'size-1_seed-7'; did you mean 'grid/size-1_s",
+        "last: {job: use, of: gird/size-1_seed-0}": "neither a stage above nor a folder; did you mean 'grid/size-1_s",
     }.items():
         with pytest.raises(RecipeError) as caught:
             execute(GRID + more + "\n")
