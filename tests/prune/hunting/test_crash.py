@@ -113,6 +113,7 @@ def _stamps(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_killed_twenty_times() -> None:
     script = Path(__file__).parents[3] / "benchmarks" / "kills.py"
     done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True, check=False)
@@ -124,13 +125,14 @@ LAUNCHERS = {"lightning": (), "torchrun": ("torch.distributed.run", "--nproc_per
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_killed_together_end_as_undisturbed(tmp_path: Path, launcher: str, strategy: str) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     for folder in (whole, pieces):
         folder.mkdir()
-    assert started(whole, launcher, strategy).wait(300) == 0, (whole / "log.txt").read_text()
+    assert started(whole, launcher, strategy).wait(1000) == 0, (whole / "log.txt").read_text()
     for level in ("level_00", "level_01/shuffled", "level_03"):
         process = started(pieces, launcher, strategy)
         last = pieces / "run" / "ticket" / level / "checkpoints" / "last.ckpt"
@@ -138,7 +140,7 @@ def test_two_processes_killed_together_end_as_undisturbed(tmp_path: Path, launch
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (pieces / "log.txt").read_text()
-    assert started(pieces, launcher, strategy).wait(300) == 0, (pieces / "log.txt").read_text()
+    assert started(pieces, launcher, strategy).wait(1000) == 0, (pieces / "log.txt").read_text()
     assert len(levels(whole)) == 7
     assert levels(pieces) == levels(whole)
 
@@ -202,6 +204,7 @@ def test_a_disk_that_is_full_again_and_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_is_full_at_every_write(
     tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: Any, call: str
