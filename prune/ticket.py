@@ -94,7 +94,7 @@ def hunt(
         order: Whether every level sees the data in the same order, or in a fresh one.
         controls: What is trained beside the ticket at each level: reinit has new initial weights under the ticket's
             mask, shuffled its mask shuffled within each layer, random a random mask, and dense is never pruned but
-            trained for as many steps as all levels so far.
+            trained for as many steps as all levels so far, unless early_stop ends it.
         other: Another hunt in the same network, say of another seed: its mask is one more control.
         connectivity: Train every ticket once more with another data order, and measure the error barrier between the
             two, and between each level and the one before (Frankle et al. 2020).
@@ -201,7 +201,7 @@ def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     if (record := hunt.store.finished(level, arm)) is not None:
         return _told(record)
     began, folder = time.monotonic(), hunt.store.folder(level, arm)
-    if level:
+    if level or arm != TICKET:
         _check_points(hunt)
     what = ARMS[arm](hunt, level)
     result = hunt.trainee.train(what, folder, hunt.part(level, arm), level)
@@ -210,7 +210,7 @@ def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     hunt.trainee.save(folder, result, masks)
     result |= {"diagnosis": hunt.study(masks)} if hunt.study else {}
     result |= {"seconds": round(time.monotonic() - began, 3), "rewind": what.start.described()}
-    points = {} if level else {"points": hunt.trainee.points()}
+    points = {"points": hunt.trainee.points()} if what.leaves else {}
     return _told(hunt.store.keep(level, arm, {**result, **points}, masks))
 
 

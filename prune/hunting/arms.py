@@ -163,7 +163,8 @@ def random(hunt: Hunt, level: int) -> Arm:
 def dense(hunt: Hunt, level: int) -> Arm:
     """Never pruned: trained on from its last weights, with all else at the rewind point, as often as the ticket was.
 
-    At level 1 it goes on from level 0, so that after every level it has had as many updates as the hunt up to there.
+    At level 1 it goes on from level 0, so that after every level it has had as many updates as the hunt up to there;
+    under ``early_stop`` each ends by its own scores.
     Where the hunt fine-tunes it goes on as that does, at the last learning rate.
 
     Source: Renda et al. 2020, arXiv:2003.02389 (its retraining, here without pruning).
