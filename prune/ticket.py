@@ -209,7 +209,8 @@ def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
     masks.apply(hunt.trainee.network)
     hunt.trainee.save(folder, result, masks)
     result |= {"diagnosis": hunt.study(masks)} if hunt.study else {}
-    result |= {"seconds": round(time.monotonic() - began, 3), "rewind": what.start.described()}
+    rewind = what.start.described(same_order=what.seed == hunt.trainee.seed)
+    result |= {"seconds": round(time.monotonic() - began, 3), "rewind": rewind}
     points = {"points": hunt.trainee.points()} if what.leaves else {}
     return _told(hunt.store.keep(level, arm, {**result, **points}, masks))
 

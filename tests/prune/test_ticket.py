@@ -309,6 +309,22 @@ def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
     assert again["levels"] == result["levels"]
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, []),
+        ({"rewinding": "weights"}, ["optimizers", "random state"]),
+        ({"rewinding": "learning_rate"}, ["weights", "buffers"]),
+        ({"order": "fresh"}, ["random state", "data order"]),
+    ],
+)
+def test_what_was_not_rewound_is_recorded(tmp_path: Path, options: dict[str, Any], left: list[str]) -> None:
+    level = run(tmp_path, levels=1, rate=0.5, rewind="3it", **options)["levels"][1]
+    assert level["rewind"]["at"] == "point"
+    assert level["rewind"]["not rewound"] == left
+    assert len(level["rewind"]["rewound"]) == 7 - len(left)
+
+
 def test_looking_on_changes_nothing(tmp_path: Path) -> None:
     one, two = (run(tmp_path / str(seen), levels=1, rate=0.5, rewind="3it", diagnose=seen) for seen in (True, False))
     assert [level["mask_hash"] for level in one["levels"]] == [level["mask_hash"] for level in two["levels"]]
