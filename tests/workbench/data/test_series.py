@@ -121,6 +121,7 @@ OK = "1,2:3,4:up\n"
         (HEADER + "@seriesLength\n" + START + OK, "line 7: the header has @seriesLength without a value"),
         ("@timeStamps true\n" + START + OK, "has time stamps"),
         ("@dimensions 0\n" + START + OK, "says @dimensions 0, expected a number of at least 1"),
+        (f"@dimensions {'9' * 5000}\n" + START + OK, "says @dimensions 99999999"),
         ("@dimensions ²\n" + START + OK, "says @dimensions ², expected a number"),
         ("@univariate true\n@dimensions 2\n" + START + OK, "says @univariate true and @dimensions 2"),
         ("@univariate true\n" + START + OK, "line 4: has 2 dimensions before the class, expected 1"),
@@ -548,6 +549,9 @@ def test_broken_forecasts_are_named(tmp_path):
 def test_numbers():
     assert [number(value) for value in ("1.5", " -2 ", 3, np.float32(0.5), "1e3")] == [1.5, -2, 3, 0.5, 1000]
     assert all(math.isnan(number(value)) for value in (None, "", " ? ", "NaN", "na", float("nan")))
+    for beyond in ("1e39", -1e308, "inf"):
+        with pytest.raises(ValueError, match="no finite number"):
+            number(beyond)
 
 
 def test_a_constant_channel_is_not_blown_up():

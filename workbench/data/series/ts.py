@@ -15,6 +15,7 @@ _KEYS = (
     *("problemname", "timestamps", "missing", "univariate", "dimension", "dimensions", "equallength", "serieslength"),
     *("classlabel", "targetlabel"),
 )
+_DIGITS = 20
 _TRAIN, _TEST = "_TRAIN.ts", "_TEST.ts"
 
 
@@ -147,8 +148,8 @@ def _size(path: Path, found: dict[str, list[str]], name: str) -> int | None:
     if name not in found:
         return None
     said = found[name][0]
-    if not (said.isascii() and said.isdecimal()) or int(said) < 1:
-        raise ValueError(f"{path}: the header says @{name} {said}, expected a number of at least 1: mend it.")
+    if not (said.isascii() and said.isdecimal() and len(said) < _DIGITS) or int(said) < 1:
+        raise ValueError(f"{path}: the header says @{name} {said[:40]}, expected a number of at least 1: mend it.")
     return int(said)
 
 

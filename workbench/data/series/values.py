@@ -8,12 +8,14 @@ import numpy as np
 MISSING = ("", "?", "nan", "na")
 """What stands for a missing number in a text, in small letters."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def number(value: Any) -> float:
     """A number, or a text of one; NaN for a missing one.
 
     Raises:
-        ValueError: If it is neither, or not finite.
+        ValueError: If it is neither, or no finite number of single precision, as networks compute.
     """
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
         return float("nan")
@@ -21,7 +23,7 @@ def number(value: Any) -> float:
         found = float("_" if isinstance(value, bool) or "_" in str(value) else value)
     except (TypeError, ValueError):
         found = float("inf")
-    if found in (float("inf"), float("-inf")):
+    if abs(found) > _LARGEST:
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
     return found
 
