@@ -225,30 +225,39 @@ class Kill(Callback):
 """
 
 
-def test_a_run_is_the_same_as_a_stage_in_place_in_a_process_and_killed_in_between(
+GELU = "{job: sweep, run: {job: fit}, over: {model.init_args.activation: [gelu]}"
+
+
+def made(stage: str, out: str) -> list[dict[str, Any]]:
+    Path("r.yaml").write_text(FIT.replace("STAGE", stage))
+    return run(recipe.read(Path("r.yaml")), Path(out))
+
+
+def check_same(folder: Path, other: Path) -> None:
+    one, two = records.finished(folder) or {}, records.finished(other) or {}
+    assert all(one[key] == two[key] for key in ("fingerprint", "metrics", "history"))
+    before, after = artifact.tensors(folder), artifact.tensors(other)
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_run_in_place_is_the_same_as_a_stage(plugin: Any, tmp_path: Path) -> None:
+    (tmp_path / "site" / "killer_of_runs.py").write_text(KILL)
+    made("alone: {job: fit}\n" + f"grid: {GELU}}}", "here")
+    check_same(Path("here/alone"), Path("here/grid/activation-gelu"))
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_that_was_killed_in_between_is_the_same_as_in_place(
     plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site" / "killer_of_runs.py").write_text(KILL)
     monkeypatch.setattr("workbench.sweep.processes._POLL", 0.05)
-
-    def made(stage: str, out: str) -> list[dict[str, Any]]:
-        Path("r.yaml").write_text(FIT.replace("STAGE", stage))
-        return run(recipe.read(Path("r.yaml")), Path(out))
-
-    gelu = "{job: sweep, run: {job: fit}, over: {model.init_args.activation: [gelu]}"
-    made("alone: {job: fit}\n" + f"grid: {gelu}}}", "here")
+    made(f"grid: {GELU}}}", "here")
     monkeypatch.setenv("KILLED", str(tmp_path / "killed"))
-    (grid,) = made(f"grid: {gelu}, workers: 2}}", "there")
+    (grid,) = made(f"grid: {GELU}, workers: 2}}", "there")
     assert (tmp_path / "killed").exists()
     assert grid["runs"][0]["attempts"] == 2
-    folders = [Path("here/alone"), Path("here/grid/activation-gelu"), Path("there/grid/activation-gelu")]
-    alone, *others = (records.finished(folder) or {} for folder in folders)
-    for other in others:
-        assert other["fingerprint"] == alone["fingerprint"]
-        assert {key: other[key] for key in ("metrics", "history")} == {
-            key: alone[key] for key in ("metrics", "history")
-        }
-    first, *rest = (artifact.tensors(folder) for folder in folders)
-    for other in rest:
-        assert all(first[name].equal(other[name]) for name in first)
-    assert json.loads(json.dumps(others[0]["arguments"])) == others[1]["arguments"]
+    folders = [Path("here/grid/activation-gelu"), Path("there/grid/activation-gelu")]
+    check_same(*folders)
+    here, there = (records.finished(folder) or {} for folder in folders)
+    assert json.loads(json.dumps(here["arguments"])) == there["arguments"]
