@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune.verdict import verdict as judge
@@ -430,6 +430,7 @@ def test_a_curve_without_a_point_is_none():
 numbers = st.floats(-10, 10)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     leads=st.lists(numbers, min_size=2, max_size=8),
     others=st.lists(numbers, min_size=1, max_size=8),
