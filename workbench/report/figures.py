@@ -49,7 +49,7 @@ def sparsity(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
             labels.append((_cut(curve.stage), curve.x[-1], curve.y[-1], colour[curve.stage]))
             if curve.dense is not None:
                 axes.axhline(curve.dense, color=LIGHT[f"series-{colour[curve.stage]}"], lw=1, ls=(0, (5, 4)))
-                labels.append((f"{_cut(curve.stage, 15)}, dense", end, curve.dense, colour[curve.stage]))
+                labels.append((f"{_cut(curve.stage, 15)}, level 0", end, curve.dense, colour[curve.stage]))
         _value_axis(axes, curves[0].metric)
         _label(axes, labels)
 

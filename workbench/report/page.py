@@ -255,7 +255,7 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
             "controls with re-drawn weights and shuffled masks."
         )
         if any(curve.controls for curve in sparsity):
-            about += " Thin, the controls as sparse."
+            about += " Thin, its controls."
         made.append(("Score against density", about, [c.stage for c in sparsity], images))
     images, drawn = _costs(found, colour)
     if images:

@@ -92,7 +92,7 @@ def levels(hunt: Hunt) -> Table:
         ("gradient flow", lambda r: _figure(r.level.diagnosis.get("gradient_flow"))),
         ("barrier, other order", lambda r: _barrier(r.level.orders)),
         ("barrier, last level", lambda r: _barrier(r.level.last)),
-        ("mask distance", lambda r: _figure(r.level.history[-1].get("mask_distance") if r.level.history else None)),
+        ("mask distance", lambda r: _figure(r.level.distances[-1] if r.level.distances else None)),
         ("took", lambda r: Cell(duration(r.level.seconds), title=_seconds(r.level.seconds))),
         ("mask", lambda r: Cell(short(r.level.mask_hash), title=r.level.mask_hash or "")),
     ]
@@ -104,16 +104,14 @@ def columns(hunt: Hunt) -> str:
     """What the columns of a level table that not every hunt has are; empty if it has none."""
     known = [row.level for row in hunt.levels]
     told = {
-        f"Test {', '.join(arms(hunt))}: the {hunt.metric.name} of controls as sparse as the ticket": arms(hunt),
+        f"Test {', '.join(arms(hunt))}: the {hunt.metric.name} of what was trained beside the ticket": arms(hunt),
         "dead units: share that is the same for every input": any(lv.diagnosis.get("units") for lv in known),
         "gradient flow: squared norm of the gradient of the weights kept": any(
             "gradient_flow" in lv.diagnosis for lv in known
         ),
         "barrier: how far the straight line between two trainings, of the ticket with another order of the data, or "
         "of this level and the last, rises above the mean of its ends": any(lv.orders or lv.last for lv in known),
-        "mask distance: share of the next mask that changed in the last epoch": any(
-            "mask_distance" in row for lv in known for row in lv.history[-1:]
-        ),
+        "mask distance: share of the next mask that changed in the last epoch": any(lv.distances for lv in known),
     }
     text = "; ".join(text for text, there in told.items() if there)
     return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -34,7 +34,7 @@ def hunted(seed: int, densities=tuple(DENSITIES), controls=ARMS, lift=0.0) -> di
         entry |= {"best": steps["ticket"], "arm": "ticket"}
         units = {"units": 400, "dead": 4 * number, "zero": number, "gradient_flow": 0.01 * 1.1**number}
         entry["diagnosis"] = {**units, "gradient_ratio": 1.0}
-        entry["history"][-1]["mask_distance"] = 0.05 / (1 + number)
+        entry["mask_distances"] = [0.2, 0.05 / (1 + number)]
         barrier = {"barrier": 0.001 * number, "excess": 0.0, "stable": number < 10, "ends": [0.02, 0.02]}
         entry["connectivity"] = {"orders": barrier, **({"levels": {**barrier, "barrier": 0.004}} if number else {})}
         if number:

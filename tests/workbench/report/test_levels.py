@@ -34,9 +34,9 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
         orders = barriers["orders"]
         assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
         assert row[11] == ("0.40 stable" if level["level"] else "—")
-        assert row[12] == f"{level['history'][-1]['mask_distance']:.3g}"
+        assert row[12] == f"{level['mask_distances'][-1]:.3g}"
     legend = tables.columns(gather(read(run)).hunts[0])
-    assert legend.startswith("Test reinit, shuffled: the accuracy of controls as sparse as the ticket; dead units")
+    assert legend.startswith("Test reinit, shuffled: the accuracy of what was trained beside the ticket; dead units")
     assert legend in re.sub(r"<[^>]*>", "", page)
 
 
@@ -51,7 +51,7 @@ def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
     drawn = (run / "report/figures/density.svg").read_text(encoding="utf-8")
     assert [drawn.count(f">seed-0, {arm}<") for arm in curve.controls] == [1, 1]
     assert drawn.count("stroke-width: 0.8") > 0
-    assert "Thin, the controls as sparse." in (run / "report/index.html").read_text(encoding="utf-8")
+    assert "Thin, its controls." in (run / "report/index.html").read_text(encoding="utf-8")
 
 
 def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
@@ -92,7 +92,7 @@ def test_barriers_of_losses_are_in_their_unit(tmp_path):
     assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
 
 
-@pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "history", "size"])
+@pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "mask_distances", "history", "size"])
 def test_any_of_it_may_be_missing(tmp_path, key):
     entry = hunted(0, FEW)
     for place, level in enumerate(entry["levels"]):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.progress import printable
-from workbench.report.reading.fields import listed, mapping, number, numbers, objects, text, truth, whole
+from workbench.report.reading.fields import column, listed, mapping, number, numbers, objects, text, truth, whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Level:
         diagnosis: Of the ticket, ``units``, ``dead`` and ``gradient_flow``, where known.
         orders: The barrier between the ticket and itself trained on another order of the data.
         last: The barrier between the ticket and the last level's.
+        distances: Of the mask that would be drawn next, after each epoch, to that of the epoch before.
     """
 
     level: int | None
@@ -45,6 +46,7 @@ class Level:
     diagnosis: dict[str, float]
     orders: Barrier | None
     last: Barrier | None
+    distances: list[float | None]
 
 
 def levels(path: Path, record: dict[str, Any]) -> list[Level]:
@@ -86,6 +88,7 @@ def _level(path: Path, record: dict[str, Any]) -> Level:
         diagnosis=numbers(mapping(path, record, "diagnosis")),
         orders=_barrier(barriers.get("orders", {})),
         last=_barrier(barriers.get("levels", {})),
+        distances=column(record, "mask_distances"),
     )
 
 
