@@ -7,6 +7,7 @@ anything else that stands in its place is refused, or moved aside on request, ne
 import itertools
 import json
 import os
+import signal
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,8 +138,9 @@ def run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, 
         seconds = round(time.monotonic() - began, 3)
         finished = {**record, "seconds": seconds, **result, "status": "finished", "ended": records.now()}
         _write(folder, finished)
-    except SIGTERMException:
-        raise  # asked to stop: unfinished, not failed
+    except SIGTERMException as error:
+        # Asked to stop: unfinished, not failed. Lightning's own exit status would say that all is well.
+        raise SystemExit(128 + signal.SIGTERM) from error
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error  # how Lightning passes Ctrl-C on

@@ -254,8 +254,9 @@ def test_a_stopped_stage_is_unfinished_and_not_failed(
     scope: dict[str, Any] = {}
     exec(f"from lightning.pytorch.utilities.exceptions import SIGTERMException\ndef stop(*_):{stop}", scope)
     monkeypatch.setattr(plugin, "calls", type("Stop", (), {"append": scope["stop"]})())
-    with pytest.raises(raised):
+    with pytest.raises(raised) as caught:
         execute(out)
+    assert raised is not SystemExit or caught.value.code == 128 + 15, "as of a process that SIGTERM ended"  # type: ignore[attr-defined]
     assert (records.read(out / "first") or {})["status"] == "running"
     monkeypatch.undo()
 

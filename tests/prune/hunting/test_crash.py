@@ -155,8 +155,8 @@ def started(folder: Path, launcher: str, strategy: str) -> subprocess.Popen[byte
     text = RECIPE.replace("norm: batch", "norm: layer").replace("cpu}", f"cpu, {json.dumps(given)[1:]}")
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "workbench", "run", "recipe.yaml", "--out", "run"]
-    log = (folder / "log.txt").open("ab")
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, call: str, after: int, number: int) -> None:
