@@ -1,19 +1,23 @@
 """Records of hunts over seeds, of sweeps over them and of verdicts on them, of made-up scores."""
 
+import html
 import json
 import random
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prune.hunting.judging import judged
 from tests.workbench.test_report import level, record
+from workbench.report import report
 from workbench.stats import equivalence, mean, paired
 from workbench.sweep.summary import over_seeds
 
 DELTA = 0.003
 ARMS = ("reinit", "shuffled")
 DENSITIES = [0.8**n for n in range(18)]
+FEW = tuple(DENSITIES[::4])
 
 
 def score(arm: str, density: float, seed: int) -> float:
@@ -134,3 +138,30 @@ def laid(run: Path, *entries: dict[str, Any], runs: dict[str, list[dict[str, Any
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").write_text(json.dumps(entry), encoding="utf-8")
     return run
+
+
+def lottery(run: Path) -> tuple[Path, dict[str, Any]]:
+    """A run of one sweep and its verdict, and the verdict's record."""
+    hunts = [hunted(seed, FEW) for seed in range(3)]
+    entry = ruled({"": hunts})
+    return laid(run, swept(hunts), entry, runs={"hunts": hunts}), entry
+
+
+def page_of(run: Path) -> str:
+    """The run's page."""
+    report(run / "report")
+    return (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    """What it says, without markup."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", page)).replace("\xa0", " ").split())
+
+
+def grouped(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The same of two sweeps, whose tickets are compared."""
+    labels = [hunted(seed, FEW, controls=()) for seed in range(4)]
+    taught = [hunted(seed, FEW, controls=(), lift=0.001 + 0.0001 * seed) for seed in range(4)]
+    entry = ruled({"labels": labels, "taught": taught}, of=("labels", "taught"))
+    stages = swept(labels, "labels"), swept(taught, "taught"), entry
+    return laid(run, *stages, runs={"labels": labels, "taught": taught}), entry

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.workbench.report.lotteries import DENSITIES, hunted, laid
+from tests.workbench.report.lotteries import FEW, hunted, laid
 from tests.workbench.test_report import cells, realistic
 from workbench.report import report, tables
 from workbench.report.facts import gather, sparsity
 from workbench.report.reading import read
-
-FEW = tuple(DENSITIES[::4])
 
 
 def test_every_control_and_measurement_is_in_the_records(tmp_path):

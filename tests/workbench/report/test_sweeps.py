@@ -1,6 +1,5 @@
 """What the report tells of sweeps: every run, failed ones with the reason, hunts as means over seeds."""
 
-import html
 import json
 import re
 from pathlib import Path
@@ -8,14 +7,13 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from tests.workbench.report.lotteries import DENSITIES, hunted, laid, ruled, swept
+from tests.workbench.report.lotteries import FEW, hunted, laid, page_of, ruled, swept, text_of
 from tests.workbench.test_report import cells, realistic, record, terminal
 from workbench.report import report, summary, sweeps
 from workbench.report.facts import stale
 from workbench.report.reading import read
 from workbench.report.wording import duration
 
-FEW = tuple(DENSITIES[::4])
 ERROR = "ArithmeticError: the loss is nan at step 120: lower the learning rate"
 
 
@@ -40,15 +38,6 @@ def laid_out(run: Path, change=lambda entry, runs: None) -> Path:
     entry, runs = grid()
     change(entry, runs)
     return laid(run, entry, runs=runs)
-
-
-def page_of(run: Path) -> str:
-    report(run / "report")
-    return (run / "report" / "index.html").read_text(encoding="utf-8")
-
-
-def text_of(page: str) -> str:
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", page)).replace("\xa0", " ").split())
 
 
 @pytest.fixture(scope="module")
