@@ -52,7 +52,7 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
         ValueError: If Ray cannot be reached or started, or this machine has less than one run needs.
     """
     import ray as core
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
     with _running(ray), interruptible():  # in this order: Ray has a handler of its own
         resources: dict[str, Any] = {"num_cpus": ray.cpus, "num_gpus": ray.gpus}
