@@ -51,7 +51,7 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
     Raises:
         ValueError: If Ray cannot be reached or started, or this machine has less than one run needs.
     """
-    import ray as core
+    import ray as core  # pyright: ignore[reportMissingImports] - an extra
     from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
     with _running(ray), interruptible():  # in this order: Ray has a handler of its own
@@ -79,7 +79,7 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
 @contextmanager
 def _running(ray: Ray) -> Iterator[None]:
     """Inside, this process is connected to Ray: to the cluster asked for, to one it is connected to, or to its own."""
-    import ray as core
+    import ray as core  # pyright: ignore[reportMissingImports] - an extra
 
     if core.is_initialized():
         yield
