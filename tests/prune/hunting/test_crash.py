@@ -304,7 +304,15 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("harm", [half, flipped, lambda _: b"", lambda _: b"\x80\x02not a checkpoint"])
+def emptied(_: bytes) -> bytes:
+    return b""
+
+
+def other(_: bytes) -> bytes:
+    return b"\x80\x02not a checkpoint"
+
+
+@pytest.mark.parametrize("harm", [half, flipped, *(pytest.param(e, marks=pytest.mark.slow) for e in (emptied, other))])
 def test_a_damaged_checkpoint_is_named(
     tmp_path: Path, whole: dict[str, Any], stopped: Any, harm: Callable[[bytes], bytes], capfd: Any
 ) -> None:

@@ -194,6 +194,7 @@ def test_stopped_on_both_ranks_it_ends_as_undisturbed(tmp_path: Path, strategy: 
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_can_end(tmp_path: Path) -> None:
     """Checkpoints hold whole tensors, of weights and of the optimizer."""
     whole = hunted(tmp_path / "whole", optimizer=ADAMW, levels=1)
