@@ -37,6 +37,11 @@ def evidence(
         return {}
     if batches < 1:
         raise ValueError(f"batches is {batches}: criterion '{criterion.name}' looks at 1 or more")
+    if criterion.needs_loss and not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"{type(module).__name__} steps its optimizers in training_step, which criterion '{criterion.name}' would "
+            "call for its loss: prune once before, with Pruner(...)(model, density, loader=..., loss=...)"
+        )
     loss = {"loss": Loss(module, precision)} if criterion.needs_loss else {}
     if not criterion.needs_loss and (family := getattr(module, "family", ())):
         raise ValueError(f"criterion '{criterion.name}' runs one network, and this is a family of {len(family)}")

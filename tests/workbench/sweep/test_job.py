@@ -180,7 +180,8 @@ def test_mistakes_are_said(plugin: Any, text: str, said: str) -> None:
     ("given", "said"),
     [("workers: 0", "workers is 0"), ("retries: -1", "retries -1"), ("workers: 2, ray: {}", "beside ray")],
 )
-def test_contradictions_are_said(plugin: Any, given: str, said: str) -> None:
+def test_contradictions_are_said(plugin: Any, given: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.sweep.on_ray.find_spec", lambda _: True)  # Ray is there or not
     with pytest.raises(RecipeError, match=f"stage 'grid': .*{said}"):
         execute("first: {job: make}\n" + GRID.replace("job: sweep", f"job: sweep, {given}"))
     assert plugin.calls == []

@@ -137,10 +137,14 @@ def test_when_stopped_it_stops_what_it_started_and_goes_on_later(light: None, st
         os.kill(os.getpid(), stop)
 
     before = signal.getsignal(signal.SIGTERM)
+    theirs = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are born deaf to it
     stopper = threading.Thread(target=end)
     stopper.start()
-    with pytest.raises(KeyboardInterrupt):
-        execute("{mood: [fine, waits], size: [1, 2]}")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            execute("{mood: [fine, waits], size: [1, 2]}")
+    finally:
+        signal.signal(signal.SIGINT, theirs)
     stopper.join()
     assert signal.getsignal(signal.SIGTERM) == before
     for name in ("mood-waits_size-1", "mood-waits_size-2"):
