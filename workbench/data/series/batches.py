@@ -1,17 +1,15 @@
-"""What data modules of time series share: labelled series in memory, padding, windows and loaders."""
+"""What data modules of time series share: labelled series in memory, padding, windows."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from workbench.data.images import SPLIT_SEED, check_loader_arguments
+from workbench.data.prepared import PreparedModule
 from workbench.data.series.values import Scale
 
 Item = dict[str, Tensor]
@@ -114,40 +112,12 @@ class Prepared(NamedTuple):
     """What a data module of series made of its files."""
 
     parts: dict[str, Dataset[Any]]
-    collate: Callable[[Any], Any]
+    collate: Any
     scale: Scale
 
 
-class SeriesModule(pl.LightningDataModule, ABC):
-    """A data module over series in memory; subclasses say how to read them.
-
-    Args:
-        batch_size: Samples in a batch.
-        num_workers: Loader processes; 0 loads in this one, which is fast, as all is in memory.
-
-    Raises:
-        ValueError: An argument out of range.
-    """
-
-    def __init__(self, batch_size: int, num_workers: int) -> None:
-        super().__init__()
-        check_loader_arguments(batch_size, num_workers)
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._prepared: Prepared | None = None
-
-    @abstractmethod
-    def prepared(self) -> Prepared:
-        """Read, split and standardise everything; parts are train, val and test."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read, once."""
-        if self._prepared is None:
-            self._prepared = self.prepared()
-
-    @property
-    def parts(self) -> dict[str, Dataset[Any]]:
-        """The data sets train, val and test; read now if that was not done yet."""
-        return self._ready.parts
+class SeriesModule(PreparedModule[Prepared]):
+    """A data module over series in memory; subclasses say how to read them. Arguments as of its base."""
 
     @property
     def scale(self) -> Scale:
@@ -158,32 +128,3 @@ class SeriesModule(pl.LightningDataModule, ABC):
     def channels(self) -> int:
         """Number of input channels, F."""
         return len(self.scale.mean)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The training part, shuffled."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation part, in order."""
-        return self._loader("val", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test part, in order."""
-        return self._loader("test", shuffle=False)
-
-    @property
-    def _ready(self) -> Prepared:
-        self.setup()
-        assert self._prepared is not None
-        return self._prepared
-
-    def _loader(self, part: str, shuffle: bool) -> DataLoader[Any]:
-        return DataLoader(
-            self.parts[part],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=self._ready.collate,
-            generator=torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED),
-            persistent_workers=self.num_workers > 0,
-        )

@@ -1,16 +1,15 @@
-"""What text data modules share: token sequences in memory, padding, splits and loaders."""
+"""What text data modules share: token sequences in memory, padding and splits."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from workbench.data.images import SPLIT_SEED, check_loader_arguments, stratified_split
+from workbench.data.images import SPLIT_SEED, stratified_split
+from workbench.data.prepared import PreparedModule
 from workbench.data.text.reading import WHOLE, Rows
 
 Item = dict[str, Tensor]
@@ -83,36 +82,8 @@ class Prepared(NamedTuple):
     fingerprint: str
 
 
-class TextModule(pl.LightningDataModule, ABC):
-    """A data module over text in memory; subclasses say how to read it.
-
-    Args:
-        batch_size: Samples in a batch.
-        num_workers: Loader processes; 0 loads in this one, which is fast, as all is in memory.
-
-    Raises:
-        ValueError: An argument out of range.
-    """
-
-    def __init__(self, batch_size: int, num_workers: int) -> None:
-        super().__init__()
-        check_loader_arguments(batch_size, num_workers)
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._prepared: Prepared | None = None
-
-    @abstractmethod
-    def prepared(self) -> Prepared:
-        """Read and tokenize everything; parts are train, val and test."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read and tokenize, once."""
-        if self._prepared is None:
-            self._prepared = self.prepared()
-
-    @property
-    def parts(self) -> dict[str, Dataset[Item]]:
-        """The data sets train, val and test; read now if that was not done yet."""
-        return self._ready.parts
+class TextModule(PreparedModule[Prepared]):
+    """A data module over text in memory; subclasses say how to read it. Arguments as of its base."""
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -123,36 +94,6 @@ class TextModule(pl.LightningDataModule, ABC):
     def tokenizer(self) -> str:
         """SHA-256 of what decides which numbers a text becomes; part of a teacher's cache's fingerprint."""
         return self._ready.fingerprint
-
-    def train_dataloader(self) -> DataLoader[Item]:
-        """The training part, shuffled."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Item]:
-        """The validation part, in order."""
-        return self._loader("val", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader[Item]:
-        """The test part, in order."""
-        return self._loader("test", shuffle=False)
-
-    @property
-    def _ready(self) -> Prepared:
-        self.setup()
-        assert self._prepared is not None
-        return self._prepared
-
-    def _loader(self, part: str, shuffle: bool) -> DataLoader[Item]:
-        generator = torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED)
-        return DataLoader(
-            self.parts[part],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=self._ready.collate,
-            generator=generator,
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 def check_fractions(**fractions: float) -> None:
