@@ -31,8 +31,8 @@ register_type(Source, str, Source)
 register_type(Duration, str, Duration.parse)
 
 # What a run shows or how often it saves does not change what comes out: not part of the fingerprint.
-_SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
-_COSMETIC = ("checkpoint", *(f"trainer.{name}" for name in _SHOWN))
+SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
+_COSMETIC = ("checkpoint", *(f"trainer.{name}" for name in SHOWN))
 _SEEDS = range(2**32)
 _UNWRITABLE = object()
 ModuleT = TypeVar("ModuleT")

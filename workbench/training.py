@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -187,7 +187,7 @@ def pretrained(
         TaskModule(model, task or Classification(2)) if data is None else module_for(model, data, task)
     )
     metrics = {} if data is None else evaluated(module, data, out)
-    result: dict[str, Any] = {"metrics": metrics, "monitor": _monitor(module)}
+    result: dict[str, Any] = {"metrics": metrics, "monitor": list(monitor_of(module))}
     save_network(module, data, out, result)
     return result
 
@@ -267,7 +267,7 @@ def train(
     return {
         "metrics": metrics,
         "history": history.rows,
-        "monitor": _monitor(module),
+        "monitor": list(monitor_of(module)),
         "world_size": made.world_size,
         "seconds": round(time.monotonic() - began, 3),
         "masks": next((found for callback in every if (found := getattr(callback, "masks", None))), None),
@@ -310,10 +310,10 @@ def meet(trainer: Trainer) -> None:
         strategy._setup_distributed()  # the rest of its setup asks for the module
 
 
-def _monitor(module: nn.Module) -> list[str]:
+def monitor_of(module: nn.Module) -> tuple[str, Literal["min", "max"]]:
     """The main metric, by its name without prefix, and its better direction."""
     task = getattr(module, "task", None)
-    return list(task.monitor) if isinstance(task, Task) else ["loss", "min"]
+    return task.monitor if isinstance(task, Task) else ("loss", "min")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
@@ -126,7 +126,7 @@ def find_tickets(
     pruner.check(model, *densities)
     chosen = {"rate": rate, "densities": densities, "rewind": point, "rewinding": rewinding, "order": order}
     chosen |= {"train": train, "pruner": pruner, "monitor": monitor, "seed": seed}
-    settings = settings_of(cast(Any, model), cast(Any, None), None, **chosen)
+    settings = settings_of(model, **chosen)
     trainee = FunctionTrainee(model, train, seed, point, every, out / "checkpoints", monitor, loader, loss)
     store = Store(out, records.fingerprint(settings), settings)
     given = {"controls": controls, "other": None if other is None else Path(other), "fall": fall, "patience": patience}

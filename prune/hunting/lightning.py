@@ -29,8 +29,7 @@ from workbench.randomness import same_random_state
 from workbench.ranks import barrier, rank, whole
 from workbench.saving import save_network
 from workbench.sharding import load_whole
-from workbench.tasks import Task
-from workbench.training import make_trainer, meet, quiet, train, training_loader
+from workbench.training import make_trainer, meet, monitor_of, quiet, train, training_loader
 
 WEIGHTS = "rewind.safetensors"
 """The file of the network's state dict at the rewind point, among a hunt's checkpoints."""
@@ -127,8 +126,7 @@ class LightningTrainee(Trainee):
             made.append(KeepMasked(arm.masks))
         if self.early_stop is None:
             return made, None
-        task = getattr(self.module, "task", None)
-        early = EarlyStop(self.early_stop, self.rewind, task.monitor if isinstance(task, Task) else ("loss", "min"))
+        early = EarlyStop(self.early_stop, self.rewind, monitor_of(self.module))
         return [*made, early], early
 
     def _further(self) -> dict[str, Any]:

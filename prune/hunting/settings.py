@@ -9,22 +9,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 from workbench.architecture import describe
+from workbench.arguments import SHOWN
 from workbench.module import network_of
 from workbench.ranks import digest
 
 # Where and how a level is trained, and by whom it is watched, does not make it another one.
 _ELSEWHERE = ("accelerator", "devices", "num_nodes", "strategy", "callbacks", "plugins", "enable_checkpointing")
-_SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
 INITIAL, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
 _DEPTH, _LONGEST = 4, 100
 
 
 def settings_of(
-    module: LightningModule, data: LightningDataModule, trainer: Mapping[str, Any] | None, **chosen: Any
+    module: nn.Module, data: Any = None, trainer: Mapping[str, Any] | None = None, **chosen: Any
 ) -> dict[str, Any]:
     """The settings of a hunt in ``module`` before it is trained, to make its key of and to compare with others.
 
@@ -35,7 +34,7 @@ def settings_of(
         chosen: Arguments of the hunt.
     """
     network = network_of(module)
-    budget = {name: value for name, value in (trainer or {}).items() if name not in (*_ELSEWHERE, *_SHOWN)}
+    budget = {name: value for name, value in (trainer or {}).items() if name not in (*_ELSEWHERE, *SHOWN)}
     return {
         **{name: plain(value) for name, value in chosen.items()},
         "module": plain(module),
