@@ -76,9 +76,9 @@ class Snapshot:
             "buffers": {name: _copy(name, b, device) for name, b in model.named_buffers()},
         }
         if optimizers is not None:
-            snapshot._parts["optimizers"] = [_remember(each, device) for each in _several(optimizers)]
+            snapshot._parts["optimizers"] = [_remember(each, device) for each in several(optimizers)]
         if schedulers is not None:
-            snapshot._parts["schedulers"] = [copy.deepcopy(each.state_dict()) for each in _several(schedulers)]
+            snapshot._parts["schedulers"] = [copy.deepcopy(each.state_dict()) for each in several(schedulers)]
         if scaler is not None:
             snapshot._parts["scaler"] = copy.deepcopy(scaler.state_dict())
         if rng:
@@ -182,7 +182,8 @@ def _copy(name: str, value: Tensor, device: torch.device | str | None) -> Tensor
     return held.clone() if device is None else held.to(device, copy=True)
 
 
-def _several(given: Any) -> list[Any]:
+def several(given: Any) -> list[Any]:
+    """One object or several, as a list."""
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
@@ -261,7 +262,7 @@ def _pairs(part: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -
 
 
 def _matched(what: str, saved: Sequence[Any], given: Any) -> list[tuple[Any, Any]]:
-    live = _several(given)
+    live = several(given)
     if len(live) != len(saved):
         raise ValueError(f"{len(live)} {what} are given, but the snapshot holds {len(saved)}: give as many, in order")
     return list(zip(live, saved))

@@ -10,7 +10,7 @@ from torch import nn
 from prune.hunting.rewinding import Groups, groups_of, hold
 from prune.hunting.trainee import Arm
 from prune.keeping import Handle, unwrapped
-from prune.snapshot import Snapshot
+from prune.snapshot import Snapshot, several
 from workbench.continuation import check_checkpoint
 from workbench.files import replacing
 from workbench.order import OrderedLoader, ordered
@@ -89,7 +89,7 @@ class Level:
         if self._objects:
             raise ValueError("level.begin was called before: call it once, when optimizers and schedulers are made")
         given = {"optimizers": optimizers, "schedulers": schedulers, "scaler": scaler}
-        self._objects = {name: _several(value) for name, value in given.items() if value is not None}
+        self._objects = {name: several(value) for name, value in given.items() if value is not None}
         self._put_weights()
         if self._here:
             self._put_rest(scaler)
@@ -255,7 +255,3 @@ class Level:
 def _read(path: Path) -> dict[str, Any]:
     check_checkpoint(path, "remove it to train this level from where it starts; what is finished is kept")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-
-
-def _several(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, (list, tuple)) else [given]
