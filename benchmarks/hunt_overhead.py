@@ -29,8 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prune.hunting.store import Store
-from prune.ticket import hunt
+from prune.tickets.hunt import hunt
+from prune.tickets.store import Store
 from workbench import TaskModule
 from workbench.data import Digits, IDXImages
 from workbench.duration import Duration

@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from workbench import recipe as recipes
-from workbench.run import run
-from workbench.stats import mean, paired
+from workbench.evaluation.statistics import mean, paired
+from workbench.launcher import recipe as recipes
+from workbench.launcher.runner import run
 
 SCORES = ("accuracy", "nll", "brier", "ece", "agreement", "kl")
 

@@ -53,7 +53,11 @@ def worker_of(name: str) -> int | None:
             boss = (Path("/proc") / str(parent) / "cmdline").read_bytes()
         except (OSError, IndexError):
             continue
-        if b"workbench.sweep" in words and any(name.encode() in word for word in words) and boss.startswith(b"ray::"):
+        if (
+            b"workbench.launcher.sweep" in words
+            and any(name.encode() in word for word in words)
+            and boss.startswith(b"ray::")
+        ):
             return parent
     return None
 

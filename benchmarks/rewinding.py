@@ -26,14 +26,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prune.ticket import hunt
+from prune.tickets.hunt import hunt
 from workbench import records
-from workbench.continuation import CPUThreads
 from workbench.data import Augment
 from workbench.data.parquet import ParquetImages
 from workbench.duration import Duration
+from workbench.evaluation.statistics import Mean, mean, paired
 from workbench.models import ResNet
-from workbench.stats import Mean, mean, paired
+from workbench.training.resume import CPUThreads
 
 DENSITIES = [0.475, 0.226, 0.107]
 WAYS = {

@@ -43,16 +43,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from prune.masks import Masks
 from prune.policies import Dynamic, Fixed, Gradual, Policy
 from prune.pruner import Pruner
+from prune.rewinding.snapshot import Snapshot
 from prune.schedule import kept
-from prune.snapshot import Snapshot
 from workbench.data import Augment
 from workbench.data.idx import IDXImages
 from workbench.data.images import LabelledImages
 from workbench.data.parquet import ParquetImages
 from workbench.duration import Duration
+from workbench.evaluation.statistics import Paired, mean, paired
 from workbench.models import LeNet300, ResNet
-from workbench.order import EpochOrder
-from workbench.stats import Paired, mean, paired
+from workbench.training.order import EpochOrder
 
 METHODS = ("gradual", "rigl", "set", "static", "oneshot", "imp")
 EXPECTED = (

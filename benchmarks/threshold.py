@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prune.selection import keep_top_k
+from prune.topk import keep_top_k
 
 DENSITY = 0.2
 HIDDEN = 768

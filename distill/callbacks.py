@@ -12,21 +12,13 @@ from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, Taught
 from distill.features import Features, capture
-from distill.lesson import (
-    AnyTeacher,
-    average_gradients,
-    elapsed,
-    lesson_of,
-    make_projectors,
-    objective_of,
-    opened,
-)
 from distill.losses import LogitLoss
-from distill.objective import Seen, Term
-from workbench.means import GlobalMean, Means
-from workbench.module import Step, SupervisedModule
+from distill.objective import Seen, Term, average_gradients, make_projectors, objective_of
+from distill.targets import AnyTeacher, elapsed, lesson_of, opened
+from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
-from workbench.tokens import tokens_of
+from workbench.training.means import GlobalMean, Means
+from workbench.training.module import Step, SupervisedModule
 
 
 class _Call(NamedTuple):

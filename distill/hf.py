@@ -14,23 +14,16 @@ from transformers import Trainer
 
 from distill.cache import CachedTeacher, Taught
 from distill.features import capture
-from distill.labelling import Positions, labelling, scored
-from distill.lesson import (
-    AnyTeacher,
-    asleep,
-    average_gradients,
-    lesson_of,
-    make_projectors,
-    objective_of,
-    opened,
-)
-from distill.objective import Seen, Term
+from distill.hf_labels import Positions, labelling, scored
+from distill.objective import Seen, Term, average_gradients, make_projectors, objective_of
+from distill.targets import AnyTeacher, lesson_of, opened
+from distill.teacher import asleep
+from workbench.distributed.ranks import everyone
 from workbench.files import replacing
-from workbench.means import Means
+from workbench.models.positions import tokens_of
 from workbench.randomness import same_random_state
-from workbench.ranks import everyone
 from workbench.tasks import logits_of
-from workbench.tokens import tokens_of
+from workbench.training.means import Means
 
 if TYPE_CHECKING:
     _Trainer = Trainer

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from distill.cache import CachedTeacher, Taught, open_teacher
 from distill.features import capture
 from distill.language import check_headless, chunked_terms, headless
-from distill.lesson import AnyTeacher, asleep, check_scored, elapsed, lesson_of, objective_of, opened
 from distill.losses import SoftTarget
-from distill.objective import Seen, Term
-from distill.teacher import Teacher
+from distill.objective import Seen, Term, check_scored, objective_of
+from distill.targets import AnyTeacher, elapsed, lesson_of, opened
+from distill.teacher import Teacher, asleep
 from workbench.duration import Duration
-from workbench.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
+from workbench.models.positions import tokens_of
 from workbench.randomness import random_state, same_random_state, set_random_state
-from workbench.source import Source
+from workbench.records.source import Source
 from workbench.tasks import Imitation, LanguageModelling, Task
-from workbench.tokens import tokens_of
-from workbench.training import check_namespace, task_for, train_and_save, trains
+from workbench.training.fit import check_namespace, task_for, trains
+from workbench.training.loop import train_and_save
+from workbench.training.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
 
 
 @final

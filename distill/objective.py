@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from distill.features import make_projector, matches
-from distill.losses import FeatureLoss, LogitLoss, SoftTarget, check_alpha, check_temperature, sampled_soft_target
+from distill.losses import (
+    FeatureLoss,
+    LogitLoss,
+    LogitMSE,
+    SoftTarget,
+    check_alpha,
+    check_temperature,
+    sampled_soft_target,
+)
+from workbench.distributed.ranks import world
 from workbench.duration import Duration
+from workbench.randomness import same_random_state
+from workbench.tasks import Regression, Task
 
 Places = str | list[str]
 
@@ -326,3 +337,54 @@ def _without_projectors(objective: nn.Module, state: dict[str, Tensor], prefix: 
 
 def _key(*parts: str) -> str:
     return "-".join(part for part in parts if part)
+
+
+def objective_of(
+    temperature: float, alpha: float, losses: Mapping[str, Term] | None, members: Sequence[str] = ("",)
+) -> Objective:
+    """The objective of ``losses``, or of soft targets and own loss; ``members`` are the students' names.
+
+    Raises:
+        ValueError: If a number is out of range, or both are given.
+    """
+    if losses is None:
+        return Objective(soft_and_hard(temperature, alpha), members)
+    if (temperature, alpha) != (4.0, 0.9):
+        raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
+    return Objective(losses, members)
+
+
+def check_scored(objective: Objective, task: Task) -> None:
+    """Refuse losses between distributions over classes where a task has no classes.
+
+    Raises:
+        ValueError: If the task is a regression and a term compares anything of the outputs but their numbers.
+    """
+    if not isinstance(task, Regression):
+        return
+    for name, term in objective.terms.items():
+        if isinstance(term.loss, LogitLoss) and not (isinstance(term.loss, LogitMSE) and not term.loss.standardize):
+            raise ValueError(
+                f"term {name!r} is {term.loss}, which compares classes, and Regression has none: give losses, e.g. "
+                "{soft: {loss: {class_path: distill.losses.LogitMSE}, weight: 0.5}, hard: {weight: 0.5}}"
+            )
+
+
+def make_projectors(objective: Objective, student: Seen, teacher: Seen) -> None:
+    """Give an objective new projectors, the same on all ranks, which all call this. Nothing is drawn."""
+    with same_random_state(), torch.no_grad():
+        objective.prepare(student.features, teacher.features)
+    objective.projectors.requires_grad_(True).train()
+    if world() > 1:
+        for value in objective.projectors.state_dict().values():
+            torch.distributed.broadcast(value, 0)
+
+
+def average_gradients(objective: Objective) -> None:
+    """Make the gradients of the projectors means over all ranks. Called on every rank, after the last backward pass."""
+    if (ranks := world()) == 1:
+        return
+    for parameter in objective.projectors.parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad.div_(ranks)

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distill.int8 import quantize
-from workbench import artifact
-from workbench.architecture import describe
+from workbench.checkpoints import compact
+from workbench.checkpoints.int8 import quantize
+from workbench.models.architecture import describe
 from workbench.tasks import logits_of
 
 Asked = nn.Module | str | Path | Callable[..., Any]
@@ -43,7 +43,8 @@ class Teacher:
         source: A trained network, which is copied; a folder: a compact checkpoint, a finished stage, or a model that
             transformers loads (also a hub name), as the class that its configuration names; or a function of the
             model's arguments, which is called as it is. Or a list of these.
-        precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits (:class:`distill.int8.Int8Linear`),
+        precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits
+        (:class:`workbench.checkpoints.int8.Int8Linear`),
             both on a GPU and on CPU, and what it answers is float32. None leaves the network in its own precision,
             also where the student is trained under autocast.
         compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
@@ -276,7 +277,7 @@ def _digest_of_function(function: Any) -> bytes:
 def _load(source: str | Path) -> nn.Module:
     path = Path(source)
     if (folder := _checkpoint(path)) is not None:
-        return artifact.load(folder)
+        return compact.load(folder)
     if (path / "config.json").is_file() or _is_hub_name(source):
         return _from_transformers(str(source))
     if next(_caches(path), None) is not None:
@@ -287,7 +288,7 @@ def _load(source: str | Path) -> nn.Module:
 
 def _checkpoint(path: Path) -> Path | None:
     try:
-        return artifact.find(path)
+        return compact.find(path)
     except ValueError:
         return None
 
@@ -346,3 +347,15 @@ def _with_missing(cls: Any, name: str, **options: Any) -> tuple[nn.Module, list[
 def _is_plain(model: Any) -> bool:
     """Whether ``model`` is an encoder without a head that can be built without its pooler."""
     return model.base_model is model and "add_pooling_layer" in inspect.signature(type(model)).parameters
+
+
+@contextmanager
+def asleep(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prune.accounting import account
     from prune.callbacks import DynamicSparsity, EarlyBird, GradualPruning, KeepMasked, LotteryTicket
-    from prune.hunting.function import find_tickets
     from prune.masks import Masks
     from prune.pruner import Pruner
-    from prune.rewind import RewindPoint
+    from prune.rewinding.lightning import RewindPoint
+    from prune.rewinding.snapshot import Snapshot
     from prune.shrinking import Coupled, Shrunk, shrink
-    from prune.snapshot import Snapshot
-    from prune.ticket import hunt
+    from prune.tickets.find import find_tickets
+    from prune.tickets.hunt import hunt
 
 __all__ = [
     "Coupled",
@@ -42,14 +42,14 @@ _HOME = {
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
     "LotteryTicket": "prune.callbacks",
-    "Masks": "prune.masks",
+    "Masks": "prune.masks.masks",
     "Pruner": "prune.pruner",
-    "RewindPoint": "prune.rewind",
+    "RewindPoint": "prune.rewinding.lightning",
     "Shrunk": "prune.shrinking",
-    "Snapshot": "prune.snapshot",
+    "Snapshot": "prune.rewinding.snapshot",
     "account": "prune.accounting",
-    "find_tickets": "prune.hunting.function",
-    "hunt": "prune.ticket",
+    "find_tickets": "prune.tickets.find",
+    "hunt": "prune.tickets.hunt",
     "shrink": "prune.shrinking",
 }
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prune.schedule import check_density, kept
-from prune.selection import keep_top_k
+from prune.topk import keep_top_k
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]
 

@@ -7,16 +7,52 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import architecture
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for name in ("workbench", "distill", "prune") for path in (ROOT / name).rglob("*.py"))
 FORBIDDEN = {"workbench": {"distill", "prune"}, "distill": {"prune"}, "prune": {"distill"}}
+
+FLOORS = {
+    "workbench": (
+        "launcher",
+        "report",
+        "evaluation diagnostics",
+        "training data export",
+        "tasks checkpoints",
+        "models records",
+        "distributed randomness duration paths files yaml_io messages progress",
+    ),
+    "prune": (
+        "tickets",
+        "callbacks hf shrinking",
+        "policies accounting",
+        "pruner",
+        "allocation structures",
+        "rewinding criteria connectivity topk",
+        "masks schedule",
+    ),
+    "distill": (
+        "module callbacks hf",
+        "targets",
+        "cache student",
+        "teacher objective language",
+        "losses features hf_labels",
+    ),
+}
+"""From the top floor down: a room imports only what stands below it, or beside it without a circle."""
+
 TORCH_ONLY = {
     "prune": (
-        *("masks", "keeping", "selection", "structure", "criteria", "allocation", "schedule", "pruner", "storage"),
-        *("policies", "snapshot", "accounting"),
+        *("masks", "topk", "structures", "criteria", "allocation", "schedule", "pruner", "policies", "accounting"),
+        "rewinding.snapshot",
     ),
-    "distill": ("losses", "features", "language", "int8"),
+    "distill": ("losses", "features", "language"),
 }
+TORCH_ONLY_GROUND = (
+    *("models.anatomy", "models.forward", "models.positions", "checkpoints", "duration"),
+    *("randomness", "distributed.ranks", "messages"),
+)
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
 
 
@@ -48,14 +84,25 @@ def test_no_arrow_points_back(path: Path) -> None:
     assert "tests" not in tops(path)
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def pure(path: Path) -> bool:
     """Whether it is a file that imports torch only, or lies in such a folder."""
-    package, name, *_ = path.relative_to(ROOT).with_suffix("").parts
-    return name in TORCH_ONLY.get(package, ())
+    package, _, inside = dotted(path).partition(".")
+    return any(f"{inside}.".startswith(f"{name}.") for name in TORCH_ONLY.get(package, ()))
 
 
 def test_pure_folders_are_looked_into() -> None:
-    assert {path.stem for path in FILES if pure(path)} > {"masks", "logits", "features", "controls", "modules"}
+    assert {path.stem for path in FILES if pure(path)} > {
+        "masks",
+        "snapshot",
+        "logits",
+        "features",
+        "controls",
+        "modules",
+    }
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if pure(path)], ids=lambda path: str(path.relative_to(ROOT)))
@@ -63,21 +110,63 @@ def test_the_pure_files_import_torch_only(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     allowed = {"torch", "safetensors", "workbench", package, *sys.stdlib_module_names}
     assert tops(path) <= allowed
-    shared = {name.rpartition(".")[0] for name in imports(path) if name.startswith("workbench.")}
-    assert shared <= {
-        f"workbench.{name}" for name in ("anatomy", "batches", "bits", "duration", "randomness", "ranks", "tokens")
-    }
-    inside = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
-    assert inside <= set(TORCH_ONLY[package]), "and of their own package only one another"
+    for name in imports(path):
+        top, _, inside = name.partition(".")
+        if top == "workbench":
+            assert any(f"{inside}.".startswith(f"{each}.") for each in TORCH_ONLY_GROUND), name
+        elif top == package:
+            pure_names = (*TORCH_ONLY[package], "Masks")
+            assert any(f"{inside}.".startswith(f"{each}.") for each in pure_names), (
+                f"{name}: of their own package only one another"
+            )
 
 
 def test_the_reader_of_checkpoints_is_torch_and_safetensors() -> None:
     """The reader and what it imports; activations only where one was swapped in."""
-    for name in ("artifact", "architecture", "bits", "files", "resize"):
-        path = ROOT / "workbench" / f"{name}.py"
+    reader = (
+        "checkpoints.compact",
+        "checkpoints.bits",
+        "models.architecture",
+        "models.resize",
+        "files",
+        "models.activations",
+    )
+    for name in reader[:-1]:
+        path = ROOT / "workbench" / f"{name.replace('.', '/')}.py"
         assert tops(path) <= {"torch", "safetensors", "workbench", *sys.stdlib_module_names}
-        inside = {found.split(".")[1] for found in imports(path) if found.startswith("workbench.")}
-        assert inside <= {"architecture", "bits", "files", "resize", "activations"}
+        for found in imports(path):
+            top, _, inside = found.partition(".")
+            assert top != "workbench" or any(
+                f"workbench.{found}".endswith(each) or inside.startswith(each) for each in reader
+            ), found
+
+
+ARROWS = list(architecture.arrows())
+
+
+def test_no_folder_has_a_cycle() -> None:
+    """At any level, whatever is imported where: lazily, for types, or at the top."""
+    assert len(ARROWS) > 500
+    for folder in architecture.folders():
+        assert architecture.cycle(architecture.rooms(folder, ARROWS)) == [], folder
+
+
+def test_a_cycle_is_found() -> None:
+    assert architecture.cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert architecture.floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == [["c"], ["b"], ["a"]]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_arrow_goes_to_a_higher_floor(package: str) -> None:
+    floor = {room: -number for number, names in enumerate(FLOORS[package]) for room in names.split()}
+    graph = architecture.rooms(package, ARROWS)
+    graph.pop("__main__", None)
+    assert floor.keys() >= graph.keys(), "every room has a floor"
+    on_disk = {
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert floor.keys() == on_disk - {"__init__", "__main__"}
+    assert [(room, other) for room in graph for other in graph[room] if floor[other] > floor[room]] == []
 
 
 def test_there_is_no_cycle() -> None:
@@ -142,7 +231,9 @@ def test_every_lazy_name_exists() -> None:
 def test_help_and_listing_load_nothing_heavy() -> None:
     for arguments in (["run"], ["run", "--help"], ["run", "digits", "--help"]):
         call = f"main('lightning', {arguments!r})"
-        code = f"from workbench.cli import main\ntry: {call}\nexcept SystemExit as error: assert not error.code"
+        code = (
+            f"from workbench.launcher.cli import main\ntry: {call}\nexcept SystemExit as error: assert not error.code"
+        )
         assert loaded(code) == set()
 
 

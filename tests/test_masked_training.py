@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from prune import DynamicSparsity, GradualPruning, KeepMasked, Masks, Pruner
 from prune.callbacks.lottery import LotteryTicket
 from prune.policies import Fixed
+from prune.rewinding.snapshot import Snapshot
 from prune.schedule import kept
-from prune.snapshot import Snapshot
 from tests.together import together
 
 QUIET: dict[str, Any] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from workbench import recipe as recipes
-from workbench.run import check
+from workbench.launcher import recipe as recipes
+from workbench.launcher.runner import check
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}

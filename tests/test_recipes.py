@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.miniatures import miniatures
-from workbench import recipe as recipes
-from workbench.run import check, run
+from workbench.launcher import recipe as recipes
+from workbench.launcher.runner import check, run
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))

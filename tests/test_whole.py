@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from workbench.artifact import find, read_index
+from workbench.checkpoints.compact import find, read_index
 
 RECIPE = """# a miniature of the main recipe
 seed_everything: 3

@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.activations import swap_activation
-    from workbench.artifact import load, save
-    from workbench.module import TaskModule
+    from workbench.checkpoints.compact import load, save
+    from workbench.models.activations import swap_activation
+    from workbench.training.module import TaskModule
 
 __all__ = ["TaskModule", "load", "save", "swap_activation"]
 
 _HOME = {
-    "TaskModule": "workbench.module",
-    "load": "workbench.artifact",
-    "save": "workbench.artifact",
-    "swap_activation": "workbench.activations",
+    "TaskModule": "workbench.training.module",
+    "load": "workbench.checkpoints.compact",
+    "save": "workbench.checkpoints.compact",
+    "swap_activation": "workbench.models.activations",
 }
 
 

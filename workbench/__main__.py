@@ -1,6 +1,6 @@
 """``python -m workbench run RECIPE``: the same as ``lightning run RECIPE``."""
 
-from workbench.cli import main
+from workbench.launcher.cli import main
 
 if __name__ == "__main__":
     main("workbench")

@@ -21,23 +21,9 @@ from typing import TextIO, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from workbench.messages import elapsed, printable
+
 _EVERY = 0.5
-
-
-def elapsed(seconds: float) -> str:
-    """A duration in words: ``3.1 s``, ``2 min 05 s``, ``1 h 02 min``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(whole / 60)
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def printable(text: str) -> str:
-    """The text on one line, every control, direction or unassigned character replaced by U+FFFD."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
 class Bars:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from distill.cache.reading import CachedTeacher, Taught, open_teacher
 from distill.cache.writing import Store, cache_teacher, write
 from distill.teacher import Precision, Teacher
-from workbench.source import Source
+from workbench.records.source import Source
 from workbench.tasks import Task
 
 __all__ = ["CachedTeacher", "Taught", "cache", "cache_teacher", "open_teacher"]

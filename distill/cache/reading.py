@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.cache import store as disk
-from distill.cache.items import Collated, Identified, check_loader, probe, tokenizer_digest, views_of
+from distill.cache.samples import Collated, Identified, check_loader, probe, tokenizer_digest, views_of
 from distill.teacher import Asked, Teacher
-from workbench.order import options_of
-from workbench.tokens import tokens_of
+from workbench.models.positions import tokens_of
+from workbench.training.order import options_of
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -77,7 +77,8 @@ class CachedTeacher:
 
         Args:
             loader: A DataLoader over the data set that the teacher was asked about. Its order and the size of its
-                batches are free; an index may be a :class:`workbench.order.At`, which knows its epoch and so its view.
+                batches are free; an index may be a :class:`workbench.training.order.At`, which knows its epoch and so
+                its view.
             split: Of the cache.
 
         Raises:

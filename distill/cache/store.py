@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.cache.items import DIGEST
+from distill.cache.samples import DIGEST
 from workbench.files import replacing, sha256, write_json
 
 FORMAT, VERSION = "teacher-cache", 1

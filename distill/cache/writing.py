@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.cache import store as disk
-from distill.cache.asking import Asker, join
-from distill.cache.items import (
+from distill.cache.answers import Asker, join
+from distill.cache.samples import (
     Collated,
     Identified,
     check_loader,
@@ -30,8 +30,8 @@ from distill.cache.items import (
 )
 from distill.teacher import Asked, Teacher
 from workbench import progress
-from workbench.order import At, options_of
 from workbench.tasks import Task
+from workbench.training.order import At, options_of
 
 Store = Literal["full", "sampled"]
 _SHARD_BYTES = 64 * 2**20

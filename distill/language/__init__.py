@@ -2,7 +2,7 @@
 
 from distill.language.chunked import chunked_soft_target, chunked_terms
 from distill.language.heads import check_headless, check_vocabulary, headless, pad_vocabulary
-from workbench.tokens import IGNORED, shift, valid_tokens
+from workbench.models.positions import IGNORED, shift, valid_tokens
 
 __all__ = [
     "IGNORED",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses import check_alpha, check_temperature
-from workbench.tokens import IGNORED
+from workbench.models.positions import IGNORED
 
 
 def chunked_soft_target(

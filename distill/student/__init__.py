@@ -10,10 +10,10 @@ from torch import nn
 from distill.student.mlp import cut_mlp
 from distill.student.transformer import cut_transformer
 from distill.teacher import Teacher
-from workbench.activations import swap_activation
-from workbench.anatomy import anatomy_of
 from workbench.models import MLP, SentenceEncoder
-from workbench.source import Source
+from workbench.models.activations import swap_activation
+from workbench.models.anatomy import anatomy_of
+from workbench.records.source import Source
 
 
 def cut_student(
@@ -58,7 +58,7 @@ def cut_student(
         hidden: Hidden size.
         heads: Attention heads of a layer.
         ffn: Width of the feed-forward nets.
-        activation: A row of :mod:`workbench.activations`, put in place of the teacher's.
+        activation: A row of :mod:`workbench.models.activations`, put in place of the teacher's.
 
     Returns:
         A trainable network of the teacher's class in train mode, on its device and in its precision, with a

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.student.units import chosen_layers, keep, norms, smaller
-from workbench.activations import swap_activation
-from workbench.anatomy import Anatomy, at, base_of
+from workbench.models.activations import swap_activation
+from workbench.models.anatomy import Anatomy, at, base_of
 
 Sizes = tuple[int, int, int]  # hidden, heads, feed-forward
 Picks = dict[str, list[tuple[int, Tensor]]]  # tensor: (axis, indices to keep along it)

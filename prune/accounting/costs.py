@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prune.accounting.running import ready
 from prune.masks import Masks
+from prune.masks.memory import memory_span, shared_memory
 from prune.pruner import prunable
-from prune.storage import memory_span, shared_memory
 
 
 @dataclass(frozen=True)

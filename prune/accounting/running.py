@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.batches import moved, undisturbed
+from workbench.models.forward import moved, undisturbed
 
 
 @contextmanager

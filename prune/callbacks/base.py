@@ -15,13 +15,14 @@ from torch import nn
 from torch.amp.grad_scaler import OptState
 from torch.optim.swa_utils import AveragedModel
 
+from prune.callbacks.calibration import evidence
 from prune.criteria import Criterion
-from prune.evidence import evidence
 from prune.masks import Masks
+from prune.masks.enforce import bare
 from prune.policies import Moment, Policy
-from prune.policies.base import densities
-from prune.policies.holders import bare, scaled_back
-from workbench.module import network_of
+from prune.policies.ownership import scaled_back
+from prune.policies.policy import densities
+from workbench.training.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 

@@ -5,12 +5,12 @@ from typing import Any, final
 from lightning.pytorch import Callback
 from pytorch_lightning import Callback as OtherCallback
 
-from prune.evidence import evidence
+from prune.callbacks.calibration import evidence
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.schedule import check_density
-from workbench.bits import pack, unpack
-from workbench.module import network_of
+from workbench.checkpoints.bits import pack, unpack
+from workbench.training.module import network_of
 
 
 @final

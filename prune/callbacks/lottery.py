@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from prune.callbacks.base import Sparsifying
-from prune.callbacks.course import Course
-from prune.policies.levels import REWINDS, Levels
+from prune.callbacks.loop_rewind import Course
+from prune.policies.iterative import REWINDS, Levels
 from prune.pruner import Pruner
-from prune.snapshot import Snapshot
-from workbench.continuation import Continuation
+from prune.rewinding.snapshot import Snapshot
 from workbench.duration import Duration
+from workbench.training.resume import Continuation
 
 _ALWAYS = ("counters", "random state", "other callbacks")
 _UNSUITED = {
@@ -44,7 +44,7 @@ class LotteryTicket(Sparsifying):
     ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
     and is part of the trainer's checkpoints: what is stopped in the middle of a level and resumed with ``ckpt_path``
     goes on there. As Lightning leaves random state out of its checkpoints, resume with
-    ``workbench.continuation.Continuation`` for the same bits.
+    ``workbench.training.resume.Continuation`` for the same bits.
 
     A second ``fit`` of the network that was found trains on under the last masks; any other starts a hunt anew.
 
@@ -96,8 +96,8 @@ class LotteryTicket(Sparsifying):
 
     @property
     def levels(self) -> list[dict[str, Any]]:
-        """A row for every level that has ended: that of :class:`prune.policies.levels.Levels`, ``stopped``, whether a
-        request to stop ended it, and what was ``rewound`` and ``kept`` when it began.
+        """A row for every level that has ended: that of :class:`prune.policies.iterative.Levels`, ``stopped``, whether
+        a request to stop ended it, and what was ``rewound`` and ``kept`` when it began.
         """
         return self.policy.rows
 

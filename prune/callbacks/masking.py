@@ -10,11 +10,11 @@ from torch import Tensor
 from prune.allocation import Allocation
 from prune.callbacks.base import Sparsifying
 from prune.masks import Masks
+from prune.masks.load import masks_of
 from prune.policies import Dynamic, Fixed, Gradual
 from prune.policies.dynamic import Decay, Growth
 from prune.policies.gradual import Schedule
 from prune.pruner import Patterns, Pruner
-from prune.stored import masks_of
 from workbench.duration import Duration
 
 

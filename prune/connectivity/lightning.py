@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from prune.connectivity.line import barrier
 from prune.connectivity.visiting import batch_norms, visiting
-from prune.keeping import some
-from workbench.batches import forward
-from workbench.evidence import FirstBatches, runs
-from workbench.module import network_of
+from workbench.messages import some
+from workbench.models.forward import forward
 from workbench.randomness import random_state, same_random_state, set_random_state
 from workbench.tasks import Task
-from workbench.training import check_namespace, make_trainer, quiet, training_loader
+from workbench.training.calibration import FirstBatches, runs
+from workbench.training.fit import check_namespace
+from workbench.training.loop import make_trainer, quiet, training_loader
+from workbench.training.module import network_of
 
 Split = Literal["val", "test"]
 _STEPS = {"val": "validation_step", "test": "test_step"}

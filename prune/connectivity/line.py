@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune.keeping import some
+from workbench.messages import some
 
 STABLE = 0.02  # of error, in [0, 1]: below it the paper calls a network stable
 

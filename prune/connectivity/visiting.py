@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from workbench.batches import batches, everywhere, forward, total
+from workbench.models.forward import batches, everywhere, forward, total
 from workbench.randomness import same_random_state
 
 Run = Callable[[nn.Module, Any], Any]

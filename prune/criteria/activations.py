@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from prune.criteria.weights import check, precise
-from prune.keeping import some
-from workbench.batches import batches, call, everywhere, inputs_of, total, undisturbed
-from workbench.tokens import tokens_of
+from workbench.messages import some
+from workbench.models.forward import batches, call, everywhere, inputs_of, total, undisturbed
+from workbench.models.positions import tokens_of
 
 
 def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prune.criteria.weights import check
-from workbench.batches import inputs_of, moved, undisturbed
+from workbench.models.forward import inputs_of, moved, undisturbed
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:

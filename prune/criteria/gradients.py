@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prune.criteria.weights import check, precise
-from prune.keeping import some
-from workbench.batches import batches, everywhere, scalar, total, undisturbed
+from workbench.messages import some
+from workbench.models.forward import batches, everywhere, scalar, total, undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from prune.keeping import some
-from prune.storage import distributed, shared_memory
+from prune.masks.memory import distributed, shared_memory
+from workbench.messages import some
 
 
 def magnitude(weight: Tensor) -> Tensor:

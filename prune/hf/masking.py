@@ -7,13 +7,13 @@ from typing import final
 from torch import Tensor, nn
 
 from prune.allocation import Allocation
-from prune.hf.driving import Driving
+from prune.hf.base import Driving
 from prune.masks import Masks
+from prune.masks.load import masks_of
 from prune.policies import Dynamic, Fixed, Gradual
 from prune.policies.dynamic import Decay, Growth
 from prune.policies.gradual import Schedule
 from prune.pruner import Patterns, Pruner, prunable
-from prune.stored import masks_of
 from workbench.duration import Duration
 
 

@@ -1,9 +1,9 @@
 """What is pruned when: objects that any training loop can drive, and the callbacks of every trainer do."""
 
-from prune.policies.base import Policy
 from prune.policies.dynamic import Dynamic
 from prune.policies.fixed import Fixed
 from prune.policies.gradual import Gradual
-from prune.policies.moments import Moment
+from prune.policies.moment import Moment
+from prune.policies.policy import Policy
 
 __all__ = ["Dynamic", "Fixed", "Gradual", "Moment", "Policy"]

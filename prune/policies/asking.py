@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from prune.criteria import Criterion
-from prune.keeping import some
 from prune.pruner import Pruner
+from workbench.messages import some
 
 Evidence = Callable[[Criterion], Mapping[str, Any]]
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from prune.allocation import Allocation
 from prune.criteria import random, seeded
 from prune.masks import Masks
-from prune.policies.base import Policy
-from prune.policies.moments import Moment, check_times
+from prune.policies.moment import Moment, check_times
+from prune.policies.policy import Policy
 from prune.pruner import Patterns, Pruner
 from prune.schedule import check_density
-from prune.selection import keep_top_k
+from prune.topk import keep_top_k
 from workbench.duration import Duration
 
 Growth = Literal["rigl", "set"]

@@ -6,10 +6,10 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from prune.keeping import fitting
 from prune.masks import Masks
-from prune.policies.base import Policy
-from prune.policies.moments import Moment
+from prune.masks.enforce import fitting
+from prune.policies.moment import Moment
+from prune.policies.policy import Policy
 
 
 @final

@@ -7,11 +7,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from prune.policies.base import Policy
-from prune.policies.moments import Moment, check_times
+from prune.masks.memory import gathered, local, shard
+from prune.policies.moment import Moment, check_times
+from prune.policies.policy import Policy
 from prune.pruner import Pruner
 from prune.schedule import SCHEDULES, check_density
-from prune.storage import gathered, local, shard
 from workbench.duration import Duration
 
 Schedule = Callable[[float, float, float], float]

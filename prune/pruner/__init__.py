@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from prune.allocation import ALLOCATIONS, Allocation
 from prune.criteria import CRITERIA, Criterion, seeded
-from prune.keeping import nearest
 from prune.masks import Masks
+from prune.masks.enforce import nearest
 from prune.pruner.scope import Patterns, check_fits, check_weight, matching, output_weight, patterns_of, prunable
 from prune.schedule import check_density, exponential, kept
-from prune.structure import STRUCTURES, Layout, Structure, structure_named
-from workbench.bits import pack, unpack
-from workbench.ranks import everyone, world
+from prune.structures import STRUCTURES, Layout, Structure, structure_named
+from workbench.checkpoints.bits import pack, unpack
+from workbench.distributed.ranks import everyone, world
 
 __all__ = ["Pruner", "prunable"]
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prune.keeping import nearest
-from prune.storage import distributed, local, memory_span, owners, shared_memory, summed
+from prune.masks.enforce import nearest
+from prune.masks.memory import distributed, local, memory_span, owners, shared_memory, summed
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune.shrinking.calls import Call, alike, answers, rounding
-from prune.shrinking.graph import find_units
-from prune.shrinking.probe import scrambled, zero_columns
+from prune.shrinking.equivalence import Call, alike, answers, rounding
+from prune.shrinking.find import find_units
 from prune.shrinking.surgery import cut, going
 from prune.shrinking.units import Slot, Units
-from prune.structure.axes import layer_of
-from prune.structure.layout import Layout, Member, Tensors
-from workbench.resize import axes
+from prune.shrinking.unused import scrambled, zero_columns
+from prune.structures.axes import layer_of
+from prune.structures.layout import Layout, Member, Tensors
+from workbench.models.resize import axes
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,18 +5,19 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from prune.accounting import account
 from prune.masks import Masks
-from prune.shrinking.removal import shrink as shrunk
-from workbench import artifact
-from workbench.export import arguments_for, chosen, kept_inputs
+from prune.shrinking.equivalence import given
+from prune.shrinking.shrink import shrink as shrunk
+from workbench.checkpoints import compact
+from workbench.export.inputs import chosen, kept_inputs
 from workbench.files import replacing
-from workbench.saving import example_inputs, save_network
-from workbench.source import Source
+from workbench.records.source import Source
 from workbench.tasks import Task
-from workbench.training import evaluated, module_for
+from workbench.training.fit import module_for
+from workbench.training.loop import evaluated
+from workbench.training.save import example_inputs, save_network
 
 
 def shrink(
@@ -45,8 +46,8 @@ def shrink(
         ValueError: If there is no network, or nothing to try it on, or it cannot be traced.
     """
     folder, record = chosen(Path(of), level)
-    source = artifact.find(folder)
-    network, kept = artifact.load(source), artifact.masks(source)
+    source = compact.find(folder)
+    network, kept = compact.load(source), compact.masks(source)
     inputs = kept_inputs(folder, Path(of), source.parent)
     if not inputs and data is not None:
         inputs = example_inputs(module_for(network, data, task), data)
@@ -73,9 +74,3 @@ def shrink(
             "removed": {layer: len(rows) for layer, rows in made.removed.items()},
         },
     }
-
-
-def given(network: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """What to call the network with, in its own type."""
-    args, kwargs = arguments_for(network, inputs)
-    return args or kwargs

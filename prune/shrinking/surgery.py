@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.shrinking.units import Slot, Units
-from workbench.resize import axes, settle
+from workbench.models.resize import axes, settle
 
 Chosen = Sequence[tuple[Units, Tensor]]
 

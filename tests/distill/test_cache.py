@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from distill.cache import CachedTeacher, Taught, cache, cache_teacher, open_teacher, store
-from distill.cache.items import digests
+from distill.cache.samples import digests
 from distill.cache.sampling import draw, stream
 from distill.cache.writing import write
 from distill.losses import soft_target
 from distill.teacher import Teacher
-from workbench import artifact
+from workbench.checkpoints import compact
 from workbench.data import Digits
-from workbench.jobs import find_jobs
+from workbench.launcher.jobs import find_jobs
 from workbench.models import MLP
-from workbench.order import At, ordered
-from workbench.source import Source
+from workbench.records.source import Source
 from workbench.tasks import LanguageModelling
+from workbench.training.order import At, ordered
 
 N, WIDTH, CLASSES = 22, 6, 3
 
@@ -846,7 +846,7 @@ def test_a_digest_is_of_the_values_of_one_sample(kind: type) -> None:
 
 def test_a_stage_writes_a_cache_that_another_names_as_its_teacher(tmp_path: Path) -> None:
     network, data = MLP(64, [8], 10), Digits(batch_size=100)
-    artifact.save(network, tmp_path / "teacher" / "artifact")
+    compact.save(network, tmp_path / "teacher" / "artifact")
     out = tmp_path / "cached"
     result = cache(Source(tmp_path / "teacher"), data, splits=["train", "val"], precision="bf16", out=out)
     assert json.loads(json.dumps(result)) == result

@@ -20,11 +20,11 @@ from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import DKD, RKD, Hint, SoftTarget
 from distill.objective import Objective, Term
 from tests.together import together
-from workbench import artifact
+from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.module import TaskModule
 from workbench.tasks import Classification
+from workbench.training.module import TaskModule
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -691,7 +691,7 @@ def test_numbers_beside_terms_are_refused() -> None:
 
 
 def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
-    artifact.save(MLP(6, [5], 3), tmp_path / "artifact")
+    compact.save(MLP(6, [5], 3), tmp_path / "artifact")
     for namespace in (lp, pl):
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)

@@ -32,7 +32,7 @@ from transformers import (
 
 from distill import DistillationCallback, DistillationMixin, DistillationTrainer, DistillModule
 from distill.cache import CachedTeacher, cache_teacher
-from distill.labelling import labelling, scored
+from distill.hf_labels import labelling, scored
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
 from distill.objective import Objective, Term
 from tests.together import together

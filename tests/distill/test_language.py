@@ -10,14 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config
 from transformers import GPT2LMHeadModel as GPT2
 
-from distill.language import (
-    check_vocabulary,
-    chunked_soft_target,
-    headless,
-    pad_vocabulary,
-    shift,
-    valid_tokens,
-)
+from distill.language import check_vocabulary, chunked_soft_target, headless, pad_vocabulary, shift, valid_tokens
 from distill.losses import mix, soft_target
 
 TINY = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 23, "n_positions": 12}

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
-from distill.lesson import elapsed
 from distill.losses import Hint, LogitMSE, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
 from distill.module import DistillModule, distill
 from distill.objective import Term
+from distill.targets import elapsed
 from distill.teacher import Teacher
 from tests.together import together
-from workbench import artifact
+from workbench.checkpoints import compact
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.module import TaskModule
-from workbench.order import ordered
-from workbench.source import Source
+from workbench.records.source import Source
 from workbench.tasks import Classification, Embedding, LanguageModelling, Regression
+from workbench.training.module import TaskModule
+from workbench.training.order import ordered
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -606,7 +606,7 @@ def test_heads_that_are_not_all_are_refused() -> None:
 
 
 def test_the_job_distills_a_family(tmp_path: Path) -> None:
-    artifact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
+    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
     result = distill(
         {"small": MLP(64, [8], 10), "tiny": MLP(64, [4], 10)},
         Source(tmp_path / "teacher"),
@@ -623,7 +623,7 @@ def test_the_job_distills_a_family(tmp_path: Path) -> None:
 
 
 def test_the_job_distills_from_a_folder(tmp_path: Path) -> None:
-    artifact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
+    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
     result = distill(
         MLP(64, [8], 10),
         Source(tmp_path / "teacher"),

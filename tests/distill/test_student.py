@@ -11,12 +11,12 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-import workbench.arguments  # noqa: F401 - makes Source known to parsers
+import workbench.launcher.arguments  # noqa: F401 - makes Source known to parsers
 from distill import Teacher
 from distill.student import cut_student
-from workbench import artifact
-from workbench.activations import swap_activation
+from workbench.checkpoints import compact
 from workbench.models import MLP, LeNet5, SentenceEncoder
+from workbench.models.activations import swap_activation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(bos|eos)_token_id must be")
 
@@ -301,8 +301,8 @@ def test_every_family_runs_saves_and_loads(family: str, cut: dict[str, Any], tmp
         again = type(student).from_pretrained(tmp_path / "hub")
         assert torch.equal(ask(again), expected)
         assert set(again.state_dict()) == set(student.state_dict())
-        artifact.save(student, tmp_path / "own")
-        assert torch.equal(ask(artifact.load(tmp_path / "own")), expected)
+        compact.save(student, tmp_path / "own")
+        assert torch.equal(ask(compact.load(tmp_path / "own")), expected)
 
 
 def test_queries_of_unscaled_attention_are_left_as_they_are() -> None:
@@ -364,8 +364,8 @@ def test_another_activation_and_one_that_no_configuration_can_name(tmp_path: Pat
     student = cut_student(teacher)
     assert isinstance(student.bert.encoder.layer[0].intermediate.intermediate_act_fn, nn.ELU)
     assert torch.equal(ask(student.eval()), ask(teacher))
-    artifact.save(student, tmp_path)
-    assert torch.equal(ask(artifact.load(tmp_path)), ask(teacher))
+    compact.save(student, tmp_path)
+    assert torch.equal(ask(compact.load(tmp_path)), ask(teacher))
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -482,8 +482,8 @@ def test_an_mlp_whole_and_narrowed(norm: Any, tmp_path: Path) -> None:
         assert torch.equal(student.layers[1].weight, teacher.layers[1].weight[kept[0]])  # type: ignore[index]
     if norm == "batch":
         assert torch.equal(student.layers[4].running_var, teacher.layers[4].running_var[kept[1]])  # type: ignore[index]
-    artifact.save(student, tmp_path)
-    assert torch.equal(artifact.load(tmp_path).double()(x), student.eval()(x))
+    compact.save(student, tmp_path)
+    assert torch.equal(compact.load(tmp_path).double()(x), student.eval()(x))
 
 
 def test_dead_units_of_an_mlp_go_first() -> None:
@@ -523,7 +523,7 @@ def test_any_network_can_get_another_activation() -> None:
 
 def test_a_teacher_from_disk_or_in_a_recipe(tmp_path: Path) -> None:
     teacher = mlp().float()
-    artifact.save(teacher, tmp_path)
+    compact.save(teacher, tmp_path)
     for source in (str(tmp_path), tmp_path, Teacher(teacher)):
         student: Any = cut_student(source, hidden=[4, 3])  # type: ignore[arg-type]
         assert student.init_args["hidden"] == [4, 3]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
-from distill.int8 import Int8Linear, quantize
 from distill.teacher import Teacher, averaged
-from workbench import artifact, load
+from workbench import load
+from workbench.checkpoints import compact
+from workbench.checkpoints.int8 import Int8Linear, quantize
 from workbench.models import MLP
-from workbench.source import Source
+from workbench.records.source import Source
 
 
 class Moody(nn.Module):
@@ -146,7 +147,7 @@ def test_takes_keywords_and_nested_inputs() -> None:
 @pytest.mark.parametrize("stage", [False, True])
 def test_loads_a_compact_checkpoint_or_the_stage_around_it(tmp_path: Path, kind: Any, stage: bool) -> None:
     network = MLP(6, [5], 3)
-    artifact.save(network, tmp_path / "artifact")
+    compact.save(network, tmp_path / "artifact")
     teacher = Teacher(kind(tmp_path if stage else tmp_path / "artifact"))
     assert same(teacher.module, network)
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
@@ -161,7 +162,7 @@ def test_loads_a_transformers_folder(tmp_path: Path, bert: Any) -> None:
 
 
 def test_what_is_loaded_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact.save(MLP(6, [5], 3), tmp_path / "artifact")
+    compact.save(MLP(6, [5], 3), tmp_path / "artifact")
     made: list[weakref.ref[nn.Module]] = []
 
     def watch(path: Path) -> nn.Module:
@@ -169,7 +170,7 @@ def test_what_is_loaded_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         made.append(weakref.ref(module))
         return module
 
-    monkeypatch.setattr(artifact, "load", watch)
+    monkeypatch.setattr(compact, "load", watch)
     teacher = Teacher(tmp_path)
     gc.collect()
     assert [module() for module in made] == [teacher.module]
@@ -268,7 +269,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
-    artifact.save(MLP(6, [5], 3), tmp_path)
+    compact.save(MLP(6, [5], 3), tmp_path)
     (weights,) = tmp_path.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="bytes"):
@@ -431,7 +432,7 @@ def test_equal_weights_by_default_and_impossible_classes_stay_impossible() -> No
 
 
 def test_several_may_be_of_any_kind(tmp_path: Path) -> None:
-    artifact.save(MLP(6, [5], 3), tmp_path)
+    compact.save(MLP(6, [5], 3), tmp_path)
     x = torch.randn(2, 6)
     teacher = Teacher([tmp_path, lambda x: {"logits": 2 * x[:, :3]}])
     assert torch.allclose(teacher(x), (load(tmp_path)(x) + 2 * x[:, :3]) / 2)

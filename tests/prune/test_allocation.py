@@ -10,8 +10,8 @@ from torch import Tensor
 
 from prune.allocation import ALLOCATIONS, ERK, Allocation, ErdosRenyi, Global, LayerwiseAsPaper, Uniform
 from prune.schedule import geometric, kept
-from prune.selection import keep_top_k
-from prune.structure.layout import best_of_each
+from prune.structures.layout import best_of_each
+from prune.topk import keep_top_k
 
 LENET = {"fc1": 784 * 300, "fc2": 300 * 100, "out": 100 * 10}
 

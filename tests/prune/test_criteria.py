@@ -109,7 +109,7 @@ def test_batches_of_every_form(name: str, form: Callable[[Tensor, Tensor], Any])
     ],
 )
 def test_batches_are_moved_whole(batch: Any):
-    from workbench.batches import moved
+    from workbench.models.forward import moved
 
     found = moved(batch, torch.device("meta"))
     assert isinstance(found, type(batch))

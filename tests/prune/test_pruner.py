@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import prune.structure
+import prune.structures
 from prune.allocation import ALLOCATIONS, Global, LayerwiseAsPaper, Uniform
 from prune.criteria import CRITERIA, Criterion
 from prune.masks import Masks
 from prune.pruner import Pruner, prunable
 from prune.schedule import geometric, kept
-from prune.selection import keep_top_k
-from prune.structure import Unstructured, structure_named
+from prune.structures import Unstructured, structure_named
+from prune.topk import keep_top_k
 from tests.prune import table
 from tests.together import together
 
@@ -209,7 +209,7 @@ def test_no_row_is_missing_from_the_table():
     assert set(table.CRITERIA) == set(CRITERIA)
     assert set(table.ALLOCATIONS) == set(ALLOCATIONS)
     rows = {type(structure_named(name)).__name__ for name in table.STRUCTURES}
-    folder = Path(prune.structure.__file__).parent
+    folder = Path(prune.structures.__file__).parent
     classes = {
         node.name
         for file in folder.glob("*.py")

@@ -5,7 +5,8 @@ from io import StringIO
 import pytest
 
 from workbench import progress
-from workbench.progress import Told, attempts, bars, current, elapsed, printable, show, telling, told
+from workbench.messages import elapsed, printable
+from workbench.progress import Told, attempts, bars, current, show, telling, told
 
 LINE = re.compile(r"^(\S+) +(?:failed after )?\d+\.\d s(?:  .*)?$")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.data.augment import Augment
 from workbench.data.images import ImageModule
-from workbench.located import expanded
+from workbench.paths import expanded
 
 _CHUNK = 1 << 20
 _DEFLATE_LIMIT = 1032  # no deflate stream expands further than this

@@ -14,7 +14,7 @@ from torch import Tensor
 from workbench.data.augment import Augment
 from workbench.data.hub import from_hub, named_so
 from workbench.data.images import ImageModule
-from workbench.located import expanded
+from workbench.paths import expanded
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 _ROWS = 1024

@@ -8,8 +8,8 @@ from pytorch_lightning import Callback as OtherCallback
 from workbench.diagnostics.gradients import gradient_flow
 from workbench.diagnostics.units import dead_units, gate_statistics
 from workbench.duration import Duration
-from workbench.evidence import FirstBatches, Loss, runs
-from workbench.module import network_of
+from workbench.training.calibration import FirstBatches, Loss, runs
+from workbench.training.module import network_of
 
 
 @final

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from workbench.batches import batches, everywhere, scalar, total, undisturbed
+from workbench.models.forward import batches, everywhere, scalar, total, undisturbed
 
 
 def gradient_flow(

@@ -1,8 +1,8 @@
 """What activation modules are given and give: units that are dead, and how far gates are open.
 
 A site is an activation module behind a layer: one that is used behind several layers is a site behind each of them,
-named ``act(layer)``. Found are the modules that ``workbench.activations.kind_of`` knows, transformers' too; what is
-written as a function in a ``forward`` cannot be seen. Units are the channels of what follows a convolution, the
+named ``act(layer)``. Found are the modules that ``workbench.models.activations.kind_of`` knows, transformers' too;
+what is written as a function in a ``forward`` cannot be seen. Units are the channels of what follows a convolution, the
 features of all else. Padding does not count, where a batch has an ``attention_mask``. The network is in eval mode.
 
 Legend: P positions seen, U units.
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from workbench.activations import kind_of
-from workbench.batches import batches, everywhere, forward, total, undisturbed
-from workbench.ranks import world
-from workbench.tokens import tokens_of
+from workbench.distributed.ranks import world
+from workbench.models.activations import kind_of
+from workbench.models.forward import batches, everywhere, forward, total, undisturbed
+from workbench.models.positions import tokens_of
 
 Run = Callable[[nn.Module, Any], Any]
 Site = tuple[str, str]  # names of the activation and of the layer before it
@@ -86,7 +86,7 @@ def dead_units(
 def gate_statistics(network: nn.Module, loader: Iterable[Any], run: Run = forward) -> dict[str, dict[str, Any]]:
     """Moments of each activation's slope f'(z) over all data seen, and of the pre-activation z itself.
 
-    ``workbench.activations.gate(kind, mean, std)`` gives what they would be, were z Gaussian. Arguments as for
+    ``workbench.models.activations.gate(kind, mean, std)`` gives what they would be, were z Gaussian. Arguments as for
     :func:`dead_units`.
 
     Returns:

@@ -4,7 +4,7 @@ from typing import Any, final, get_args
 
 from torch import Tensor, nn
 
-from workbench.activations import Init, init_, make
+from workbench.models.activations import Init, init_, make
 from workbench.models.resnet import Norm, make_norm
 
 _CONVOLUTIONS = (2, 4, 6)
@@ -27,11 +27,11 @@ class Conv(nn.Module):
         width: Channels of the first pair.
         hidden: Units of both hidden linear layers.
         classes: Size of the output.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: Of the convolutions: "none", "batch", "group" or "layer"; see `workbench.models.resnet.make_norm`.
         in_channels: Channels of the image.
         image_size: S, height and width in pixels, at least 2, 4 or 8 for 2, 4 or 6 convolutions.
-        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.activations.init_`.
+        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
     Raises:
         ValueError: A size out of range, or an unknown activation, norm or init.

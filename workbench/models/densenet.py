@@ -6,7 +6,7 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import Init, init_, make
+from workbench.models.activations import Init, init_, make
 from workbench.models.resnet import Norm, make_norm
 
 
@@ -28,7 +28,7 @@ class DenseBlock(nn.Module):
         in_channels: C.
         growth: Channels that a layer adds, k.
         layers: Their number.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: See `workbench.models.resnet.make_norm`.
         bottleneck: Whether layers have one.
     """
@@ -67,10 +67,10 @@ class DenseNet(nn.Module):
         bottleneck: Whether a 1x1 convolution to 4 growth channels comes before every 3x3 one (DenseNet-B).
         compression: Share of the channels that is left between blocks, in (0, 1] (below 1 DenseNet-C).
         classes: Size of the output.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: "batch", "group", "layer" or "none"; see `workbench.models.resnet.make_norm`.
         in_channels: Channels of the image.
-        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.activations.init_`.
+        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
     Raises:
         ValueError: A size out of range, or an unknown activation, norm or init.

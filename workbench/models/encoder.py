@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.architecture import describe, is_architecture, remembered
-from workbench.located import located
+from workbench.models.architecture import describe, is_architecture, remembered
 from workbench.models.hub import pretrained
+from workbench.paths import located
 
 Pooling = Literal["mean", "cls"]
 
@@ -46,7 +46,7 @@ class SentenceEncoder(nn.Module):
 
     Args:
         encoder: A transformers model that gives ``last_hidden_state``; or its folder, its name on the hub or
-            ``package:NAME/folder`` (see `workbench.located`), to load it with its weights; or a configuration with
+            ``package:NAME/folder`` (see `workbench.paths`), to load it with its weights; or a configuration with
             ``model_type``, for new weights.
         pooling: "mean" of the vectors of all real tokens, or "cls", the first token's.
         normalize: Divide the vectors by their L2 norm.

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from workbench.located import located
+from workbench.paths import located
 
 
 def from_config(architecture: str, config: dict[str, Any]) -> nn.Module:
@@ -42,7 +42,7 @@ def pretrained(name: str, architecture: str = "AutoModel", options: dict[str, An
     """A model of transformers with its weights, in training mode.
 
     Args:
-        name: A folder that transformers saved (see `workbench.located`), or a hub name. Weights are read from
+        name: A folder that transformers saved (see `workbench.paths`), or a hub name. Weights are read from
             safetensors only.
         architecture: Name of a model class of transformers, such as ``AutoModelForSequenceClassification``. A head
             that the folder does not have gets new weights.

@@ -4,7 +4,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from workbench.activations import Init, init_, make
+from workbench.models.activations import Init, init_, make
 
 
 @final
@@ -19,9 +19,9 @@ class LeNet5(nn.Module):
     Args:
         in_channels: Channels of the image.
         classes: Size of the output.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         image_size: Height and width in pixels, at least 8.
-        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.activations.init_`.
+        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
     Raises:
         ValueError: A size out of range, or an unknown activation or init.

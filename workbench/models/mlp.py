@@ -6,7 +6,7 @@ from typing import Any, Literal, final, get_args
 
 from torch import Tensor, nn
 
-from workbench.activations import Init, init_, make
+from workbench.models.activations import Init, init_, make
 
 Norm = Literal["none", "layer", "batch"]
 
@@ -19,9 +19,9 @@ class MLP(nn.Module):
         in_features: Size of one input, all its axes together.
         hidden: Widths of the hidden layers; empty for a linear model.
         classes: Size of the output.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: Normalisation before each activation: "none", "layer" or "batch".
-        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.activations.init_`.
+        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
     Raises:
         ValueError: A size below 1, or an unknown activation, norm or init.

@@ -6,7 +6,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import Init, init_, make
+from workbench.models.activations import Init, init_, make
 
 Norm = Literal["batch", "group", "layer", "none"]
 _GROUPS = 8
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
         in_channels: C.
         channels: Channels of the output.
         stride: Of the first convolution and of the shortcut.
-        activation: f, a name from `workbench.activations`.
+        activation: f, a name from `workbench.models.activations`.
         norm: See `make_norm`.
     """
 
@@ -69,7 +69,8 @@ class ResNet(nn.Module):
     pixels, depth 20 and width 16 it has 272,474 weights. He et al. (2016), "Deep residual learning for image
     recognition", arXiv:1512.03385, section 4.2, with projections as shortcuts (option B) and any activation.
 
-    Initial weights are those of `workbench.activations.init_`. Without a norm the sums of branch and shortcut would
+    Initial weights are those of `workbench.models.activations.init_`. Without a norm the sums of branch and shortcut
+    would
     grow with the number of blocks L, exponentially: the last convolution of every branch is then divided by sqrt L
     (Hayou et al. 2021, "Stable ResNet", arXiv:2010.12859). Even so, a GELU, SiLU or tanh that reads another one again
     and again shrinks its input: at depth 56 they need a norm.
@@ -78,10 +79,10 @@ class ResNet(nn.Module):
         depth: Layers with weights along the longest path: 6 n + 2 with n blocks in each stage.
         width: Channels of the first stage.
         classes: Size of the output.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: "batch", "group", "layer" or "none"; see `make_norm`.
         in_channels: Channels of the image.
-        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.activations.init_`.
+        init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
     Raises:
         ValueError: A size out of range, or an unknown activation, norm or init.

@@ -6,11 +6,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from workbench.report.comparisons import Move
-from workbench.report.facts import Curve
-from workbench.report.seeds import Band
+from workbench.report.bands import Band
+from workbench.report.format import Metric, count, percent
+from workbench.report.sections.comparisons import Move
+from workbench.report.summary import Curve
 from workbench.report.svg import LIGHT, drawn
-from workbench.report.wording import Metric, count, percent
 
 _MARKERS = "osD^vPXp"
 

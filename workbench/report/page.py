@@ -11,13 +11,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from workbench.report import comparisons, opening, sweeps, tables, tickets
-from workbench.report import facts as data
+from workbench.records import Stage, Verdict
+from workbench.report import cells, headline
 from workbench.report import figures as draw
-from workbench.report.reading import Stage, Verdict
-from workbench.report.seeds import Band
+from workbench.report import summary as data
+from workbench.report.bands import Band
+from workbench.report.format import duration, size, times
+from workbench.report.sections import comparisons, stages, sweeps, verdicts
 from workbench.report.svg import PALETTE, standalone
-from workbench.report.wording import size, times
 
 Drawn = tuple[list[Band], list[Band]]
 """Scores and steps of a group."""
@@ -30,8 +31,8 @@ class Bought:
 
     stage: str
     about: str
-    scores: tables.Table
-    moved: tables.Table | None
+    scores: cells.Table
+    moved: cells.Table | None
     movement: str
     figure: "Figure | None"
 
@@ -54,7 +55,7 @@ class Group:
     title: str
     sentence: str
     rest: str
-    levels: tables.Table
+    levels: cells.Table
     legend: str
     figure: "Figure | None"
 
@@ -65,7 +66,7 @@ class Gaps:
 
     title: str
     sentence: str
-    levels: tables.Table
+    levels: cells.Table
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,18 @@ class Sweep:
 
     stage: str
     sentence: str
-    runs: tables.Table
-    means: tables.Table | None
+    runs: cells.Table
+    means: cells.Table | None
     figure: "Figure | None"
 
 
-def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str, str]]:
+def render(every: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str, str]]:
     """The page and its figures as files by name, of the stages of the run called ``run``.
 
     Raises:
         ValueError: If no stage is finished.
     """
-    found = data.gather(stages)
+    found = data.gather(every)
     learning, sparsity = data.learning(found), data.sparsity(found)
     told = [stage for stage in found.aside if stage.comparison]
     compared = [name for stage in told if stage.comparison for name in comparisons.names(stage.comparison)]
@@ -116,26 +117,26 @@ def render(stages: Sequence[Stage], title: str, run: str) -> tuple[str, dict[str
     page = environment.get_template("page.html.j2").render(
         title=title,
         run=shlex.quote(run),
-        headline=_UNIT.sub("\N{NO-BREAK SPACE}", opening.headline(found)),
-        caveat=tables.caveat(found),
-        unfinished=tables.unfinished(found),
-        stale=data.stale(stages),
-        stages=tables.stages(found) if found.rows else None,
-        legend=tables.legend(found) if found.rows else "",
-        aside=tables.aside(found),
+        headline=_UNIT.sub("\N{NO-BREAK SPACE}", headline.headline(found)),
+        caveat=headline.caveat(found),
+        unfinished=headline.unfinished(found),
+        stale=data.stale(every),
+        stages=stages.stages(found) if found.rows else None,
+        legend=stages.legend(found) if found.rows else "",
+        aside=headline.aside(found),
         bought=bought,
         rulings=rulings,
         sweeps=swept,
-        exports=tables.exports(found),
-        hunts=[(hunt, tables.sparsest(hunt), tables.levels(hunt), tables.columns(hunt)) for hunt in found.hunts],
+        exports=stages.exports(found),
+        hunts=[(hunt, stages.sparsest(hunt), stages.levels(hunt), stages.columns(hunt)) for hunt in found.hunts],
         figures=figures,
         svg=Markup,
         colour=colour,
         palette=PALETTE,
-        versions=_shared([(s.name, s.versions) for s in stages]),
-        machines=_shared([(s.name, s.environment) for s in stages]),
-        prints=tables.prints(stages),
-        recipe=_recipe(stages),
+        versions=_shared([(s.name, s.versions) for s in every]),
+        machines=_shared([(s.name, s.environment) for s in every]),
+        prints=stages.prints(every),
+        recipe=_recipe(every),
     )
     return page, {name: standalone(svg) for figure in (*drawn, *figures) for name, svg in figure.images.items()}
 
@@ -156,7 +157,7 @@ def _bought(stages: Sequence[Stage], colour: dict[str, int]) -> list[Bought]:
             )
             title = f"Classes that move{f', {stage.name}' if len(stages) > 1 else ''}"
             number += 1
-            fingerprint = f"{stage.name} {tables.short(stage.fingerprint)}"
+            fingerprint = f"{stage.name} {cells.short(stage.fingerprint)}"
             sample = f"n beside each class, no interval. Recipe fingerprints: {fingerprint}."
             figure = Figure(number, title, comparisons.movement(found, shown), sample, {name: svg})
         moved = comparisons.classes(found, shown) if shown else None
@@ -171,18 +172,18 @@ def _rulings(stages: Sequence[Stage], number: int) -> list[Ruling]:
     place = 0
     for stage in stages:
         groups = []
-        drawn = [(tickets.scores(found), tickets.steps(found)) for found in stage.verdicts]
+        drawn = [(verdicts.scores(found), verdicts.steps(found)) for found in stage.verdicts]
         for found, bands in zip(stage.verdicts, drawn):
             figure = None
             if bands[0]:
                 figure = _judged(stage, found, bands, drawn, number + place, f"-{place + 1}" if place else "")
                 place += 1
-            title = tickets.name(stage, found) if len(stage.verdicts) > 1 else ""
-            told = tickets.sentence(found), tickets.rest(found), tickets.levels(found), tickets.legend(found)
+            title = verdicts.name(stage, found) if len(stage.verdicts) > 1 else ""
+            told = verdicts.sentence(found), verdicts.rest(found), verdicts.levels(found), verdicts.legend(found)
             groups.append(Group(title, *told, figure))
-        measured = tickets.measure(stage.verdicts[0])
+        measured = verdicts.measure(stage.verdicts[0])
         gaps = [
-            Gaps(tickets.pair(g), tickets.contrast(g, stage.verdicts[0]), tickets.gaps(g, measured))
+            Gaps(verdicts.pair(g), verdicts.contrast(g, stage.verdicts[0]), verdicts.gaps(g, measured))
             for g in stage.differences
         ]
         made.append(Ruling(stage.name, groups, gaps))
@@ -191,7 +192,7 @@ def _rulings(stages: Sequence[Stage], number: int) -> list[Ruling]:
 
 def _judged(stage: Stage, found: Verdict, bands: Drawn, every: Sequence[Drawn], number: int, suffix: str) -> Figure:
     """Scores of tickets and controls against density, and beside them how soon they were best."""
-    (scores, steps), measured, split = bands, tickets.measure(found), found.metric.partition("/")[0]
+    (scores, steps), measured, split = bands, verdicts.measure(found), found.metric.partition("/")[0]
     said = f"{split} {measured.name}, {measured.direction}"
     limits = draw.reach([band for each, _ in every for band in each], [each[0] for each, _ in every if each])
     images = {f"tickets{suffix}": draw.over_seeds(f"tickets{suffix}", said, scores, measured, limits)}
@@ -204,8 +205,8 @@ def _judged(stage: Stage, found: Verdict, bands: Drawn, every: Sequence[Drawn], 
         images[f"steps{suffix}"] = draw.over_seeds(f"steps{suffix}", said, steps, None, draw.reach(shown, shown))
         about += " Second, the early-stopping iteration: the step of the lowest validation loss."
     about += " What lies far off the tickets is cut by the axis."
-    title = f"Score against density, {tickets.name(stage, found)}"
-    return Figure(number, title, about, tickets.caption(stage, found), images)
+    title = f"Score against density, {verdicts.name(stage, found)}"
+    return Figure(number, title, about, verdicts.caption(stage, found), images)
 
 
 def _sweeps(found: data.Facts, number: int) -> list[Sweep]:
@@ -236,7 +237,7 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
     made: list[tuple[str, str, Iterable[str], dict[str, str]]] = []
     if learning:
         images = {
-            name: draw.learning(name, tables.axis(curves[0], "validation"), curves, colour)
+            name: draw.learning(name, stages.axis(curves[0], "validation"), curves, colour)
             for name, curves in _by_metric("learning", learning)
         }
         about = (
@@ -246,7 +247,7 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
         made.append(("Learning", about, [c.stage for c in learning], images))
     if sparsity:
         images = {
-            name: draw.sparsity(name, tables.axis(curves[0], "test"), curves, colour)
+            name: draw.sparsity(name, stages.axis(curves[0], "test"), curves, colour)
             for name, curves in _by_metric("density", sparsity)
         }
         about = (
@@ -262,7 +263,7 @@ def _figures(found: data.Facts, learning: list, sparsity: list, colour: dict[str
         about = "Time spent in each stage, and bytes on disk of what it left; of an export, its smallest format."
         made.append(("Cost and size", about, drawn, images))
     return [
-        Figure(number, title, about, tables.sample(found, names), images)
+        Figure(number, title, about, stages.sample(found, names), images)
         for number, (title, about, names, images) in enumerate(made, start=first)
     ]
 
@@ -272,9 +273,9 @@ def _costs(found: data.Facts, colour: dict[str, int]) -> tuple[dict[str, str], l
     images = {}
     # A family was trained together, and is one bar.
     times_ = {s.family or s.name: s.seconds for s in (*(r.stage for r in found.rows), *found.aside)}
-    spent = [(name, value, tables.duration(value)) for name, value in times_.items() if value is not None]
+    spent = [(name, value, duration(value)) for name, value in times_.items() if value is not None]
     if spent:
-        images["seconds"] = draw.bars("seconds", "time spent", spent, colour, tables.duration)
+        images["seconds"] = draw.bars("seconds", "time spent", spent, colour, duration)
     stored = [
         (r.stage.name, r.bytes, f"{size(r.bytes)}, {times(r.smaller)}" if r.smaller else size(r.bytes))
         for r in found.rows

@@ -4,8 +4,8 @@ from workbench.tasks.base import Task, find_logits, logits_of
 from workbench.tasks.classification import Classification
 from workbench.tasks.imitation import Embedding, Imitation
 from workbench.tasks.language import LanguageModelling
+from workbench.tasks.metrics import NLL, Accuracy, Perplexity, cross_entropy
 from workbench.tasks.regression import Regression
-from workbench.tasks.scores import NLL, Accuracy, Perplexity, cross_entropy
 
 __all__ = [
     "NLL",

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from workbench.tasks.base import Task, inputs_of, labels_of, logits_of
-from workbench.tasks.scores import NLL, Accuracy, counted, cross_entropy
+from workbench.tasks.metrics import NLL, Accuracy, counted, cross_entropy
 
 
 @final

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from workbench.models.positions import IGNORED, valid_tokens
 from workbench.tasks.base import Task, logits_of
-from workbench.tasks.scores import NLL, Accuracy, Perplexity, cross_entropy
-from workbench.tokens import IGNORED, valid_tokens
+from workbench.tasks.metrics import NLL, Accuracy, Perplexity, cross_entropy
 
 _NOT_FOR_THE_MODEL = ("labels", "prompt_lengths")
 
@@ -25,7 +25,7 @@ class LanguageModelling(Task):
 
     What loss, metrics and a teacher see of a causal model is shifted: position i of the output, without the last,
     belongs to token i + 1. Padding is told by the attention mask alone, so the end token counts where it pads, too; see
-    `workbench.tokens.valid_tokens`.
+    `workbench.models.positions.valid_tokens`.
 
     Args:
         vocabulary: Number of tokens, V. Logits of an lm head that was padded to more rows are cut to it, so the rest

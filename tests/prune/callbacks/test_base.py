@@ -37,7 +37,7 @@ from tests.prune.trainings import (
     theirs,
 )
 from tests.together import together
-from workbench import artifact
+from workbench.checkpoints import compact
 from workbench.models import MLP
 
 CALLBACKS: dict[str, tuple[Callable[[], Any], float]] = {  # and the density that each of them ends at
@@ -311,8 +311,8 @@ def test_masks_from_files(tmp_path: Path) -> None:
     sparse = MLP(6, [10], 3)
     given = Pruner()(sparse, 0.3)
     given.apply(sparse)
-    artifact.save(sparse, tmp_path / "sparse", given)
-    artifact.save(sparse, tmp_path / "dense")
+    compact.save(sparse, tmp_path / "sparse", given)
+    compact.save(sparse, tmp_path / "dense")
     assert KeepMasked(str(tmp_path / "sparse")).masks == given
     with pytest.raises(ValueError, match="compact checkpoint of a dense network, without masks"):
         KeepMasked(tmp_path / "dense")

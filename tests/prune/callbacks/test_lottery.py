@@ -19,8 +19,8 @@ from prune.masks import Masks
 from prune.schedule import geometric, kept
 from tests.prune.trainings import ADAMW, BOTH, QUIET, SGD, TOTAL
 from tests.together import together
-from workbench.continuation import Continuation
-from workbench.order import ordered
+from workbench.training.order import ordered
+from workbench.training.resume import Continuation
 
 BATCHES = 6
 

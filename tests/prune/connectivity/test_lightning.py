@@ -18,7 +18,7 @@ from tests.together import together
 from workbench import TaskModule
 from workbench.diagnostics import Diagnose
 from workbench.tasks import Classification
-from workbench.training import training_loader
+from workbench.training.loop import training_loader
 
 
 def net(seed: int, norm: bool = False) -> nn.Sequential:

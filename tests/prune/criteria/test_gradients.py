@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prune.criteria import CRITERIA, Criterion
-from prune.selection import keep_top_k
+from prune.topk import keep_top_k
 from tests.prune.criteria.nets import (
     ONLINE,
     WITH_LOSS,

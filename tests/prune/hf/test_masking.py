@@ -24,7 +24,7 @@ from transformers import (
 from distill import DistillationTrainer
 from prune import Masks, Pruner
 from prune.hf import DynamicSparsity, GradualPruning, KeepMasked, masks_of_zeros
-from prune.hf.driving import Driving, _unscaled
+from prune.hf.base import Driving, _unscaled
 from prune.policies import Moment, Policy
 from prune.schedule import cubic, kept
 from tests.together import together

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from prune.shrinking.job import shrink as job
-from workbench import artifact, load, recipe, save
+from workbench import load, save
+from workbench.checkpoints import compact
 from workbench.data import Digits
+from workbench.launcher import recipe
+from workbench.launcher.runner import run
 from workbench.models import MLP
-from workbench.run import run
-from workbench.source import Source
+from workbench.records.source import Source
 
 RECIPE = """
 dense:
@@ -56,7 +58,7 @@ def test_a_recipe_prunes_shrinks_and_exports(structure: str, formats: list[str],
     assert small["monitor"] == dense["monitor"]
     assert small["size"]["artifact_bytes"] < dense["size"]["artifact_bytes"]
     loaded, original = load(tmp_path / "out" / "small"), load(tmp_path / "out" / "dense")
-    assert artifact.masks(tmp_path / "out" / "small").keys() == artifact.masks(tmp_path / "out" / "dense").keys()
+    assert compact.masks(tmp_path / "out" / "small").keys() == compact.masks(tmp_path / "out" / "dense").keys()
     inputs = torch.randn(3, 64)
     torch.testing.assert_close(loaded(inputs), original(inputs), rtol=1e-4, atol=1e-5)
     assert {entry["format"]: entry["same_predictions"] for entry in files["exports"]} == dict.fromkeys(

@@ -21,10 +21,10 @@ from workbench.data.series.batches import Windows
 from workbench.data.series.ts import read_ts
 from workbench.data.series.values import measured, number
 from workbench.models import Recurrent, Transformer
-from workbench.module import TaskModule
-from workbench.order import ordered
 from workbench.tasks import Classification, Regression
-from workbench.training import fit
+from workbench.training.fit import fit
+from workbench.training.module import TaskModule
+from workbench.training.order import ordered
 
 PARTS = ("train", "val", "test")
 HEADER = "# a comment\n@problemName Made\n@missing true\n@univariate false\n@dimensions 2\n@equalLength false\n"

@@ -8,8 +8,8 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from tests.together import together
-from workbench.activations import gate, make, names
 from workbench.diagnostics import dead_units, gate_statistics
+from workbench.models.activations import gate, make, names
 
 X = torch.linspace(-1, 1, 24).reshape(8, 3)
 

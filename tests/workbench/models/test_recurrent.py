@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from prune import Pruner
-from workbench.activations import gain, spec, swap_activation
 from workbench.models import Recurrent, RecurrentStack, RecurrentTokens
+from workbench.models.activations import gain, spec, swap_activation
 from workbench.models.recurrent import RecurrentLayer
 from workbench.tasks import Classification, LanguageModelling
 

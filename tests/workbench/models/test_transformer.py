@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.workbench.models.transformers import KINDS, SEQUENCES, TINY, asked, made
-from workbench.activations import GLU, gain, make, names
 from workbench.models import Transformer
+from workbench.models.activations import GLU, gain, make, names
 from workbench.models.transformer.layers import Attention, TransformerLayer, reach, turned, turns_at
 
 

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from distill import DistillModule, cut_student
 from prune import Masks, Pruner, shrink
 from prune.pruner.scope import prunable
-from prune.structure import structure_named
+from prune.structures import structure_named
 from tests.workbench.models.transformers import KINDS, TINY, asked, made
 from workbench import load, save
-from workbench.activations import swap_activation
 from workbench.models import Transformer
+from workbench.models.activations import swap_activation
 from workbench.models.transformer.layers import Attention
-from workbench.module import TaskModule
 from workbench.tasks import Classification, LanguageModelling
+from workbench.training.module import TaskModule
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

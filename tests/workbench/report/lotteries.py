@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prune.hunting.judging import judged
-from tests.workbench.test_report import level, record
-from workbench.report import report
-from workbench.stats import equivalence, mean, paired
-from workbench.sweep.summary import over_seeds
+from prune.tickets.judge import judged
+from tests.workbench.report.test_report import level, record
+from workbench.evaluation.statistics import equivalence, mean, paired
+from workbench.launcher.sweep.summary import over_seeds
+from workbench.report.job import report
 
 DELTA = 0.003
 ARMS = ("reinit", "shuffled")

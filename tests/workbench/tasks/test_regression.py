@@ -13,9 +13,9 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from tests.together import together
 from workbench.models import MLP
-from workbench.module import TaskModule
 from workbench.tasks import Regression, Task
 from workbench.tasks.regression import R2
+from workbench.training.module import TaskModule
 
 NAN = float("nan")
 

@@ -12,7 +12,7 @@ from workbench.data.series.ts import Row, beside, find_ts, read_ts
 from workbench.data.series.values import measured, number, unscaled
 from workbench.data.text.batches import check_fractions, split_rows
 from workbench.data.text.reading import read_rows
-from workbench.located import located
+from workbench.paths import located
 
 
 @final

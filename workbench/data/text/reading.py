@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.data.hub import from_hub, named_so
-from workbench.located import located
+from workbench.paths import located
 
 Rows = list[tuple[Any, ...]]
 
@@ -74,7 +74,7 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
     configurations one is named after a colon (``clinc/clinc_oos:plus``).
 
     Args:
-        source: Path, in which ``~`` and environment variables are replaced (see `workbench.located`), or hub name.
+        source: Path, in which ``~`` and environment variables are replaced (see `workbench.paths`), or hub name.
         columns: Names of the columns; text and label, where there are two.
 
     Returns:

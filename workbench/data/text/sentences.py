@@ -8,7 +8,7 @@ from typing import final
 from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
 from workbench.data.text.reading import WHOLE, Rows, read_labelled, read_lines, read_rows
 from workbench.data.text.tokens import tokens_for
-from workbench.located import located
+from workbench.paths import located
 
 
 @final

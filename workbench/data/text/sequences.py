@@ -7,7 +7,7 @@ from typing import Any, final
 from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
 from workbench.data.text.reading import Rows, read_rows
 from workbench.data.text.tokens import Tokens, load
-from workbench.located import located
+from workbench.paths import located
 
 
 @final

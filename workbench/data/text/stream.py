@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from workbench.data.text.batches import Item, Prepared, TextModule, check_fractions
 from workbench.data.text.reading import WHOLE, read_rows, read_text
 from workbench.data.text.tokens import Tokens, load
-from workbench.located import located
+from workbench.paths import located
 from workbench.tasks import LanguageModelling
 
 UNKNOWN, END = "<unk>", "<eos>"

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import Init
+from workbench.models.activations import Init
 from workbench.models.recurrent.layer import Cell, Norm, Recurrence
 from workbench.models.recurrent.stack import RecurrentStack
 
@@ -24,7 +24,7 @@ class Recurrent(nn.Module):
         hidden: Size of the state.
         layers: Number of layers.
         cell: "rnn", "gru" or "lstm".
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         bidirectional: Whether every layer reads the sequence backwards, too.
         norm: "none" or "layer"; see `RecurrentStack`.
         dropout: Share that is dropped between layers in training, in [0, 1).
@@ -97,7 +97,7 @@ class RecurrentTokens(nn.Module):
         hidden: Size of the state.
         layers: Number of layers.
         cell: "rnn", "gru" or "lstm".
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         bidirectional: Whether every layer reads the sequence backwards, too; not in a language model.
         norm: "none" or "layer"; see `RecurrentStack`.
         dropout: Share that is dropped between layers in training, in [0, 1).

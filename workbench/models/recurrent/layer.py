@@ -6,7 +6,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import make
+from workbench.models.activations import make
 
 Cell = Literal["rnn", "gru", "lstm"]
 Norm = Literal["none", "layer"]
@@ -75,7 +75,7 @@ class RecurrentLayer(nn.Module):
         features: Size of the input at a step.
         hidden: Size of the state.
         cell: "rnn", "gru" or "lstm".
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         norm: "none", or "layer" for W x and U h, each over all gates, and for the LSTM's cell where it is put out.
     """
 

@@ -5,7 +5,7 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import Init, gain
+from workbench.models.activations import Init, gain
 from workbench.models.recurrent.layer import Cell, Norm, Recurrence, RecurrentLayer
 
 _IDENTITY_STD = 1e-3
@@ -34,7 +34,7 @@ class RecurrentStack(nn.Module):
         hidden: Size of the state, H.
         layers: Number of layers.
         cell: "rnn", "gru" or "lstm".
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         bidirectional: Whether every layer reads the sequence backwards, too, with weights of its own.
         norm: "none" or "layer": W x and U h are each normalised over all gates, and an LSTM's cell where it is put out
             (Ba et al. 2016, arXiv:1607.06450, section 3.1 and supplement; for RNN and GRU here as for the LSTM).

@@ -6,7 +6,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from workbench.activations import Init, gain
+from workbench.models.activations import Init, gain
 from workbench.models.encoder import Pooling, pool
 from workbench.models.transformer.layers import Norm, TransformerLayer, make_norm, reach, turns_at
 
@@ -45,7 +45,8 @@ class Transformer(nn.Module):
         layers: How many.
         heads: Attention heads of each, a divisor of ``width``.
         width_ffn: Width of a feed-forward net of two matrices.
-        activation: A name from `workbench.activations`; or "swiglu", "geglu" or "reglu", which are "silu", "gelu" and
+        activation: A name from `workbench.models.activations`; or "swiglu", "geglu" or "reglu", which are "silu",
+        "gelu" and
             "relu" with ``gated``.
         gated: Whether feed-forward nets are gated.
         norm: "layer" or "rms".

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.activations import GLU, glu_width, make
+from workbench.models.activations import GLU, glu_width, make
 
 Norm = Literal["layer", "rms"]
 Turns = tuple[Tensor, Tensor]
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
     Args:
         width: Size of the last axis.
         hidden: Width in between.
-        activation: f, a name from `workbench.activations`.
+        activation: f, a name from `workbench.models.activations`.
         bias: Whether the two maps have biases.
     """
 
@@ -135,7 +135,7 @@ class TransformerLayer(nn.Module):
         heads: Attention heads, a divisor of it.
         width_ffn: Hidden width of a feed-forward net of two matrices; a gated one, which has three, is
             `glu_width(width_ffn)` wide.
-        activation: A name from `workbench.activations`.
+        activation: A name from `workbench.models.activations`.
         gated: Whether the feed-forward net is a `GLU`.
         norm: "layer" or "rms".
         pre_norm: Where the norms are.

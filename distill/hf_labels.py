@@ -1,0 +1,99 @@
+"""Where models of transformers are scored: which of their inputs are labels, the causal shift, what counts."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from workbench.models.positions import IGNORED, tokens_of, valid_tokens
+
+_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+
+
+class Labelling(NamedTuple):
+    """What a model's class says of its labels.
+
+    Args:
+        names: The arguments that are labels.
+        causal: Whether position i of the output is scored against label i + 1.
+        tokens: Whether every token is scored, rather than every sample.
+    """
+
+    names: frozenset[str]
+    causal: bool
+    tokens: bool
+
+
+def labelling(model: nn.Module, names: Iterable[str] = ("labels",)) -> Labelling:
+    """How a model reads its labels.
+
+    A transformers model is causal if its class is one for causal language modelling, or its loss is, and it is no
+    encoder-decoder, whose decoder's inputs are shifted already.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator] - of peft
+    classes = {each.__name__ for each in type(base).__mro__}
+    decoders = {name for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(each)}
+    by_loss = LOSS_MAPPING.get(str(getattr(base, "loss_type", None))) is ForCausalLMLoss
+    both = getattr(getattr(base, "config", None), "is_encoder_decoder", False) and not classes & decoders
+    causal = bool(classes & decoders or by_loss) and not both
+    tokens = causal or any(name.endswith(_PER_TOKEN) for name in classes)
+    return Labelling(frozenset({*names, "labels", "label", "label_ids", "shift_labels"}), causal, tokens)
+
+
+class Positions(NamedTuple):
+    """Where a batch is scored.
+
+    Args:
+        valid: Bool: the positions that count.
+        targets: Their classes, of the same shape; None if there are none.
+        cut: Whether the last output of each sequence is scored nowhere.
+    """
+
+    valid: Tensor
+    targets: Tensor | None = None
+    cut: bool = False
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """The outputs that are scored, of [B, L, ...] those before the last if ``cut``."""
+        return outputs[:, :-1] if self.cut else outputs
+
+    def shaped(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``valid`` and ``targets`` in the shape of scored logits without their classes.
+
+        Raises:
+            ValueError: If there are not as many.
+        """
+        shape = logits.shape[:-1]
+        if self.valid.numel() != shape.numel():
+            raise ValueError(
+                f"labels or masks have {list(self.valid.shape)} positions and the scored logits {list(logits.shape)}: "
+                "distil models that score every sample or every token of their inputs"
+            )
+        return self.valid.reshape(shape), None if self.targets is None else self.targets.reshape(shape)
+
+
+def scored(inputs: Mapping[str, Any], labelling: Labelling) -> Positions:
+    """The positions of a batch that a model is scored at.
+
+    Those of a class label other than -100, after the shift of a causal model, or as they are in ``shift_labels``; each
+    sample where labels are no classes; without labels each token that the attention mask calls real, or each sample.
+    """
+    ready, labels = inputs.get("shift_labels"), inputs.get("labels")
+    targets = labels if ready is None else ready
+    if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):
+        cut = labelling.causal and ready is None and targets.ndim == 2
+        targets = targets[:, 1:] if cut else targets
+        return Positions(targets != IGNORED, targets.long(), cut)
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
+    tokens = inputs.get("input_ids")
+    if targets is None and labelling.tokens and isinstance(tokens, Tensor) and tokens.ndim == 2:
+        valid = valid_tokens(tokens, tokens_of(inputs), causal=labelling.causal)
+        return Positions(valid, tokens[:, 1:] if labelling.causal else None, labelling.causal)
+    return Positions(torch.ones(len(first), dtype=torch.bool, device=first.device))
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

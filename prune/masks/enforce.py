@@ -1,0 +1,292 @@
+"""Masks at work on a model: weights that stay zero in any training loop, their gradients, what optimizers remember.
+
+Functions take masks first, as parameter name -> bool tensor of the parameter's whole shape; ``prune.Masks`` has them
+as methods. Of a DTensor each rank masks its shard with its part of the mask, without communication. Names are found
+also in a model inside a wrapper: ``torch.compile``, DDP, ``AveragedModel``.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from prune.masks.memory import distributed, local, memory_span, owners, shard, shared_memory, summed
+from workbench.messages import some
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Handle:
+    """What ``keep`` returns: takes its hooks off again, also after an exception in a ``with`` block."""
+
+    def __init__(self, removers: Iterable[Callable[[], None]]):
+        self._removers = list(removers)
+
+    def remove(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+        while self._removers:
+            self._removers.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+@torch.no_grad()
+def apply(masks: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Set masked weights to +0.0 in place, whatever they were (negative, infinite, NaN), on any device.
+
+    A running average of the weights, EMA or SWA, that is masked stays so while it follows a model that is kept
+    masked: apply masks to it too, whenever they change.
+
+    Raises:
+        ValueError: if a name or shape does not belong to ``model``, or a parameter cannot be masked (meta, sparse,
+            quantised).
+    """
+    for name, parameter in _maskable(masks, model).items():
+        _fill(parameter, masks[name])
+
+
+def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handle:
+    """From now on, multiply the weights by their masks after every step of ``optimizer``, in any loop.
+
+    Masking gradients alone would not do: momentum and weight decay move weights without one. Call ``apply`` first;
+    this acts only after a step. What a step makes of a masked weight, negative, infinite or NaN, becomes +0.0, for its
+    bits are multiplied, as integers of the same size (not those of complex128). The masks are held in that type and
+    follow a model that changes device or dtype, or is sharded.
+    The model and its state dict get no new keys or hooks; a copy of the optimizer does not have this one.
+
+    Args:
+        masks: those to keep.
+        optimizer: one optimizer, or a list of them; a wrapper with an ``optimizer`` attribute (accelerate's,
+            Lightning's) is unwrapped.
+        model: the model whose weights are masked. Its modules are asked for them at every step.
+
+    Returns:
+        A handle; ``handle.remove()`` or leaving ``with handle:`` ends it.
+
+    Raises:
+        TypeError: if something is not an optimizer.
+        ValueError: if a name or shape does not belong to ``model``, a parameter cannot be masked, or no optimizer
+            holds any of the masked weights.
+    """
+    several = isinstance(optimizer, (list, tuple))
+    optimizers = [unwrapped(each) for each in (optimizer if several else [optimizer])]
+    members = _members(masks, model)
+    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    if not any(id(member.parameter) in held for group in members.values() for member in group):
+        raise ValueError(
+            f"the optimizer holds none of the masked weights ({some(masks)}), so its steps do not move "
+            "them: give the optimizer that trains this model"
+        )
+    mask_weights = multiplying(masks, model)
+    return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
+
+
+def multiplying(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
+    """The function that ``keep`` hooks in: multiplies the weights by their masks, whatever it is called with."""
+    holders: dict[str, tuple[nn.Module, str]] = {}
+    for name, (path, _) in _located(masks, model).items():
+        if not masks[name].all():
+            module, _, attribute = path.rpartition(".")
+            holders[name] = model.get_submodule(module), attribute
+    factors: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def mask_weights(*_: Any) -> None:
+        weights = []
+        for name, (module, attribute) in holders.items():
+            parameter = module.get_parameter(attribute)
+            weight = _bits(local(parameter))
+            if name not in factors or not _alike(factors[name], weight):
+                factors[name] = torch.empty_like(weight).copy_(shard(masks[name], parameter))
+            weights.append(weight)
+        if weights:
+            torch._foreach_mul_(weights, [factors[name] for name in holders])  # pyright: ignore[reportPrivateImportUsage]
+
+    return mask_weights
+
+
+@torch.no_grad()
+def mask_gradients(masks: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Zero the gradients of masked weights: before clipping, so that the norm counts only live ones.
+
+    Raises:
+        ValueError: if a name or shape does not belong to ``model``, or a parameter or its gradient cannot be masked.
+    """
+    for name, group in _members(masks, model).items():
+        for member in group:
+            if (gradient := member.parameter.grad) is not None:
+                _refuse(f"the gradient of '{name}'", gradient)
+                _fill(gradient, member.seen(masks[name]))
+
+
+@torch.no_grad()
+def clear_state(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> None:
+    """Zero what the optimizer remembers of masked weights, such as their momentum.
+
+    Every state tensor of the parameter's shape is cleared; state of another shape (LBFGS keeps all parameters in one
+    vector) is left alone.
+
+    Raises:
+        TypeError: if ``optimizer`` is not one.
+        ValueError: if a name or shape does not belong to ``model``, or a parameter cannot be masked.
+    """
+    states = unwrapped(optimizer).state
+    for name, group in _members(masks, model).items():
+        for member in group:
+            for key, value in states.get(member.parameter, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.shape == member.parameter.shape:
+                    _fill(value, member.seen(masks[name]))
+
+
+@torch.no_grad()
+def obeyed_by(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether the masks fit ``model`` and everything they prune is zero in it, on every rank that has a shard."""
+    try:
+        parameters = _maskable(masks, model)
+    except ValueError:
+        return False
+    return not any(
+        summed(local(parameter)[~shard(masks[name], parameter)].count_nonzero(), owners(parameter))
+        for name, parameter in parameters.items()
+    )
+
+
+def fitting(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The masked parameters of ``model`` by the masks' names, after checking that names and shapes belong."""
+    return {name: parameter for name, (_, parameter) in _located(masks, model).items()}
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers that have it as their ``optimizer``.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = optimizer
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
+        inner = wrapped
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not an optimizer: give a torch.optim.Optimizer or its wrapper")
+    return inner
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of ``known`` that look most like ``name``, best first; for error messages."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _located(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Name of the mask -> name in ``model`` and parameter, after checking that names and shapes belong."""
+    exact = {name: (name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    known = {_plain(name): there for name, there in exact.items()} | exact
+    found = {name: known.get(name, known.get(_plain(name))) for name in masks}
+    missing = [name for name, there in found.items() if there is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(masks)} masks name no parameter of this {type(model).__name__}: "
+            f"{some(missing)}. Nearest to '{missing[0]}': {some(nearest(missing[0], exact))}. "
+            "Give the model that the masks were made for"
+        )
+    located = {name: there for name, there in found.items() if there is not None}
+    for name, (_, parameter) in located.items():
+        if parameter.shape != masks[name].shape:
+            raise ValueError(
+                f"mask '{name}' has shape {tuple(masks[name].shape)}, the parameter {tuple(parameter.shape)}: "
+                "give the model that the masks were made for"
+            )
+    return located
+
+
+def _maskable(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The masked parameters by name, after checking that they belong and have values that can be set to zero."""
+    parameters = fitting(masks, model)
+    for name, parameter in parameters.items():
+        _refuse(f"'{name}'", parameter)
+    return parameters
+
+
+def _refuse(what: str, tensor: Tensor) -> None:
+    kind = None
+    if tensor.is_meta:
+        kind = "on the meta device, without values: materialise it first"
+    elif tensor.layout != torch.strided:
+        kind = f"stored as {tensor.layout}: make it dense first"
+    elif not (tensor.is_floating_point() or tensor.is_complex()):
+        kind = f"of type {tensor.dtype}: dequantise it first, or leave it out of the masks"
+    elif is_traceable_wrapper_subclass(tensor) and not distributed(tensor):
+        kind = (
+            f"a {type(tensor).__name__}, which has no plain values: dequantise it first, or leave it out of the masks"
+        )
+    if kind is not None:
+        raise ValueError(f"{what} cannot be masked, it is {kind}")
+
+
+def _members(masks: Mapping[str, Tensor], model: nn.Module) -> "dict[str, list[_Member]]":
+    """Each masked name with all parameters in the same memory: a weight may be tied by storage alone."""
+    groups = {id(parameter): group for group in shared_memory(model) for _, parameter in group}
+    members = {}
+    for name, owner in _maskable(masks, model).items():
+        unique = {id(parameter): parameter for _, parameter in groups[id(owner)]}
+        members[name] = [_Member(owner, parameter) for parameter in unique.values()]
+    return members
+
+
+class _Member(NamedTuple):
+    """A parameter in the memory of ``owner``, the parameter that a mask is named after."""
+
+    owner: nn.Parameter
+    parameter: nn.Parameter
+
+    def seen(self, mask: Tensor) -> Tensor:
+        """The owner's mask as this parameter sees it, say transposed."""
+        owner, parameter = self.owner, self.parameter
+        if parameter is owner or (parameter.shape, parameter.stride()) == (owner.shape, owner.stride()):
+            return mask
+        if memory_span(parameter) != memory_span(owner) or parameter.numel() != owner.numel():
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} shares only part of the memory of a masked "
+                f"one of shape {tuple(owner.shape)}: untie them"
+            )
+        memory = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=mask.device).copy_(mask)
+        return memory.as_strided(parameter.shape, parameter.stride(), 0)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """``weight`` as integers in its own memory: 0 times any of them is +0.0, also where they mean NaN or infinity."""
+    kind = _INTEGERS.get(weight.dtype.itemsize)
+    return weight if kind is None else weight.view(kind)
+
+
+def _alike(factor: Tensor, weight: Tensor) -> bool:
+    return factor.dtype == weight.dtype and factor.device == weight.device and factor.shape == weight.shape
+
+
+def _fill(values: Tensor, mask: Tensor) -> None:
+    local(values).masked_fill_(~shard(mask, values), 0)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` without wrappers that put something before the names of its parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

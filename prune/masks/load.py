@@ -1,0 +1,35 @@
+"""Masks from wherever somebody has them: in memory, in a file of their own, or in a compact checkpoint."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from prune.masks import Masks
+from workbench.checkpoints import compact
+
+
+def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
+    """``given`` as Masks; a path is that of a file that ``Masks.save`` wrote, or of a compact checkpoint.
+
+    Raises:
+        TypeError: If ``given`` is neither a mapping nor a path.
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If masks are not valid, or there are none in the checkpoint.
+    """
+    if isinstance(given, Masks):
+        return given
+    if isinstance(given, Mapping):
+        return Masks(given)
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"masks are {given!r}: give parameter name -> bool tensor, or the path of a file of masks")
+    path = Path(given)
+    if path.is_file():
+        return Masks.load(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a file that Masks.save wrote, or a compact checkpoint")
+    found = compact.masks(path)
+    if not found:
+        raise ValueError(f"{path} is a compact checkpoint of a dense network, without masks: give one that has them")
+    return Masks(found)

@@ -1,0 +1,301 @@
+"""Masks: which weights of a model are kept, as data with a name, a hash and a file.
+
+A mask is never read off the zeros of a weight: a kept weight may be 0, and a masked one may have moved.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from prune.masks import enforce
+from prune.masks.enforce import Handle
+from prune.masks.enforce import nearest as nearest
+from prune.masks.memory import distributed, shared_memory
+from workbench.checkpoints.bits import pack, packed_bytes, unpack
+from workbench.messages import some
+
+FORMAT = "prune.masks.masks"
+VERSION = "1"
+
+
+class StoredBytes(NamedTuple):
+    """Bytes of a model's parameters.
+
+    Args:
+        dense: Every weight, in its dtype.
+        sparse: Of masked parameters one bit per weight and the values that are kept, in their dtype; the others dense.
+    """
+
+    dense: int
+    sparse: int
+
+
+class Masks(Mapping[str, Tensor]):
+    """Parameter name -> bool mask of the parameter's shape, in order: True where the weight is kept.
+
+    Names are those of ``model.named_parameters()``; a weight that is shared is named once, by its first name.
+    The masks are copied in; treat what comes out as read-only. Equality and ``hash()`` look at names, shapes
+    and bits, not at order or device.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        """Check and copy.
+
+        Raises:
+            ValueError: if there is no mask, a name is not a non-empty string, or a mask is not a plain, non-empty
+                bool tensor with values.
+        """
+        if not masks:
+            raise ValueError("no masks given: a mask is needed for at least one parameter")
+        for name, mask in masks.items():
+            if not (isinstance(name, str) and name != ""):
+                raise ValueError(f"mask name {name!r} is not a parameter name: give non-empty strings")
+            if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+                given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"mask '{name}' is {given}: give a torch.bool tensor, True where the weight is kept")
+            if mask.is_meta or distributed(mask):
+                kind = "on the meta device" if mask.is_meta else "a DTensor"
+                raise ValueError(f"mask '{name}' is {kind}: give a plain tensor that holds the whole mask")
+            if not mask.numel():
+                raise ValueError(f"mask '{name}' of shape {tuple(mask.shape)} has no entries: leave it out")
+        self._masks = {n: m.detach().clone(memory_format=torch.contiguous_format) for n, m in masks.items()}
+
+    @classmethod
+    def ones(cls, of: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> "Masks":
+        """Masks that keep everything, on the parameters' devices.
+
+        Args:
+            of: named parameters, taken as they are; or a model, for all its parameters, shared ones once.
+        """
+        if isinstance(of, nn.Module):
+            of = dict(group[0] for group in shared_memory(of))
+        return cls({n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in dict(of).items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        kept, total = self._totals()
+        return f"Masks({len(self)} parameters, {kept} of {total} weights kept)"
+
+    # Numbers
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Parameter name -> (kept, total)."""
+        return {name: (int(mask.sum()), mask.numel()) for name, mask in self.items()}
+
+    def layer_densities(self) -> dict[str, float]:
+        """Parameter name -> kept over total, in [0, 1]."""
+        return {name: kept / total for name, (kept, total) in self.counts().items()}
+
+    @property
+    def density(self) -> float:
+        """Kept over total, counted over the masked parameters only; in [0, 1]."""
+        kept, total = self._totals()
+        return kept / total
+
+    @property
+    def prunable_density(self) -> float:
+        """``density`` by the name of its denominator, for reports that also give ``model_density``."""
+        return self.density
+
+    def model_density(self, model: nn.Module) -> float:
+        """Kept over total, counted over all parameters of ``model``: kept if unmasked, once if shared."""
+        enforce.fitting(self, model)
+        total = sum(max(p.numel() for _, p in group) for group in shared_memory(model))
+        kept, masked = self._totals()
+        return (total - masked + kept) / total
+
+    def stored_bytes(self, model: nn.Module) -> StoredBytes:
+        """What the parameters of ``model`` take on disk, shared ones once, whole and with masked weights left out."""
+        dense = sum(max(p.numel() * p.element_size() for _, p in group) for group in shared_memory(model))
+        pruned = sum(
+            int((~self[name]).sum()) * parameter.element_size() - packed_bytes(parameter.shape)
+            for name, parameter in enforce.fitting(self, model).items()
+        )
+        return StoredBytes(dense, dense - pruned)
+
+    def _totals(self) -> tuple[int, int]:
+        counts = self.counts().values()
+        return sum(kept for kept, _ in counts), sum(total for _, total in counts)
+
+    # Acting on a model, as prune.masks.enforce says
+
+    def apply(self, model: nn.Module) -> None:
+        """Set masked weights to +0.0 in place: :func:`prune.masks.enforce.apply`."""
+        enforce.apply(self, model)
+
+    def keep(self, optimizer: Any, model: nn.Module) -> Handle:
+        """Masked weights are zero after every step of ``optimizer`` from now on: :func:`prune.masks.enforce.keep`."""
+        return enforce.keep(self, optimizer, model)
+
+    def mask_gradients(self, model: nn.Module) -> None:
+        """Zero the gradients of masked weights, before clipping: :func:`prune.masks.enforce.mask_gradients`."""
+        enforce.mask_gradients(self, model)
+
+    def clear_state(self, optimizer: Any, model: nn.Module) -> None:
+        """Zero what the optimizer remembers of masked weights: :func:`prune.masks.enforce.clear_state`."""
+        enforce.clear_state(self, optimizer, model)
+
+    def obeyed_by(self, model: nn.Module) -> bool:
+        """Whether the masks fit ``model`` and everything they prune is zero in it:
+        :func:`prune.masks.enforce.obeyed_by`.
+        """
+        return enforce.obeyed_by(self, model)
+
+    # Algebra
+
+    def __and__(self, other: "Masks") -> "Masks":
+        return Masks({name: mask & theirs for name, mask, theirs in self._beside(other)})
+
+    def __or__(self, other: "Masks") -> "Masks":
+        return Masks({name: mask | theirs for name, mask, theirs in self._beside(other)})
+
+    def __sub__(self, other: "Masks") -> "Masks":
+        """Kept here and not in ``other``: what was pruned from one level to the next."""
+        return Masks({name: mask & ~theirs for name, mask, theirs in self._beside(other)})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        same = self.keys() == other.keys() and all(self[name].shape == other[name].shape for name in self)
+        return same and all(torch.equal(mask, theirs) for _, mask, theirs in self._beside(other))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  (tensors can be written to)
+
+    def is_subset(self, other: "Masks") -> bool:
+        """Whether these are nested in ``other``: every weight kept here is kept there."""
+        return not any(bool((mask & ~theirs).any()) for _, mask, theirs in self._beside(other))
+
+    def overlap(self, other: "Masks") -> float:
+        """Jaccard index |A and B| / |A or B| of the kept weights, in [0, 1]; 1 if neither keeps any."""
+        both, either = (self & other)._totals()[0], (self | other)._totals()[0]
+        return both / either if either else 1.0
+
+    def layer_overlaps(self, other: "Masks") -> dict[str, float]:
+        """Parameter name -> ``overlap`` of its two masks."""
+        return {n: Masks({n: mask}).overlap(Masks({n: theirs})) for n, mask, theirs in self._beside(other)}
+
+    def distance(self, other: "Masks") -> float:
+        """Normalised Hamming distance: the share of weights that are kept in one of the two only, in [0, 1].
+
+        Source: You et al., "Drawing Early-Bird Tickets", 2020, arXiv:1909.11957, section 3.3.
+        """
+        return sum(int((mask ^ theirs).sum()) for _, mask, theirs in self._beside(other)) / self._totals()[1]
+
+    def chance_overlap(self, other: "Masks") -> float:
+        """The ``overlap`` to expect of masks that keep as much in each parameter, but anywhere: c / (a + b - c).
+
+        Of a kept here and b there, c = sum of a_l b_l / n_l over parameters is what both keep by chance.
+        """
+        both = sum(int(mask.sum()) * int(theirs.sum()) / mask.numel() for _, mask, theirs in self._beside(other))
+        either = self._totals()[0] + other._totals()[0] - both
+        return both / either if either else 1.0
+
+    def _beside(self, other: "Masks") -> Iterator[tuple[str, Tensor, Tensor]]:
+        if self.keys() != other.keys():
+            raise ValueError(
+                f"the masks are for different parameters, such as "
+                f"{some(sorted(self.keys() ^ other.keys()))}: compare masks of one model"
+            )
+        for name, mask in self.items():
+            if mask.shape != other[name].shape:
+                raise ValueError(
+                    f"mask '{name}' has shape {tuple(mask.shape)} here and {tuple(other[name].shape)} there: "
+                    "compare masks of one model"
+                )
+            yield name, mask, other[name].to(mask.device)
+
+    def to(self, device: torch.device | str) -> "Masks":
+        """The same masks on ``device``."""
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    # On disk
+
+    def hash(self) -> str:
+        """SHA-256 in hex over names, shapes and packed bits: the same on every device, in every process."""
+        names = sorted(self)
+        digest = hashlib.sha256(json.dumps([[name, list(self[name].shape)] for name in names]).encode())
+        for name in names:
+            digest.update(pack(self[name]).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one bit per weight as safetensors, with shapes and order in its metadata.
+
+        The file appears whole or not at all: it is written under another name beside it, then renamed.
+        """
+        path = Path(path)
+        shapes = {name: list(mask.shape) for name, mask in self.items()}
+        metadata = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
+        content = to_safetensors({name: pack(mask).cpu() for name, mask in self.items()}, metadata)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Masks":
+        """Read what ``save`` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if it is truncated, of another format or version, or does not hold
+                exactly the bits its shapes ask for. Nothing is unpacked before shapes and sizes agree.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                shapes = _shapes(file.metadata() or {})
+                names = set(file.keys())
+                if names != shapes.keys():
+                    raise ValueError(f"tensors and shapes differ in {some(sorted(names ^ shapes.keys()))}")
+                for name, shape in shapes.items():
+                    stored = file.get_slice(name)
+                    if stored.get_dtype() != "U8" or stored.get_shape() != [packed_bytes(shape)]:
+                        raise ValueError(
+                            f"'{name}' of shape {shape} needs {packed_bytes(shape)} bytes of U8, the file has "
+                            f"{stored.get_dtype()} {stored.get_shape()}"
+                        )
+                return cls({name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()})
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not a file of masks: {error}. Give a file that Masks.save wrote"
+            ) from error
+
+
+def _shapes(metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """The shapes in a file's metadata, checked."""
+    found = (metadata.get("format"), metadata.get("version"))
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"its format and version are {found}, not {(FORMAT, VERSION)}")
+    try:
+        shapes = json.loads(metadata.get("shapes", ""))
+    except RecursionError as error:
+        raise ValueError("its shapes are nested too deeply") from error
+    if not (isinstance(shapes, dict) and all(_is_shape(shape) for shape in shapes.values())):
+        raise ValueError("its shapes are not lists of positive integers by name")
+    return shapes
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)

@@ -1,0 +1,1 @@
+"""Rewinding: the point that training goes back to, and what goes back there."""

@@ -1,0 +1,214 @@
+"""Rewind points: everything that training had after k optimizer updates, kept to return to; and returning in part."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from prune.masks.enforce import bare, unwrapped
+from prune.rewinding.modes import Groups, groups_of, hold
+from prune.rewinding.start import Start
+from workbench.duration import Duration
+from workbench.training.module import network_of
+from workbench.training.resume import History, save_checkpoint
+
+_NEVER = 2**62
+
+
+class RewindPoint(Checkpoint):
+    """Writes Lightning's checkpoint at one moment of training: the point that every later level starts from.
+
+    The file holds weights, buffers, optimizer, schedulers, loop counters, callbacks and, through
+    :class:`workbench.training.resume.Continuation`, the random state; the data order follows from seed and epoch.
+    "After
+    k steps" means after k optimizer updates, whatever the gradient accumulation. A point at the end of an epoch is
+    taken after its validation. A ``Checkpoint``, so that other callbacks have seen the end of the epoch before it.
+
+    Args:
+        at: When; ``0it`` is before the first update.
+        path: The file.
+
+    Raises:
+        ValueError: When training starts, if it ends before the point, or goes on from after it and the file is missing;
+            in training, if it steps over the point inside a batch, as a module with several optimizers may.
+
+    Source: Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020,
+    arXiv:1912.05671; Renda, Frankle, Carbin, "Comparing Rewinding and Fine-tuning", 2020, arXiv:2003.02389.
+    """
+
+    def __init__(self, at: Duration, path: Path) -> None:
+        self.at, self.path = at, path
+        self._reached = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the point will be reached; take it here if it is before the first update."""
+        end = trainer.estimated_stepping_batches
+        per_epoch = steps_per_epoch(trainer)
+        if pl_module.automatic_optimization and self.at.steps(per_epoch) >= end:
+            raise ValueError(
+                f"rewind is {self.at}, {self.at.steps(per_epoch)} steps, but a level trains for {end} steps only: "
+                "rewind to an earlier point"
+            )
+        self._reached = trainer.global_step > 0 and self.path.is_file()
+        done = trainer.current_epoch if self.at.unit == "ep" else trainer.global_step
+        if trainer.global_step > 0 and done >= self.at.value and not self._reached:
+            raise ValueError(
+                f"{self.path} is missing, and training goes on from after that point: move the folder that it goes on "
+                "from aside, to train from the start"
+            )
+        if self.at.value == 0 and trainer.global_step == 0:
+            self._take(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a point that lies inside an epoch."""
+        if self.at.unit == "it" and trainer.global_step > self.at.value and not self._reached:
+            raise ValueError(
+                f"rewind is {self.at}, but training went past that step inside a batch, to step {trainer.global_step}: "
+                "give a step between two batches, each step of each optimizer counted"
+            )
+        if self._due(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._take(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a point that lies at the end of an epoch."""
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ended = whole and self.at.unit == "ep" and trainer.current_epoch + 1 == self.at.value and not self._reached
+        if ended or self._due(trainer):
+            self._take(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        return self.at.unit == "it" and trainer.global_step == self.at.value and not self._reached
+
+    def _take(self, trainer: Trainer) -> None:
+        self._reached = True
+        save_checkpoint(trainer, self.path)
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer updates in an epoch; 0 if nobody knows before it ends."""
+    batches = trainer.num_training_batches
+    return 0 if batches == float("inf") else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+@final
+class LastUpdate(Callback):
+    """Knows what the optimizers' last steps were made with, learning rate and all; or makes every step with that.
+
+    After the last step a scheduler has gone on: a cosine is then at zero, where nothing would be trained.
+
+    Args:
+        held: Steps are made as the last one was, and schedulers stand still; for this the checkpoint that training
+            starts from must be of a training in which another one of these was there.
+    """
+
+    def __init__(self, held: bool = False) -> None:
+        self.held, self.budget = held, 0
+        self.groups: dict[int, Groups] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how many updates are asked for, if anybody knows; or set the optimizers and stop the schedulers."""
+        if not self.held and pl_module.automatic_optimization:
+            steps = trainer.estimated_stepping_batches
+            self.budget = steps if math.isfinite(steps) else 0
+        for config in trainer.lr_scheduler_configs if self.held else ():
+            config.frequency = _NEVER
+        for index, groups in self.groups.items() if self.held else ():
+            hold(trainer.optimizers[index], groups)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the optimizer, or set it, whoever has changed it since."""
+        index = next(i for i, each in enumerate(trainer.optimizers) if unwrapped(each) is unwrapped(optimizer))
+        if not self.held:
+            self.groups[index] = groups_of(optimizer)
+        elif index in self.groups:
+            hold(optimizer, self.groups[index])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add it. Not in a state of its own, which Lightning would miss where no such callback is."""
+        checkpoint["last_update"] = {"groups": self.groups, "budget": self.budget}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        if (last := checkpoint.get("last_update")) is not None:
+            self.groups, self.budget = last["groups"], last["budget"]
+
+
+@final
+class Return(Callback):
+    """Makes of a training that starts from the checkpoint of a moment one that goes back there only in part.
+
+    With other weights than that moment's, running averages of the weights start anew. What starts from the end of
+    another training has its counters, schedules and history, but nothing of what its callbacks knew. A training that
+    is resumed from a checkpoint of its own is left alone.
+
+    Args:
+        path: The checkpoint of the moment.
+        start: Which parts of it.
+        load: Gives the network its weights.
+
+    Raises:
+        ValueError: When training starts, if other weights would go into an average of
+            :class:`lightning.pytorch.callbacks.StochasticWeightAveraging` that has begun.
+    """
+
+    def __init__(self, path: Path, start: Start, load: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self.path, self.start, self.load = path, start, load
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take out what is not to be restored: callbacks and loops are asked for theirs later."""
+        if not self._begins(trainer):
+            return
+        if not self.start.random:
+            checkpoint["continuation"]["random"] = []
+        if self.start.at == "end":
+            # As at the end of an epoch, for the loop goes on with the next one from there.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts["completed"] = counts["processed"] - 1
+            checkpoint["continuation"]["plateau"] = []
+            known = checkpoint["callbacks"]
+            checkpoint["callbacks"] = {key: known[key] for key in known if key == History.__qualname__}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change what has been restored, before masks are put on it."""
+        if not self._begins(trainer):
+            return
+        for optimizer in trainer.optimizers if not self.start.optimizer else ():
+            unwrapped(optimizer).state.clear()
+        if self.start.weights is not None:
+            self.load(self.start.weights)
+            _average_anew(trainer, pl_module)
+
+    def _begins(self, trainer: Trainer) -> bool:
+        return trainer.ckpt_path is not None and Path(trainer.ckpt_path) == self.path
+
+
+def _average_anew(trainer: Trainer, module: LightningModule) -> None:
+    """Let running averages, of callbacks or of the module, begin with the network as it is now."""
+    network = network_of(module)
+    for average in _averages(trainer, module):
+        average.n_averaged.zero_()  # the next update copies
+        twin = network_of(bare(average))
+        if (state := network.state_dict()).keys() == twin.state_dict().keys():
+            twin.load_state_dict(state)
+
+
+def _averages(trainer: Trainer, module: LightningModule) -> Iterator[AveragedModel]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging) and callback._init_n_averaged:
+            raise ValueError(
+                "StochasticWeightAveraging has weights in its average that this training does not start from: average "
+                "in a fit of its own, rewind to a point before, or rewind all"
+            )
+    held = itertools.chain.from_iterable(vars(callback).values() for callback in callbacks)
+    yield from (each for each in itertools.chain(held, module.modules()) if isinstance(each, AveragedModel))

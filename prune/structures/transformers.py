@@ -1,0 +1,98 @@
+"""Structures whose units reach over the matrices of a transformer's layer: heads and feed-forward units."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune.structures.axes import shape_of, turned
+from prune.structures.layout import Layout, Member, Tensors
+from workbench.models.anatomy import KINDS, Layer, layers_of
+
+Share = tuple[str, bool, Tensor]  # a part of a layer, whether its outputs or its inputs, the unit of each of them
+
+
+@dataclass(frozen=True)
+class Head:
+    """An attention head: its rows of queries, keys and values, and its columns of the output projection.
+
+    Where several heads of queries share one of keys and values, they are one unit. Other weights are not covered.
+
+    Reference: Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650, section 2.
+    """
+
+    def layout(self, model: nn.Module, weights: Tensors) -> Layout:
+        """One unit for each head, of the key ``<layer>.attention``.
+
+        Raises:
+            ValueError: if no attention is found among the weights.
+        """
+        return _layout("attention", model, weights, _heads)
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A unit between the two matrices of a feed-forward net: its row of the first, and of the gate where there is one,
+    and its column of the second. Other weights are not covered.
+
+    Reference: McCarley et al., Structured pruning of a BERT-based question answering model, 2019, arXiv:1910.06360,
+    section 3.
+    """
+
+    def layout(self, model: nn.Module, weights: Tensors) -> Layout:
+        """One unit for each of a net, of the key ``<layer>.ffn``.
+
+        Raises:
+            ValueError: if no feed-forward net is found among the weights.
+        """
+        return _layout("ffn", model, weights, _units)
+
+
+def _layout(kind: str, model: nn.Module, weights: Tensors, shares: Callable[[Layer], Iterator[Share]]) -> Layout:
+    members: dict[str, list[Member]] = {}
+    for layer in layers_of(model):
+        prefix = f"{layer.path}." if layer.path else ""
+        for part, outputs, units in shares(layer):
+            name = f"{prefix}{part}.weight"
+            if name in weights:
+                index = turned(layer.module.get_submodule(part), units[:, None] if outputs else units[None])
+                members[name] = [(f"{prefix}{kind}", index)]
+    if not members:
+        raise ValueError(
+            f"none of the weights is known to be in the {kind} part of a transformer ({KINDS}): choose another "
+            "structure, or loosen include and exclude"
+        )
+    ordered = {name: members[name] for name in weights if name in members}
+    return Layout({name: weights[name].shape for name in ordered}, ordered)
+
+
+def _heads(layer: Layer) -> Iterator[Share]:
+    """Rows of queries by the head of keys and values that they go with, and the columns that read them."""
+    anatomy, width = layer.anatomy, layer.width
+    sizes = [_outputs(layer, part) for part in anatomy.inputs]
+    queries, keys = (sizes[0] // 3, sizes[0] // 3) if len(sizes) == 1 else sizes[:2]
+    if queries % width or keys % width or queries % keys:
+        raise ValueError(f"'{layer.path}' has {queries} rows of queries and {keys} of keys, in heads of {width}")
+    heads = [torch.arange(rows) // (width * rows // keys) for rows in (queries, keys, keys)]
+    if len(sizes) == 1:
+        yield anatomy.inputs[0], True, torch.cat(heads)
+    else:
+        yield from ((part, True, units) for part, units in zip(anatomy.inputs, heads))
+    yield anatomy.output, False, heads[0]
+
+
+def _units(layer: Layer) -> Iterator[Share]:
+    anatomy = layer.anatomy
+    units = torch.arange(_outputs(layer, anatomy.up))
+    yield anatomy.up, True, units
+    if anatomy.gate is not None:
+        yield anatomy.gate, True, units
+    yield anatomy.down, False, units
+
+
+def _outputs(layer: Layer, part: str) -> int:
+    module = layer.module.get_submodule(part)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return shape_of(module, weight)[0]

@@ -1,0 +1,96 @@
+"""What makes one hunt another: everything that its levels depend on, as far as it can be told, as JSON."""
+
+import functools
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from workbench.distributed.ranks import digest
+from workbench.launcher.arguments import SHOWN
+from workbench.models.architecture import describe
+from workbench.training.module import network_of
+
+# Where and how a level is trained, and by whom it is watched, does not make it another one.
+_ELSEWHERE = ("accelerator", "devices", "num_nodes", "strategy", "callbacks", "plugins", "enable_checkpointing")
+INITIAL, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
+_DEPTH, _LONGEST = 4, 100
+
+
+def settings_of(
+    module: nn.Module, data: Any = None, trainer: Mapping[str, Any] | None = None, **chosen: Any
+) -> dict[str, Any]:
+    """The settings of a hunt in ``module`` before it is trained, to make its key of and to compare with others.
+
+    Args:
+        module: Known by its class, arguments and architecture, and by the SHA-256 of its initial weights.
+        data: Known by its class and by those of its arguments that it keeps under their names.
+        trainer: Arguments of Lightning's Trainer, of which those count that can change what comes out.
+        chosen: Arguments of the hunt.
+    """
+    network = network_of(module)
+    budget = {name: value for name, value in (trainer or {}).items() if name not in (*_ELSEWHERE, *SHOWN)}
+    return {
+        **{name: plain(value) for name, value in chosen.items()},
+        "module": plain(module),
+        "network": describe(network) or re.sub(r" at 0x[0-9a-f]+", "", repr(network)),
+        INITIAL: digest(module.state_dict())[:16],
+        "data": plain(data),
+        "trainer": {name: plain(value) for name, value in sorted(budget.items()) if value is not None},
+    }
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first settings that differ, for a message: ``rate 0.4 instead of 0.5``; empty if none is known."""
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    said = [
+        _MOVED if key == INITIAL else f"{key} {_said(old.get(key))} instead of {_said(new.get(key))}" for key in keys
+    ]
+    return ", ".join(said[:4]) + (" and more" if len(said) > 4 else "")
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as JSON: an object as its class and those of its arguments that it keeps under their names."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if depth > _DEPTH:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return {str(name): plain(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, depth + 1) for item in value] if len(value) <= _LONGEST else f"{len(value)} items"
+    if isinstance(value, functools.partial):
+        given = {"args": value.args, **value.keywords}
+        return {"call": _path(value.func), **{name: plain(item, depth + 1) for name, item in given.items() if item}}
+    if hasattr(value, "__qualname__"):
+        return _path(value)
+    kept, names = getattr(value, "__dict__", {}), ()
+    with suppress(ValueError, TypeError):
+        names = inspect.signature(type(value)).parameters
+    arguments = {name: plain(kept[name], depth + 1) for name in names if name in kept}
+    if isinstance(value, nn.Module) and isinstance(given := getattr(value, "hparams", None), Mapping):
+        arguments |= {name: plain(item, depth + 1) for name, item in given.items()}
+    return {"class": _path(type(value)), **arguments} if arguments else _path(type(value))
+
+
+def _path(named: Any) -> str:
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
+
+
+def _said(value: Any) -> str:
+    text = "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

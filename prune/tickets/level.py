@@ -1,0 +1,257 @@
+"""A training of a hunt as a function that trains sees it: where to begin, what to keep, when to go on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import nn
+
+from prune.masks.enforce import Handle, unwrapped
+from prune.rewinding.modes import Groups, groups_of, hold
+from prune.rewinding.snapshot import Snapshot, several
+from prune.tickets.trainee import Arm
+from workbench.distributed.ranks import barrier, everyone, rank, world
+from workbench.files import replacing
+from workbench.randomness import random_state, set_random_state
+from workbench.training.order import OrderedLoader, ordered
+from workbench.training.resume import check_checkpoint
+
+_WEIGHTS, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
+
+
+class Moments(NamedTuple):
+    """The files of what training had at one moment.
+
+    Args:
+        point: The rewind point of level 0.
+        end: The end of level 0.
+        last: What this training resumes from.
+    """
+
+    point: Path
+    end: Path
+    last: Path
+
+
+@final
+class Level:
+    """One training of a hunt: the function calls :meth:`begin` once its optimizers are made, and :meth:`advance` after
+    every update, unless :meth:`steps` or :meth:`batches` does that for it.
+
+    Args:
+        model: What is trained, in place.
+        arm: From where, under which masks.
+        number: Of the level.
+        rewind: Updates before the rewind point.
+        every: Updates between two snapshots to resume from.
+        moments: Where they are kept.
+        first: The model as it was at the very start.
+
+    Attributes:
+        number: Of the level, from 0.
+        seed: Of the order of the data, and of whatever the function draws with a generator of its own.
+        masks: What stays at zero; None for a dense network.
+        step: Updates done: 0 where training starts from the first, more after rewinding, or after a stop.
+    """
+
+    def __init__(
+        self, model: nn.Module, arm: Arm, number: int, rewind: int, every: int, moments: Moments, first: Snapshot
+    ) -> None:
+        self.number, self.seed, self.masks = number, arm.seed, arm.masks
+        self._model, self._start, self._moments = model, arm.start, moments
+        self._rewind, self._every, self._first = rewind, every, first
+        self._leaves = arm.leaves
+        self._resumed = moments.last.is_file()
+        here = {"first": None, "point": moments.point, "end": moments.end}[arm.start.at]
+        here = moments.last if self._resumed else here
+        self._here: dict[str, Any] = {} if here is None else _read(here)
+        self.step: int = self._here.get("step", 0)
+        self._began: int = self._here.get("began", 0) if self._resumed else self.step
+        self._groups: dict[int, Groups] = self._here.get("groups", {})
+        self._objects: dict[str, list[Any]] = {}
+        self._hooks = Handle([])
+        self._put_weights()
+
+    def begin(self, optimizers: Any, schedulers: Any = None, scaler: Any = None) -> None:
+        """Put everything where this training starts, or was stopped: weights, optimizers, schedulers, random state.
+
+        From here on pruned weights are zero after every step of the optimizers.
+
+        Args:
+            optimizers: One, or several: all that step the model.
+            schedulers: One learning-rate scheduler, or several. In fine-tuning they stand still.
+            scaler: A ``torch.amp.GradScaler``.
+
+        Raises:
+            ValueError: If it has been called already, or these are others than before.
+        """
+        if self._objects:
+            raise ValueError("level.begin was called before: call it once, when optimizers and schedulers are made")
+        given = {"optimizers": optimizers, "schedulers": schedulers, "scaler": scaler}
+        self._objects = {name: several(value) for name, value in given.items() if value is not None}
+        self._put_weights()
+        if self._here:
+            self._put_rest(scaler)
+        if self.masks is not None:
+            for optimizer in self._objects["optimizers"] if not self._resumed else ():
+                self.masks.clear_state(optimizer, self._model)
+        self._hook()
+        self._here = {}
+        if self._leaves and self.step == self._rewind == 0:
+            self._keep(self._moments.point)
+
+    def advance(self) -> None:
+        """An update has been done.
+
+        Raises:
+            ValueError: If the training has not begun.
+        """
+        if not self._objects:
+            raise ValueError("the level has not begun: call level.begin(optimizer) before the loop")
+        self.step += 1
+        if self._leaves and self.step == self._rewind:
+            self._keep(self._moments.point)
+        if self.step % self._every == 0:
+            self._keep(self._moments.last)
+
+    def until(self, total: int) -> int:
+        """The step at which a training of ``total`` updates ends: later in fine-tuning, which goes on after its end."""
+        return total if self._start.at != "end" else self._began + total - self._rewind
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The numbers of the updates that are left of ``total``, each counted when the loop comes back for more.
+
+        A loop that is left by ``break`` has its last update not counted.
+        """
+        while self.step < self.until(total):
+            yield self.step
+            self.advance()
+
+    def batches(self, loader: Any, total: int) -> Iterator[Any]:
+        """The batches that are left of ``total`` updates of one batch each, counted as by :meth:`steps`.
+
+        Their order is a function of the level's seed and the epoch, divided over ranks: what was stopped goes on with
+        the batches that it had not seen.
+
+        Args:
+            loader: A DataLoader of a data set with a length, shuffled or not.
+            total: Updates in a training from the first.
+
+        Raises:
+            ValueError: If the loader has a sampler of its own, or no batch.
+        """
+        made = ordered(loader, self.seed, rank(), world())
+        if not isinstance(made, OrderedLoader) or not len(made):
+            raise ValueError(
+                "the order of this loader cannot be gone back to: give a DataLoader with batch_size and shuffle over a "
+                "data set of some length, or use level.steps and an order of your own that follows from level.seed"
+            )
+        running: Iterator[Any] | None = None
+        for step in self.steps(total):
+            epoch, seen = divmod(step, len(made))
+            if running is None or seen == 0:
+                made.batch_sampler.sampler.set_epoch(epoch)  # type: ignore[union-attr] - an EpochOrder
+                made.load_state_dict({"epoch": epoch, "seen": seen})
+                running = iter(made)
+            yield next(running)
+
+    # What the hunt calls
+
+    def release(self) -> None:
+        """Leave no hook behind."""
+        self._hooks.remove()
+
+    def finish(self) -> tuple[int, int]:
+        """The function has returned: updates done at its beginning and at its end.
+
+        Raises:
+            ValueError: If it made no update, level 0 none after the rewind point, or pruned weights moved.
+        """
+        if not self._objects or self.step == self._began:
+            raise ValueError(
+                f"the function made no update at level {self.number}, which begins at step {self._began}: call "
+                "level.begin(optimizer), and loop over level.steps(N), level.batches(loader, N) or "
+                "range(level.step, level.until(N)) with level.advance() after every update"
+            )
+        if self._leaves and self.step <= self._rewind:
+            raise ValueError(
+                f"rewind is {self._rewind}it, but the function made {self.step} updates only: rewind to an earlier step"
+            )
+        if self.masks is not None and not self.masks.obeyed_by(self._model):
+            raise ValueError("pruned weights moved: give level.begin all optimizers that step the model")
+        if "end" in self._leaves:
+            self._keep(self._moments.end)
+        return self._began, self.step
+
+    def _put_weights(self) -> None:
+        """Those that this training goes on with, under its masks."""
+        if self._start.weights is None or self._resumed:
+            self._snapshot().restore(self._model, parts=_WEIGHTS)
+        else:
+            self._first.restore(self._model, parts=_WEIGHTS)  # buffers that are in no state dict
+            self._model.load_state_dict(self._start.weights)
+        if self.masks is not None:
+            self.masks.apply(self._model)
+
+    def _put_rest(self, scaler: Any) -> None:
+        """Optimizers, schedulers and random state, as far as they go back."""
+        kept = self._snapshot()
+        parts = [name for name in kept.what if name in _REST and not (name == "schedulers" and self._start.at == "end")]
+        given = {name: self._objects.get(name) for name in ("optimizers", "schedulers") if name in parts}
+        kept.restore(self._model, **given, scaler=scaler if "scaler" in parts else None, parts=parts)
+        for optimizer in self._objects["optimizers"] if not (self._start.optimizer or self._resumed) else ():
+            unwrapped(optimizer).state.clear()
+        random = self._here["random"]
+        if (self._start.random or self._resumed) and len(random) == world():
+            set_random_state(random[rank()])
+
+    def _hook(self) -> None:
+        """Keep pruned weights at zero; look at every step of level 0, and hold those of a fine-tuning as its last."""
+        optimizers, removers = self._objects["optimizers"], []
+        for index, optimizer in enumerate(optimizers):
+
+            def look(stepped: Any, *_: Any, index: int = index) -> None:
+                self._groups[index] = groups_of(stepped)
+
+            def same(stepped: Any, *_: Any, index: int = index) -> None:
+                if index in self._groups:  # else it never stepped
+                    hold(stepped, self._groups[index])
+
+            if self._start.at == "end":
+                same(unwrapped(optimizer))
+            if self._start.at == "end" or "end" in self._leaves:
+                hook = same if self._start.at == "end" else look
+                removers.append(unwrapped(optimizer).register_step_pre_hook(hook).remove)
+        if self._start.at == "end":
+            for scheduler in self._objects.get("schedulers", ()):
+                scheduler.step = lambda *_, **__: None
+                removers.append(lambda scheduler=scheduler: vars(scheduler).pop("step", None))
+        if self.masks is not None:
+            removers.append(self.masks.keep(optimizers, self._model).remove)
+        self._hooks = Handle(removers)
+
+    def _snapshot(self) -> Snapshot:
+        if not self._here:
+            return self._first
+        kept = Snapshot()
+        kept.load_state_dict(self._here["snapshot"])
+        return kept
+
+    def _keep(self, path: Path) -> None:
+        """Write all that training has now, on rank 0, whole or not at all."""
+        # In fine-tuning they stand still.
+        schedulers = None if self._start.at == "end" else self._objects.get("schedulers")
+        scaler = self._objects["scaler"][0] if "scaler" in self._objects else None
+        taken = Snapshot.take(self._model, self._objects["optimizers"], schedulers, scaler, rng=False)
+        content = {"step": self.step, "began": self._began, "snapshot": taken.state_dict(), "groups": self._groups}
+        content["random"] = everyone(random_state())
+        if rank() == 0:
+            with replacing(path) as temporary:
+                torch.save(content, temporary)
+        barrier()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_checkpoint(path, "remove it to train this level from where it starts; what is finished is kept")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -1,0 +1,221 @@
+"""The ``verdict`` job: are the tickets of several hunts tickets, and do they agree with each other?"""
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from prune.masks import Masks
+from prune.tickets.identity import INITIAL, difference
+from prune.tickets.judge import ALPHA, Judgement, judged
+from workbench import records
+from workbench.checkpoints import compact
+from workbench.evaluation.statistics import equivalence, holm, mean, paired
+from workbench.records.source import Source
+
+DENSE = "dense"
+"""The control that is not pruned: it is matched, not beaten."""
+TWIN = "twin"
+"""The ticket with another data order: the same ticket, not a control."""
+SPREAD = 0.1
+"""How far densities of one level may be apart: where whole channels are kept, seeds keep larger and smaller ones."""
+_DOWN = ("loss", "nll", "perplexity", "ece", "brier", "mse", "mae", "error", "kl")
+
+
+def verdict(
+    hunts: list[Source],
+    delta: float = 0.005,
+    metric: str | None = None,
+    split: Literal["test", "val"] = "test",
+    out: Path = Path("runs/verdict"),
+) -> dict[str, Any]:
+    """Judge the tickets of hunts that differ in their seed only: does a level match the dense network and beat its
+    controls?
+
+    Everything is compared within seeds. A level is a `ticket` if it is surely no more than delta below the dense
+    network, and below the one trained as long if there is one, and surely above every other control; `no ticket` if one
+    of these is surely not so; else `inconclusive`. Also: how far the masks of different seeds overlap, and how far they
+    would by chance; and where there are several groups of hunts, what each has over the first, within seeds.
+
+    Args:
+        hunts: Hunt stages of different seeds, or sweeps over them: then one verdict for each sweep and each of its
+            other settings, say for two activations, or for hunts with and without a teacher.
+        delta: What a ticket may lose on the dense network, in the unit of the metric.
+        metric: The metric's name without split; the main one by default.
+        split: Where it is measured.
+        out: The stage's folder, given by the recipe.
+
+    Returns:
+        `verdicts`, for the record: one for each group of hunts, with every level's means, differences and verdict; and
+        `differences`: of each group's tickets less the first group's, above, below, equivalent within delta, or
+        inconclusive.
+
+    Raises:
+        ValueError: If a source is no finished hunt, hunts differ in more than their seed, or the metric is missing.
+    """
+    groups = _grouped(hunts)
+    verdicts = [_verdict(name, found, delta, metric, split) for name, found in groups.items()]
+    first, *others = groups
+    differences = [_difference(name, first, groups, verdicts[0]) for name in others]
+    return {"verdicts": verdicts, "differences": differences}
+
+
+def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]:
+    """Folder -> record of every hunt, by what it is beside its seed: sweeps by their other settings."""
+    groups: dict[str, dict[Path, dict[str, Any]]] = {}
+    for source in sources:
+        record = records.finished(Path(source))
+        if record is None:
+            raise ValueError(f"{source} holds no finished stage: name finished hunts, or a sweep over hunts")
+        if "runs" not in record:
+            groups.setdefault("", {})[Path(source)] = record
+        for run in record.get("runs", ()):
+            others = {key: value for key, value in run["over"].items() if key not in ("seed", "seed_everything")}
+            parts = [Path(source).name] if len(sources) > 1 else []
+            name = ", ".join([*parts, *(f"{key.rpartition('.')[2]} {value}" for key, value in others.items())])
+            folder = Path(source) / run["folder"]
+            groups.setdefault(name, {})[folder] = records.finished(folder) or {}
+    for found in groups.values():
+        for folder, record in found.items():
+            if not record.get("levels"):
+                raise ValueError(f"{folder} is no finished hunt but of job {record.get('job')!r}: name hunts")
+    return groups
+
+
+def _verdict(
+    name: str, hunts: Mapping[Path, Mapping[str, Any]], delta: float, metric: str | None, split: str
+) -> dict[str, Any]:
+    all_levels = [record["levels"] for record in hunts.values()]
+    seeds = [record.get("seed") for record in hunts.values()]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"hunts have seeds {seeds}: give hunts of different seeds, each counts as one observation")
+    main, mode = all_levels[0][0]["monitor"]
+    key = f"{split}/{metric or main}"
+    # A metric that is not the main one: the better direction of losses and errors is down.
+    sign = 1 if (mode == "max" if metric in (None, main) else not set(_DOWN) & set(re.split(r"[/_]", metric))) else -1
+    _check_alike(hunts)
+    least, most = min(map(len, all_levels)), max(map(len, all_levels))
+    if ended := [folder.name for folder, record in hunts.items() if len(record["levels"]) < most]:
+        said = f"only levels up to {least - 1}, which all have, are judged"
+        warnings.warn(f"{', '.join(ended)} ended early: {said}", stacklevel=3)
+    levels = []
+    for each in zip(*all_levels):
+        densities = {round(record["density"], 6) for record in each}
+        if min(densities) < (1 - SPREAD) * max(densities):
+            raise ValueError(f"level {each[0]['level']} has densities {sorted(densities)}: give hunts of one recipe")
+        levels.append(_level(each, [first[0] for first in all_levels], key, sign, delta))
+        levels[-1]["overlap"] = _overlap([folder / f"level_{each[0]['level']:02d}" for folder in hunts])
+    return {
+        "name": name,
+        "hunts": [str(folder.name) for folder in hunts],
+        "fingerprints": [record.get("fingerprint") for record in hunts.values()],
+        "seeds": seeds,
+        "metric": key,
+        "higher_is_better": sign > 0,
+        "delta": delta,
+        "levels": levels,
+    }
+
+
+def _check_alike(hunts: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse hunts that differ in more than their seed, as far as their levels tell."""
+    first, *others = hunts
+    one, *more = (_settings(folder) for folder in hunts)
+    for folder, settings in zip(others, more):
+        if one and settings and (said := difference(settings, one)):
+            raise ValueError(
+                f"{folder} was made with {said} as {first} has it: give hunts that differ in their seed only, or a "
+                "sweep, which is judged group by group"
+            )
+
+
+def _settings(hunt: Path) -> dict[str, Any]:
+    found = (records.read(hunt / "level_00") or {}).get("settings") or {}
+    return {name: value for name, value in found.items() if name not in ("seed", INITIAL)}
+
+
+def _level(
+    tickets: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]], key: str, sign: int, delta: float
+) -> dict[str, Any]:
+    """One level of all hunts."""
+    arms = [arm for arm in tickets[0].get("controls", {}) if all(arm in each.get("controls", {}) for each in tickets)]
+    trained = {arm: [each["controls"][arm] for each in tickets] for arm in arms}
+    first = tickets[0]["level"] == 0
+    against = {} if first else {"level 0": _scores(dense, key, sign)}
+    against |= {arm: _scores(found, key, sign) for arm, found in trained.items() if arm == DENSE}
+    controls = {arm: _scores(found, key, sign) for arm, found in trained.items() if arm not in (DENSE, TWIN)}
+    result = judged(_scores(tickets, key, sign), against, controls, delta)
+    told = _described(result, sign)
+    steps = {"ticket": tickets, **trained}
+    found = {arm: [each["best"]["step"] for each in rows if each.get("best")] for arm, rows in steps.items()}
+    return {
+        "level": tickets[0]["level"],
+        "density": tickets[0]["density"],
+        **({**told, "verdict": "dense", "why": "nothing is pruned"} if first else told),
+        "best_step": {arm: asdict(mean(values)) for arm, values in found.items() if len(values) == len(tickets)},
+    }
+
+
+def _difference(
+    name: str, first: str, groups: Mapping[str, Mapping[Path, Mapping[str, Any]]], judged_first: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the tickets of one group have over those of the first, level by level, within the seeds that both have."""
+    ours, theirs = ({each["seed"]: each["levels"] for each in groups[group].values()} for group in (name, first))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        raise ValueError(f"{name!r} and {first!r} have no seed in common: give hunts of the same seeds")
+    key, sign = judged_first["metric"], 1 if judged_first["higher_is_better"] else -1
+    delta, levels = judged_first["delta"], []
+    for level in range(min(len(found[seed]) for found in (ours, theirs) for seed in seeds)):
+        rows = [_scores([found[seed][level] for seed in seeds], key, sign) for found in (ours, theirs)]
+        pairs = [pair for pair in zip(*rows) if all(map(math.isfinite, pair))]
+        if not pairs:
+            continue  # all diverged
+        a, b = zip(*pairs)
+        levels.append(
+            {
+                "level": level,
+                "density": theirs[seeds[0]][level]["density"],
+                "paired": asdict(paired(a, b)),
+                "equivalence": asdict(equivalence(a, b, delta)),
+            }
+        )
+    known = [each for each in levels if each["paired"]["p"] is not None]
+    for each, p in zip(known, holm([each["paired"]["p"] for each in known])):
+        each["p_holm"] = p
+        if p <= ALPHA:
+            each["said"] = "above" if each["paired"]["mean"] > 0 else "below"
+    for each in levels:
+        each.setdefault("said", "equivalent" if each["equivalence"]["equivalent"] else "inconclusive")
+    return {"of": name, "less": first, "seeds": seeds, "levels": levels}
+
+
+def _scores(rows: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[float]:
+    if any(key not in row["metrics"] for row in rows):
+        raise ValueError(f"metric {key!r} is none of {sorted(rows[0]['metrics'])}: choose metric and split from these")
+    return [sign * row["metrics"][key] for row in rows]
+
+
+def _described(result: Judgement, sign: int) -> dict[str, Any]:
+    """The judgement as JSON, scores in the metric's own direction."""
+    described = asdict(result)
+    for found in described["means"].values():
+        found["mean"] *= sign
+        if found["interval"] and sign < 0:
+            low, high = found["interval"]["low"], found["interval"]["high"]
+            found["interval"] |= {"low": -high, "high": -low}
+    return described
+
+
+def _overlap(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """How far masks of different seeds keep the same weights, as means over pairs; None of a single hunt."""
+    masks = [Masks(compact.masks(folder)) for folder in folders]
+    pairs = [(a.overlap(b), a.chance_overlap(b)) for a, b in combinations(masks, 2)]
+    if not pairs:
+        return None
+    seen, chance = (sum(values) / len(pairs) for values in zip(*pairs))
+    return {"jaccard": seen, "chance": chance, "pairs": len(pairs)}

@@ -1,0 +1,127 @@
+"""What the report tells of a hunt's levels: controls, dead units, gradient flow, barriers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.workbench.report.lotteries import FEW, hunted, laid
+from tests.workbench.report.test_report import cells, realistic
+from workbench.records import read_run
+from workbench.report import headline
+from workbench.report.job import report
+from workbench.report.sections import stages
+from workbench.report.summary import gather, sparsity
+
+
+def test_every_control_and_measurement_is_in_the_records(tmp_path):
+    entry = hunted(0, FEW)
+    run = laid(tmp_path, entry)
+    report(run / "report")
+    page = (run / "report/index.html").read_text(encoding="utf-8")
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="levels"')[2].partition("</thead>")[0])
+    assert headers[6:] == [
+        "test reinit", "test shuffled", "dead units", "gradient flow", "barrier, other order", "barrier, last level",
+        "mask distance", "took", "mask",
+    ]  # fmt: skip
+    for level, row in zip(entry["levels"], cells(page, "levels"), strict=True):
+        for cell, arm in zip(row[6:8], ("reinit", "shuffled")):
+            control = level.get("controls", {}).get(arm)
+            assert cell == (f"{100 * control['metrics']['test/accuracy']:.2f}%" if control else "—")
+        told, barriers = level["diagnosis"], level["connectivity"]
+        assert row[8] == f"{100 * told['dead'] / told['units']:.3g}%"
+        assert row[9] == f"{told['gradient_flow']:.3g}"
+        orders = barriers["orders"]
+        assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
+        assert row[11] == ("0.40 stable" if level["level"] else "—")
+        assert row[12] == f"{level['mask_distances'][-1]:.3g}"
+    legend = stages.columns(gather(read_run(run)).hunts[0])
+    assert legend.startswith("Test reinit, shuffled: the accuracy of what was trained beside the ticket; dead units")
+    assert legend in re.sub(r"<[^>]*>", "", page)
+
+
+def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
+    entry = hunted(0, FEW)
+    run = laid(tmp_path, entry)
+    (curve,) = sparsity(gather(read_run(run)))
+    for arm, (x, y) in curve.controls.items():
+        assert x == [level["density"] for level in entry["levels"][1:]]
+        assert y == [level["controls"][arm]["metrics"]["test/accuracy"] for level in entry["levels"][1:]]
+    report(run / "report")
+    drawn = (run / "report/figures/density.svg").read_text(encoding="utf-8")
+    assert [drawn.count(f">seed-0, {arm}<") for arm in curve.controls] == [1, 1]
+    assert drawn.count("stroke-width: 0.8") > 0
+    assert "Thin, its controls." in (run / "report/index.html").read_text(encoding="utf-8")
+
+
+def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
+    entry = hunted(0, FEW)
+    found = gather(read_run(laid(tmp_path, entry)))
+    first, last = entry["levels"][0], entry["levels"][-1]
+    dense, sparse = (level["metrics"]["test/accuracy"] for level in (first, last))
+    validation = first["metrics"]["val/accuracy"]
+    said = headline.headline(found)
+    assert f"Within 1 point of the dense seed-0's {100 * validation:.2f}% validation accuracy, the smallest" in said
+    assert f"is seed-0 (level {last['level']})" in said
+    assert f"its test accuracy is {100 * sparse:.2f}%, {100 * (dense - sparse):.2f} points below the dense" in said
+
+
+def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
+    run = laid(tmp_path, *realistic()[:4])
+    (hunt,) = gather(read_run(run)).hunts
+    told = stages.levels(hunt)
+    assert told.headers == ["level", "density", "kept", "val accuracy", "test accuracy", "points", "took", "mask"]
+    assert stages.columns(hunt) == ""
+    assert sparsity(gather(read_run(run)))[0].controls == {}
+
+
+def test_a_control_decides_too_whether_the_metric_is_a_share(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["controls"]["reinit"]["metrics"]["test/accuracy"] = 97.0
+    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    assert not hunt.metric.share
+
+
+def test_barriers_of_losses_are_in_their_unit(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["connectivity"]["orders"] = {"barrier": 0.01234, "stable": None}
+    entry["levels"][2]["connectivity"]["orders"] = {"barrier": float("nan"), "stable": False}
+    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    at = stages.levels(hunt).headers.index("barrier, other order")
+    told = [line.cells[at] for line in stages.levels(hunt).lines]
+    assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
+
+
+@pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "mask_distances", "history", "size"])
+def test_any_of_it_may_be_missing(tmp_path, key):
+    entry = hunted(0, FEW)
+    for place, level in enumerate(entry["levels"]):
+        level[key] = None
+        if place % 2:
+            del level[key]
+    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    assert len(stages.levels(hunt).lines) == len(FEW)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"controls": 1}, {"controls": {"reinit": 1}}, {"controls": {"reinit": {"metrics": 1}}}, {"diagnosis": [1]},
+        {"connectivity": [1]}, {"connectivity": {"orders": 1}},
+    ],
+)  # fmt: skip
+def test_a_malformed_level_is_named(tmp_path: Path, wrong):
+    entry = hunted(0, FEW)
+    entry["levels"][1].update(wrong)
+    with pytest.raises(ValueError, match=r"seed-0.record\.json"):
+        read_run(laid(tmp_path, entry))
+
+
+def test_diagnoses_that_are_no_numbers_are_dashes(tmp_path):
+    entry = hunted(0, FEW)
+    entry["levels"][1]["diagnosis"] = {"units": 0, "dead": 0, "gradient_flow": "much"}
+    entry["levels"][2]["diagnosis"] = {"units": 400, "dead": None, "gradient_flow": float("inf")}
+    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    told = stages.levels(hunt)
+    dead, flow = told.headers.index("dead units"), told.headers.index("gradient flow")
+    assert [(line.cells[dead].text, line.cells[flow].text) for line in told.lines[1:3]] == [("—", "—"), ("—", "inf")]

@@ -1,0 +1,181 @@
+"""One process in a folder: refused at once, free again however the owner ends."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from workbench.records import lock
+from workbench.records.lock import locked
+
+HOLD = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from workbench.locking import locked
+def live(pipe):
+    pipe.send(os.getpid())
+    time.sleep(60)
+with locked(Path(sys.argv[1])):
+    children = []
+    if sys.argv[2] == "fork":
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        context.Process(target=live, args=(theirs,)).start()
+        children.append(ours.recv())
+    print(*children, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder: Path, how: str = "alone") -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Another process that works in the folder, and its children."""
+    command = [sys.executable, "-c", HOLD, str(folder), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        try:
+            yield process, children
+        finally:
+            process.kill()
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_the_second_process_is_told_who_is_there_and_gets_in_when_the_owner_was_killed(tmp_path: Path) -> None:
+    with holder(tmp_path / "run", "fork") as (owner, children):
+        with pytest.raises(ValueError, match="is in use by process") as caught, locked(tmp_path / "run"):
+            pass
+        said = str(caught.value)
+        assert said.startswith(f"{tmp_path / 'run'} is in use by process {owner.pid} on {os.uname().nodename} since 20")
+        assert f"wait until it is done, stop it (kill {owner.pid}), or choose another folder" in said
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        os.kill(children[0], 0)  # its forked child lives on, and does not keep the lock
+        with locked(tmp_path / "run"):
+            pass
+
+
+def test_what_is_done_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with locked(folder):
+        assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
+    assert list(folder.iterdir()) == []
+    with pytest.raises(ArithmeticError), locked(folder):
+        raise ArithmeticError
+    with holder(folder) as (other, _):
+        assert other.poll() is None, "it could lock what was let go"
+
+
+def test_a_process_may_enter_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with locked(tmp_path / "run"):
+        with locked(Path("run")):
+            pass
+        assert (tmp_path / "run" / ".lock").exists(), "the outer one still holds it"
+        with locked(tmp_path / "run" / "stage"):
+            pass
+        script = "import sys; from pathlib import Path; from workbench.records.lock import locked\n"
+        script += "with locked(Path(sys.argv[1])): pass"
+        other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
+        assert (other.returncode, "in use by process" in other.stderr) == (1, True)
+
+
+def test_a_forked_child_neither_holds_nor_ends_its_parents_lock(tmp_path: Path) -> None:
+    def child() -> None:
+        assert lock._held == {}
+        with pytest.raises(ValueError, match=f"in use by process {os.getppid()}"), locked(tmp_path):
+            pass
+
+    with locked(tmp_path):
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert (tmp_path / ".lock").exists()
+
+
+def test_other_ranks_do_not_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with holder(tmp_path) as (other, _), locked(tmp_path):
+        assert other.poll() is None
+
+
+def test_a_lock_removed_by_its_holder_at_the_last_moment_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening of the file and its locking, the holder removed it and let go."""
+    assert lock.fcntl is not None
+    flock, removed = lock.fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        flock(handle, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with locked(tmp_path):
+        assert removed
+        assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"pid": 1}'])
+def test_an_owner_that_has_not_signed_is_just_another_process(text: bytes) -> None:
+    assert "run is in use by another process" in lock._said(Path("run"), text)
+
+
+def test_an_owner_elsewhere_is_named_with_its_host() -> None:
+    text = json.dumps({"pid": 7, "host": "far", "since": "2026-01-01"}).encode()
+    assert "stop it there (kill 7 on far)" in lock._said(Path("run"), text)
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "open" if fault == errno.EROFS else "pwrite", fail)
+    with pytest.raises(ValueError, match=f"cannot be locked: {os.strerror(fault)}; make it"), locked(tmp_path):
+        pass
+    monkeypatch.undo()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match="run: cannot be locked: File exists"), locked(tmp_path / "run"):
+        pass
+
+
+def test_many_at_once_and_never_two(tmp_path: Path) -> None:
+    """Processes that take and leave the lock as fast as they can: whoever is inside is alone."""
+
+    def work(seed: int) -> None:
+        entered, until = 0, time.monotonic() + 20
+        while entered < 20 and time.monotonic() < until:
+            try:
+                with locked(tmp_path):
+                    os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))
+                    (tmp_path / "inside").unlink()
+                    entered += 1
+            except ValueError:
+                time.sleep(0.0005 * seed)
+        assert entered == 20
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(seed,)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]

@@ -1,0 +1,322 @@
+"""What the report tells of verdicts: every figure is the record's, and nothing is called a ticket that was not."""
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune.tickets.verdict import verdict as judge
+from tests.prune.tickets.test_verdict import hunt as on_disk
+from tests.workbench.report.lotteries import DELTA, FEW, grouped, hunted, laid, lottery, page_of, ruled, text_of
+from tests.workbench.report.test_report import cells, realistic, record, terminal
+from workbench import records
+from workbench.records import Estimate, Verdict, read_run
+from workbench.report import figures
+from workbench.report.bands import Band, band, sample, spread
+from workbench.report.format import metric, percent
+from workbench.report.job import summary
+from workbench.report.sections import verdicts
+from workbench.report.summary import gather, sparsity
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def judged(tmp_path: Path, entry: dict) -> Verdict:
+    return read_run(laid(tmp_path, entry))[0].verdicts[0]
+
+
+def leveled(*verdicts: str, why="", **change) -> dict:
+    """A verdict record of levels that were judged so, densities halving."""
+    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    found = entry["verdicts"][0]
+    template = found["levels"][1]
+    found["levels"] = [
+        {**template, "level": i, "density": 0.5**i, "verdict": v, "why": why} for i, v in enumerate(verdicts)
+    ]
+    found.update(change)
+    return entry
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.2f}".replace("-", MINUS).replace("+0.00", "0.00").replace(f"{MINUS}0.00", "0.00")
+
+
+Written = tuple[Path, dict, str]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Written:
+    """The run, the verdict's record and the page of one group of hunts."""
+    run, entry = lottery(tmp_path_factory.mktemp("alone"))
+    return run, entry, page_of(run)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Written:
+    """The same of two groups, which are compared."""
+    run, entry = grouped(tmp_path_factory.mktemp("two") / "run")
+    return run, entry, page_of(run)
+
+
+# Figures are the record's
+
+
+def test_every_number_of_a_verdict_is_in_its_record(alone):
+    _, entry, page = alone
+    (found,) = entry["verdicts"]
+    for told, row in zip(found["levels"], cells(page, "tickets"), strict=True):
+        mean = told["means"]["ticket"]
+        half = (mean["interval"]["high"] - mean["interval"]["low"]) / 2
+        assert row[:3] == [
+            str(told["level"]),
+            percent(told["density"]),
+            f"{100 * mean['mean']:.2f}% ± {100 * half:.2f}",
+        ]
+        for cell, arm in zip(row[3:6], ("level 0", "reinit", "shuffled"), strict=True):
+            against = {**told["matches"], **told["beats"]}.get(arm)
+            if against is None:
+                assert (cell, told["level"]) == ("—", 0)
+                continue
+            said = {True: "yes", False: "no", None: "open"}[against["holds"]]
+            low, high = (points(against["paired"]["interval"][end]) for end in ("low", "high"))
+            assert cell == f"{points(against['paired']['mean'])} {low} to {high}, {said}"
+        assert row[6] == told["verdict"]
+        if told["level"]:
+            overlap = told["overlap"]
+            assert row[7] == f"{overlap['jaccard']:.3f} chance {overlap['chance']:.3f}"
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="tickets"')[2].partition("</thead>")[0])
+    assert headers[2:6] == ["ticket, test accuracy", "points vs level 0", "points vs reinit", "points vs shuffled"]
+    for told in found["levels"]:
+        assert f'title="{html.escape(told["why"])}"' in page
+
+
+def test_curves_are_the_means_of_the_record(tmp_path):
+    found = judged(tmp_path, ruled({"": [hunted(seed, FEW) for seed in range(3)]}))
+    bands = {each.name: each for each in verdicts.scores(found)}
+    assert list(bands) == ["ticket", "reinit", "shuffled"], "level 0 is a line, and no curve"
+    for name, each in bands.items():
+        told = [level for level in found.levels if name in level.means]
+        assert each.x == [level.density for level in told] == sorted(each.x, reverse=True)
+        assert each.y == [level.means[name].mean for level in told]
+        assert each.low == [level.means[name].low for level in told]
+        assert each.high == [level.means[name].high for level in told]
+    assert bands["ticket"].marked == [level.verdict == "ticket" for level in found.levels]
+    assert any(bands["ticket"].marked)
+    assert not any(bands["reinit"].marked)
+    assert bands["ticket"].dense == found.levels[0].means["ticket"].mean
+    steps = {each.name: each for each in verdicts.steps(found)}
+    assert steps["reinit"].y == [level.steps["reinit"].mean for level in found.levels[1:]]
+    assert steps["ticket"].tone == bands["ticket"].tone != steps["reinit"].tone == bands["reinit"].tone
+
+
+def test_the_figure_names_n_the_interval_delta_and_fingerprints(alone):
+    run, entry, page = alone
+    first = text_of(re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)[0])
+    assert "n = 3 seeds (0, 1, 2), 95% t intervals; delta 0.3 points." in first
+    for name, fingerprint in zip(entry["verdicts"][0]["hunts"], entry["verdicts"][0]["fingerprints"]):
+        assert f"{name} {fingerprint[:8]}" in first
+    assert f"tickets {entry['fingerprint'][:8]}" in first
+    drawn = sorted(path.name for path in (run / "report/figures").iterdir())
+    assert drawn == ["seconds.svg", "steps.svg", "tickets.svg"]
+    svg = (run / "report/figures/tickets.svg").read_text(encoding="utf-8")
+    assert all(f">{arm}<" in svg for arm in ("ticket", "reinit", "shuffled"))
+
+
+def test_no_step_is_below_zero(tmp_path):
+    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    for told in entry["verdicts"][0]["levels"]:
+        interval = {"low": -900.0, "high": 1000.0, "confidence": 0.95}
+        told["best_step"]["ticket"] = {"n": 3, "mean": 50.0 + 900 * (told["level"] % 2), "interval": interval}
+    page_of(laid(tmp_path, entry))
+    assert ">-" not in (tmp_path / "report/figures/steps.svg").read_text(encoding="utf-8")
+
+
+def test_without_steps_there_is_one_picture(tmp_path):
+    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    for told in entry["verdicts"][0]["levels"]:
+        del told["best_step"]
+    page = page_of(laid(tmp_path, entry))
+    assert not (tmp_path / "report/figures/steps.svg").exists()
+    assert "early-stopping" not in page
+
+
+def test_the_job_and_the_page_speak_of_the_same_record(tmp_path):
+    hunts = [on_disk(tmp_path / f"seed{seed}", seed) for seed in range(4)]
+    found = judge(hunts)
+    records.write(tmp_path / "tickets", {**record("tickets", "verdict", 9), **found})
+    page = page_of(tmp_path)
+    assert [row[6] for row in cells(page, "tickets")] == ["dense", "ticket", "ticket"]
+    assert "Tickets at 50% down to 25%: they match the dense network within 0.5 points and beat" in text_of(page)
+
+
+def test_a_loss_is_judged_in_its_own_unit(tmp_path):
+    hunts = [on_disk(tmp_path / f"seed{seed}", seed, "nll", "min") for seed in range(4)]
+    records.write(tmp_path / "tickets", {**record("tickets", "verdict", 9), **judge(hunts, delta=0.02)})
+    page = page_of(tmp_path)
+    assert "match the dense network within 0.02 and beat reinit and shuffled (n = 4 seeds)" in text_of(page)
+    assert "test nll, lower is better" in page
+    assert cells(page, "tickets")[2][4].startswith("+0.2 "), "positive where the ticket is better"
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said", "rest"),
+    [
+        ("dtttt", "Tickets at 50% down to 6.25%: they match", ""),
+        ("dtntt", "Tickets at 50% and 12.5% down to 6.25%: they match", "Surely none at 25%."),
+        ("dtnti", "Tickets at 50% and 12.5%: they match", "Surely none at 25%. Open at 6.25%."),
+        ("dnnni", "No level is judged a ticket (n = 3 seeds).", "Surely none at 50% down to 12.5%. Open at 6.25%."),
+    ],
+)
+def test_neighbours_are_told_as_one(tmp_path, verdicts, said, rest):
+    words = {"d": "dense", "t": "ticket", "n": "no ticket", "i": "inconclusive"}
+    found = judged(tmp_path, leveled(*(words[v] for v in verdicts)))
+    assert verdicts.sentence(found).startswith(said)
+    assert verdicts.rest(found) == rest
+
+
+def test_what_is_open_is_never_passed_off(tmp_path):
+    alone = judged(tmp_path / "a", ruled({"": [hunted(0, FEW)]}))
+    assert verdicts.sentence(alone) == ("No level is judged a ticket (n = 1 seed): one seed has no spread: train more.")
+    assert verdicts.rest(alone) == "", "nothing is said twice"
+    bare = judged(tmp_path / "b", ruled({"": [hunted(seed, FEW, controls=()) for seed in range(3)]}))
+    assert verdicts.sentence(bare).endswith("no control was trained: give the hunt controls.")
+    assert not any(verdicts.scores(bare)[0].marked)
+    open_ = judged(tmp_path / "c", leveled("dense", "ticket", "inconclusive", why="whether it beats reinit is open"))
+    assert verdicts.rest(open_) == "Open at 25%: whether it beats reinit is open."
+
+
+def test_the_dense_network_trained_as_long_is_named(tmp_path):
+    entry = leveled("dense", "ticket", delta=0.01)
+    told = entry["verdicts"][0]["levels"][1]
+    told["matches"]["dense"] = told["matches"]["level 0"]
+    del told["beats"]["shuffled"]
+    assert verdicts.sentence(judged(tmp_path, entry)) == (
+        "Tickets at 50%: they match the dense network and the dense network trained as long within 1 point and beat "
+        "reinit (n = 3 seeds)."
+    )
+
+
+def test_a_run_of_nothing_else_begins_with_the_verdict(alone):
+    run, _, page = alone
+    said = verdicts.sentence(next(stage for stage in read_run(run) if stage.verdicts).verdicts[0])
+    assert f'<p class="lead">{said}' in page.replace("\xa0", " ")
+    assert "<h2>Stages</h2>" not in page
+    shown = " ".join(terminal(summary(run)).split())
+    assert said in shown
+    assert "hunts: 3 of 3 runs finished." in shown
+    assert "one seed" not in shown
+
+
+def test_beside_other_stages_it_is_one_line_of_the_terminal(tmp_path):
+    run, _ = lottery(tmp_path)
+    laid(run, *realistic()[:2])
+    said = verdicts.sentence(next(stage for stage in read_run(run) if stage.verdicts).verdicts[0])
+    shown = " ".join(terminal(summary(run)).split())
+    assert f"tickets: {said}" in shown
+    assert "Beside the means over seeds of tickets, hunts, every figure here comes from one seed (0)" in shown
+    assert "Also finished" not in shown
+
+
+# Several groups
+
+
+def test_groups_have_a_figure_each_to_one_scale(two):
+    run, _, page = two
+    assert re.findall(r"<h3>(labels|taught|taught less labels)</h3>", page)[:3] == [
+        "labels",
+        "taught",
+        "taught less labels",
+    ]
+    drawn = [(run / f"report/figures/{name}.svg").read_text() for name in ("tickets", "tickets-2")]
+    ticks = [re.findall(r">(\d+\.?\d*%)<", svg) for svg in drawn]
+    assert ticks[0] == ticks[1] != []
+    assert "Figure 2. Score against density, taught" in page
+
+
+def test_every_number_of_a_difference_is_in_the_record(two):
+    run, entry, page = two
+    (told,) = entry["differences"]
+    for level, row in zip(told["levels"], cells(page, "gaps"), strict=True):
+        paired = level["paired"]
+        if paired["interval"] is None:
+            assert row[2:] == ["0.00", "—", "inconclusive"]
+            continue
+        low, high = (points(paired["interval"][end]) for end in ("low", "high"))
+        assert row[:3] == [str(level["level"]), percent(level["density"]), f"{points(paired['mean'])} {low} to {high}"]
+        assert row[3] == ("< 0.001" if level["p_holm"] < 0.001 else f"{level['p_holm']:.2g}")
+        assert row[4] == {"above": "better", "below": "worse"}.get(level["said"], level["said"])
+    assert "taught less labels: Tickets within seeds (n = 4 seeds): better at 41% down to" in " ".join(
+        terminal(summary(run)).split()
+    )
+
+
+def test_equivalence_is_told_with_its_margin(tmp_path):
+    entry = grouped(tmp_path / "a")[1]
+    for level, said in zip(entry["differences"][0]["levels"], ("inconclusive", "equivalent", "equivalent", "below")):
+        level["said"] = said
+    stage = read_run(laid(tmp_path / "b", entry))[0]
+    told = verdicts.contrast(stage.differences[0], stage.verdicts[0])
+    assert verdicts.pair(stage.differences[0]) == "taught less labels"
+    assert "worse at 6.87%" in told
+    assert f"equivalent within {100 * DELTA:g} points at 41% down to 16.8%" in told
+
+
+# What a verdict tells of is not drawn again
+
+
+def test_hunts_that_a_verdict_tells_of_are_not_drawn_one_by_one(tmp_path):
+    hunts = [hunted(seed, FEW) for seed in range(3)]
+    run = laid(tmp_path / "a", *hunts)
+    assert [curve.stage for curve in sparsity(gather(read_run(run)))] == ["seed-0", "seed-1", "seed-2"]
+    laid(run, ruled({"": hunts}, of=("seed-0", "seed-1")))
+    found = gather(read_run(run))
+    assert [curve.stage for curve in sparsity(found)] == ["seed-2"], "it is of two of them"
+    assert len(found.hunts) == 3, "but each has its table"
+    laid(run, {**ruled({"": hunts}, of=("seed-0",)), "status": "failed"})
+    assert len(sparsity(gather(read_run(run)))) == 3, "one that is not finished tells of nothing"
+
+
+# Means over seeds
+
+
+def test_means_in_words():
+    share = metric("accuracy", "max", [0.9])
+    assert spread(Estimate(3, 0.978, 0.9765, 0.9795, 0.95), share) == "97.80% ± 0.15"
+    assert spread(Estimate(1, 0.978, None, None, None), share) == "97.80%"
+    assert spread(None, share) == "—"
+    one, many = Estimate(1, 0.5, None, None, None), Estimate(3, 0.5, 0.4, 0.6, 0.9)
+    assert sample([1], ["0"], [one]) == "n = 1 seed (0), no interval"
+    assert sample([3, 3], ["0", "1", "2"], [many]) == "n = 3 seeds (0, 1, 2), 90% t intervals"
+    assert sample([3, 2, None], [], [one, many]) == "n = 2 to 3 seeds, 90% t intervals"
+    assert sample([], [], []) == "n not recorded, no interval"
+
+
+def test_a_curve_without_a_point_is_none():
+    assert band("ticket", 0, [(None, Estimate(1, 0.5, None, None, None), False), (0.5, None, False)]) is None
+
+
+numbers = st.floats(-10, 10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    leads=st.lists(numbers, min_size=2, max_size=8),
+    others=st.lists(numbers, min_size=1, max_size=8),
+    half=st.floats(0, 100),
+)
+def test_the_axis_shows_the_tickets_and_is_not_swallowed_by_the_rest(leads, others, half):
+    def drawn(y: list[float]) -> Band:
+        return Band("", 0, [1.0] * len(y), y, [v - half for v in y], [v + half for v in y], [False] * len(y))
+
+    lead, rest = drawn(leads), drawn(others)
+    low, high = figures.reach([lead, rest], [lead])
+    inner, outer = figures.window([leads[::-1]])
+    assert low <= inner < outer <= high
+    assert high - low <= 9 * (outer - inner) * (1 + 1e-9)
+    assert low >= min(inner, min([*leads, *others]) - half - 0.03 * (outer - inner)) - 1e-9

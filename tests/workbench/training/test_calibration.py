@@ -1,0 +1,84 @@
+from typing import Any
+
+import lightning.pytorch as lp
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from distill import DistillModule
+from tests.together import together
+from workbench import TaskModule
+from workbench.tasks import Classification
+from workbench.training.calibration import Loss, runs
+
+X, Y = torch.linspace(-1, 1, 48).reshape(8, 6), torch.arange(8) % 3
+
+
+def net(seed: int = 1) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+class Counting(lp.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.seen = net(), MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen(batch[1].float())
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+
+def test_a_metric_counts_each_of_its_own_batches_once_however_often_the_loss_was_asked() -> None:
+    module = Counting()
+    loss = Loss(module)
+    module.seen.update(2.0)
+    for _ in range(3):
+        loss(module.network, (X[:1], Y[:1]))
+    module.seen.update(4.0)
+    assert module.seen._update_count == 2
+    assert module.seen.compute() == 3
+
+
+def averaged() -> float:
+    torch.distributed.init_process_group("gloo")
+    module = Counting()
+    Loss(module)(module.network, (X, Y))
+    module.seen.update(float(torch.distributed.get_rank()))
+    return float(module.seen.compute())
+
+
+def test_metrics_are_still_put_together_over_ranks() -> None:
+    assert together(averaged) == [0.5, 0.5]
+
+
+def test_what_a_family_draws_does_not_depend_on_being_looked_at() -> None:
+    def losses(looks: int) -> list[float]:
+        module = DistillModule({"a": net(2), "b": net(3)}, net(1), Classification(3))
+        torch.manual_seed(0)
+        found = []
+        for _ in range(3):
+            found.append(module.step((X, Y)).loss.item())
+            state = torch.get_rng_state()
+            for _ in range(looks):
+                Loss(module)(module.network, (X, Y))
+            torch.set_rng_state(state)
+        return found
+
+    assert losses(2) == losses(0)
+    assert len(set(losses(0))) == 3, "dropout draws"
+
+
+def test_what_runs_is_what_the_network_takes() -> None:
+    module = TaskModule(net(), Classification(3)).eval()
+    assert torch.equal(runs(module)(module.network, (X, Y)), module.network(X))
+    family = TaskModule({"a": net(1), "b": net(2)}, Classification(3)).eval()
+    assert {name: value.shape for name, value in runs(family)(family.network, (X, Y)).items()} == {
+        "a": (8, 3),
+        "b": (8, 3),
+    }
+    theirs = Counting().eval()
+    assert runs(theirs)(theirs.network, (X, Y)).item() == pytest.approx(
+        nn.functional.cross_entropy(theirs.network(X), Y).item()
+    )

@@ -1,0 +1,1 @@
+"""The compact checkpoint: bit-packed masks and the values that were kept."""

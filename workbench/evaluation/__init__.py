@@ -1,0 +1,1 @@
+"""Judging what was trained: scores by sample, comparisons of stages, statistics over seeds."""

@@ -1,0 +1,247 @@
+"""The ``compare`` job: a teacher and its students on one split, and what each student has over a baseline."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from workbench import progress
+from workbench.checkpoints import compact
+from workbench.evaluation import statistics
+from workbench.evaluation.scores import Scores
+from workbench.records.source import Source
+from workbench.tasks import Task
+from workbench.training.fit import task_for
+
+CLASSES = 256
+"""Classes told apart in a record; of more, those that move most."""
+
+
+def compare(
+    teacher: Source,
+    students: list[Source],
+    data: LightningDataModule,
+    task: Task | None = None,
+    split: Literal["val", "test"] = "test",
+    baseline: str | None = None,
+    device: str | None = None,
+    out: Path = Path("runs/compare"),
+) -> dict[str, Any]:
+    """Score a teacher and its students on one split: what did each kind of training buy.
+
+    Every network is read from its compact checkpoint, and all see the same batches. For logits over classes: accuracy,
+    NLL, Brier score, calibration error, and each student's agreement with the teacher and KL to it. Accuracy is
+    compared with a baseline's sample by sample; where a sample has many labels, as a text's tokens, text by text.
+    Intervals say what another test set might change, not what another seed would: train several for that.
+
+    Args:
+        teacher: A stage of the recipe, or a folder with a compact checkpoint.
+        students: Stages or folders like that, e.g. [alone, distilled]; a student of a family is stage/name.
+        data: The data module; its `names`, if it has any, are the classes'.
+        task: How to read batches and outputs; by default the data module's `task`, else classification over `classes`.
+        split: Which part of the data to score on, test or val.
+        baseline: The student that the others are compared with, by its name in `students`; the first by default.
+        device: Where to compute, e.g. cpu or cuda:1; a GPU by default if there is one.
+        out: The stage's folder, given by the recipe.
+
+    Returns:
+        `comparison`, for the record: scores of the teacher and each student, gains, and classes that move.
+
+    Raises:
+        ValueError: If there is no student, a name occurs twice, the baseline is none of them, the data module lacks the
+            split, a network cannot be read, or outputs are no logits over the labels' classes.
+    """
+    named = _named(students, out)
+    if baseline is None:
+        baseline = next(iter(named))
+    if baseline not in named:
+        raise ValueError(f"baseline is {baseline!r}: choose from the students {', '.join(named)}")
+    if split not in ("val", "test"):
+        raise ValueError(f"split is {split!r}: choose val or test")
+    task = task_for(data, task)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    judge = compact.load(teacher, map_location=place)
+    networks = {name: compact.load(source, map_location=place) for name, source in named.items()}
+    tally = _Tally(_name(teacher, out), list(networks), baseline)
+    loaders = _loaders(data, split)
+    total, done = _length(loaders), 0
+    for loader in loaders:
+        for batch in loader:
+            tally.add(task, _moved(data, batch, place), judge, networks)
+            done += 1
+            progress.show(done, max(total, done), split)
+    return {"comparison": {"split": split, **tally.result(getattr(data, "names", None))}}
+
+
+@final
+class _Tally:
+    """Sums over the batches of one split.
+
+    Args:
+        teacher: Its name.
+        students: Their names.
+        baseline: One of them.
+    """
+
+    def __init__(self, teacher: str, students: Sequence[str], baseline: str) -> None:
+        self.teacher, self.students, self.baseline = teacher, students, baseline
+        self.judge = Scores()
+        self.scores = {name: Scores() for name in students}
+        self.sizes: list[Tensor] = []  # of each batch, the number of positions of each row
+        # Right by the student alone and right by the baseline alone: of each row, and of each class.
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in students}
+        self.classes: dict[str, Tensor] = {}
+        self.nested = False
+
+    @torch.no_grad()
+    def add(self, task: Task, batch: Any, judge: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+        """Ask the teacher once and every student once, and count."""
+        labels, valid = task.targets(batch), task.valid(batch)
+        inputs = task.inputs(batch)
+        wanted = _logits(task, judge, inputs, labels, self.teacher)
+        self.judge.update(wanted, labels, valid=valid)
+        right: dict[str, Tensor] = {}
+        for name, network in networks.items():
+            found = _logits(task, network, inputs, labels, name)
+            if found.shape != wanted.shape:
+                raise ValueError(
+                    f"{name} answers with {list(found.shape)} and {self.teacher} with {list(wanted.shape)}: "
+                    "compare networks with the same classes"
+                )
+            self.scores[name].update(found, labels, wanted, valid)
+            right[name] = (found.argmax(-1) == labels) & valid
+        self.nested |= labels.dim() > 1
+        self.sizes.append(_by_row(valid))
+        positions, classes = labels[valid], wanted.shape[-1]
+        for name in self.students:
+            pair = right[name] & ~right[self.baseline], right[self.baseline] & ~right[name]
+            self.rows[name].append(torch.stack([_by_row(alone) for alone in pair]))
+            counts = [torch.bincount(positions[alone[valid]], minlength=classes).cpu() for alone in pair]
+            self.classes[name] = self.classes.get(name, torch.tensor(0)) + torch.stack(counts)
+
+    def result(self, names: Any) -> dict[str, Any]:
+        """Everything, as JSON; ``names`` are those of the classes, if there are any."""
+        if not self.judge.count:
+            raise ValueError("the split has no sample to score: compare on another")
+        told: dict[str, dict[str, Any]] = {
+            name: {**scores.compute(), "gain": 0.0} for name, scores in self.scores.items()
+        }
+        others = {name: self._paired(name) for name in self.students if name != self.baseline}
+        tested = [name for name, found in others.items() if found.p is not None]
+        adjusted = dict(zip(tested, statistics.holm([found.p for found in others.values() if found.p is not None])))
+        for name, found in others.items():
+            told[name] |= {"gain": found.difference, "paired": {**asdict(found), "p_holm": adjusted.get(name)}}
+        return {
+            "baseline": self.baseline,
+            "n": self.judge.count,
+            "unit": "positions" if self.nested else "samples",
+            "teacher": {"name": self.teacher, **self.judge.compute()},
+            "students": told,
+            "per_class": self._per_class(names),
+        }
+
+    def _paired(self, name: str) -> statistics.Difference:
+        gained, lost = torch.cat(self.rows[name], 1).tolist()
+        if not self.nested:
+            return statistics.mcnemar(sum(gained), sum(lost), self.judge.count)
+        return statistics.clustered(gained, lost, torch.cat(self.sizes).tolist())
+
+    def _per_class(self, names: Any) -> dict[str, Any]:
+        count, right = self.judge.per_class()
+        moved = torch.stack([(pair[0] - pair[1]).abs() for pair in self.classes.values()]).amax(0)
+        order = sorted(torch.nonzero(count).flatten().tolist(), key=lambda c: (-int(moved[c]), c))
+        chosen = sorted(order[:CLASSES])
+        found: dict[str, Any] = {
+            "of": len(count),
+            "classes": chosen,
+            "n": [int(n) for n in count[chosen]],
+            "teacher": (right / count)[chosen].tolist(),
+            "students": {
+                name: {
+                    "recall": (scores.per_class()[1] / count)[chosen].tolist(),
+                    "gained": self.classes[name][0][chosen].tolist(),
+                    "lost": self.classes[name][1][chosen].tolist(),
+                }
+                for name, scores in self.scores.items()
+            },
+        }
+        if isinstance(names, (list, tuple)) and len(names) == len(count):
+            found["names"] = [str(names[c]) for c in chosen]
+        return found
+
+
+def _named(sources: Sequence[Source], out: Path) -> dict[str, Source]:
+    """The students by name, in order."""
+    if not sources:
+        raise ValueError("students is empty: name at least one stage that trained a student")
+    named = {_name(source, out): source for source in sources}
+    if len(named) != len(sources):
+        names = [_name(source, out) for source in sources]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"students has {twice!r} more than once: name each student once")
+    return named
+
+
+def _name(source: Source, out: Path) -> str:
+    """As the recipe has it: ``stage`` or ``stage/member``; the path of a folder outside of the run."""
+    with suppress(ValueError):
+        return Path(source).resolve().relative_to(out.resolve().parent).as_posix()
+    return str(source)
+
+
+def _loaders(data: LightningDataModule, split: str) -> list[Any]:
+    """The split's loaders; most data modules have one."""
+    if not is_overridden(f"{split}_dataloader", data, LightningDataModule):
+        raise ValueError(f"{type(data).__name__} has no {split}_dataloader: compare on another split")
+    data.prepare_data()
+    data.setup("validate" if split == "val" else "test")
+    return list(_flat(getattr(data, f"{split}_dataloader")()))
+
+
+def _flat(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, (Mapping, list, tuple)):
+        for loader in loaders.values() if isinstance(loaders, Mapping) else loaders:
+            yield from _flat(loader)
+    else:
+        yield loaders
+
+
+def _length(loaders: Sequence[Any]) -> int:
+    """Batches in all; 0 if a loader does not know."""
+    try:
+        return sum(map(len, loaders))
+    except TypeError:
+        return 0
+
+
+def _moved(data: LightningDataModule, batch: Any, device: torch.device) -> Any:
+    """The batch on the device, by the hooks that a Trainer would call."""
+    batch = data.on_before_batch_transfer(batch, 0)
+    return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
+
+
+def _logits(
+    task: Task, network: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], labels: Tensor, name: str
+) -> Tensor:
+    """What the network answers, floating-point inputs in its own precision."""
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    args, kwargs = tree_map_only(Tensor, lambda value: value.to(own) if value.is_floating_point() else value, inputs)
+    found = task.output(network(*args, **kwargs))
+    if labels.is_floating_point() or found.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} answers with {list(found.shape)} where {type(task).__name__} has targets {list(labels.shape)} of "
+            f"{labels.dtype}: compare scores logits [..., classes] against class numbers [...]"
+        )
+    return found
+
+
+def _by_row(which: Tensor) -> Tensor:
+    """How many positions of each row."""
+    return which.flatten(1).sum(1).cpu() if which.dim() > 1 else which.long().cpu()

@@ -1,0 +1,1 @@
+"""Exporting a trained stage to formats that load elsewhere, each measured against what was trained."""

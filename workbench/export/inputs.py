@@ -1,0 +1,111 @@
+"""What is exported, the inputs it is tried and traced with, and what it answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from workbench import records
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported.
+
+    Args:
+        network: The trained network.
+        masks: Of its pruned weights.
+        index: Of the compact checkpoint that it came from.
+        inputs: To try and to trace it with, by name; empty if there are none.
+    """
+
+    network: nn.Module
+    masks: Mapping[str, Tensor]
+    index: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
+
+
+def chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of a finished stage's network and its record: the stage's own, or one of its levels'.
+
+    Raises:
+        ValueError: If the stage is not finished, or has no such level.
+    """
+    record = records.read(stage) or {}
+    if record.get("status", "finished") != "finished":
+        raise ValueError(f"{stage} is {record['status']}: wait until it is finished")
+    levels = record.get("levels") or []
+    if not levels:
+        if level != "last":
+            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level away, or name a hunt")
+        return stage, record
+    number = {"last": levels[-1]["level"], "winning": record.get("winning")}.get(str(level), level)
+    if number is None:
+        raise ValueError(f"{stage} has no validation score to choose a winning level by: give a number, or 'last'")
+    if type(number) is not int or not 0 <= number < len(levels):
+        last = len(levels) - 1
+        raise ValueError(f"level is {level!r}, but {stage} has levels 0 to {last}, 'last' and 'winning'")
+    return stage / f"level_{number:02d}", levels[number]
+
+
+def kept_inputs(*folders: Path) -> dict[str, Tensor]:
+    """The example inputs by name in the first of ``folders`` that has some; empty if none has.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    for folder in folders:
+        file = folder / "example.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it and export compact only") from error
+    return {}
+
+
+def arguments_of(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional arguments, named ``input_0``, ``input_1`` ..., and keyword arguments out of named inputs."""
+    places = sorted((int(name[6:]), name) for name in inputs if name.startswith("input_") and name[6:].isdigit())
+    names = [name for _, name in places]
+    return tuple(inputs[name] for name in names), {name: inputs[name] for name in inputs if name not in names}
+
+
+def arguments_for(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """As :func:`arguments_of`, floating ones in the network's own type."""
+    own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return arguments_of(typed(inputs, next(own, torch.float32)))
+
+
+def typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs with floating-point ones in ``dtype``."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def first_tensor(raw: Any) -> Tensor:
+    """The first tensor of what a model returned, its logits by preference."""
+    if isinstance(raw, Tensor):
+        return raw
+    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)
+    return logits if isinstance(logits, Tensor) else next(iter(raw.values() if isinstance(raw, Mapping) else raw))
+
+
+@torch.no_grad()
+def outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """What the network answers to the inputs, in its own floating-point type; None without inputs."""
+    if not inputs:
+        return None
+    args, kwargs = arguments_for(network, inputs)
+    return first_tensor(network(*args, **kwargs))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in ``folder``, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

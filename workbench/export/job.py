@@ -1,0 +1,107 @@
+"""The ``export`` job: a trained stage as files that load elsewhere, each measured against what was trained.
+
+``compact`` is the small one and needs :func:`workbench.load`; ``torch`` is a dense 16-bit folder that plain torch (or,
+for their models, plain transformers) loads; ``onnx`` runs in stock ONNX Runtime. The last two compute in float32, or
+for transformers in the type that it chooses, whatever the network was trained in.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from workbench.checkpoints import compact
+from workbench.export.inputs import DTYPES, Subject, chosen, kept_inputs, outputs
+from workbench.export.onnx import require_onnx, write_onnx
+from workbench.export.torch import write_torch
+from workbench.records.source import Source
+
+Format = Literal["compact", "torch", "onnx"]
+
+
+def export(
+    of: Source,
+    level: int | Literal["last", "winning"] = "last",
+    formats: list[Format] | None = None,
+    values: Literal["float32", "float16", "bfloat16"] = "float32",
+    out: Path = Path("runs/export"),
+) -> dict[str, Any]:
+    """Write a trained stage as a compact checkpoint, and on request as dense 16-bit folder and ONNX file.
+
+    Every file is loaded again and compared with the trained network, on validation inputs that the stage kept.
+
+    Args:
+        of: The stage to export, or the folder of a compact checkpoint.
+        level: Of a hunt: its last level, the sparsest within tolerance on validation data, or a number.
+        formats: Some of compact, torch and onnx; compact is always written.
+        values: Type of the compact checkpoint's values; float32 is exact.
+        out: The stage's folder, given by the recipe.
+
+    Returns:
+        For each format its path, bytes, largest difference of outputs and whether predictions agree.
+
+    Raises:
+        ValueError: If there is nothing to export, a level or format does not exist, what the format needs is not
+            installed, the network cannot be traced or stored, or the exact checkpoint is not exact.
+    """
+    wanted: list[str] = list(dict.fromkeys(["compact", *(formats or ())]))
+    if unknown := [name for name in wanted if name not in get_args(Format)]:
+        raise ValueError(f"formats has {', '.join(map(repr, unknown))}: choose from {', '.join(get_args(Format))}")
+    if values not in DTYPES:
+        raise ValueError(f"values is {values!r}: choose from {', '.join(DTYPES)}")
+    if "onnx" in wanted:
+        require_onnx()
+    folder, record = chosen(Path(of), level)
+    source = compact.find(folder)
+    inputs = kept_inputs(folder, Path(of), source.parent)
+    if not inputs and wanted != ["compact"]:
+        raise ValueError(f"{of} kept no example inputs, which torch and onnx are traced with: export compact only")
+    subject = Subject(compact.load(source), compact.masks(source), compact.read_index(source), inputs)
+    try:
+        expected = outputs(subject.network, inputs)
+    except NotImplementedError as error:
+        kind = type(subject.network).__name__
+        if wanted != ["compact"]:
+            raise ValueError(
+                f"{kind} has no forward to trace for {', '.join(wanted)}: add one, or export compact"
+            ) from error
+        # The tensors are compared when a checkpoint is written; there is no output to compare besides.
+        expected, subject = None, replace(subject, inputs={})
+    written = {
+        "compact": lambda: _compact(subject, values, out / "compact"),
+        "torch": lambda: write_torch(subject, out / "torch"),
+        "onnx": lambda: write_onnx(subject, out / "onnx"),
+    }
+    exports = []
+    for name in wanted:
+        found, size = written[name]()
+        entry = {"format": name, "path": name, "bytes": size, **_compared(expected, found, out / name)}
+        if name == "compact" and values == "float32" and entry.get("largest_difference"):
+            raise ValueError(f"{out / name} differs from the trained network: this is a defect, please report it")
+        exports.append(entry)
+    carried = {key: record[key] for key in ("metrics", "monitor", "size") if key in record}
+    return {"exports": exports, "level": record.get("level"), "values": values, **carried}
+
+
+def _compared(expected: Tensor | None, found: Tensor | None, path: Path) -> dict[str, Any]:
+    if expected is None or found is None:
+        return {}
+    if expected.shape != found.shape:
+        raise ValueError(f"{path} answers with shape {list(found.shape)}, the network with {list(expected.shape)}")
+    one, other = expected.double(), found.double()
+    # Infinities and NaNs in the same places are no difference.
+    equal = (one == other) | (one.isnan() & other.isnan())
+    difference = torch.where(equal, 0.0, (one - other).abs()).nan_to_num(float("inf")).max()
+    same = bool((one.argmax(-1) == other.argmax(-1)).all())
+    return {"largest_difference": float(difference), "same_predictions": same}
+
+
+def _compact(subject: Subject, values: str, folder: Path) -> tuple[Tensor | None, int]:
+    dtype = None if values == "float32" else DTYPES[values]
+    index = subject.index
+    compact.save(subject.network, folder, subject.masks, dtype, index["architecture"], index["provenance"])
+    weights = folder / compact.read_index(folder)["weights"]["file"]
+    size = weights.stat().st_size + (folder / "artifact.json").stat().st_size
+    return outputs(compact.load(folder), subject.inputs), size

@@ -1,0 +1,112 @@
+"""Help and listing as text, from recipes and the sources of jobs; light, like what it reads."""
+
+import ast
+import shutil
+import textwrap
+from collections.abc import Iterator
+
+from workbench import yaml_io
+from workbench.launcher.jobs import REQUIRED, Parameter
+from workbench.launcher.recipe import Recipe, Stage, headline, recipes
+
+_WIDEST = 100
+
+
+def listing(program: str) -> str:
+    """The bundled recipes, a line or two each."""
+    known = recipes()
+    width = max((len(name) for name in known), default=0)
+    lines = [_wrapped(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in known.items()]
+    head = "Bundled recipes:" if lines else "There are no bundled recipes."
+    return "\n".join([head, "", *lines, "", f"Run one: {program} run NAME    Its arguments: {program} run NAME --help"])
+
+
+def explained(recipe: Recipe) -> str:
+    """The stages of a recipe and their arguments: type, value, description."""
+    lines = [str(recipe.path)]
+    if said := headline(recipe.path):
+        lines += [_wrapped(said)]
+    for stage in recipe.stages:
+        lines += ["", _wrapped(f"{stage.name}: {stage.job.name}. {stage.job.summary}", later="  ")]
+        lines += ["", *_arguments(stage)]
+    return "\n".join(lines)
+
+
+def metavar(annotation: str) -> str:
+    """The source text of a type as one word, or the values that it allows: ``FLOAT``, ``{magnitude,random}``."""
+    words: list[str] = []
+    for node in _alternatives(ast.parse(annotation, mode="eval").body):
+        words += [_word(node)] if _word(node) not in words else []
+    return "|".join(words)
+
+
+def _arguments(stage: Stage) -> Iterator[str]:
+    for parameter in stage.job.parameters:
+        head = f"  --{stage.name}.{parameter.name} {metavar(parameter.annotation)}"
+        value = _value(stage, parameter)
+        line = f"{head}  ({value})" if value else head
+        yield line if len(line) <= _width() else _wrapped(line.replace(",", ", "), "  ", " " * 8)
+        if parameter.description:
+            yield _wrapped(parameter.description, " " * 6, " " * 6)
+
+
+def _value(stage: Stage, parameter: Parameter) -> str:
+    """What the argument is: what the recipe gives, else its default; empty if that is None."""
+    if parameter.name in stage.arguments:
+        given = stage.arguments[parameter.name]
+        if isinstance(given, dict) and "class_path" in given:
+            path = str(given["class_path"])
+            return path if len(path) <= 36 else f"...{path[-33:]}"
+        text = yaml_io.inline(given)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+    if parameter.default == REQUIRED:
+        return REQUIRED
+    default = ast.parse(parameter.default, mode="eval").body
+    parts = default.args if isinstance(default, ast.Call) else [default]
+    values = [part.value for part in parts if isinstance(part, ast.Constant)]
+    if len(values) < len(parts):
+        return parameter.default
+    # Duration(1, 'ep') is written 1ep, Path('x') is x.
+    return "".join(map(str, values)) if isinstance(default, ast.Call) else _constant(values[0])
+
+
+def _constant(value: object) -> str:
+    return "" if value is None else yaml_io.inline(value)
+
+
+def _alternatives(node: ast.expr) -> Iterator[ast.expr]:
+    """The types in a union, without None."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        yield from _alternatives(node.left)
+        yield from _alternatives(node.right)
+    elif isinstance(node, ast.Subscript) and _name(node.value) in ("Optional", "Union"):
+        for part in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
+            yield from _alternatives(part)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield from _alternatives(ast.parse(node.value, mode="eval").body)
+    elif not (isinstance(node, ast.Constant) and node.value is None):
+        yield node
+
+
+def _word(node: ast.expr) -> str:
+    if isinstance(node, ast.Subscript):
+        if _name(node.value) == "Literal":
+            values = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            return "{" + ",".join(str(ast.literal_eval(value)) for value in values) + "}"
+        node = node.value
+    return _name(node).removeprefix("Lightning").removesuffix("Callable").upper()
+
+
+def _name(node: ast.expr) -> str:
+    return (
+        node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ast.unparse(node)
+    )
+
+
+def _width() -> int:
+    return max(min(shutil.get_terminal_size().columns, _WIDEST), 40)
+
+
+def _wrapped(text: str, first: str = "", later: str = "") -> str:
+    words = " ".join(text.split())
+    return textwrap.fill(words, _width(), initial_indent=first, subsequent_indent=later, break_long_words=False)

@@ -1,0 +1,332 @@
+"""Recipe files: finding, reading, including, overriding. Light: no torch, no job is imported.
+
+A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other entry is an argument shared by every stage
+whose job takes it and does not set it (mappings without a ``class_path``, such as ``trainer``, are merged key by key).
+A stage, or an argument of one, that is text ending in ``.yaml`` is replaced by the contents of that file.
+
+A job may repeat another one over a grid: it takes ``run: Runs``, the stage to repeat, and ``over``, the grid.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workbench import yaml_io
+from workbench.launcher.grid import Setting, settings
+from workbench.launcher.jobs import REQUIRED, Job, find_jobs
+from workbench.messages import nearest
+
+_SHARE = Path(__file__).parents[1] / "share"
+_ROOTS = (_SHARE, Path(__file__).parents[2])
+_ENDINGS = (".yaml", ".yml")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Lightning 2.6's LightningCLI writes it into every config, as null: "as usual".
+_CLI_ONLY = "weights_only"
+_LOOKS_AROUND = "report"
+
+RUN, OVER = "run", "over"
+"""The arguments that make a stage a sweep: the stage to repeat, and the grid."""
+
+REPLACED = "replaced"
+"""The folder, beside the stages' own, that stages made with other arguments are moved into."""
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or on its command line: one message for a person, no stack."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: a job and the arguments it was given, before they are checked against types.
+
+    Args:
+        name: Its own; of a run of a sweep ``sweep/run``.
+        job: What it does.
+        arguments: As given, shared ones filled in.
+        runs: Of a sweep, its runs.
+        over: Of a run, the values that tell it from the others.
+    """
+
+    name: str
+    job: Job
+    arguments: dict[str, Any]
+    runs: "tuple[Stage, ...]" = ()
+    over: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file whose stages, jobs and keys are known to exist."""
+
+    path: Path
+    stages: tuple[Stage, ...]
+
+    def error(self, message: str, stage: str | None = None, key: str | None = None) -> RecipeError:
+        """A :class:`RecipeError` that says where: file, stage, key."""
+        where = [str(self.path), *([f"stage '{stage}'"] if stage else []), *([f"key '{key}'"] if key else [])]
+        return RecipeError(f"{', '.join(where)}: {message}")
+
+
+def recipes() -> dict[str, Path]:
+    """Bundled recipes by name, the path below ``recipes/`` without its ending."""
+    folder = next((root / "recipes" for root in _ROOTS if (root / "recipes").is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The recipe file at the path ``name``, or the bundled recipe of that name.
+
+    Raises:
+        RecipeError: If there is neither.
+    """
+    if _is_file(Path(name)):
+        return Path(name)
+    known = recipes()
+    if name in known:
+        return known[name]
+    if _is_folder(Path(name)):
+        inside = [str(path) for path in sorted(Path(name).glob("*.y*ml"))]
+        raise RecipeError(
+            f"{name}: is a folder, a recipe is a file" + (f": one of {', '.join(inside)}" if inside else "")
+        )
+    if name.endswith(".py"):
+        raise RecipeError(f"{name}: a recipe is a YAML file; 'fabric run' starts scripts")
+    raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, [*known, *_beside(Path(name))])}")
+
+
+def headline(path: Path) -> str:
+    """What the recipe says of itself in the comment that it begins with: its first line."""
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe, include its fragments, apply overrides, share shared arguments, check names.
+
+    Args:
+        path: The file.
+        overrides: Dotted key and YAML text, such as ``("student.temperature", "2")``.
+
+    Raises:
+        RecipeError: On anything that is wrong with the file, its stages, jobs or their arguments' names.
+    """
+    blank = Recipe(path, ())
+    content = {key: _included(blank, value, key=key) for key, value in _mapping(path).items()}
+    for key, text in overrides:
+        _override(blank, content, key, text)
+    content = {key: _included(blank, value, key=key) for key, value in content.items()}
+    shared = {key: value for key, value in content.items() if not _is_stage(value)}
+    stages = [_stage(blank, name, body, shared) for name, body in content.items() if _is_stage(body)]
+    if not stages:
+        raise blank.error("has no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
+    jobs = [part.job for stage in stages for part in (stage, *stage.runs[:1])]
+    taken = dict.fromkeys(parameter.name for job in jobs for parameter in job.parameters)
+    for key, value in shared.items():
+        # An argument's name may also be a stage's: a `teacher` that has arguments and no job is a stage without one.
+        lacks_job = isinstance(value, Mapping) and bool(value) and taken.keys() >= set(value)
+        if key not in taken or lacks_job:
+            names = dict.fromkeys([*(stage.name for stage in stages), *taken])
+            what = "neither a stage (it has no job) nor an argument that a stage's job takes"
+            raise blank.error(what if lacks_job else f"{what}{nearest(key, names)}", key=key)
+    return Recipe(path, tuple(stages))
+
+
+def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any]) -> Stage:
+    """The stage ``body``: its job found, its keys checked, fragments included, shared arguments filled in."""
+    if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
+        raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
+    job, given = _filled(recipe, name, body, shared)
+    return _sweep(recipe, Stage(name, job, given), shared) if _sweeps(job) else Stage(name, job, given)
+
+
+def _filled(
+    recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any], above: str = "", starts: bool = False
+) -> tuple[Job, dict[str, Any]]:
+    """The job of a stage's ``body``, which stands under the key ``above``, and its arguments with the shared ones."""
+    jobs = find_jobs()
+    job = jobs.get(str(body["job"]))
+    if job is None:
+        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, f"{above}job")
+    try:
+        names = [parameter.name for parameter in job.parameters]
+    except ValueError as error:
+        raise recipe.error(str(error), name, f"{above}job") from error
+    own = {str(key): _included(recipe, value, name, f"{above}{key}") for key, value in body.items() if key != "job"}
+    if own.get(_CLI_ONLY, 0) is None and _CLI_ONLY not in names:
+        del own[_CLI_ONLY]
+    for key in own:
+        if key == "out":
+            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, f"{above}{key}")
+        if key not in names:
+            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, f"{above}{key}")
+    # A stage that starts from another one takes what that one has; only what it says itself comes instead.
+    starts = starts or "start" in own
+    given = {key: value for key, value in shared.items() if key in names and not starts}
+    merged = {**given, **{key: _merged(given.get(key), value) for key, value in own.items()}}
+    return job, copy.deepcopy(merged)
+
+
+def _sweeps(job: Job) -> bool:
+    return {RUN: "Runs"}.items() <= {parameter.name: parameter.annotation for parameter in job.parameters}.items()
+
+
+def _sweep(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
+    """The stage with its runs: the one under ``run``, repeated over the grid."""
+    for key in (RUN, OVER):
+        if key not in stage.arguments:
+            raise recipe.error(f"is {REQUIRED} by job '{stage.job.name}' and not given", stage.name, key)
+    body = stage.arguments[RUN]
+    if not _is_stage(body):
+        raise recipe.error("is the stage to repeat: expected {job: fit, ...}", stage.name, RUN)
+    try:
+        points = settings(stage.arguments[OVER])
+    except ValueError as error:
+        raise recipe.error(str(error), stage.name, OVER) from error
+    starts = any("start" in point.values for point in points)
+    job, given = _filled(recipe, stage.name, body, shared, f"{RUN}.", starts)
+    if _sweeps(job) or job.name == _LOOKS_AROUND:
+        why = "a sweep in a sweep: name all keys in one" if _sweeps(job) else "it looks at all stages: give it its own"
+        raise recipe.error(f"job '{job.name}' cannot be repeated, {why}", stage.name, f"{RUN}.job")
+    runs = tuple(_run(recipe, stage.name, job, given, point) for point in points)
+    return Stage(stage.name, stage.job, {**stage.arguments, RUN: {"job": job.name, **given}}, runs)
+
+
+def _run(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: Setting) -> Stage:
+    """The run of a sweep at one point of its grid."""
+    arguments = copy.deepcopy(dict(given))
+    names = [parameter.name for parameter in job.parameters]
+    for key, value in point.values.items():
+        path = key.split(".")
+        where = f"{OVER}.{key}"
+        if path[0] == "seed" and "seed" not in names:
+            path[0] = "seed_everything"
+        if path[0] not in names or not all(path):
+            hint = nearest(path[0], names)
+            raise recipe.error(f"job '{job.name}' has no such argument{hint}", sweep, where)
+
+        def fault(message: str, where: str = where) -> RecipeError:
+            return recipe.error(message, sweep, where)
+
+        _set(recipe, arguments, path, copy.deepcopy(_included(recipe, value, sweep, where)), fault)
+    return Stage(f"{sweep}/{point.name}", job, arguments, over=point.values)
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, Mapping) and "job" in value
+
+
+def _merged(shared: Any, own: Any) -> Any:
+    plain = all(isinstance(value, Mapping) and "class_path" not in value for value in (shared, own))
+    return {**shared, **own} if plain else own
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml_io.load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}, {error}" if str(error).startswith("line") else f"{path}: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if content is None:
+        raise RecipeError(f"{path}: the file is empty: a mapping is expected, e.g. 'teacher: {{job: fit, ...}}'")
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a mapping is expected, found {_kind(content)}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _included(recipe: Recipe, value: Any, stage: str | None = None, key: str | None = None) -> Any:
+    """``value``, or the contents of the file that it names."""
+    if not (isinstance(value, str) and value.endswith(_ENDINGS)):
+        return value
+    try:
+        return _mapping(next(place for place in _places(recipe, value) if _is_file(place)))
+    except RecipeError as error:
+        raise recipe.error(f"fragment {error}", stage, key) from error
+    except StopIteration:
+        names = [name for place in _places(recipe, value) for name in _beside(place)]
+        hint = nearest(Path(value).name, dict.fromkeys(Path(name).name for name in names))
+        raise recipe.error(
+            f"no file '{value}' beside the recipe, above it or in {Path.cwd()}{hint}", stage, key
+        ) from None
+
+
+def _places(recipe: Recipe, value: str) -> Iterator[Path]:
+    """Where a fragment may be: beside the recipe, one or two folders above, here, and with this package."""
+    folder = recipe.path.resolve().parent
+    return (place / value for place in (folder, *folder.parents[:2], Path.cwd(), *_ROOTS))
+
+
+def _beside(path: Path) -> list[str]:
+    """YAML files in the folder of ``path``."""
+    folder = path.parent
+    return [str(file) for file in sorted(folder.glob("*.y*ml"))] if _is_folder(folder) else []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _override(recipe: Recipe, content: dict[str, Any], key: str, text: str) -> None:
+    """Set a dotted key; inside a ``class_path`` mapping a name means one of its ``init_args``."""
+    *path, last = key.split(".")
+    if not all([*path, last]):
+        raise RecipeError(f"--{key}: write --stage.argument value")
+    try:
+        value = yaml_io.load(text)
+    except ValueError as error:
+        raise RecipeError(f"--{key}: {text!r} is {error}") from error
+    if path and path[0] not in content and path[0] != "trainer":
+        raise recipe.error(f"--{key}: no such stage or shared argument{nearest(path[0], content)}")
+    _set(recipe, content, [*path, last], value, lambda message: recipe.error(f"--{key}: {message}"), content)
+
+
+def _set(
+    recipe: Recipe,
+    node: Any,
+    keys: Sequence[str],
+    value: Any,
+    fault: Callable[[str], RecipeError],
+    shared: Mapping[str, Any] | None = None,
+) -> None:
+    """Set the value at ``keys`` inside ``node``; a stage has its own copy of what it takes from the shared ones."""
+    *path, last = keys
+    for depth, part in enumerate(path):
+        node = _arguments_of(node, part)
+        if part not in node and shared and part in shared and _is_stage(node) and not _is_stage(shared[part]):
+            node[part] = copy.deepcopy(shared[part])
+        node[part] = _included(recipe, node.get(part), key=".".join(keys))
+        if node[part] is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            raise fault(f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}, which has no keys")
+        node = node[part]
+    _arguments_of(node, last)[last] = value
+
+
+def _arguments_of(node: dict[str, Any], name: str) -> dict[str, Any]:
+    if "class_path" not in node or name in ("class_path", "init_args", "dict_kwargs"):
+        return node
+    if not isinstance(node.get("init_args"), dict):
+        node["init_args"] = {}
+    return node["init_args"]
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"the text {value!r}" if isinstance(value, str) else repr(value)

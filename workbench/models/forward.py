@@ -1,0 +1,138 @@
+"""How a model is looked at through batches: it is left as it was, and every rank has a part of them. Torch only."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.distributed.ranks import world
+
+LABELS = ("label", "labels", "label_ids")
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, gradients are on and ``model`` is in the mode asked for.
+
+    Afterwards its modes, its buffers and torch's random state are as they were, also after an exception.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.train(training)
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of ``loader`` on ``device``, one at a time."""
+    for batch in loader:
+        yield moved(batch, device)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """``batch`` on ``device``: tensors and whatever has a ``to``, in mappings, lists and tuples."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def inputs_of(batch: Any) -> Any:
+    """What a model is given of a batch: a mapping without its labels, the first of a sequence, or a tensor.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name not in LABELS}
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
+        return batch[0]
+    if isinstance(batch, Tensor):
+        return batch
+    raise ValueError(
+        f"a batch is {type(batch).__name__}: give a mapping, a tuple or list whose first is the input, or a tensor"
+    )
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on what ``inputs_of`` gave.
+
+    Raises:
+        ValueError: if it does not take that.
+    """
+    try:
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    except TypeError as error:
+        given = f"arguments {list(inputs)}" if isinstance(inputs, Mapping) else "one argument"
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with {given} of a batch ({error}): give a loader of mappings of "
+            "its arguments, or of tuples whose first is its input"
+        ) from error
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """``model`` on a batch: on a mapping without its labels, the first of a sequence, or a tensor."""
+    return call(model, inputs_of(batch))
+
+
+def scalar(value: Any) -> Tensor:
+    """A loss, checked.
+
+    Raises:
+        ValueError: if it is not a scalar tensor with a graph.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the loss is {given}: loss(model, batch) must return a scalar tensor, the mean over the batch"
+        )
+    if not value.requires_grad:
+        raise ValueError("the loss has no graph: compute it from what the model returns, without no_grad or detach")
+    return value.reshape(())
+
+
+def everywhere(sums: Iterable[Tensor]) -> None:
+    """Add up tensors over all ranks, in place; called on every rank."""
+    if world() > 1:
+        for total in sums:
+            torch.distributed.all_reduce(total)
+
+
+def total(count: int, device: torch.device) -> int:
+    """How many batches all ranks had; called on every rank.
+
+    Raises:
+        ValueError: if none had any.
+    """
+    counted = torch.tensor(count, device=device)
+    everywhere([counted])
+    if not counted:
+        raise ValueError(
+            "the loader is empty: give at least one batch (an iterator that was read before has none left)"
+        )
+    return int(counted)

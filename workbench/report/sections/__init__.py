@@ -1,0 +1,1 @@
+"""Sections of the report page, one file per kind of stage."""

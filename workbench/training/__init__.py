@@ -1,0 +1,1 @@
+"""Training a LightningModule: the loop, exact resuming, the order of the data, saving."""
