@@ -81,9 +81,10 @@ def cache_teacher(
     """Ask ``teacher`` about every sample of a split, once, and keep what it says in ``path/split``.
 
     The data set is read in the order of its indices, view by view, with the loader's collate_fn. A last batch that is
-    smaller is filled up with samples that are there already: on CPU a row's last bits depend on the size of its batch
-    (by 2e-6 in a 784-1200-1200-10 MLP), but on nothing else in it. So a student trained from the cache in batches of
-    this size, samples having one length, ends with the same weights as with the live teacher, bit for bit.
+    smaller is filled up with samples that are there already: a row's last bits depend on the size of its batch (by 2e-6
+    in a 784-1200-1200-10 MLP on CPU). Where the kernels round a row alike at every place of a batch, as they do for
+    layers of usual width, a student trained from the cache in batches of this size, samples having one length, ends
+    with the same weights as with the live teacher, bit for bit.
 
     A call that was stopped goes on where it was: whole shards are checked and kept.
 
