@@ -1,7 +1,12 @@
-"""Words and numbers as a person reads them: nearest names, short lists, elapsed time."""
+"""Words and numbers as a person reads them: nearest names, short lists, what differs, elapsed time."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
+
+_MOST, _LONGEST = 4, 60
+_MISSING = object()
 
 
 def elapsed(seconds: float) -> str:
@@ -32,3 +37,51 @@ def some(names: Iterable[str]) -> str:
     """The first three, quoted; for error messages."""
     names = list(names)
     return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def flatten(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{above}.{name}" if above else str(name)
+        flat |= flatten(value, key) if isinstance(value, Mapping) and value else {key: value}
+    return flat
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], words: Mapping[str, str] | None = None) -> str:
+    """The first settings that differ, for a message: ``rate 0.4 instead of 0.5, seed 1 instead of nothing``.
+
+    Args:
+        before: Nested or by dotted key, JSON values.
+        now: Likewise.
+        words: Dotted key -> what to say instead, where values would tell a person nothing.
+
+    Returns:
+        At most four, by dotted key in their order; empty if nothing differs.
+    """
+    old, new = flatten(before), flatten(now)
+    both = {**old, **new}
+    # An empty mapping on one side, filled on the other: what fills it is what differs.
+    filled = {key for key in both if both[key] == {} and any(other.startswith(f"{key}.") for other in both)}
+    keys = [key for key in both if key not in filled and old.get(key, _MISSING) != new.get(key, _MISSING)]
+    texts = [
+        (words or {}).get(key) or f"{key} {_value(old.get(key, _MISSING))} instead of {_value(new.get(key, _MISSING))}"
+        for key in keys
+    ]
+    return ", ".join(texts[:_MOST]) + (" and more" if len(texts) > _MOST else "")
+
+
+def _value(value: Any) -> str:
+    text = "nothing" if value is _MISSING else _text(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _text(value: Any) -> str:
+    """As a recipe has it: ``[relu, gelu]``, ``null``, ``0.5``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_text(item)}' for name, item in value.items())}}}"
+    return json.dumps(value, default=str)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from workbench import messages
 from workbench.distributed.ranks import digest
 from workbench.launcher.arguments import SHOWN
 from workbench.models.architecture import describe
@@ -47,12 +47,7 @@ def settings_of(
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first settings that differ, for a message: ``rate 0.4 instead of 0.5``; empty if none is known."""
-    old, new = _flat(before), _flat(now)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    said = [
-        _MOVED if key == INITIAL else f"{key} {_said(old.get(key))} instead of {_said(new.get(key))}" for key in keys
-    ]
-    return ", ".join(said[:4]) + (" and more" if len(said) > 4 else "")
+    return messages.difference(before, now, {INITIAL: _MOVED})
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -83,14 +78,3 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def _path(named: Any) -> str:
     return f"{getattr(named, '__module__', '')}.{named.__qualname__}"
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {key: value}
-    return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
-
-
-def _said(value: Any) -> str:
-    text = "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
