@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from distill import DistillModule
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.tasks import LanguageModelling
 
 ROWS, LENGTH, VOCABULARY = 16, 24, 101
@@ -84,7 +84,7 @@ def main() -> None:
             found = []
             for naive in (False, True):
                 every = (
-                    together(gradient, pieces, ranks, naive, ranks=ranks) if ranks > 1 else [gradient(pieces, 1, naive)]
+                    on_ranks(gradient, pieces, ranks, naive, ranks=ranks) if ranks > 1 else [gradient(pieces, 1, naive)]
                 )
                 assert all(each == every[0] for each in every), "ranks differ"
                 found.append(float((torch.tensor(every[0]) - whole).abs().max()))

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill import losses
-from tests import reference
-from tests.distill.losses.table import FEATURE, LOGIT
+from tests.helpers import oracles
+from tests.helpers.loss_table import FEATURE, LOGIT
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 CLASSES, WIDTH, BETA = 10, 12, 0.3  # beta as in the table of the tests
@@ -270,12 +270,10 @@ def _standardized_oracle(
 ) -> float:
     shape = student.shape
     scores = [
-        torch.tensor([reference.standardize(row) for row in z.reshape(-1, shape[-1]).tolist()], dtype=z.dtype).view(
-            shape
-        )
+        torch.tensor([oracles.standardize(row) for row in z.reshape(-1, shape[-1]).tolist()], dtype=z.dtype).view(shape)
         for z in (student, teacher)
     ]
-    return reference.soft_target(scores[0], scores[1], temperature, valid)
+    return oracles.soft_target(scores[0], scores[1], temperature, valid)
 
 
 def _sampled(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None, labels: Tensor) -> Tensor:
@@ -288,7 +286,7 @@ def _sampled(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor
 def _sampled_oracle(
     student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None, labels: Tensor
 ) -> float:
-    return reference.soft_target(student, teacher, temperature, valid)
+    return oracles.soft_target(student, teacher, temperature, valid)
 
 
 def main() -> None:

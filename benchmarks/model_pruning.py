@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from prune import GradualPruning
 from prune.callbacks.lottery import LotteryTicket
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -156,7 +156,7 @@ def _rank(make: Callable[[Any], Any]) -> tuple[float, str]:
 
 
 def ranks(make: Callable[[Any], Any]) -> str:
-    one, other = together(_rank, make)
+    one, other = on_ranks(_rank, make)
     return f"density {one[0]:.2f}, {'equal' if one == other else 'different'} weights on both ranks"
 
 

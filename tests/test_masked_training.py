@@ -20,7 +20,7 @@ from prune.callbacks.lottery import LotteryTicket
 from prune.policies import Fixed
 from prune.rewinding.snapshot import Snapshot
 from prune.schedule import kept
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -151,7 +151,7 @@ def _ranks() -> Any:
 
 
 def test_ranks_hold_the_same_sparse_network() -> None:
-    one, other = together(_ranks)
+    one, other = on_ranks(_ranks)
     assert one == other
     assert {way: found[0] for way, found in one.items()} == dict.fromkeys(WAYS, kept(TOTAL, 0.5))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.miniatures import miniatures
+from tests.helpers.data_files import small_data_sets
 from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import check, run
 
@@ -48,7 +48,7 @@ STUDENTS = {"distill", "fit"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return miniatures(tmp_path_factory.mktemp("data"))
+    return small_data_sets(tmp_path_factory.mktemp("data"))
 
 
 def test_the_number_of_recipes() -> None:

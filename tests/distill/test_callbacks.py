@@ -19,7 +19,7 @@ from distill import DistillationCallback, DistillModule, Teacher
 from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import DKD, RKD, Hint, SoftTarget
 from distill.objective import Objective, Term
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.models import MLP
@@ -396,7 +396,7 @@ def _called(**options: Any) -> list[Tensor]:
 
 def test_equals_it_on_two_ranks() -> None:
     """Pitfall 10: gradients are averaged, so the wrapper was not bypassed."""
-    rows = [row for rank in together(_on_ranks) for row in rank]
+    rows = [row for rank in on_ranks(_on_ranks) for row in rank]
     assert all(row == rows[0] for row in rows)
     assert rows[0] != [value.tolist() for value in native()], "each rank had half of the batches"
 
@@ -597,7 +597,7 @@ def test_projectors_are_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -
     same_projectors(monkeypatch)
     losses = {name: term for name, term in HINTS.items() if name != "pairs"}  # which compares samples of a batch
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
-    one, other = together(_hinted_on_ranks, losses)
+    one, other = on_ranks(_hinted_on_ranks, losses)
     assert one == other
     module, callback = hinted(losses=losses, loader=DataLoader(data(16).dataset, 8), accumulate_grad_batches=2)
     for mine, found in zip(weights(callback.objective) + weights(module), one):
@@ -654,7 +654,7 @@ def _weighed_on_ranks() -> Any:
 def test_micro_batches_on_two_ranks_count_by_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     same_projectors(monkeypatch)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
-    one, other = together(_weighed_on_ranks)
+    one, other = on_ranks(_weighed_on_ranks)
     assert one == other
     for mine, found in zip(_weighed(DataLoader(data(10).dataset, 8)), one, strict=True):
         torch.testing.assert_close(mine, torch.tensor(found))

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distill.features import Features, capture, make_projector, matches
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 
 class Block(nn.Module):
@@ -429,7 +429,7 @@ def _gradients() -> list[Any]:
 
 def test_two_ranks_get_the_gradient_of_the_whole_batch() -> None:
     """Pitfall 10: the forward goes through the wrapper, the names are of the model inside."""
-    first, second = together(_gradients)
+    first, second = on_ranks(_gradients)
     assert first == second
     whole = net()
     found = by_hand(whole, inputs(4))

@@ -35,7 +35,7 @@ from distill.cache import CachedTeacher, cache_teacher
 from distill.hf_labels import labelling, scored
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
 from distill.objective import Objective, Term
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.duration import Duration
 from workbench.tasks import Classification
 
@@ -299,7 +299,7 @@ def full_rows() -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(("rows", "losses"), [(causal_rows, PLAIN), (full_rows, CAUSAL)], ids=["ragged", "hints"])
 def test_ranks_are_one(rows: Callable[[], Any], losses: Any, tmp_path: Path) -> None:
     """Pitfall 10 and 7: equal weights and projectors on all ranks, and those of one process that sees all."""
-    (one, logged), (other, _) = together(_on_ranks, tmp_path, rows(), losses)
+    (one, logged), (other, _) = on_ranks(_on_ranks, tmp_path, rows(), losses)
     assert one == other
     both = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     alone = trained(tmp_path, gpt2(4), gpt2(8, seed=2), rows(), losses=losses, **both)
@@ -313,7 +313,7 @@ def test_ranks_are_one(rows: Callable[[], Any], losses: Any, tmp_path: Path) -> 
 
 
 def test_ranks_can_be_averaged_instead(tmp_path: Path) -> None:
-    one, other = (found for found, _ in together(_on_ranks, tmp_path, causal_rows(), PLAIN, False))
+    one, other = (found for found, _ in on_ranks(_on_ranks, tmp_path, causal_rows(), PLAIN, False))
     assert one == other
     both = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     alone = trained(tmp_path, gpt2(4), gpt2(8, seed=2), causal_rows(), losses=PLAIN, **both)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill.losses import mix, soft_target
-from tests.reference import soft_target as oracle
+from tests.helpers.oracles import soft_target as oracle
 
 INF = float("inf")
 

@@ -16,7 +16,7 @@ from distill.module import DistillModule, distill
 from distill.objective import Term
 from distill.targets import elapsed
 from distill.teacher import Teacher
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
 from workbench.data import Digits
 from workbench.duration import Duration
@@ -274,27 +274,27 @@ def test_each_of_a_family_comes_out_as_if_alone(options: dict[str, Any]) -> None
     asked: list[int] = []
     expert = teacher()
     expert.register_forward_hook(lambda *_: asked.append(1))
-    together = DistillModule(members(), expert, Classification(3), optimizer=SGD)
-    rows = run(together, **options)
+    jointly = DistillModule(members(), expert, Classification(3), optimizer=SGD)
+    rows = run(jointly, **options)
     assert len(asked) == 3 * 4
     for name in ("small", "tiny"):
         module, expected = alone(name, **options)
-        mine = together.members[name].state_dict()
+        mine = jointly.members[name].state_dict()
         for key, value in module.network.state_dict().items():
             assert torch.allclose(mine[key], value, atol=1e-6), (name, key)
         for row, other in zip(rows.rows, expected.rows, strict=True):
             for metric, value in other.items():
                 split, _, rest = metric.partition("/")
                 assert row[f"{split}/{name}/{rest}"] == pytest.approx(value, abs=1e-5)
-    states = [network.state_dict() for network in together.members.values()]
+    states = [network.state_dict() for network in jointly.members.values()]
     assert states[0].keys() == states[1].keys()
 
 
 def test_a_family_with_features_of_their_own_widths() -> None:
     term = {"hint": Term(Hint(), student="0", teacher="0"), "hard": Term()}
-    together = family(losses=term)
-    run(together)
-    assert {name: list(p.shape) for name, p in together.objective.projectors.named_parameters()} == {
+    jointly = family(losses=term)
+    run(jointly)
+    assert {name: list(p.shape) for name, p in jointly.objective.projectors.named_parameters()} == {
         "small-hint-0.weight": [8, 7],
         "small-hint-0.bias": [8],
         "tiny-hint-0.weight": [8, 4],
@@ -303,7 +303,7 @@ def test_a_family_with_features_of_their_own_widths() -> None:
     for name in ("small", "tiny"):
         module, _ = alone(name, term)
         for key, value in module.network.state_dict().items():
-            assert torch.allclose(together.members[name].state_dict()[key], value, atol=1e-6)
+            assert torch.allclose(jointly.members[name].state_dict()[key], value, atol=1e-6)
 
 
 def test_a_family_resumes_with_every_member_s_random_numbers(tmp_path: Path) -> None:
@@ -535,7 +535,7 @@ def _warming(decay: bool) -> Any:
 @pytest.mark.parametrize("decay", [False, True])
 def test_ranks_where_terms_have_no_weight_yet_or_any_more(decay: bool) -> None:
     """Every parameter takes part in every step, or data-parallel training gives up."""
-    one, other = together(_warming, decay)
+    one, other = on_ranks(_warming, decay)
     assert one == other
 
 

@@ -19,7 +19,7 @@ from distill.losses import Hint, SoftTarget
 from distill.objective import Term, objective_of
 from distill.targets import lesson_of
 from distill.teacher import asleep
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 SIZE = 16
@@ -80,7 +80,7 @@ def _bare(apart: bool) -> Any:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["teacher whole", "teacher sharded apart"])
 def test_a_sharded_student_in_a_bare_loop(apart: bool) -> None:
-    one, other = together(_bare, apart)
+    one, other = on_ranks(_bare, apart)
     assert one == other
     alone = network(1)
     looped(alone, Teacher(network(2)))
@@ -127,7 +127,7 @@ def _called(mesh: bool) -> Any:
 
 def test_a_callback_with_model_parallelism() -> None:
     """Projectors too, which are not sharded."""
-    one, other = together(_called, True)
+    one, other = on_ranks(_called, True)
     assert one == other
     for found, expected in zip(one, _called(False), strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from prune.criteria import CRITERIA, Criterion, magnitude, random, seeded
-from tests.prune.criteria.nets import (
+from tests.helpers.criteria_models import (
     ONLINE,
     WITH_DATA,
     WITH_LOSS,
     cross_entropy,
+    each_criterion,
     image_net,
     images,
     matrices,
-    named,
     points,
-    scored,
+    scores_of,
     small,
 )
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 
 def test_magnitude_is_the_absolute_value():
@@ -58,24 +58,24 @@ def gone(loader: Iterable[Any], alive: list[int]) -> Iterator[Any]:
         del fresh
 
 
-@named(c for c in WITH_DATA if c.name != "grasp")
+@each_criterion(c for c in WITH_DATA if c.name != "grasp")
 def test_batches_are_not_kept(criterion: Criterion):
     alive: list[int] = []
-    expected = scored(criterion, small(), points(5))
-    found = scored(criterion, small(), gone(points(5), alive))
+    expected = scores_of(criterion, small(), points(5))
+    found = scores_of(criterion, small(), gone(points(5), alive))
     assert alive == [0] * (1 if criterion.name == "synflow" else 5)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@named(WITH_LOSS)
+@each_criterion(WITH_LOSS)
 def test_batches_count_alike_in_any_order(criterion: Criterion):
     batches = [*points(2), *points(1, seed=5, size=1)]
-    first, second = scored(criterion, small(), batches), scored(criterion, small(), batches[::-1])
+    first, second = scores_of(criterion, small(), batches), scores_of(criterion, small(), batches[::-1])
     for name in first:
         torch.testing.assert_close(first[name], second[name])
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_a_loader_is_read_once(criterion: Criterion):
     class Once:
         reads = 0
@@ -85,7 +85,7 @@ def test_a_loader_is_read_once(criterion: Criterion):
             return iter(points(2))
 
     loader = Once()
-    scored(criterion, small(), loader)
+    scores_of(criterion, small(), loader)
     assert loader.reads == 1
 
 
@@ -96,8 +96,10 @@ def test_a_loader_is_read_once(criterion: Criterion):
 def test_batches_of_every_form(name: str, form: Callable[[Tensor, Tensor], Any]):
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
-    expected = scored(CRITERIA[name], model, points(2))
-    assert torch.equal(scored(CRITERIA[name], model, [form(x, y) for x, y in points(2)])["weight"], expected["weight"])
+    expected = scores_of(CRITERIA[name], model, points(2))
+    assert torch.equal(
+        scores_of(CRITERIA[name], model, [form(x, y) for x, y in points(2)])["weight"], expected["weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,18 +145,18 @@ def used_net() -> nn.Module:
     return model
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_the_model_stays_as_it_was(criterion: Criterion):
     model, loader = used_net(), torch.utils.data.DataLoader(images(4), batch_size=None, shuffle=True)
     before = everything(model)
-    first = scored(criterion, model, loader)
+    first = scores_of(criterion, model, loader)
     assert_same(before, everything(model))
-    second = scored(criterion, model, loader)
+    second = scores_of(criterion, model, loader)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not any(score.requires_grad for score in first.values())
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_the_model_stays_as_it_was_after_an_error(criterion: Criterion):
     model = used_net()
     before = everything(model)
@@ -164,12 +166,12 @@ def test_the_model_stays_as_it_was_after_an_error(criterion: Criterion):
 
     handle = model[5].register_forward_hook(break_off)  # after the norm has seen the batch
     with pytest.raises(ZeroDivisionError):
-        scored(criterion, model, images(2))
+        scores_of(criterion, model, images(2))
     handle.remove()
     assert_same(before, everything(model))
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_buffers_that_a_forward_replaces_are_put_back(criterion: Criterion):
     class Counting(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -179,28 +181,28 @@ def test_buffers_that_a_forward_replaces_are_put_back(criterion: Criterion):
     model = Counting(3, 2).double()
     model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
     before = everything(model)
-    scored(criterion, model, points(2))
+    scores_of(criterion, model, points(2))
     assert_same(before, everything(model))
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_the_mode_is_that_of_the_paper(criterion: Criterion):
     """Training for gradients, where a batch norm that is new has no statistics; evaluation for the others."""
     model, modes = image_net().eval(), []
     model[3].p = 0.0
     handle = model[1].register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    scored(criterion, model, images(1))
+    scores_of(criterion, model, images(1))
     handle.remove()
     assert set(modes) == {criterion.needs_loss}
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_callers_without_gradients_get_the_same(criterion: Criterion, around: Callable[[], Any]):
-    expected = scored(criterion, small(), points(2))
+    expected = scores_of(criterion, small(), points(2))
     model, batches = small(), points(2)
     with around():
-        found = scored(criterion, model, batches)
+        found = scores_of(criterion, model, batches)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -210,7 +212,7 @@ def test_scores_are_at_least_fp32_and_of_the_weights_shape(criterion: Criterion,
     precise = torch.float64 if stored == torch.float64 else torch.float32
     model = small().to(stored)
     if criterion.needs_loader:
-        scores = scored(criterion, model, [(x.to(stored), y) for x, y in points(2)])
+        scores = scores_of(criterion, model, [(x.to(stored), y) for x, y in points(2)])
     else:
         extra = [seeded(0, "w")] if criterion.needs_generator else []
         scores = {name: criterion.score(weight, *extra) for name, weight in matrices(model).items()}
@@ -221,7 +223,7 @@ def test_scores_are_at_least_fp32_and_of_the_weights_shape(criterion: Criterion,
         assert all(score.any() for score in scores.values())
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_weights_tied_by_memory_alone_are_refused(criterion: Criterion):
     model = small()
     model.extra = nn.Linear(4, 3).double()
@@ -229,19 +231,19 @@ def test_weights_tied_by_memory_alone_are_refused(criterion: Criterion):
     with pytest.raises(
         ValueError, match=r"'0.weight', 'extra.weight' are several parameters in one memory.*b.weight = "
     ):
-        scored(criterion, model, points(1))
+        scores_of(criterion, model, points(1))
 
 
-@named(WITH_DATA)
+@each_criterion(WITH_DATA)
 def test_empty_loaders_are_refused(criterion: Criterion):
     with pytest.raises(ValueError, match="the loader is empty"):
-        scored(criterion, small(), iter(()))
+        scores_of(criterion, small(), iter(()))
 
 
 @pytest.mark.parametrize("name", ["wanda", "synflow"])
 def test_frozen_weights_are_scored_where_none_is_needed(name: str):
     frozen = small().requires_grad_(False)
-    expected, found = (scored(CRITERIA[name], model, points(1)) for model in (small(), frozen))
+    expected, found = (scores_of(CRITERIA[name], model, points(1)) for model in (small(), frozen))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert not any(weight.requires_grad for weight in frozen.parameters())
 
@@ -263,7 +265,7 @@ def test_frozen_weights_are_scored_where_none_is_needed(name: str):
 )
 def test_what_cannot_be_scored_is_named(name: str, model: nn.Module, loader: list[Any], message: str):
     with pytest.raises(ValueError, match=message):
-        scored(CRITERIA[name], model, loader)
+        scores_of(CRITERIA[name], model, loader)
 
 
 def test_no_weights_at_all_are_refused():
@@ -279,23 +281,23 @@ def _on_two_ranks() -> list[Any]:
     rank, found = dist.get_rank(), []
     parts = (points(3)[:1], points(3)[1:])  # of unequal length
     for criterion in WITH_DATA:
-        scores = scored(criterion, small(), parts[rank])
+        scores = scores_of(criterion, small(), parts[rank])
         found.append({name: score.tolist() for name, score in scores.items()})
     model = nn.parallel.DistributedDataParallel(small())
     scores = CRITERIA["snip"].score(model, matrices(model), points(3), cross_entropy)
     found.append({name.removeprefix("module."): score.tolist() for name, score in scores.items()})
     cross_entropy(model, points(1)[0]).backward()  # training goes on
     assert all(parameter.grad is not None for parameter in model.parameters())
-    empty = scored(CRITERIA["taylor"], small(), points(1) if rank else [])
+    empty = scores_of(CRITERIA["taylor"], small(), points(1) if rank else [])
     found.append({name: score.tolist() for name, score in empty.items()})
     try:
-        scored(CRITERIA["movement"], small(), [])
+        scores_of(CRITERIA["movement"], small(), [])
     except ValueError as error:
         found.append(str(error))
     sharded = fully_shard(small())
     for criterion in WITH_DATA:
         try:
-            scored(criterion, sharded, points(1))
+            scores_of(criterion, sharded, points(1))
         except ValueError as error:
             found.append(str(error))
     whole = small()
@@ -310,10 +312,10 @@ def _on_two_ranks() -> list[Any]:
 
 
 def test_ranks_score_all_their_data_together():
-    first, second = together(_on_two_ranks)
+    first, second = on_ranks(_on_two_ranks)
     assert first == second
-    whole = [scored(criterion, small(), points(3)) for criterion in WITH_DATA]
-    whole += [scored(CRITERIA["snip"], small(), points(3)), scored(CRITERIA["taylor"], small(), points(1))]
+    whole = [scores_of(criterion, small(), points(3)) for criterion in WITH_DATA]
+    whole += [scores_of(CRITERIA["snip"], small(), points(3)), scores_of(CRITERIA["taylor"], small(), points(1))]
     for found, expected in zip(first, whole):
         for name, score in expected.items():
             torch.testing.assert_close(torch.tensor(found[name]).double(), score.double(), rtol=1e-6, atol=1e-8)

@@ -22,8 +22,8 @@ from prune.pruner import Pruner, prunable
 from prune.schedule import geometric, kept
 from prune.structures import Unstructured, structure_named
 from prune.topk import keep_top_k
-from tests.prune import table
-from tests.together import together
+from tests.helpers import pruning_table
+from tests.helpers.ranks import on_ranks
 
 
 class Small(nn.Module):
@@ -187,28 +187,28 @@ def test_the_warning_points_at_the_call(allocation: str):
 # Every criterion x structure x allocation
 
 
-@pytest.mark.parametrize("allocation", table.ALLOCATIONS)
-@pytest.mark.parametrize("structure", table.STRUCTURES)
-@pytest.mark.parametrize("criterion", table.CRITERIA)
+@pytest.mark.parametrize("allocation", pruning_table.ALLOCATIONS)
+@pytest.mark.parametrize("structure", pruning_table.STRUCTURES)
+@pytest.mark.parametrize("criterion", pruning_table.CRITERIA)
 def test_every_combination(criterion: str, structure: str, allocation: str):
     """Exactly k units, whole ones, nested over three levels, those of an oracle in loops; and of torch by magnitude."""
-    found = table.levels(criterion, structure, allocation)
+    found = pruning_table.levels(criterion, structure, allocation)
     assert len(found) == 3
     for level in found:
-        assert table.exact(level, allocation)
+        assert pruning_table.exact(level, allocation)
         assert level.whole
-        assert table.weights_in(level.masks) == level.expected
+        assert pruning_table.weights_in(level.masks) == level.expected
         assert {key: kept for key, (kept, _) in level.kept.items()} == level.places
-    assert table.nested(found)
+    assert pruning_table.nested(found)
     if criterion == "magnitude":
-        peer = table.by_torch(structure, allocation, found[0].masks)
+        peer = pruning_table.by_torch(structure, allocation, found[0].masks)
         assert peer is None or peer[1]
 
 
 def test_no_row_is_missing_from_the_table():
-    assert set(table.CRITERIA) == set(CRITERIA)
-    assert set(table.ALLOCATIONS) == set(ALLOCATIONS)
-    rows = {type(structure_named(name)).__name__ for name in table.STRUCTURES}
+    assert set(pruning_table.CRITERIA) == set(CRITERIA)
+    assert set(pruning_table.ALLOCATIONS) == set(ALLOCATIONS)
+    rows = {type(structure_named(name)).__name__ for name in pruning_table.STRUCTURES}
     folder = Path(prune.structures.__file__).parent
     classes = {
         node.name
@@ -228,9 +228,9 @@ def test_a_level_without_its_oracle_fails_the_table(monkeypatch: pytest.MonkeyPa
 
     original = Uniform.__call__
     monkeypatch.setattr(Uniform, "__call__", greedy)
-    level = table.levels("magnitude", "unstructured", "uniform")[0]
-    assert not table.exact(level, "uniform")
-    assert table.weights_in(level.masks) != level.expected
+    level = pruning_table.levels("magnitude", "unstructured", "uniform")[0]
+    assert not pruning_table.exact(level, "uniform")
+    assert pruning_table.weights_in(level.masks) != level.expected
 
 
 # Criteria that look at data
@@ -356,7 +356,7 @@ def test_rank_0_decides(make: Any):
     model = mlp(6, 6, 3)
     alone = pruner(model, 0.4, **given)
     expected = [alone.hash(), pruner(model, 0.2, alone, **given).hash()]
-    assert together(on_each_rank, make) == [expected, expected]
+    assert on_ranks(on_each_rank, make) == [expected, expected]
 
 
 def test_every_rank_has_its_say_where_statistics_are_averaged():
@@ -365,7 +365,7 @@ def test_every_rank_has_its_say_where_statistics_are_averaged():
     loader = with_loader(0)[1]["loader"] + with_loader(1)[1]["loader"]
     first = pruner(mlp(6, 6, 3), 0.4, loader=loader)
     expected = [first.hash(), pruner(mlp(6, 6, 3), 0.2, first, loader=loader).hash()]
-    assert together(on_each_rank, with_loader) == [expected, expected]
+    assert on_ranks(on_each_rank, with_loader) == [expected, expected]
 
 
 # Scope

@@ -15,7 +15,7 @@ from prune.pruner import Pruner, prunable
 from prune.structures import FFN, NM, STRUCTURES, Balanced, Block, Channel, Head, Layout, Unstructured, structure_named
 from prune.structures.layout import whole
 from prune.structures.weights import ranks
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 
 class Conv1D(nn.Module):
@@ -431,7 +431,7 @@ def sharded(structure: str) -> list[Any]:
 @pytest.mark.parametrize("structure", ["unstructured", "2:4", "channel", "balanced"])
 def test_a_sharded_network_is_pruned_like_a_whole_one(structure: str) -> None:
     torch.manual_seed(0)
-    first, second = together(sharded, structure)
+    first, second = on_ranks(sharded, structure)
     assert first == second
     assert first[0] == first[2]
     assert first[1].startswith("'0.weight' has 1 NaN or infinite values of 72")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prune import topk
 from prune.topk import keep_top_k
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 
 def naive(scores: dict[str, Tensor], k: int, within: dict[str, Tensor] | None = None) -> dict[str, list[bool]]:
@@ -226,7 +226,7 @@ def test_shards_of_several_ranks_are_one_model():
     spoilt = scores | {"c": scores["c"].clone()}
     spoilt["c"][3, 3] = math.nan
     good = [*[(scores, 20)] * 5, (scores, 53), (scores, 0), (scores, 11, within), (smooth, 17), (smooth, 9, within)]
-    first, second = together(shards, [*good, (spoilt, 3), (scores, 54)])
+    first, second = on_ranks(shards, [*good, (spoilt, 3), (scores, 54)])
     assert first == second
     *found, spoilt_message, range_message = first
     for case, masks in zip(good, found):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill import losses
-from tests import reference
-from tests.distill.losses.table import FEATURE, Feature
+from tests.helpers import oracles
+from tests.helpers.loss_table import FEATURE, Feature
 
 INF, NAN = float("inf"), float("nan")
 VALID = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
@@ -247,7 +247,7 @@ def test_relations_with_one_head_and_with_many() -> None:
     student, teacher = feature(2, 5, 12), feature(2, 5, 24)
     values = [losses.attention_relation(student, teacher, heads=heads).item() for heads in (1, 3, 12)]
     assert len(set(values)) == 3
-    assert values[1] == pytest.approx(reference.attention_relation(student, teacher, 3))
+    assert values[1] == pytest.approx(oracles.attention_relation(student, teacher, 3))
 
 
 def test_what_is_padded_is_not_related_to() -> None:

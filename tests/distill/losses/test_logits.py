@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill import losses
-from tests import reference
-from tests.distill.losses.table import LOGIT, Logit
+from tests.helpers import oracles
+from tests.helpers.loss_table import LOGIT, Logit
 
 INF, NAN = float("inf"), float("nan")
 
@@ -371,7 +371,7 @@ def test_dkd_of_a_teacher_sure_to_the_last_bit() -> None:
     y = torch.tensor([0])
     assert 1 - teacher.softmax(-1)[0, 0] < 1e-12
     found, grad = gradient(LOGIT["dkd"], student, teacher, 1.0, None, y)
-    expected = reference.dkd(student.double(), teacher.double(), y, 1.0, None, 0.7, 3)
+    expected = oracles.dkd(student.double(), teacher.double(), y, 1.0, None, 0.7, 3)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     assert grad.isfinite().all()
 
@@ -434,7 +434,7 @@ def test_dist_takes_all_leading_axes_as_the_batch() -> None:
 def test_standardize_equals_the_formula_in_loops(shape: tuple[int, ...]) -> None:
     z = logits(*shape)
     z[..., -1] = -INF
-    expected = [reference.standardize(row) for row in z.reshape(-1, shape[-1]).tolist()]
+    expected = [oracles.standardize(row) for row in z.reshape(-1, shape[-1]).tolist()]
     found = losses.standardize(z)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64).view(shape), rtol=1e-12, atol=1e-14)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.losses import FeatureLoss, LogitLoss
-from tests.distill.losses.table import FEATURE, LOGIT, Feature, Logit
+from tests.helpers.loss_table import FEATURE, LOGIT, Feature, Logit
 
 LOGIT_LOSSES = [
     losses.SoftTarget,

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from distill.losses import sampled_soft_target, soft_target
-from tests import reference
+from tests.helpers import oracles
 
 INF, NAN = float("inf"), float("nan")
 
@@ -23,11 +23,11 @@ def test_equals_the_formula_in_loops(shape: tuple[int, ...], temperature: float)
     student, teacher = torch.randn(*shape, dtype=torch.float64), torch.randn(1, *shape, dtype=torch.float64)
     ids, weights, log_probs = (found[0] for found in sample(teacher, 4, 1.0, temperature))
     found = sampled_soft_target(student, ids, weights, log_probs, temperature)
-    assert found.item() == pytest.approx(reference.sampled_soft_target(student, ids, weights, log_probs, temperature))
+    assert found.item() == pytest.approx(oracles.sampled_soft_target(student, ids, weights, log_probs, temperature))
     if len(shape) > 1:
         valid = torch.arange(student[..., 0].numel()).view(shape[:-1]) % 2 == 0
         found = sampled_soft_target(student, ids, weights, log_probs, temperature, valid)
-        expected = reference.sampled_soft_target(student, ids, weights, log_probs, temperature, valid)
+        expected = oracles.sampled_soft_target(student, ids, weights, log_probs, temperature, valid)
         assert found.item() == pytest.approx(expected)
 
 
@@ -102,7 +102,7 @@ def test_computes_in_full_precision(dtype: torch.dtype) -> None:
     assert found.dtype == torch.float32
     assert student.grad is not None
     assert student.grad.dtype == dtype
-    expected = reference.sampled_soft_target(
+    expected = oracles.sampled_soft_target(
         student.detach().double(), ids, weights.half().double(), log_probs.double(), 1.0
     )
     assert found.item() == pytest.approx(expected, rel=1e-5)

@@ -21,22 +21,22 @@ from torch.optim.swa_utils import AveragedModel
 
 from prune import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.schedule import kept
-from tests.prune.trainings import (
+from tests.helpers.lightning_training import (
     ADAMW,
     BOTH,
     QUIET,
     SGD,
     TOTAL,
     Watch,
-    adversaries,
     alive,
     data,
     fit,
     masks,
     net,
-    theirs,
+    two_optimizers,
+    user_module,
 )
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
 from workbench.models import MLP
 
@@ -76,7 +76,7 @@ def weights(module: Any) -> list[list[float]]:
 )
 def test_every_kind_of_training(name: str, options: dict[str, Any]) -> None:
     build, density = CALLBACKS[name]
-    callback, module = build(), theirs(optimizer=ADAMW)
+    callback, module = build(), user_module(optimizer=ADAMW)
     seen = Obeyed(callback)
     fit(module, seen, callback, **options)
     assert callback.masks.density == kept(TOTAL, density) / TOTAL
@@ -88,7 +88,7 @@ def test_every_kind_of_training(name: str, options: dict[str, Any]) -> None:
 def test_two_optimizers_stepped_by_hand(name: str, clip: float | None) -> None:
     """Of which the second does not hold the weights, and may have clipped gradients of the first."""
     build, density = CALLBACKS[name]
-    callback, module = build(), adversaries(clip=clip)
+    callback, module = build(), two_optimizers(clip=clip)
     fit(module, callback, Obeyed(callback), max_epochs=2)
     assert callback.masks.density == kept(TOTAL, density) / TOTAL
     if name == "rigl":
@@ -132,7 +132,7 @@ def test_scores_do_not_depend_on_the_scale_of_half_precision(several: bool, fuse
     found = []
     for growth in (None, 2):
         callback = GradualPruning(0.3, "0it", "16it", "8it", Pruner("movement"))
-        module: Any = Parts(fused) if several else theirs(optimizer=functools.partial(SGD, fused=fused))
+        module: Any = Parts(fused) if several else user_module(optimizer=functools.partial(SGD, fused=fused))
         options: dict[str, Any] = {}
         if growth:
             scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=growth)
@@ -167,7 +167,7 @@ def test_a_policy_is_told_of_updates_alone(by_hand: bool) -> None:
     policy.before_step = lambda moment, clip: told.append(("before", *moment))
     policy.after_step = lambda moment: told.append(("after", *moment))
     options: dict[str, Any] = {} if by_hand else {"accumulate_grad_batches": 3}
-    fit(adversaries() if by_hand else theirs(), callback, batches=4, max_epochs=2, **options)
+    fit(two_optimizers() if by_hand else user_module(), callback, batches=4, max_epochs=2, **options)
     if by_hand:
         said = [(("before", 2 * i, i / 4), ("after", 2 * i + 2, (i + 1) / 4)) for i in range(8)]
     else:
@@ -183,10 +183,10 @@ def test_resuming_is_as_if_nothing_had_happened(name: str, tmp_path: Path) -> No
     """Bit for bit, from every update on; an epoch is one batch, so that the data are the same."""
     keep = lp.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     options: Any = {"batches": 1, "max_epochs": 15}
-    callback, module = CALLBACKS[name][0](), theirs(optimizer=ADAMW)
+    callback, module = CALLBACKS[name][0](), user_module(optimizer=ADAMW)
     fit(module, callback, keep, **options)
     for step in (1, 7):
-        again, other = CALLBACKS[name][0](), theirs(optimizer=ADAMW)
+        again, other = CALLBACKS[name][0](), user_module(optimizer=ADAMW)
         fit(other, again, ckpt_path=tmp_path / f"step={step}.ckpt", **options)
         assert again.masks == callback.masks
         assert weights(other) == weights(module)
@@ -196,7 +196,7 @@ def test_resuming_is_as_if_nothing_had_happened(name: str, tmp_path: Path) -> No
 def test_a_second_fit_and_a_copy(name: str) -> None:
     """They go on from the masks held; a copy made in the middle of training is as good."""
     build, density = CALLBACKS[name]
-    callback, module, copies = build(), theirs(), []
+    callback, module, copies = build(), user_module(), []
 
     class Copy(lp.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -207,7 +207,7 @@ def test_a_second_fit_and_a_copy(name: str) -> None:
     first = callback.masks
     fit(module, callback, max_epochs=1, limit_train_batches=2)
     assert callback.masks == first
-    twin = theirs()
+    twin = user_module()
     twin.network = copies[0][1]
     fit(twin, copies[0][0], max_epochs=1, limit_train_batches=2)
     assert copies[0][0].masks == first
@@ -226,7 +226,7 @@ def test_a_second_fit_and_a_copy(name: str) -> None:
 )
 def test_averages_are_as_sparse(namespace: Any, name: str, kind: str, ours_first: bool, tmp_path: Path) -> None:
     """Whenever they are swapped in or saved, and wherever the other callback stands in the list."""
-    callback, module = CALLBACKS[name][0](), theirs(namespace)
+    callback, module = CALLBACKS[name][0](), user_module(namespace)
     keep = namespace.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
     if kind == "ema":
         averaging: Any = namespace.callbacks.EMAWeightAveraging(decay=0.9)
@@ -260,7 +260,7 @@ class Averaging(lp.Callback):
 
 @BOTH
 def test_every_layer_is_logged(namespace: Any, tmp_path: Path) -> None:
-    callback, module = GradualPruning(0.2, "0ep", "2ep", "1ep"), theirs(namespace)
+    callback, module = GradualPruning(0.2, "0ep", "2ep", "1ep"), user_module(namespace)
     logger = namespace.loggers.CSVLogger(tmp_path)
     fit(module, callback, namespace=namespace, max_epochs=2, logger=logger, log_every_n_steps=1)
     rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text(encoding="utf-8").splitlines()))
@@ -274,21 +274,21 @@ def test_parts_of_a_network_may_have_their_own() -> None:
     """And a weight only one: with what it says, before the first step."""
     one = GradualPruning(0.5, "0it", "2it", "1it", Pruner(include="0*"))
     two, watch = GradualPruning(0.1, "0it", "2it", "1it", Pruner(include="3*")), Watch()
-    module = theirs()
+    module = user_module()
     fit(module, one, two, watch, max_epochs=1)
     assert [module.network[i].weight.count_nonzero() for i in (0, 3)] == [30, 3]
     assert watch.epochs == [pytest.approx(33 / 90)]
     with pytest.raises(ValueError, match=r"'0\.weight' is pruned by a Gradual and a Fixed at once"):
-        fit(theirs(), GradualPruning(0.5, "0it", "2it", "1it"), KeepMasked(masks()))
-    fit(theirs(), KeepMasked(masks()), max_epochs=1)
-    fit(module := theirs(), *[KeepMasked({name: mask}) for name, mask in masks().items()], max_epochs=1)
+        fit(user_module(), GradualPruning(0.5, "0it", "2it", "1it"), KeepMasked(masks()))
+    fit(user_module(), KeepMasked(masks()), max_epochs=1)
+    fit(module := user_module(), *[KeepMasked({name: mask}) for name, mask in masks().items()], max_epochs=1)
     assert masks().obeyed_by(module.network)
 
 
 @pytest.mark.parametrize("where", ["hook", "instance"])
 def test_a_module_that_clips_in_its_own_way(where: str) -> None:
     """By a method of its instance, as modules put there that decide when they are made; or in another hook."""
-    module, given, norms = theirs(), masks(), []
+    module, given, norms = user_module(), masks(), []
 
     def clip(*_: Any, **__: Any) -> None:
         grads = dict(module.network.named_parameters())
@@ -305,7 +305,7 @@ def test_a_module_that_clips_in_its_own_way(where: str) -> None:
 def test_masks_from_files(tmp_path: Path) -> None:
     """For an already sparse network; and nothing else than that mask."""
     masks().save(tmp_path / "masks.safetensors")
-    module = theirs()
+    module = user_module()
     fit(module, KeepMasked(tmp_path / "masks.safetensors"), max_epochs=1)
     assert alive(module) == kept(TOTAL, 0.3)
     sparse = MLP(6, [10], 3)
@@ -323,17 +323,17 @@ def test_masks_from_files(tmp_path: Path) -> None:
 
 
 def test_resuming_under_another_mask_is_refused(tmp_path: Path) -> None:
-    module = theirs()
+    module = user_module()
     trainer = fit(module, KeepMasked(masks(0.3)), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     said = f"trained under mask {masks(0.3).hash()[:12]}, but mask {masks(0.4).hash()[:12]} is given"
     with pytest.raises(ValueError, match=said):
-        fit(theirs(), KeepMasked(masks(0.4)), ckpt_path=tmp_path / "last.ckpt")
-    fit(theirs(), KeepMasked(masks(0.3)), ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+        fit(user_module(), KeepMasked(masks(0.4)), ckpt_path=tmp_path / "last.ckpt")
+    fit(user_module(), KeepMasked(masks(0.3)), ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
 
 
 def test_a_compiled_module() -> None:
-    module, callback = theirs(), CALLBACKS["gradual"][0]()
+    module, callback = user_module(), CALLBACKS["gradual"][0]()
     module.network = torch.compile(module.network, backend="eager")
     trainer = lp.Trainer(**QUIET, max_epochs=2, callbacks=[callback, Obeyed(callback)])
     trainer.fit(torch.compile(module, backend="eager"), data())
@@ -344,7 +344,7 @@ def test_a_compiled_module() -> None:
 def test_strategies_that_hide_the_weights_are_refused() -> None:
     strategy = type("FSDPStrategy", (), {})()
     with pytest.raises(ValueError, match=r"FSDPStrategy keeps the weights in flat pieces.*ModelParallelStrategy"):
-        KeepMasked(masks()).on_train_start(SimpleNamespace(strategy=strategy), theirs())
+        KeepMasked(masks()).on_train_start(SimpleNamespace(strategy=strategy), user_module())
 
 
 class Save(lp.Callback):
@@ -358,7 +358,7 @@ class Save(lp.Callback):
 
 def _trained(sharded: bool, folder: Path) -> list[Any]:
     def run(name: str, path: Any = None) -> tuple[Any, ...]:
-        module, callback = theirs(), CALLBACKS[name][0]()
+        module, callback = user_module(), CALLBACKS[name][0]()
         module.network[1] = nn.Identity()  # whose statistics would be those of one rank
         strategy: Any = "ddp"
         if sharded:
@@ -385,9 +385,9 @@ def shard(module: Any) -> None:
 
 def test_two_ranks_decide_alike_sharded_or_not(tmp_path: Path) -> None:
     """And go on from a sharded checkpoint as if nothing had happened."""
-    whole, same = together(_trained, False, tmp_path)
+    whole, same = on_ranks(_trained, False, tmp_path)
     assert whole == same
-    for (mask, values), *parts in zip(whole, *together(_trained, True, tmp_path)):
+    for (mask, values), *parts in zip(whole, *on_ranks(_trained, True, tmp_path)):
         for other, near in parts:
             assert other == mask
             for value, close in zip(values, near):

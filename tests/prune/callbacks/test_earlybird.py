@@ -7,7 +7,7 @@ import torch
 
 from prune import EarlyBird, KeepMasked, LotteryTicket, Pruner
 from prune.masks import Masks
-from tests.prune.trainings import ADAMW, BOTH, SGD, adversaries, data, fit, theirs
+from tests.helpers.lightning_training import ADAMW, BOTH, SGD, data, fit, two_optimizers, user_module
 from workbench import TaskModule
 from workbench.tasks import Classification
 
@@ -32,7 +32,7 @@ def test_the_ticket_is_that_of_the_authors_queue(window: int, threshold: float) 
     """A queue of the last masks; drawn when it is full and all of them are near the newest."""
     pruner = Pruner()
     bird, seen = EarlyBird(pruner, 0.3, threshold, window), Drawn(pruner, 0.3)
-    fit(theirs(optimizer=ADAMW), bird, seen, max_epochs=8)
+    fit(user_module(optimizer=ADAMW), bird, seen, max_epochs=8)
     queue: list[list[bool]] = []
     farthest, drawn_at, ticket = [], None, None
     for epoch, mask in enumerate(seen.kept):
@@ -51,7 +51,7 @@ def test_the_ticket_is_that_of_the_authors_queue(window: int, threshold: float) 
 
 @BOTH
 def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
-    alone, watched, stopped = theirs(namespace), theirs(namespace), theirs(namespace)
+    alone, watched, stopped = user_module(namespace), user_module(namespace), user_module(namespace)
     fit(alone, namespace=namespace, max_epochs=6)
     bird = EarlyBird(Pruner(), 0.3, 0.4, 3)
     trainer = fit(watched, bird, namespace=namespace, max_epochs=6)
@@ -73,10 +73,10 @@ def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
 @pytest.mark.parametrize("ended", [2, 4])
 def test_resumed_it_gives_the_same(namespace: Any, ended: int, tmp_path: Path) -> None:
     whole = EarlyBird(Pruner(), 0.3, 0.25, 3)
-    fit(theirs(namespace), whole, namespace=namespace, max_epochs=6)
-    first, second, module = EarlyBird(Pruner(), 0.3, 0.25, 3), EarlyBird(Pruner(), 0.3, 0.25, 3), theirs(namespace)
+    fit(user_module(namespace), whole, namespace=namespace, max_epochs=6)
+    first, second, module = EarlyBird(Pruner(), 0.3, 0.25, 3), EarlyBird(Pruner(), 0.3, 0.25, 3), user_module(namespace)
     fit(module, first, namespace=namespace, max_epochs=ended).save_checkpoint(tmp_path / "half.ckpt")
-    fit(theirs(namespace), second, namespace=namespace, max_epochs=6, ckpt_path=tmp_path / "half.ckpt")
+    fit(user_module(namespace), second, namespace=namespace, max_epochs=6, ckpt_path=tmp_path / "half.ckpt")
     assert second.distances == whole.distances
     assert (second.farthest, second.drawn_at, second.ticket) == (whole.farthest, whole.drawn_at, whole.ticket)
     assert whole.drawn_at is not None
@@ -84,7 +84,7 @@ def test_resumed_it_gives_the_same(namespace: Any, ended: int, tmp_path: Path) -
 
 def test_its_state_is_a_bit_a_weight_whatever_the_epochs() -> None:
     bird = EarlyBird(Pruner(), 0.3, window=3)
-    fit(theirs(), bird, max_epochs=6)
+    fit(user_module(), bird, max_epochs=6)
     queue = bird.state_dict()["queue"]
     assert len(queue) == 2
     assert [entry["bits"].numel() for entry in queue[0].values()] == [8, 4]
@@ -93,16 +93,16 @@ def test_its_state_is_a_bit_a_weight_whatever_the_epochs() -> None:
 
 def test_a_second_fit_starts_anew() -> None:
     bird = EarlyBird(Pruner(), 0.3, 1.0, 2)
-    fit(theirs(), bird, max_epochs=4)
-    fit(theirs(), bird, max_epochs=1)
+    fit(user_module(), bird, max_epochs=4)
+    fit(user_module(), bird, max_epochs=1)
     assert (bird.distances, bird.drawn_at, bird.ticket) == ([], None, None)
 
 
 @pytest.mark.parametrize("criterion", ["snip", "wanda", "random"])
 def test_any_criterion_may_draw(criterion: str) -> None:
     module, plain = (
-        TaskModule(theirs().network, Classification(3), SGD),
-        TaskModule(theirs().network, Classification(3), SGD),
+        TaskModule(user_module().network, Classification(3), SGD),
+        TaskModule(user_module().network, Classification(3), SGD),
     )
     bird = EarlyBird(Pruner(criterion, allocation="uniform"), 0.3, batches=2)
     for each, callbacks in ((module, [bird]), (plain, [])):
@@ -124,13 +124,13 @@ def test_in_a_hunt_every_level_has_its_own_ticket() -> None:
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             lengths.append(len(bird.distances))
 
-    fit(theirs(), LotteryTicket(levels=2, rate=0.5, rewind="0it"), bird, Noted(), max_epochs=3)
+    fit(user_module(), LotteryTicket(levels=2, rate=0.5, rewind="0it"), bird, Noted(), max_epochs=3)
     assert lengths == [0, 1, 2] * 3
 
 
 def test_several_have_states_of_their_own() -> None:
     birds = [EarlyBird(Pruner(), density) for density in (0.1, 0.3)]
-    fit(theirs(), *birds, max_epochs=2)
+    fit(user_module(), *birds, max_epochs=2)
     assert birds[0].state_key != birds[1].state_key
     assert all(isinstance(each, Masks) or each is None for each in (bird.ticket for bird in birds))
 
@@ -144,6 +144,6 @@ def test_mistakes_are_named_before_training() -> None:
         with pytest.raises(ValueError, match=message):
             EarlyBird(**{"pruner": Pruner(), "density": 0.5, **wrong})
     with pytest.raises(ValueError, match=r"above the 0\.5 that"):
-        fit(theirs(), EarlyBird(Pruner(structure="1:2"), 0.7))
+        fit(user_module(), EarlyBird(Pruner(structure="1:2"), 0.7))
     with pytest.raises(ValueError, match="steps its optimizers in training_step"):
-        fit(adversaries(), EarlyBird(Pruner("snip"), 0.7))
+        fit(two_optimizers(), EarlyBird(Pruner("snip"), 0.7))

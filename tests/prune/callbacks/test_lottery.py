@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 from prune import LotteryTicket
 from prune.masks import Masks
 from prune.schedule import geometric, kept
-from tests.prune.trainings import ADAMW, BOTH, QUIET, SGD, TOTAL
-from tests.together import together
+from tests.helpers.lightning_training import ADAMW, BOTH, QUIET, SGD, TOTAL
+from tests.helpers.ranks import on_ranks
 from workbench.training.order import ordered
 from workbench.training.resume import Continuation
 
@@ -690,7 +690,7 @@ def hunted(folder: Path) -> Any:
 
 def test_two_ranks_find_the_same_ticket(tmp_path: Path) -> None:
     """Each with its own random numbers and its own part of the data, also when it is resumed."""
-    one, other = together(hunted, tmp_path)
+    one, other = on_ranks(hunted, tmp_path)
     assert one[:2] == other[:2]
     assert len(set(one[0])) == 3
     for _, bits, inputs, resumed in (one, other):

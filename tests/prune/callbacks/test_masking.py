@@ -14,22 +14,22 @@ from torch.utils.data import DataLoader
 
 from prune import GradualPruning, KeepMasked, Pruner
 from prune.schedule import cubic, kept
-from tests.prune.trainings import (
+from tests.helpers.lightning_training import (
     ADAMW,
     BOTH,
     QUIET,
     SGD,
     TOTAL,
     Watch,
-    adversaries,
     alive,
     data,
     fit,
     masks,
     net,
-    theirs,
+    two_optimizers,
+    user_module,
 )
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.data import Digits
@@ -45,7 +45,7 @@ from workbench.training import fit as training
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}], ids=str)
 def test_masked_weights_are_zero_after_every_batch(namespace: Any, optimizer: Any, options: dict[str, Any]) -> None:
     """Momentum and weight decay move weights that have no gradient."""
-    module, watch = theirs(namespace, optimizer), Watch()
+    module, watch = user_module(namespace, optimizer), Watch()
     fit(module, KeepMasked(masks()), watch, namespace=namespace, max_epochs=2, **options)
     assert set(watch.alive) == {kept(TOTAL, 0.3)}
 
@@ -53,7 +53,7 @@ def test_masked_weights_are_zero_after_every_batch(namespace: Any, optimizer: An
 @BOTH
 def test_nothing_is_left_behind(namespace: Any) -> None:
     """No hook, and no key of a state dict, ever."""
-    module, keys = theirs(namespace), net().state_dict().keys()
+    module, keys = user_module(namespace), net().state_dict().keys()
 
     class Look(lp.Callback, pl.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -74,7 +74,7 @@ def test_nothing_is_left_behind_after_an_exception() -> None:
 
     made: list[Any] = []
     with pytest.raises(RuntimeError, match="power failure"):
-        fit(theirs(), KeepMasked(masks()), Late())
+        fit(user_module(), KeepMasked(masks()), Late())
     assert not made[0]._optimizer_step_post_hooks
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_left_behind_after_an_exception() -> None:
 def test_clipping_sees_masked_gradients(own: bool) -> None:
     """Also where the module clips in its own way. The norm of dead weights would shrink the step of the others."""
     norms: list[float] = []
-    module = theirs()
+    module = user_module()
 
     class Norm(lp.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -102,7 +102,7 @@ def test_clipping_sees_masked_gradients(own: bool) -> None:
 @BOTH
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_two_optimizers_stepped_by_hand(namespace: Any, clip: float | None) -> None:
-    module, watch, given = adversaries(namespace, clip), Watch(), masks()
+    module, watch, given = two_optimizers(namespace, clip), Watch(), masks()
     seen: list[float] = []
     original = module.clip_gradients
 
@@ -123,7 +123,7 @@ def test_two_optimizers_stepped_by_hand(namespace: Any, clip: float | None) -> N
 
 def test_masks_of_another_network_are_refused() -> None:
     with pytest.raises(ValueError, match="name no parameter"):
-        fit(theirs(), KeepMasked({"elsewhere": torch.ones(3, dtype=torch.bool)}))
+        fit(user_module(), KeepMasked({"elsewhere": torch.ones(3, dtype=torch.bool)}))
     with pytest.raises(ValueError, match=r"torch\.bool"):
         KeepMasked({"0.weight": torch.ones(10, 6)})
 
@@ -148,10 +148,10 @@ def test_a_module_without_a_network_is_masked_by_its_own_names() -> None:
 def test_ranks_with_different_masks_are_refused() -> None:
     def run() -> None:
         given = masks(0.3 if os.environ["RANK"] == "0" else 0.4)
-        fit(theirs(), KeepMasked(given), devices=2, strategy="ddp", max_epochs=1)
+        fit(user_module(), KeepMasked(given), devices=2, strategy="ddp", max_epochs=1)
 
     with pytest.raises(RuntimeError, match=r"ranks hold different masks, by rank \['\w{12}', '\w{12}'\]"):
-        together(run)
+        on_ranks(run)
 
 
 # GradualPruning
@@ -165,7 +165,7 @@ def expected(times: list[float], begin: float, end: float, density: float) -> li
 @BOTH
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW])
 def test_steps_follow_the_schedule_exactly(namespace: Any, optimizer: Any) -> None:
-    module = theirs(namespace, optimizer)
+    module = user_module(namespace, optimizer)
     pruning = GradualPruning(0.1, "4it", "24it", "5it")
     watch = Watch(pruning)
     fit(module, pruning, watch, namespace=namespace)
@@ -180,7 +180,7 @@ def test_steps_follow_the_schedule_exactly(namespace: Any, optimizer: Any) -> No
 
 @pytest.mark.parametrize("every", ["1ep", "4it"])
 def test_epochs_follow_the_schedule_exactly(every: str) -> None:
-    module = theirs()
+    module = user_module()
     pruning = GradualPruning(0.2, "1ep", "3ep", every)
     watch = Watch(pruning)
     fit(module, pruning, watch)
@@ -194,7 +194,7 @@ def test_epochs_follow_the_schedule_exactly(every: str) -> None:
 
 
 def test_accumulated_batches_are_one_step() -> None:
-    module = theirs()
+    module = user_module()
     watch = Watch()
     fit(module, GradualPruning(0.5, "0it", "4it", "2it"), watch, accumulate_grad_batches=3, max_epochs=2)
     # Updates after batches 3, 6, 8, 11, 14, 16.
@@ -207,14 +207,14 @@ def test_a_loader_without_length() -> None:
         def __iter__(self) -> Any:
             return iter(data().dataset)
 
-    module, watch = theirs(), Watch()
+    module, watch = user_module(), Watch()
     trainer = lp.Trainer(**QUIET, max_epochs=3, callbacks=[GradualPruning(0.2, "0ep", "2ep", "1ep"), watch])
     trainer.fit(module, DataLoader(Stream(), 4))
     assert watch.alive == expected([0] * 7 + [1] * 8 + [2] * 9, 0, 2, 0.2)
 
 
 def test_initial_density_is_there_before_the_first_update() -> None:
-    module, watch = theirs(), Watch()
+    module, watch = user_module(), Watch()
     fit(module, GradualPruning(0.2, "0it", "8it", "8it", Pruner(allocation="uniform"), 0.5), watch, max_epochs=2)
     assert watch.alive == [kept(TOTAL, 0.5)] * 7 + [kept(TOTAL, 0.2)] * 9
 
@@ -229,7 +229,7 @@ def test_clipping_sees_masked_gradients_while_pruning() -> None:
                 seen.append(any(bool(named[name].grad[~mask].any()) for name, mask in pruning.masks.items()))
 
     pruning = GradualPruning(0.1, "0it", "8it", "2it", Pruner(allocation="uniform"))
-    fit(theirs(), pruning, Norm(), max_epochs=2, gradient_clip_val=0.1)
+    fit(user_module(), pruning, Norm(), max_epochs=2, gradient_clip_val=0.1)
     assert len(seen) == 14
     assert not any(seen)
 
@@ -238,7 +238,7 @@ def test_clipping_sees_masked_gradients_while_pruning() -> None:
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_prunes_what_is_stepped_by_hand(namespace: Any, clip: float | None) -> None:
     """Two optimizers: Lightning counts two steps a batch."""
-    module, watch = adversaries(namespace, clip), Watch()
+    module, watch = two_optimizers(namespace, clip), Watch()
     fit(
         module,
         GradualPruning(0.1, "0it", "16it", "8it", Pruner(include="0*")),
@@ -253,7 +253,7 @@ def test_prunes_what_is_stepped_by_hand(namespace: Any, clip: float | None) -> N
 def test_an_epoch_may_end_without_an_update() -> None:
     """Of eight batches the third and sixth step; a time in epochs comes nevertheless."""
 
-    class Sometimes(type(theirs())):  # type: ignore[misc]
+    class Sometimes(type(user_module())):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -277,7 +277,7 @@ def test_resuming_keeps_masks_and_schedule(namespace: Any, tmp_path: Path) -> No
 
     def run(*more: Any, path: Any = None, optimizer: Any = SGD) -> tuple[Any, Watch]:
         pruning = GradualPruning(0.1, "2it", "28it", "3it")
-        module, watch = theirs(namespace, optimizer), Watch(pruning)
+        module, watch = user_module(namespace, optimizer), Watch(pruning)
         fit(module, pruning, watch, *more, namespace=namespace, ckpt_path=path)
         return pruning, watch
 
@@ -296,7 +296,7 @@ def test_resuming_keeps_masks_and_schedule(namespace: Any, tmp_path: Path) -> No
 
 
 def test_a_second_fit_stays_as_sparse() -> None:
-    module, pruning = theirs(), GradualPruning(0.2, "0ep", "2ep", "1ep")
+    module, pruning = user_module(), GradualPruning(0.2, "0ep", "2ep", "1ep")
     fit(module, pruning)
     assert alive(module) == kept(TOTAL, 0.2)
     first, watch = pruning.masks, Watch(pruning)
@@ -307,8 +307,8 @@ def test_a_second_fit_stays_as_sparse() -> None:
 
 def test_another_network_starts_dense() -> None:
     pruning, watch = GradualPruning(0.2, "0ep", "2ep", "1ep"), Watch()
-    fit(theirs(), pruning)
-    fit(theirs(), pruning, watch)
+    fit(user_module(), pruning)
+    fit(user_module(), pruning, watch)
     assert watch.alive[0] == TOTAL
     assert watch.alive[-1] == kept(TOTAL, 0.2)
 
@@ -316,7 +316,7 @@ def test_another_network_starts_dense() -> None:
 def test_a_copy_of_the_callback_is_a_callback() -> None:
     """workbench.training.fit copies them, one for every training."""
     pruning = copy.deepcopy(GradualPruning(0.2, "0ep", "2ep", "1ep"))
-    module = theirs()
+    module = user_module()
     fit(module, pruning)
     again = copy.deepcopy(pruning)
     fit(module, again, max_epochs=1)
@@ -324,7 +324,7 @@ def test_a_copy_of_the_callback_is_a_callback() -> None:
 
 
 def test_a_layer_that_collapses_is_named() -> None:
-    module = theirs()
+    module = user_module()
     with torch.no_grad():
         module.network[3].weight.mul_(1e-6)
     pruning = GradualPruning(0.3, "0it", "2it", "1it")
@@ -336,11 +336,11 @@ def test_a_layer_that_collapses_is_named() -> None:
 
 def test_training_that_is_too_short_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="end is 5ep, but training has 4ep only"):
-        fit(theirs(), GradualPruning(0.2, "0ep", "5ep", "1ep"))
+        fit(user_module(), GradualPruning(0.2, "0ep", "5ep", "1ep"))
     with pytest.raises(ValueError, match="end is 33it, but training has 32it only"):
-        fit(theirs(), GradualPruning(0.2, "0ep", "33it", "1ep"))
-    fit(theirs(), GradualPruning(0.2, "0ep", "32it", "1ep"))
-    fit(theirs(), GradualPruning(0.2, "0ep", "5ep", "1ep"), fast_dev_run=True)
+        fit(user_module(), GradualPruning(0.2, "0ep", "33it", "1ep"))
+    fit(user_module(), GradualPruning(0.2, "0ep", "32it", "1ep"))
+    fit(user_module(), GradualPruning(0.2, "0ep", "5ep", "1ep"), fast_dev_run=True)
 
 
 def test_training_that_is_stopped_too_early_says_so() -> None:
@@ -349,18 +349,18 @@ def test_training_that_is_stopped_too_early_says_so() -> None:
             trainer.should_stop = True
 
     with pytest.warns(UserWarning, match=r"density 0\.\d+, not 0\.2: it was to be reached at 3ep"):
-        fit(theirs(), GradualPruning(0.2, "0ep", "3ep", "1ep"), Enough(), max_epochs=3, min_epochs=1)
+        fit(user_module(), GradualPruning(0.2, "0ep", "3ep", "1ep"), Enough(), max_epochs=3, min_epochs=1)
 
 
 def test_two_ranks_prune_alike() -> None:
     def run() -> tuple[Any, ...]:
-        module, pruning = theirs(), GradualPruning(0.2, "0it", "8it", "1it")
+        module, pruning = user_module(), GradualPruning(0.2, "0it", "8it", "1it")
         watch = Watch(pruning)
         fit(module, pruning, watch, devices=2, strategy="ddp", max_epochs=2, gradient_clip_val=0.5)
         assert pruning.masks is not None
         return watch.alive, pruning.masks.hash(), [p.tolist() for p in module.network.parameters()]
 
-    one, other = together(run)
+    one, other = on_ranks(run)
     assert one == other
     assert one[0] == expected([1, 2, 3, 4, 5, 6, 7, 8], 0, 8, 0.2)
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from prune import EarlyBird, Pruner
 from prune.connectivity import between, interpolated
 from prune.masks import Masks
+from tests.helpers.ranks import on_ranks
 from tests.prune.connectivity.test_visiting import assert_same, everything
-from tests.together import together
 from workbench import TaskModule
 from workbench.diagnostics import Diagnose
 from workbench.tasks import Classification
@@ -201,7 +201,7 @@ def in_parallel() -> Any:
 
 
 def test_ranks_agree_on_all_that_is_said_of_a_training() -> None:
-    first, second = together(in_parallel)
+    first, second = on_ranks(in_parallel)
     assert first == second
     assert len(first[2]) == 2
     assert first[0]["refreshed"]

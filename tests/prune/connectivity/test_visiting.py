@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from prune.connectivity import barrier, refresh_statistics, visiting
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 
 def net(dropout: float = 0.0) -> nn.Sequential:
@@ -139,6 +139,6 @@ def parts(shared: list[Any]) -> dict[str, Any]:
 def test_batches_of_all_ranks_count_alike() -> None:
     alone = net()
     refresh_statistics(alone, images())
-    for found in together(parts, images()):
+    for found in on_ranks(parts, images()):
         for name in [name for name in found if "running" in name]:
             assert torch.tensor(found[name]) == pytest.approx(alone.state_dict()[name], rel=1e-5)

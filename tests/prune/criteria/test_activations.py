@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prune.criteria import CRITERIA
-from tests.prune.criteria.nets import bert, linear, linear_norms, scored, sentences
+from tests.helpers.criteria_models import bert, linear, linear_norms, scores_of, sentences
 
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "plain": (nn.Conv2d(2, 3, (2, 3)), (2, 2, 4, 5)),
@@ -29,7 +29,7 @@ def test_wanda_of_a_linear_layer(shape: tuple[int, ...]):
     torch.manual_seed(0)
     model, batches = nn.Linear(3, 2), [torch.randn(shape) for _ in range(3)]
     norms = linear_norms(batches)
-    scores = scored(CRITERIA["wanda"], model, batches)["weight"]
+    scores = scores_of(CRITERIA["wanda"], model, batches)["weight"]
     for i, row in enumerate(model.weight.tolist()):
         assert scores[i].tolist() == pytest.approx([abs(w) * norm for w, norm in zip(row, norms)])
 
@@ -44,7 +44,7 @@ def test_wanda_differs_from_the_published_running_mean_by_one_factor():
         sequences += len(batch)
         scaler += batch.reshape(-1, 3).norm(dim=0) ** 2 / sequences
     published = model.weight.detach().abs() * scaler.sqrt()
-    torch.testing.assert_close(scored(CRITERIA["wanda"], model, batches)["weight"], published * 5**0.5)
+    torch.testing.assert_close(scores_of(CRITERIA["wanda"], model, batches)["weight"], published * 5**0.5)
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
@@ -55,7 +55,7 @@ def test_wanda_of_a_convolution_is_that_of_the_linear_map_it_is(kind: str):
     """
     layer, shape = copy.deepcopy(CONVOLUTIONS[kind])
     layer, inputs = layer.double(), torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
-    scores = scored(CRITERIA["wanda"], layer, [inputs])["weight"]
+    scores = scores_of(CRITERIA["wanda"], layer, [inputs])["weight"]
     probe = copy.deepcopy(layer)
     nn.init.zeros_(probe.bias)
     for place in itertools.product(*map(range, layer.weight.shape)):
@@ -70,11 +70,11 @@ def test_wanda_of_a_convolution_is_that_of_the_linear_map_it_is(kind: str):
 def test_wanda_sees_no_difference_between_a_scaled_input_and_a_scaled_weight(factor: float, column: int, parts: int):
     torch.manual_seed(0)
     model, inputs = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
-    before = scored(CRITERIA["wanda"], model, [inputs])["weight"]
+    before = scores_of(CRITERIA["wanda"], model, [inputs])["weight"]
     with torch.no_grad():
         model.weight[:, column] /= factor
         inputs[:, column] *= factor
-    after = scored(CRITERIA["wanda"], model, inputs.chunk(parts))["weight"]  # nor between batches
+    after = scores_of(CRITERIA["wanda"], model, inputs.chunk(parts))["weight"]  # nor between batches
     torch.testing.assert_close(after, before)
 
 
@@ -99,7 +99,7 @@ def test_wanda_of_conv1d_is_that_of_its_transpose():
     layer, twin, inputs = Conv1D(5, 3), nn.Linear(3, 5), torch.randn(2, 4, 3)
     with torch.no_grad():
         twin.weight.copy_(layer.weight.T)
-    ours, theirs = (scored(CRITERIA["wanda"], each, [inputs])["weight"] for each in (layer, twin))
+    ours, theirs = (scores_of(CRITERIA["wanda"], each, [inputs])["weight"] for each in (layer, twin))
     torch.testing.assert_close(ours, theirs.T)
 
 
@@ -115,6 +115,6 @@ def test_wanda_leaves_out_padding_of_positions_in_a_row():
     torch.manual_seed(0)
     model, values = Flat(), torch.randn(2, 4, 3)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    found = scored(CRITERIA["wanda"], model, [{"values": values, "attention_mask": mask}])["layer.weight"]
+    found = scores_of(CRITERIA["wanda"], model, [{"values": values, "attention_mask": mask}])["layer.weight"]
     norms = torch.tensor(linear_norms([values[0], values[1, 2:]]))
     torch.testing.assert_close(found, model.layer.weight.detach().abs() * norms)

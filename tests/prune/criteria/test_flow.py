@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prune.criteria import CRITERIA
-from tests.prune.criteria.nets import bert, image_net, images, linear, matrices, scored, sentences
+from tests.helpers.criteria_models import bert, image_net, images, linear, matrices, scores_of, sentences
 
 
 def test_synflow_sums_the_paths_through_a_weight():
     """Tanaka et al., Algorithm 1, for two layers: R = sum over paths of |w2| |w1|."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
-    scores = scored(CRITERIA["synflow"], model, [torch.randn(7, 3)])
+    scores = scores_of(CRITERIA["synflow"], model, [torch.randn(7, 3)])
     first, second = model[0].weight.tolist(), model[2].weight.tolist()
     for i in range(4):
         for j in range(3):
@@ -36,7 +36,7 @@ def test_synflow_is_conserved_over_layers(widths: list[int], seed: int, pruned: 
     model = nn.Sequential(*(m for a, b in pairs for m in (nn.Linear(a, b, bias=False), nn.ReLU())))
     with torch.no_grad():
         model[0].weight.view(-1)[1 : 1 + pruned] = 0  # at least one path is left
-    sums = [score.sum() for score in scored(CRITERIA["synflow"], model, [torch.zeros(1, widths[0])]).values()]
+    sums = [score.sum() for score in scores_of(CRITERIA["synflow"], model, [torch.zeros(1, widths[0])]).values()]
     torch.testing.assert_close(torch.stack(sums), sums[0].expand(len(sums)))
 
 
@@ -51,7 +51,7 @@ def test_synflow_equals_the_published_code_on_a_convolutional_net():
         for value in theirs.state_dict().values():
             value.abs_()
     theirs(torch.ones(1, 2, 4, 4).double()).sum().backward()
-    scores = scored(CRITERIA["synflow"], model, images(1))
+    scores = scores_of(CRITERIA["synflow"], model, images(1))
     for name, weight in matrices(theirs).items():
         torch.testing.assert_close(scores[name], (weight.grad * weight).abs().detach())
     assert (theirs[5].weight.grad < 0).any()
@@ -63,7 +63,7 @@ def test_synflow_neither_overflows_nor_underflows_where_fp32_does():
         with torch.no_grad():
             for layer in layers:
                 layer.weight.fill_(gain / 64)
-        scores = scored(CRITERIA["synflow"], nn.Sequential(*layers), [torch.zeros(2, 64)])
+        scores = scores_of(CRITERIA["synflow"], nn.Sequential(*layers), [torch.zeros(2, 64)])
         for score in scores.values():
             assert score.dtype == torch.float64
             assert bool(((score > 0) & score.isfinite()).all())
@@ -81,7 +81,7 @@ def test_synflow_takes_embeddings_in_place_of_token_ids():
 
     model = Embedded()
     batch = {"inputs_embeds": torch.randn(4, 2, 3), "attention_mask": torch.zeros(4, 2).long(), "labels": torch.ones(4)}
-    scores = scored(CRITERIA["synflow"], model, [batch])["inner.weight"]
+    scores = scores_of(CRITERIA["synflow"], model, [batch])["inner.weight"]
     torch.testing.assert_close(scores, 2 * model.inner.weight.detach().double().abs())  # two positions
     model = bert()
     with pytest.raises(ValueError, match=r"an input is torch.int64.*inputs_embeds"):

@@ -10,18 +10,18 @@ from torch.nn import functional as F
 
 from prune.criteria import CRITERIA, Criterion
 from prune.topk import keep_top_k
-from tests.prune.criteria.nets import (
+from tests.helpers.criteria_models import (
     ONLINE,
     WITH_LOSS,
-    Twice,
+    SharedWeight,
     bert,
     cross_entropy,
+    each_criterion,
     linear,
     linear_norms,
     matrices,
-    named,
     points,
-    scored,
+    scores_of,
     sentences,
     small,
 )
@@ -61,7 +61,7 @@ def mean_loss(model: nn.Module, batches: list[Any]) -> float:
 def test_snip_is_the_sensitivity_to_the_connection():
     """Lee et al., equation 4: |dL(c * w) / dc| at c = 1, over all data; without the normalisation of equation 5."""
     model, batches = small(), points(3)
-    scores = scored(CRITERIA["snip"], model, batches)
+    scores = scores_of(CRITERIA["snip"], model, batches)
     for name, place in each_weight(model):
         expected = abs(slope(model, name, place, lambda: mean_loss(model, batches)))
         assert scores[name][place].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -70,7 +70,7 @@ def test_snip_is_the_sensitivity_to_the_connection():
 def test_taylor_is_the_mean_square_and_movement_minus_the_mean():
     """Molchanov et al., I^(1)_m = (g_m w_m)^2, mean over minibatches; Sanh et al., Table 1: -sum_t g_t w_t."""
     model, batches = small(), points(3)
-    taylor, movement = (scored(CRITERIA[name], model, batches) for name in ("taylor", "movement"))
+    taylor, movement = (scores_of(CRITERIA[name], model, batches) for name in ("taylor", "movement"))
     for name, place in each_weight(model):
         slopes = [slope(model, name, place, lambda: cross_entropy(model, each).item()) for each in batches]  # noqa: B023
         assert taylor[name][place].item() == pytest.approx(sum(s * s for s in slopes) / 3, rel=1e-4, abs=1e-9)
@@ -85,7 +85,7 @@ def squared_gradient(model: nn.Module, batches: list[Any]) -> float:
 def test_grasp_keeps_what_the_gradient_would_miss():
     """Wang et al.: pruning a bit of w_q changes |g|^2 by -2 w_q (Hg)_q; the weights whose loss shrinks it are kept."""
     model, batches = small(), points(3)
-    scores = scored(CRITERIA["grasp"], model, batches)
+    scores = scores_of(CRITERIA["grasp"], model, batches)
     for name, place in each_weight(model):
         expected = slope(model, name, place, lambda: squared_gradient(model, batches)) / 2
         assert scores[name][place].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -107,7 +107,7 @@ def test_grasp_is_the_explicit_hessian_times_the_gradient():
     (gradient,) = torch.autograd.grad(loss(at), at, create_graph=True)
     hessian = torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in gradient])
     expected = flat * (hessian @ gradient.detach())
-    scores = scored(CRITERIA["grasp"], model, batches)
+    scores = scores_of(CRITERIA["grasp"], model, batches)
     torch.testing.assert_close(torch.cat([scores[name].flatten() for name in names]), expected)
 
 
@@ -127,17 +127,17 @@ def test_grasp_orders_as_the_published_code_and_a_temperature_belongs_into_the_l
         grads = torch.autograd.grad(cooler(theirs, batch), weights, create_graph=True)
         sum((s.data * g).sum() for s, g in zip(stopped, grads)).backward()
     published = torch.cat([(-weight.data * weight.grad).flatten() for weight in weights])
-    scores = torch.cat([score.flatten() for score in scored(CRITERIA["grasp"], model, batches, cooler).values()])
+    scores = torch.cat([score.flatten() for score in scores_of(CRITERIA["grasp"], model, batches, cooler).values()])
     torch.testing.assert_close(scores, -published / len(batches) ** 2)
 
 
 def test_a_loss_without_curvature_has_no_gradient_signal():
     model = nn.Linear(3, 2).double()
-    scores = scored(CRITERIA["grasp"], model, points(2), lambda model, batch: model(batch[0]).mean())
+    scores = scores_of(CRITERIA["grasp"], model, points(2), lambda model, batch: model(batch[0]).mean())
     assert not scores["weight"].any()
 
 
-@named(WITH_LOSS)
+@each_criterion(WITH_LOSS)
 def test_a_transformer_is_differentiated_once_and_twice(criterion: Criterion):
     model = bert(attention_probs_dropout_prob=0.0).eval()  # where attention could be fused
     scores = criterion.score(model, linear(model), [sentences()], lambda model, batch: model(**batch).loss)
@@ -146,11 +146,11 @@ def test_a_transformer_is_differentiated_once_and_twice(criterion: Criterion):
     assert not any(module.training for module in model.modules())
 
 
-@named(ONLINE)
+@each_criterion(ONLINE)
 def test_online_and_offline_agree_on_one_batch(criterion: Criterion):
     model, (batch,) = small(), points(1)
     cross_entropy(model, batch).backward()
-    for name, score in scored(criterion, model, [batch]).items():
+    for name, score in scores_of(criterion, model, [batch]).items():
         weight = model.get_parameter(name)
         torch.testing.assert_close(criterion.online(weight, weight.grad), score)
     half = criterion.online(torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1e-3, dtype=torch.bfloat16))
@@ -159,7 +159,7 @@ def test_online_and_offline_agree_on_one_batch(criterion: Criterion):
 
 def test_a_tied_weight_is_scored_by_all_that_it_does():
     torch.manual_seed(0)
-    model, batches = Twice().double(), points(2)
+    model, batches = SharedWeight().double(), points(2)
     weights = {"first.weight": model.first.weight}
     for criterion in WITH_LOSS:
         scores = criterion.score(model, weights, batches, cross_entropy)["first.weight"]
@@ -175,7 +175,7 @@ def test_a_tied_weight_is_scored_by_all_that_it_does():
 
 
 def test_a_weight_that_the_loss_does_not_use_is_worth_nothing():
-    model = Twice().double()
+    model = SharedWeight().double()
     weights = {name: model.get_parameter(name) for name in ("first.weight", "idle.weight")}
     for criterion in WITH_LOSS:
         scores = criterion.score(model, weights, points(1), cross_entropy)
@@ -187,12 +187,12 @@ def test_a_weight_that_the_loss_does_not_use_is_worth_nothing():
     assert not scores["idle.weight"].any()
 
 
-@named(WITH_LOSS)
+@each_criterion(WITH_LOSS)
 def test_frozen_weights_are_refused_where_a_gradient_is_needed(criterion: Criterion):
     model = small()
     model[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'0.weight' are frozen.*set requires_grad, or exclude"):
-        scored(criterion, model, points(1))
+        scores_of(criterion, model, points(1))
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ def test_frozen_weights_are_refused_where_a_gradient_is_needed(criterion: Criter
         (lambda model, batch: nn.Linear(3, 1).double()(batch[0]).mean(), "depends on none of the 2 weights"),
     ],
 )
-@named(WITH_LOSS)
+@each_criterion(WITH_LOSS)
 def test_losses_that_are_none_are_refused(criterion: Criterion, loss: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        scored(criterion, small(), points(1), loss)
+        scores_of(criterion, small(), points(1), loss)
 
 
-@named(WITH_LOSS)
+@each_criterion(WITH_LOSS)
 def test_scores_that_are_nan_are_named_by_selection(criterion: Criterion):
     batches = [(x.log(), y) for x, y in points(1)]  # of negative numbers
     with pytest.raises(ValueError, match=r"scores of '0.weight' are NaN.*the data"):
-        keep_top_k(scored(criterion, small(), batches), 3)
+        keep_top_k(scores_of(criterion, small(), batches), 3)

@@ -13,6 +13,7 @@ from prune import Pruner
 from prune.hf import LotteryTicket
 from prune.hf.lottery import level_length, schedule_levels
 from prune.schedule import kept
+from tests.helpers.ranks import on_ranks
 from tests.prune.hf.test_masking import (
     ADAMW,
     SGD,
@@ -27,7 +28,6 @@ from tests.prune.hf.test_masking import (
     trained,
     weights,
 )
-from tests.together import together
 
 UNIFORM = Pruner(allocation="uniform")
 LINEAR = {"lr_scheduler_type": "linear", "warmup_steps": 2, "train_sampling_strategy": "sequential"}
@@ -314,6 +314,6 @@ def _on_ranks(folder: Path) -> Any:
 
 
 def test_ranks_hunt_alike(tmp_path: Path) -> None:
-    one, other = together(_on_ranks, tmp_path)
+    one, other = on_ranks(_on_ranks, tmp_path)
     assert one == other
     assert len(set(one[1])) == 3

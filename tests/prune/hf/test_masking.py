@@ -27,7 +27,7 @@ from prune.hf import DynamicSparsity, GradualPruning, KeepMasked, masks_of_zeros
 from prune.hf.base import Driving, _unscaled
 from prune.policies import Moment, Policy
 from prune.schedule import cubic, kept
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 VOCABULARY = 19
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.01, "learning_rate": 0.05}
@@ -590,7 +590,7 @@ def test_what_is_saved_is_a_plain_model(tmp_path: Path) -> None:
     inputs = torch.stack([row["input_ids"] for row in rows])
     with torch.no_grad():
         logits = model.eval()(input_ids=inputs).logits
-    [(found, tied, zeros, keys)] = together(_elsewhere, tmp_path / "final", inputs, ranks=1)
+    [(found, tied, zeros, keys)] = on_ranks(_elsewhere, tmp_path / "final", inputs, ranks=1)
     assert torch.equal(torch.tensor(found), logits)
     assert tied
     assert pruning.masks is not None
@@ -629,7 +629,7 @@ def _on_ranks(folder: Path, rows: Any, given: Masks) -> Any:
 
 def test_ranks_prune_alike_and_see_the_mean_gradient(tmp_path: Path) -> None:
     rows, given = sentences(16), masks()
-    one, other = together(_on_ranks, tmp_path, rows, given)
+    one, other = on_ranks(_on_ranks, tmp_path, rows, given)
     assert one == other
     seen, logged, (left, *_), said = one
     truth = first_gradient(rows, given)

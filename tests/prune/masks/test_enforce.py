@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.testing._internal.two_tensor import TwoTensor
 
 from prune.masks import Masks
-from tests.prune.masks.models import OPTIMIZERS, Tied, backward, half, mlp
+from tests.helpers.masked_models import OPTIMIZERS, Tied, backward, half, mlp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from prune.masks import Masks
-from tests.prune.masks.models import OPTIMIZERS, backward, half, largest_masked, mlp
+from tests.helpers.masked_models import OPTIMIZERS, backward, half, largest_masked, mlp
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prune.masks import Masks
 from prune.masks.memory import local
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": lambda ps: SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -155,7 +155,7 @@ def sharded(model: Any, **options: Any) -> Any:
     return fully_shard(model, **options)
 
 
-def on_ranks() -> dict[str, dict[str, Any]]:
+def trainings() -> dict[str, dict[str, Any]]:
     """The trainings of ``alone``, replicated and sharded: weights at the end, by way and optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
@@ -194,7 +194,7 @@ def on_ranks() -> dict[str, dict[str, Any]]:
 
 
 def test_ranks_keep_what_one_process_keeps():
-    first, second = together(on_ranks)
+    first, second = on_ranks(trainings)
     assert len(first) == 6
     assert first == second
     for way, weights in first.items():
@@ -245,5 +245,5 @@ def details() -> list[Any]:
 
 
 def test_sharded_parameters():
-    for seen in together(details):
+    for seen in on_ranks(details):
         assert seen == [True] * 9

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import lr_scheduler
 
 from prune.rewinding.modes import REWINDING, groups_of, hold
-from tests.prune.tickets.trainings import ADAMW, BATCHES, SGD, Blobs, Net, Stop, Watch, hunted, same, trainee, weights
+from tests.helpers.hunt_training import ADAMW, BATCHES, SGD, Blobs, Net, Stop, Watch, run_hunt, same, trainee, weights
 from workbench.checkpoints import compact
 from workbench.randomness import set_random_state
 
@@ -30,7 +30,7 @@ def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: str, sc
     watch = Watch()
     optimizer = ADAMW if schedule == "one-cycle" else SGD
     of = trainee(tmp_path, optimizer=optimizer, scheduler=SCHEDULES[schedule], trainer={"callbacks": [watch]})
-    hunted(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    run_hunt(tmp_path, of, (1.0, 0.6), rewinding=mode)
     rates, then = watch.rates
     assert len(rates) == TOTAL
     assert len(then) == TOTAL - 8
@@ -50,7 +50,7 @@ STARTS = [*((mode, "8it") for mode in REWINDING), ("weights", "0it"), ("fine_tun
 def test_where_a_level_starts(tmp_path: Path, mode: str, rewind: str) -> None:
     watch = Watch()
     of = trainee(tmp_path, rewind=rewind, trainer={"callbacks": [watch]})
-    hunted(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    run_hunt(tmp_path, of, (1.0, 0.6), rewinding=mode)
     k = {"0it": 0, "8it": 8, "2ep": 12}[rewind]
     (_, dense, held) = watch.weights[0][k]
     step, start, momenta = watch.weights[1][0]
@@ -68,7 +68,7 @@ def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path) ->
     seen = []
     for name in ("a", "b"):
         watch = Watch()
-        hunted(tmp_path / name, trainee(tmp_path / name, trainer={"callbacks": [watch]}), order="fresh")
+        run_hunt(tmp_path / name, trainee(tmp_path / name, trainer={"callbacks": [watch]}), order="fresh")
         seen.append(watch.seen)
     assert all(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[0][8:]))
     assert any(not torch.equal(one, other) for one, other in zip(watch.seen[1], watch.seen[2]))
@@ -79,11 +79,11 @@ def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path) ->
 @pytest.mark.parametrize("mode", REWINDING)
 def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, mode: str) -> None:
     options: dict[str, Any] = {"scheduler": SCHEDULES["one-cycle"], "checkpoint": "4it", "optimizer": ADAMW}
-    whole = hunted(tmp_path / "whole", trainee(tmp_path / "whole", **options), (1.0, 0.5), rewinding=mode)
+    whole = run_hunt(tmp_path / "whole", trainee(tmp_path / "whole", **options), (1.0, 0.5), rewinding=mode)
     for left in [9, 14, 7, -1]:
         of = trainee(tmp_path / "pieces", trainer={"callbacks": [Watch(left)]}, **options)
         try:
-            pieces = hunted(tmp_path / "pieces", of, (1.0, 0.5), rewinding=mode)
+            pieces = run_hunt(tmp_path / "pieces", of, (1.0, 0.5), rewinding=mode)
         except Stop:
             continue
     for level in range(2):
@@ -95,7 +95,7 @@ def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path
 @pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
 def test_rate_zero_repeats_level_zero(tmp_path: Path, schedule: str) -> None:
     of = trainee(tmp_path, optimizer=ADAMW, scheduler=SCHEDULES[schedule])
-    levels = hunted(tmp_path, of, (1.0, 1.0))
+    levels = run_hunt(tmp_path, of, (1.0, 1.0))
     assert levels[0]["history"] == levels[1]["history"]
     assert same(weights(tmp_path, 0), weights(tmp_path, 1))
 
@@ -104,7 +104,7 @@ def test_learning_rate_rewinding_is_a_continuation_by_hand(tmp_path: Path) -> No
     """Trained weights, all else of the rewind point, and a loop without Lightning."""
     watch = Watch()
     of = trainee(tmp_path, scheduler=SCHEDULES["cosine"], trainer={"callbacks": [watch]})
-    hunted(tmp_path, of, (1.0, 1.0), rewinding="learning_rate")
+    run_hunt(tmp_path, of, (1.0, 1.0), rewinding="learning_rate")
     point = torch.load(tmp_path / "checkpoints" / "rewind.ckpt", weights_only=False)
     model = Net()
     model.load_state_dict(weights(tmp_path, 0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from prune.rewinding.snapshot import PARTS, Restored, Snapshot, random_state, set_random_state
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -350,6 +350,6 @@ def sharded() -> list[list[float]]:
 
 
 def test_every_rank_holds_its_shards() -> None:
-    one, other = together(sharded)
+    one, other = on_ranks(sharded)
     assert one == other
     assert one[0] == one[1] == one[2]

@@ -5,7 +5,7 @@ import pytest
 from prune.pruner import Pruner
 from prune.schedule import kept
 from prune.shrinking import Coupled, shrink
-from tests.prune.shrinking.networks import assert_same, made, tiny, weights
+from tests.helpers.shrinkable_models import assert_same, built, tiny_transformer, weights
 
 
 @pytest.mark.filterwarnings("ignore:layer collapse")
@@ -14,7 +14,7 @@ from tests.prune.shrinking.networks import assert_same, made, tiny, weights
     [("magnitude", "global"), ("random", "uniform"), ("snip", "erk"), ("taylor", "erdos_renyi")],
 )
 def test_coupled_goes_with_every_criterion_and_allocation(criterion: str, allocation: str) -> None:
-    model, inputs = made("resnet")
+    model, inputs = built("resnet")
     pruner = Pruner(criterion, Coupled(inputs), allocation)
     data = {"loader": [inputs], "loss": lambda net, batch: net(batch).square().mean()}
     given = data if criterion in ("snip", "taylor") else {}
@@ -29,16 +29,16 @@ def test_coupled_goes_with_every_criterion_and_allocation(criterion: str, alloca
 
 
 def test_inputs_of_coupled_as_a_recipe_writes_them() -> None:
-    model, inputs = made("mlp")
+    model, inputs = built("mlp")
     written = Coupled([3, 12]).layout(model, weights(model))
     assert written.units == Coupled(inputs).layout(model, weights(model)).units == {"layers.0": 20, "layers.2": 20}
-    bert, tokens = tiny("bert")
+    bert, tokens = tiny_transformer("bert")
     lists = {name: value.tolist() for name, value in tokens.items()}
     assert Coupled(lists).layout(bert, weights(bert)).units == Coupled(tokens).layout(bert, weights(bert)).units
 
 
 def test_layers_read_side_by_side_are_one_key() -> None:
-    model, inputs = made("dense")
+    model, inputs = built("dense")
     layout = Coupled(inputs).layout(model, weights(model))
     assert layout.units == {"one": 10, "both": 6}
     first = layout.members["two.weight"]
@@ -51,7 +51,7 @@ def test_layers_read_side_by_side_are_one_key() -> None:
 
 
 def test_wrong_inputs_of_coupled() -> None:
-    model, _ = made("mlp")
+    model, _ = built("mlp")
     with pytest.raises(ValueError, match=r"MLP cannot be called with example_inputs .*give what it is called with"):
         Coupled([3, 13]).layout(model, weights(model))
     with pytest.raises(ValueError, match="without a tensor"):

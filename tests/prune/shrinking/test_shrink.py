@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prune.shrinking import Coupled, shrink
-from tests.prune.shrinking.networks import NETWORKS, assert_same, coupled, made, masked, sparse, weights
+from tests.helpers.shrinkable_models import NETWORKS, assert_same, built, coupled, masked, sparse, weights
 from workbench import load, save
 from workbench.checkpoints import compact
 from workbench.models import MLP
@@ -27,7 +27,7 @@ from workbench.models import MLP
     ("name", "density"), [*((name, 0.02) for name in NETWORKS), ("mlp", 0.2), ("resnet_group", 0.2), ("mobile", 0.2)]
 )
 def test_outputs_stay_at_any_density(name: str, density: float) -> None:
-    model, inputs = made(name)
+    model, inputs = built(name)
     state = copy.deepcopy(model.state_dict())
     masks = sparse(model, density)
     result = shrink(model, inputs, masks)
@@ -43,7 +43,7 @@ def test_outputs_stay_at_any_density(name: str, density: float) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_coupled_channels_go_and_leave_what_was_asked_for(name: str, tmp_path: Path) -> None:
     """All that `Coupled` prunes is physically gone: every key is as wide as its units were to be many."""
-    model, inputs = made(name)
+    model, inputs = built(name)
     masks = coupled(model, inputs)
     result = shrink(model, inputs, masks)
     assert_same(result, model, masks, inputs)
@@ -62,7 +62,7 @@ def test_coupled_channels_go_and_leave_what_was_asked_for(name: str, tmp_path: P
 
 def test_removed_rows_are_numbered_as_they_were() -> None:
     """Every row that is left is the row of the first network that was not removed, over all rounds."""
-    model, inputs = made("mlp")
+    model, inputs = built("mlp")
     result = shrink(model, inputs, masks := sparse(model, 0.1))
     before = masked(model, masks)
     assert set(result.removed) == {"layers.0", "layers.2"}
@@ -341,7 +341,7 @@ def test_inputs_and_outputs_are_never_narrowed() -> None:
 
 
 def test_modes_gradients_types_and_random_state_are_kept() -> None:
-    model, inputs = made("vgg")
+    model, inputs = built("vgg")
     model.train()
     model.features[1].eval()
     model.features[0].weight.requires_grad_(False)
@@ -371,7 +371,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_zeros_without_masks_count_and_masks_are_applied() -> None:
-    model, inputs = made("mlp")
+    model, inputs = built("mlp")
     masks = sparse(model, 0.1)
     with_masks, without = shrink(model, inputs, masks), shrink(masked(model, masks), inputs)
     assert without.masks is None
@@ -381,7 +381,7 @@ def test_zeros_without_masks_count_and_masks_are_applied() -> None:
 
 
 def test_it_trains_on_under_its_masks() -> None:
-    model, inputs = made("mlp")
+    model, inputs = built("mlp")
     result = shrink(model, inputs, sparse(model, 0.1))
     assert result.masks is not None
     optimizer = torch.optim.AdamW(result.model.parameters(), 0.1)

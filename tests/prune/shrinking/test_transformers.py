@@ -11,7 +11,7 @@ from torch import Tensor
 from prune.masks import Masks
 from prune.shrinking import Coupled, shrink
 from prune.structures import FFN
-from tests.prune.shrinking.networks import coupled, masked, sparse, tiny, weights
+from tests.helpers.shrinkable_models import coupled, masked, sparse, tiny_transformer, weights
 from workbench import load, save
 
 TRANSFORMERS = ["bert", "roberta", "distilbert", "gpt2", "llama", "vit", "sentence", "transformer"]
@@ -25,7 +25,7 @@ def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_heads_and_feed_forward_units_of_transformers_go(name: str, tmp_path: Path) -> None:
-    model, inputs = tiny(name)
+    model, inputs = tiny_transformer(name)
     heads = 2 if name == "llama" else 4
     masks = coupled(model, inputs)
     result = shrink(model, inputs, masks)
@@ -48,7 +48,7 @@ def test_heads_and_feed_forward_units_of_transformers_go(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_unstructured_zeros_of_transformers(name: str) -> None:
-    model, inputs = tiny(name)
+    model, inputs = tiny_transformer(name)
     masks = sparse(model, 0.04)
     result = shrink(model, inputs, masks)
     torch.testing.assert_close(answer(result.model, inputs), answer(masked(model, masks), inputs), rtol=1e-4, atol=1e-5)
@@ -60,7 +60,7 @@ def test_unstructured_zeros_of_transformers(name: str) -> None:
 
 
 def test_a_head_of_constant_values_is_folded_into_the_output() -> None:
-    model, inputs = tiny("bert")
+    model, inputs = tiny_transformer("bert")
     attention = model.bert.encoder.layer[1].attention
     with torch.no_grad():
         attention.self.value.weight[4:8] = 0
@@ -77,7 +77,7 @@ def test_a_head_of_constant_values_is_folded_into_the_output() -> None:
 @pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "vit", "llama"])
 def test_equal_widths_become_the_configuration_s_own(name: str, tmp_path: Path) -> None:
     """Then plain `from_pretrained` loads it, and nothing needs to be said beside."""
-    model, inputs = tiny(name)
+    model, inputs = tiny_transformer(name)
     all_weights = weights(model)
     layout = FFN().layout(model, all_weights)
     scores = layout.pool({n: w.detach().abs() for n, w in all_weights.items()})
@@ -92,7 +92,7 @@ def test_equal_widths_become_the_configuration_s_own(name: str, tmp_path: Path) 
 
 
 def test_unequal_widths_are_noted_layer_by_layer() -> None:
-    model, inputs = tiny("bert")
+    model, inputs = tiny_transformer("bert")
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[:, :7] = 0
     result = shrink(model, inputs)
@@ -104,7 +104,7 @@ def test_unequal_widths_are_noted_layer_by_layer() -> None:
 
 
 def test_tied_embeddings_are_untouched() -> None:
-    model, inputs = tiny("gpt2")
+    model, inputs = tiny_transformer("gpt2")
     with torch.no_grad():
         model.lm_head.weight[:, 3] = 0
         model.transformer.wte.weight[5] = 0

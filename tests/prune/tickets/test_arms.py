@@ -20,8 +20,8 @@ from prune.tickets.densities import derived
 from prune.tickets.reinit import reinitialised
 from prune.tickets.store import Store
 from prune.tickets.trainee import Arm, Trainee
+from tests.helpers.ranks import on_ranks
 from tests.prune.tickets.test_hunt import run
-from tests.together import together
 from workbench.checkpoints import compact
 from workbench.training.save import save_network
 
@@ -294,7 +294,7 @@ def alone_or_not(hunt: Hunt) -> list[str]:
 
 def test_ranks_agree_without_a_word(tmp_path: Path) -> None:
     hunt = hunted(tmp_path)
-    one, other = together(alone_or_not, hunt)
+    one, other = on_ranks(alone_or_not, hunt)
     assert one == other == hashes(hunt)
     assert len(set(one)) == len(one)
 

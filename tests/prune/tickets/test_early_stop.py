@@ -14,9 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from prune.tickets.early_stop import EarlyStop, best_of
 from prune.tickets.lightning import LightningTrainee
-from tests.prune.tickets import trainings
-from tests.prune.tickets.trainings import BATCHES, SGD, Blobs, Net, Stop, Watch, hunted, same, weights
-from tests.together import together
+from tests.helpers import hunt_training
+from tests.helpers.hunt_training import BATCHES, SGD, Blobs, Net, Stop, Watch, run_hunt, same, weights
+from tests.helpers.ranks import on_ranks
 from workbench.duration import Duration
 from workbench.tasks import Classification
 from workbench.training.fit import module_for
@@ -53,7 +53,7 @@ class Unvalidated(lp.LightningDataModule):
 def trainee(out: Path, **options: Any) -> LightningTrainee:
     torch.manual_seed(1)
     of = module_for(Net(), Blobs(), Judged(3), SGD)
-    return trainings.trainee(out, of, **options)
+    return hunt_training.trainee(out, of, **options)
 
 
 def expected(scores: list[float], patience: int, after: int) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def test_a_level_ends_after_its_patience_with_its_best_weights(tmp_path: Path, p
         tmp_path, rewind=rewind, early_stop=patience, trainer={"max_epochs": len(SCORES), "callbacks": [scored]}
     )
     epochs, best = expected(SCORES, patience, {"0it": 0, "2ep": 2}[rewind])
-    levels = hunted(tmp_path, of, (1.0, 0.5))
+    levels = run_hunt(tmp_path, of, (1.0, 0.5))
     for level, record in enumerate(levels):
         assert record["stopped"] == {
             "epoch": epochs,
@@ -115,14 +115,14 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
 
     options: dict[str, Any] = {"early_stop": 2, "rewind": "3it"}
     length = {"max_epochs": len(SCORES)}
-    whole = hunted(
+    whole = run_hunt(
         tmp_path / "a", trainee(tmp_path / "a", trainer={**length, "callbacks": [Scored()]}, **options), (1.0, 0.5)
     )
     for left in [20, 9, 0, 13, 0]:
         callbacks = [Scored(), Watch(left), StopAtEnd()]
         of = trainee(tmp_path / "b", trainer={**length, "callbacks": callbacks}, **options)
         try:
-            pieces = hunted(tmp_path / "b", of, (1.0, 0.5))
+            pieces = run_hunt(tmp_path / "b", of, (1.0, 0.5))
         except Stop:
             continue
     assert not StopAtEnd.armed
@@ -145,7 +145,7 @@ def test_resumed_at_the_very_end_of_the_budget_it_still_gives_the_best_weights(t
 
     def run(out: Path, *more: lp.Callback) -> list[dict[str, Any]]:
         length = {"max_epochs": 3, "callbacks": [Scored([0.5, 0.9, 0.6]), *more]}
-        return hunted(out, trainee(out, early_stop=5, trainer=length), (1.0, 0.5), rewinding="fine_tuning")
+        return run_hunt(out, trainee(out, early_stop=5, trainer=length), (1.0, 0.5), rewinding="fine_tuning")
 
     whole = run(tmp_path / "a")
     with pytest.raises(Stop):
@@ -161,7 +161,7 @@ def test_without_validation_it_is_refused_before_training(tmp_path: Path) -> Non
     warnings.filterwarnings("ignore", ".*no `val_dataloader`")
     for options in ({"data": Unvalidated()}, {"trainer": {"limit_val_batches": 0}}):
         with pytest.raises(ValueError, match="early_stop is 2, but nothing is validated: give the data module"):
-            hunted(tmp_path, trainee(tmp_path, early_stop=2, **options))
+            run_hunt(tmp_path, trainee(tmp_path, early_stop=2, **options))
     assert not list(tmp_path.rglob("last.ckpt"))
 
 
@@ -181,7 +181,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 def test_ranks_agree_on_scores_of_their_own() -> None:
     """Rank 0 alone would go on improving, rank 1 alone would stop after its first."""
-    both = together(_ranks)
+    both = on_ranks(_ranks)
     assert both[0] == both[1] == {"epoch": 4, "step": 4 * BATCHES // 2, "best_step": 2 * BATCHES // 2}
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 import prune.tickets.find
 from prune import Masks, Pruner, find_tickets
 from prune.rewinding.modes import REWINDING
-from tests.prune.tickets.trainings import same, weights
-from tests.together import together
+from tests.helpers.hunt_training import same, weights
+from tests.helpers.ranks import on_ranks
 from workbench import load
 from workbench.checkpoints import compact
 
@@ -323,7 +323,7 @@ def test_mistakes_of_the_call_are_named_before_training(tmp_path: Path, options:
 
 
 def test_ranks_share_one_hunt(tmp_path: Path) -> None:
-    one, other = together(_ranks, tmp_path)
+    one, other = on_ranks(_ranks, tmp_path)
     assert one == other
     assert [each["world_size"] for each in one] == [2, 2]
 

@@ -15,7 +15,7 @@ from prune.pruner import Pruner
 from prune.tickets.arms import Hunt
 from prune.tickets.hunt import hunt
 from prune.tickets.store import Store
-from tests.prune.tickets.trainings import BATCHES, SGD, Blobs, Net, Watch, hunted, same, trainee, weights
+from tests.helpers.hunt_training import BATCHES, SGD, Blobs, Net, Watch, run_hunt, same, trainee, weights
 from workbench.duration import Duration
 from workbench.models import MLP
 
@@ -81,7 +81,7 @@ class Projectors(lp.Callback):
 def test_what_is_not_the_network_is_of_the_moment(tmp_path: Path, mode: str) -> None:
     projectors = Projectors()
     of = trainee(tmp_path, Projected(), trainer={"callbacks": [projectors]})
-    hunted(tmp_path, of, (1.0, 0.6, 0.3), rewinding=mode, controls=("reinit",))
+    run_hunt(tmp_path, of, (1.0, 0.6, 0.3), rewinding=mode, controls=("reinit",))
     first, one, anew, two, again = projectors.seen
     moment = {"learning_rate": "rewind", "fine_tuning": "end"}[mode]
     kept = torch.load(tmp_path / "checkpoints" / f"{moment}.ckpt", weights_only=False)["state_dict"]
@@ -98,7 +98,7 @@ def test_optimizers_stepped_by_hand(tmp_path: Path, rewind: str) -> None:
     watch = Watch()
     module = Adversaries()
     of = trainee(tmp_path, module, rewind=rewind, trainer={"callbacks": [watch]})
-    levels = hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    levels = run_hunt(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
     k = {"8it": 8, "1ep": 2 * BATCHES}[rewind]
     assert watch.weights[1][0][0] == 2 * TOTAL
     assert levels[1]["history"][-1]["step"] == 2 * TOTAL + 2 * TOTAL - k
@@ -109,7 +109,7 @@ def test_optimizers_stepped_by_hand(tmp_path: Path, rewind: str) -> None:
 
 def test_a_point_that_training_steps_over_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rewind is 7it, but training went past that step inside a batch, to step 8"):
-        hunted(tmp_path, trainee(tmp_path, Adversaries(), rewind="7it"))
+        run_hunt(tmp_path, trainee(tmp_path, Adversaries(), rewind="7it"))
 
 
 class Averaging(lp.Callback):
@@ -137,7 +137,7 @@ class Averaging(lp.Callback):
 @pytest.mark.parametrize(("mode", "count"), [("all", TOTAL), ("learning_rate", TOTAL - 8)])
 def test_averages_start_anew_with_new_weights_alone(tmp_path: Path, mode: str, count: int) -> None:
     averaging = Averaging()
-    hunted(tmp_path, trainee(tmp_path, trainer={"callbacks": [averaging]}), (1.0, 1.0), rewinding=mode)
+    run_hunt(tmp_path, trainee(tmp_path, trainer={"callbacks": [averaging]}), (1.0, 1.0), rewinding=mode)
     assert averaging.count == count
     assert same(averaging.before, weights(tmp_path, 0)) == (mode == "learning_rate")
 
@@ -146,14 +146,14 @@ def test_an_average_of_swa_that_has_begun_is_refused_new_weights(tmp_path: Path)
     swa = lp.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     of = trainee(tmp_path, rewind="15it", trainer={"callbacks": [swa]})
     with pytest.raises(ValueError, match="StochasticWeightAveraging has weights in its average"):
-        hunted(tmp_path, of, (1.0, 0.5), rewinding="learning_rate")
+        run_hunt(tmp_path, of, (1.0, 0.5), rewinding="learning_rate")
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": None, "max_steps": 15}, {"max_epochs": 3, "max_steps": 40}])
 def test_fine_tuning_goes_on_for_as_long_as_rewinding_would(tmp_path: Path, length: dict[str, Any]) -> None:
     watch = Watch()
     of = trainee(tmp_path, rewind="1ep", trainer={"callbacks": [watch], **length})
-    hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    run_hunt(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
     end = min(length["max_steps"], TOTAL)
     assert [step for step, *_ in watch.weights[1]] == list(range(end, end + end - BATCHES))
 
@@ -177,13 +177,13 @@ def test_fine_tuning_after_a_stop_on_the_way_has_the_whole_budget(tmp_path: Path
 
     watch = Watch()
     of = trainee(tmp_path, rewind="1ep", trainer={"callbacks": [watch, StopEarly()]})
-    hunted(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
+    run_hunt(tmp_path, of, (1.0, 0.5), rewinding="fine_tuning")
     assert len(watch.weights[0]) == 12
     assert len(watch.weights[1]) == TOTAL - BATCHES
 
 
 def test_both_moments_are_kept_and_looked_at(tmp_path: Path) -> None:
-    levels = hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+    levels = run_hunt(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
     assert set(levels[0]["points"]) == {"point", "end", "weights"}
     assert "points" not in levels[1]
     shutil.rmtree(tmp_path / "level_01")
@@ -191,15 +191,15 @@ def test_both_moments_are_kept_and_looked_at(tmp_path: Path) -> None:
     whole = end.read_bytes()
     end.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="end was altered"):
-        hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+        run_hunt(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
     end.write_bytes(whole)
-    again = hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
+    again = run_hunt(tmp_path, trainee(tmp_path), (1.0, 0.5), rewinding="fine_tuning")
     assert again[1]["metrics"] == levels[1]["metrics"]
 
 
 def test_a_second_order_of_level_zero_leaves_its_moments_alone(tmp_path: Path) -> None:
     of = trainee(tmp_path, rewind="0it")
-    levels = hunted(tmp_path, of, (1.0, 0.5), controls=("twin",))
+    levels = run_hunt(tmp_path, of, (1.0, 0.5), controls=("twin",))
     assert of.points() == levels[0]["points"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["rewind.ckpt", "rewind.safetensors"]
 
@@ -245,7 +245,7 @@ class Exploding(Projected):
 def test_a_control_that_diverges_is_a_control_all_the_same(tmp_path: Path) -> None:
     of = trainee(tmp_path, Exploding())
     with pytest.warns(UserWarning, match="val/loss: not finite after training"):
-        levels = hunted(tmp_path, of, (1.0, 0.5), controls=("dense",))
+        levels = run_hunt(tmp_path, of, (1.0, 0.5), controls=("dense",))
     assert math.isnan(levels[1]["controls"]["dense"]["metrics"]["val/loss"])
     assert math.isfinite(levels[1]["metrics"]["val/loss"])
 
@@ -271,11 +271,11 @@ def test_every_training_of_a_hunt_has_its_place_on_the_bar(tmp_path: Path) -> No
 )
 def test_mistakes_are_named_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hunted(tmp_path, trainee(tmp_path), (1.0, 0.5), **options)
+        run_hunt(tmp_path, trainee(tmp_path), (1.0, 0.5), **options)
     assert not (tmp_path / "level_00").exists()
 
 
 def test_a_fall_needs_a_score_to_fall_from(tmp_path: Path) -> None:
     of = trainee(tmp_path, trainer={"limit_val_batches": 0})
     with pytest.raises(ValueError, match=r"fall is 0.1, but level 0 has no finite val/accuracy to fall from"):
-        hunted(tmp_path, of, (1.0, 0.5), fall=0.1)
+        run_hunt(tmp_path, of, (1.0, 0.5), fall=0.1)

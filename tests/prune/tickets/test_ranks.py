@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from prune.tickets.hunt import hunt
-from tests.together import _rank, free_port, together
+from tests.helpers.ranks import _rank, free_port, on_ranks
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.duration import Duration
@@ -158,7 +158,7 @@ SLOW = list(CASES)[2:]
 def test_two_processes_find_the_ticket_of_one(tmp_path: Path, case: str) -> None:
     strategy, options = CASES[case]
     one = hunted(tmp_path / "one", **options)
-    two = together(functools.partial(hunted, **options), tmp_path / "two", strategy)
+    two = on_ranks(functools.partial(hunted, **options), tmp_path / "two", strategy)
     alike(one, two[0])
     assert two[0] == two[1], "every rank knows the same"
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -186,9 +186,9 @@ def _raise() -> None:
 def test_stopped_on_both_ranks_it_ends_as_undisturbed(tmp_path: Path, strategy: str) -> None:
     """In level 0 after the rewind point, and in later levels before and after a checkpoint."""
     options: dict[str, Any] = {"optimizer": SGD, "levels": 1}
-    whole, _ = together(functools.partial(hunted, **options), tmp_path / "whole", strategy)
+    whole, _ = on_ranks(functools.partial(hunted, **options), tmp_path / "whole", strategy)
     stops = [6, 14, 3]
-    pieces, _ = together(functools.partial(_stopped, **options), tmp_path / "pieces", strategy, stops)
+    pieces, _ = on_ranks(functools.partial(_stopped, **options), tmp_path / "pieces", strategy, stops)
     assert pieces == whole
     for level in range(2):
         mine, theirs = weights(tmp_path / "whole", level), weights(tmp_path / "pieces", level)
@@ -200,7 +200,7 @@ def test_what_two_processes_began_one_can_end(tmp_path: Path) -> None:
     """Checkpoints hold whole tensors, of weights and of the optimizer."""
     whole = hunted(tmp_path / "whole", optimizer=ADAMW, levels=1)
     with pytest.raises(RuntimeError, match="Stop"):
-        together(
+        on_ranks(
             functools.partial(hunted, optimizer=ADAMW, levels=1, at=At([20], _raise)), tmp_path / "passed", "fsdp2"
         )
     assert (tmp_path / "passed" / "level_01" / "checkpoints" / "last.ckpt").is_file()
@@ -228,12 +228,12 @@ def test_when_one_rank_dies_the_other_fails_and_does_not_wait(tmp_path: Path) ->
     assert (rank, fine) == (0, False)
     assert "RuntimeError" in said
     assert ranks[1].exitcode == 7
-    assert together(functools.partial(hunted, levels=1), tmp_path, "ddp"), "it goes on"
+    assert on_ranks(functools.partial(hunted, levels=1), tmp_path, "ddp"), "it goes on"
 
 
 def test_what_divided_weights_cannot_be_asked_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="criterion 'snip' looks at single batches"):
-        together(functools.partial(hunted, criterion="snip"), tmp_path, "fsdp2")
+        on_ranks(functools.partial(hunted, criterion="snip"), tmp_path, "fsdp2")
     assert not (tmp_path / "level_00").exists()
 
 
@@ -241,4 +241,4 @@ def test_processes_that_share_a_batch_are_refused(tmp_path: Path, monkeypatch: p
     """That is what ModelParallelStrategy does unless told otherwise."""
     monkeypatch.setitem(STRATEGIES, "shared", ModelParallelStrategy)
     with pytest.raises(RuntimeError, match="give it data_parallel_size: 2 and tensor_parallel_size: 1"):
-        together(hunted, tmp_path, "shared")
+        on_ranks(hunted, tmp_path, "shared")

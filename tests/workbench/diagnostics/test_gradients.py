@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from tests.workbench.diagnostics.test_units import assert_same, everything
 from workbench.diagnostics import gradient_flow
 
@@ -121,6 +121,6 @@ def test_batches_of_all_ranks_count_alike() -> None:
     model = net()
     model[3].p = 0.0
     alone = gradient_flow(model, shown(), cross_entropy)
-    for found in together(flows, model, shown()):
+    for found in on_ranks(flows, model, shown()):
         assert found["total"] == pytest.approx(alone["total"], rel=1e-5)
         assert found["layers"] == pytest.approx(alone["layers"], rel=1e-4, abs=1e-12)

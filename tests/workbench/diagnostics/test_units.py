@@ -7,7 +7,7 @@ import transformers as hf
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.diagnostics import dead_units, gate_statistics
 from workbench.models.activations import gate, make, names
 
@@ -218,7 +218,7 @@ def test_what_all_ranks_saw_is_put_together() -> None:
     shown = [torch.tensor([[1.0, 0.0, 0.0]] * 3), torch.tensor([[2.0, 0.0, 0.0]] * 2)]
     alone = dead_units(model, shown), gate_statistics(model, shown)
     assert alone[0]["1"]["dead"] == 3
-    for units, gates in together(looked_at, model, shown):
+    for units, gates in on_ranks(looked_at, model, shown):
         assert units == alone[0]
         assert gates["1"].pop("kind") == "relu"
         assert gates["1"] == pytest.approx({name: value for name, value in alone[1]["1"].items() if name != "kind"})

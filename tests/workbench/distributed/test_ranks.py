@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.distributed.ranks import barrier, check_ranks_agree, check_world_size, everyone, rank, world
 
 
@@ -49,7 +49,7 @@ def test_ranks_with_different_parameters_are_refused() -> None:
             return [*everyone(rank()), world()], str(error)
         return None, ""
 
-    for found, said in together(compared):
+    for found, said in on_ranks(compared):
         assert found == [0, 1, 2]
         assert "ranks hold different parameters" in said
 

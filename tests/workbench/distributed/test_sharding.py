@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench import TaskModule
 from workbench.checkpoints import compact
 from workbench.distributed.ranks import check_ranks_agree, digest, rank
@@ -140,7 +140,7 @@ def divided(folder: Path) -> list[str]:
 
 
 def test_whole_weights_come_out_and_go_in(tmp_path: Path) -> None:
-    assert together(divided, tmp_path) == [[], []]
+    assert on_ranks(divided, tmp_path) == [[], []]
 
 
 def test_without_a_mesh_nothing_is_divided() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.workbench.models.transformers import KINDS, SEQUENCES, TINY, asked, made
+from tests.helpers.tiny_transformers import KINDS, SEQUENCES, TINY, built, inputs_for
 from workbench.models import Transformer
 from workbench.models.activations import GLU, gain, make, names
 from workbench.models.transformer.layers import Attention, TransformerLayer, reach, turned, turns_at
@@ -128,7 +128,7 @@ def test_layer_is_that_of_torch(pre_norm: bool, causal: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_model_is_its_parts(kind: str) -> None:
-    model, x = made(kind), asked(kind)
+    model, x = built(kind), inputs_for(kind)
     given: Any = model.init_args
     h = model.embedding(x) * (4 if given["vocabulary"] else 1)
     if model.positions is not None:
@@ -191,14 +191,14 @@ def test_all_activations_have_as_many_parameters(width: int, width_ffn: int, bia
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_padding_on_either_side_changes_nothing(kind: str) -> None:
-    model = made(kind)
-    inputs = asked(kind, 3, 9)
+    model = built(kind)
+    inputs = inputs_for(kind, 3, 9)
     for lengths in ((9, 5, 1),):
         mask = torch.arange(9) < torch.tensor(lengths)[:, None]
         expected = [model(inputs[b : b + 1, :n])[0] for b, n in enumerate(lengths)]
         for left in (False, True):
             for junk in range(2):
-                padded = asked(kind, 3, 9)
+                padded = inputs_for(kind, 3, 9)
                 if inputs.is_floating_point() and junk:
                     padded[:] = math.nan
                 padded[mask] = inputs[mask]
@@ -214,7 +214,7 @@ def test_padding_on_either_side_changes_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequences_of_padding_alone_are_finite(kind: str) -> None:
-    model, x = made(kind).train(), asked(kind, 3, 6)
+    model, x = built(kind).train(), inputs_for(kind, 3, 6)
     mask = torch.tensor([[0] * 6, [1] * 6, [0, 0, 1, 0, 1, 1]])
     found = model(x, mask)
     found.square().sum().backward()
@@ -229,7 +229,7 @@ def test_sequences_of_padding_alone_are_finite(kind: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_a_later_token_changes_nothing_before_it(kind: str, masked: bool) -> None:
-    model, x = made(kind), asked(kind)
+    model, x = built(kind), inputs_for(kind)
     mask = torch.ones_like(x) if masked else None
     before = model(x, mask)
     for place in range(7):
@@ -243,9 +243,9 @@ def test_a_later_token_changes_nothing_before_it(kind: str, masked: bool) -> Non
 @pytest.mark.parametrize("kind", ["masked", "series"])
 @torch.no_grad()
 def test_an_encoder_looks_both_ways_and_knows_order(kind: str) -> None:
-    model, x = made(kind), asked(kind)
+    model, x = built(kind), inputs_for(kind)
     changed = x.clone()
-    changed[:, -1] = asked(kind)[:, 0] if kind == "series" else (x[:, -1] + 1) % 20
+    changed[:, -1] = inputs_for(kind)[:, 0] if kind == "series" else (x[:, -1] + 1) % 20
     after = model(changed) - model(x)
     assert (after[:, 0] if kind == "masked" else after).abs().min() > 1e-9
     assert not torch.allclose(model(x.flip(1)), model(x))

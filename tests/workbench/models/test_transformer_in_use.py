@@ -19,7 +19,7 @@ from distill import DistillModule, cut_student
 from prune import Masks, Pruner, shrink
 from prune.pruner.scope import prunable
 from prune.structures import structure_named
-from tests.workbench.models.transformers import KINDS, TINY, asked, made
+from tests.helpers.tiny_transformers import KINDS, TINY, built, inputs_for
 from workbench import load, save
 from workbench.models import Transformer
 from workbench.models.activations import swap_activation
@@ -38,7 +38,7 @@ QUIET: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_from_its_own_init_args(kind: str, tmp_path: Path) -> None:
-    model, x = made(kind), asked(kind)
+    model, x = built(kind), inputs_for(kind)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
     wanted = {"class_path": "workbench.models.Transformer", "init_args": json.loads(json.dumps(model.init_args))}
@@ -55,17 +55,17 @@ def test_model_from_its_own_init_args(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_activation_is_swapped_in_and_remembered(kind: str, tmp_path: Path) -> None:
-    model, x = swap_activation(made(kind), "tanh"), asked(kind)
+    model, x = swap_activation(built(kind), "tanh"), inputs_for(kind)
     assert model.init_args["gated"] == ("glu" in KINDS[kind].get("activation", ""))
-    assert not torch.allclose(model(x), swap_activation(made(kind), "silu")(x))
+    assert not torch.allclose(model(x), swap_activation(built(kind), "silu")(x))
     save(model, tmp_path)
     assert torch.equal(load(tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_pure(kind: str) -> None:
-    models = [made(kind) for _ in range(3)]
-    x = asked(kind)
+    models = [built(kind) for _ in range(3)]
+    x = inputs_for(kind)
     before = {name: tensor.clone() for name, tensor in models[0].state_dict().items()}
     one = functional_call(models[0], dict(models[1].named_parameters()), (x,))
     torch.testing.assert_close(one, models[1](x))
@@ -78,7 +78,7 @@ def test_forward_is_pure(kind: str) -> None:
 
 
 def test_only_the_activation_of_a_student_can_be_cut() -> None:
-    model, x = made("causal"), asked("causal")
+    model, x = built("causal"), inputs_for("causal")
     student: Any = cut_student(model, activation="relu")
     assert (student.init_args["activation"], student.init_args["gated"]) == ("relu", True)
     assert torch.equal(student.eval()(x), swap_activation(model, "relu")(x))
@@ -102,7 +102,7 @@ def test_dropout_in_training_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_a_rounded_answer(kind: str, dtype: torch.dtype) -> None:
-    model, x = made(kind).float(), asked(kind)
+    model, x = built(kind).float(), inputs_for(kind)
     x = x.float() if x.is_floating_point() else x
     mask = (torch.arange(7) < torch.tensor([[7], [2], [5], [1]])).long()
     exact = model(x, mask)
@@ -171,7 +171,7 @@ def test_a_wider_teacher_is_imitated(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrices_are_pruned_and_embeddings_are_not(kind: str) -> None:
-    model = made(kind)
+    model = built(kind)
     found = prunable(model)
     layers = [name for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
     outside = (["head.weight"] if kind != "tied" else []) + (["embedding.weight"] if kind == "series" else [])
@@ -179,13 +179,13 @@ def test_matrices_are_pruned_and_embeddings_are_not(kind: str) -> None:
     masks = Pruner()(model, 0.3)
     masks.apply(model)
     assert masks.density == pytest.approx(0.3, abs=1e-3)
-    assert model(asked(kind)).isfinite().all()
+    assert model(inputs_for(kind)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("structure", ["head", "ffn"])
 def test_pruned_heads_and_units_are_taken_out(kind: str, structure: str, tmp_path: Path) -> None:
-    model, x = made(kind).float(), asked(kind)
+    model, x = built(kind).float(), inputs_for(kind)
     x = x.float() if x.is_floating_point() else x
     masks = Pruner(structure=structure, allocation="uniform")(model, 0.5)
     units = structure_named(structure).layout(model, prunable(model)).units
@@ -213,11 +213,11 @@ def test_pruned_heads_and_units_are_taken_out(kind: str, structure: str, tmp_pat
 
 
 def test_a_dead_head_goes_into_the_next_bias() -> None:
-    model: Any = made("classifier")
+    model: Any = built("classifier")
     with torch.no_grad():
         model.layers[0].attention.value.weight[4:8] = 0
         model.layers[1].feed_forward.up.weight[5] = 0
-    x = asked("classifier")
+    x = inputs_for("classifier")
     mask = (torch.arange(7) < torch.tensor([[7], [2], [5], [1]])).long()
     result = shrink(model, {"input_ids": x, "attention_mask": mask})
     assert {layer: rows for layer, rows in result.removed.items() if layer.endswith(("value", "up"))} == {
@@ -230,13 +230,13 @@ def test_a_dead_head_goes_into_the_next_bias() -> None:
 @pytest.mark.parametrize("kind", ["post-norm, first token", "series", "tied"])
 @torch.no_grad()
 def test_graphs_take_any_batch_and_length(kind: str) -> None:
-    model, x = made(kind).float(), asked(kind)
+    model, x = built(kind).float(), inputs_for(kind)
     x = x.float() if x.is_floating_point() else x
     auto, mask = torch.export.Dim.AUTO, (torch.arange(7) < torch.tensor([[7], [2], [5], [1]])).long()
     sizes = {0: torch.export.Dim.DYNAMIC, 1: auto}
     program = torch.export.export(model, (x, mask), dynamic_shapes=(sizes, sizes)).module()
     for batch, length in ((1, 7), (5, 3), (2, 9)):
-        x = asked(kind, batch, length)
+        x = inputs_for(kind, batch, length)
         x = x.float() if x.is_floating_point() else x
         mask = torch.ones(batch, length).long()
         mask[0, length // 2 + 1 :] = 0

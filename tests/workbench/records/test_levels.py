@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workbench.report.lotteries import FEW, hunted, laid
+from tests.helpers.lottery_records import FEW, hunt_record, write_records
 from tests.workbench.report.test_report import cells, realistic
 from workbench.records import read_run
 from workbench.report import headline
@@ -15,8 +15,8 @@ from workbench.report.summary import gather, sparsity
 
 
 def test_every_control_and_measurement_is_in_the_records(tmp_path):
-    entry = hunted(0, FEW)
-    run = laid(tmp_path, entry)
+    entry = hunt_record(0, FEW)
+    run = write_records(tmp_path, entry)
     report(run / "report")
     page = (run / "report/index.html").read_text(encoding="utf-8")
     headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="levels"')[2].partition("</thead>")[0])
@@ -41,8 +41,8 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
 
 
 def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
-    entry = hunted(0, FEW)
-    run = laid(tmp_path, entry)
+    entry = hunt_record(0, FEW)
+    run = write_records(tmp_path, entry)
     (curve,) = sparsity(gather(read_run(run)))
     for arm, (x, y) in curve.controls.items():
         assert x == [level["density"] for level in entry["levels"][1:]]
@@ -55,8 +55,8 @@ def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
 
 
 def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
-    entry = hunted(0, FEW)
-    found = gather(read_run(laid(tmp_path, entry)))
+    entry = hunt_record(0, FEW)
+    found = gather(read_run(write_records(tmp_path, entry)))
     first, last = entry["levels"][0], entry["levels"][-1]
     dense, sparse = (level["metrics"]["test/accuracy"] for level in (first, last))
     validation = first["metrics"]["val/accuracy"]
@@ -67,7 +67,7 @@ def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
 
 
 def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
-    run = laid(tmp_path, *realistic()[:4])
+    run = write_records(tmp_path, *realistic()[:4])
     (hunt,) = gather(read_run(run)).hunts
     told = stages.levels(hunt)
     assert told.headers == ["level", "density", "kept", "val accuracy", "test accuracy", "points", "took", "mask"]
@@ -76,17 +76,17 @@ def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
 
 
 def test_a_control_decides_too_whether_the_metric_is_a_share(tmp_path):
-    entry = hunted(0, FEW)
+    entry = hunt_record(0, FEW)
     entry["levels"][1]["controls"]["reinit"]["metrics"]["test/accuracy"] = 97.0
-    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
     assert not hunt.metric.share
 
 
 def test_barriers_of_losses_are_in_their_unit(tmp_path):
-    entry = hunted(0, FEW)
+    entry = hunt_record(0, FEW)
     entry["levels"][1]["connectivity"]["orders"] = {"barrier": 0.01234, "stable": None}
     entry["levels"][2]["connectivity"]["orders"] = {"barrier": float("nan"), "stable": False}
-    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
     at = stages.levels(hunt).headers.index("barrier, other order")
     told = [line.cells[at] for line in stages.levels(hunt).lines]
     assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
@@ -94,12 +94,12 @@ def test_barriers_of_losses_are_in_their_unit(tmp_path):
 
 @pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "mask_distances", "history", "size"])
 def test_any_of_it_may_be_missing(tmp_path, key):
-    entry = hunted(0, FEW)
+    entry = hunt_record(0, FEW)
     for place, level in enumerate(entry["levels"]):
         level[key] = None
         if place % 2:
             del level[key]
-    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
     assert len(stages.levels(hunt).lines) == len(FEW)
 
 
@@ -111,17 +111,17 @@ def test_any_of_it_may_be_missing(tmp_path, key):
     ],
 )  # fmt: skip
 def test_a_malformed_level_is_named(tmp_path: Path, wrong):
-    entry = hunted(0, FEW)
+    entry = hunt_record(0, FEW)
     entry["levels"][1].update(wrong)
     with pytest.raises(ValueError, match=r"seed-0.record\.json"):
-        read_run(laid(tmp_path, entry))
+        read_run(write_records(tmp_path, entry))
 
 
 def test_diagnoses_that_are_no_numbers_are_dashes(tmp_path):
-    entry = hunted(0, FEW)
+    entry = hunt_record(0, FEW)
     entry["levels"][1]["diagnosis"] = {"units": 0, "dead": 0, "gradient_flow": "much"}
     entry["levels"][2]["diagnosis"] = {"units": 400, "dead": None, "gradient_flow": float("inf")}
-    (hunt,) = gather(read_run(laid(tmp_path, entry))).hunts
+    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
     told = stages.levels(hunt)
     dead, flow = told.headers.index("dead units"), told.headers.index("gradient flow")
     assert [(line.cells[dead].text, line.cells[flow].text) for line in told.lines[1:3]] == [("—", "—"), ("—", "inf")]

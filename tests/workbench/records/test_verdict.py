@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from tests.workbench.report.lotteries import DENSITIES, FEW, grouped, hunted, laid, lottery, page_of, ruled
+from tests.helpers.lottery_records import (
+    DENSITIES,
+    FEW,
+    grouped,
+    hunt_record,
+    lottery,
+    page_of,
+    verdict_record,
+    write_records,
+)
 from tests.workbench.report.test_report import cells, record, terminal
 from workbench.records import read_run
 from workbench.report.job import report, summary
@@ -17,14 +26,14 @@ WHOLE = ("name", "hunts", "fingerprints", "seeds", "metric", "higher_is_better",
 
 @pytest.mark.parametrize("key", [*WHOLE, *(f"levels.{key}" for key in LEVEL)])
 def test_any_part_of_a_verdict_may_be_missing(tmp_path, key):
-    entry = ruled({"": [hunted(seed, FEW[:3]) for seed in range(2)]})
+    entry = verdict_record({"": [hunt_record(seed, FEW[:3]) for seed in range(2)]})
     (found,) = entry["verdicts"]
     *_, last = key.split(".")
     for place, part in enumerate(found["levels"] if "." in key else [found]):
         part[last] = None
         if place % 2:
             del part[last]
-    run = laid(tmp_path, entry)
+    run = write_records(tmp_path, entry)
     (stage,) = read_run(run)
     (told,) = stage.verdicts
     verdicts.scores(told), verdicts.steps(told)
@@ -34,7 +43,9 @@ def test_any_part_of_a_verdict_may_be_missing(tmp_path, key):
 
 
 def test_a_page_is_drawn_of_whatever_is_left(tmp_path):
-    entry = ruled({"one": [hunted(seed) for seed in range(2)], "two": [hunted(seed) for seed in range(2)]})
+    entry = verdict_record(
+        {"one": [hunt_record(seed) for seed in range(2)], "two": [hunt_record(seed) for seed in range(2)]}
+    )
     first, second = entry["verdicts"]
     for level, key in zip(first["levels"], LEVEL):
         del level[key]
@@ -43,7 +54,7 @@ def test_a_page_is_drawn_of_whatever_is_left(tmp_path):
     for level, key in zip(entry["differences"][0]["levels"], ("level", "density", "paired", "p_holm", "said")):
         del level[key]
     entry["differences"].append({})
-    page = page_of(laid(tmp_path, entry))
+    page = page_of(write_records(tmp_path, entry))
     assert len(cells(page, "tickets")) == len(DENSITIES)
     assert "other hunts less other hunts" in page
 
@@ -59,17 +70,17 @@ def test_a_page_is_drawn_of_whatever_is_left(tmp_path):
     ],
 )  # fmt: skip
 def test_a_malformed_verdict_is_named(tmp_path, wrong):
-    run = laid(tmp_path, {**record("tickets", "verdict"), **wrong})
+    run = write_records(tmp_path, {**record("tickets", "verdict"), **wrong})
     with pytest.raises(ValueError, match=r"tickets.record\.json.*(object|objects)"):
         report(run / "report")
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path):
-    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    entry = verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]})
     level = entry["verdicts"][0]["levels"][2]
     level["means"]["ticket"]["mean"], level["density"] = float("nan"), "half"
     level["beats"]["reinit"]["paired"]["mean"] = None
-    rows = cells(page_of(laid(tmp_path, entry)), "tickets")
+    rows = cells(page_of(write_records(tmp_path, entry)), "tickets")
     assert (rows[2][1], rows[2][2], rows[2][4]) == ("—", "—", "—")
 
 
@@ -84,7 +95,7 @@ def test_hostile_text_is_escaped(tmp_path):
             level["beats"][evil] = level["matches"].get("level 0", {})
     entry["differences"][0].update(of=evil, less=evil)
     entry["differences"][0]["levels"][1]["said"] = evil
-    run = laid(tmp_path / "b", entry)
+    run = write_records(tmp_path / "b", entry)
     page = page_of(run)
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -104,7 +115,7 @@ def test_the_page_stands_alone_and_is_the_same_again(tmp_path):
 
 def test_two_verdicts_share_no_file(tmp_path):
     run, entry = lottery(tmp_path)
-    laid(run, {**copy.deepcopy(entry), "stage": "again", "started": "2027-01-01T00:00:00+00:00"})
+    write_records(run, {**copy.deepcopy(entry), "stage": "again", "started": "2027-01-01T00:00:00+00:00"})
     page = page_of(run)
     assert "<h2>Are they tickets? again</h2>" in page
     drawn = {path.name for path in (run / "report/figures").iterdir()}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, R2Score
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.models import MLP
 from workbench.tasks import Regression, Task
 from workbench.tasks.regression import R2
@@ -242,6 +242,6 @@ def _ranked():
 
 def test_the_same_rows_on_two_ranks_give_the_same_gradient_and_scores():
     weights, logged = trained(range(16), 16)
-    for found, scores in together(_ranked):
+    for found, scores in on_ranks(_ranked):
         assert found == pytest.approx(weights, abs=1e-6)
         assert scores == pytest.approx(logged, rel=1e-5)

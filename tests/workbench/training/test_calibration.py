@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from distill import DistillModule
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench import TaskModule
 from workbench.tasks import Classification
 from workbench.training.calibration import Loss, runs
@@ -50,7 +50,7 @@ def averaged() -> float:
 
 
 def test_metrics_are_still_put_together_over_ranks() -> None:
-    assert together(averaged) == [0.5, 0.5]
+    assert on_ranks(averaged) == [0.5, 0.5]
 
 
 def test_what_a_family_draws_does_not_depend_on_being_looked_at() -> None:

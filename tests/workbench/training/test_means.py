@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.together import together
+from tests.helpers.ranks import on_ranks
 from workbench.models import MLP
 from workbench.tasks import Classification
 from workbench.training.means import GlobalMean, Means
@@ -84,7 +84,7 @@ def test_a_mean_of_means_would_be_another() -> None:
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_ranks_with_other_numbers_of_rows_that_count(pieces: int) -> None:
     whole = trained(batches(list(range(16)), 16))
-    one, other = together(ranked, pieces)
+    one, other = on_ranks(ranked, pieces)
     assert one == other
     assert largest(one, whole) < 1e-6
 
@@ -176,4 +176,4 @@ def test_means_are_what_every_rank_has() -> None:
         means.add({"a": torch.tensor(float(torch.distributed.get_rank()))}, torch.tensor(2))
         return means.state()
 
-    assert together(gathered) == [[{"a": [0.0, 2.0]}, {"a": [2.0, 2.0]}]] * 2
+    assert on_ranks(gathered) == [[{"a": [0.0, 2.0]}, {"a": [2.0, 2.0]}]] * 2

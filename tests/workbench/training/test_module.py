@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.together import free_port
+from tests.helpers.ranks import free_port
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from tests.workbench.report.lotteries import FEW, hunted, laid, page_of, ruled, swept, text_of
+from tests.helpers.lottery_records import (
+    FEW,
+    hunt_record,
+    page_of,
+    sweep_record,
+    text_of,
+    verdict_record,
+    write_records,
+)
 from tests.workbench.report.test_report import cells, realistic, record, terminal
 from workbench.records import read_run
 from workbench.report.format import duration
@@ -21,13 +29,13 @@ ERROR = "ArithmeticError: the loss is nan at step 120: lower the learning rate"
 def grid() -> tuple[dict, dict]:
     """A sweep of hunts over two activations and four seeds, of which one failed; and its runs' records."""
     hunts = [
-        {**hunted(seed, FEW, lift=0.001 * (activation == "gelu")), "stage": f"activation-{activation}_seed-{seed}"}
+        {**hunt_record(seed, FEW, lift=0.001 * (activation == "gelu")), "stage": f"activation-{activation}_seed-{seed}"}
         for activation in ("relu", "gelu")
         for seed in (0, 1, 2, 10)
     ]
     for hunt in hunts:
         hunt["fingerprint"] = hunt["stage"][-1::-1] + "0" * 40
-    entry = swept(hunts, "grid", lambda h: {"model.init_args.activation": h["stage"][11:15], "seed": h["seed"]})
+    entry = sweep_record(hunts, "grid", lambda h: {"model.init_args.activation": h["stage"][11:15], "seed": h["seed"]})
     failed = entry["runs"][2]
     failed.update(status="failed", error=ERROR, attempts=2)
     for key in ("metrics", "monitor", "seconds"):
@@ -38,7 +46,7 @@ def grid() -> tuple[dict, dict]:
 def laid_out(run: Path, change=lambda entry, runs: None) -> Path:
     entry, runs = grid()
     change(entry, runs)
-    return laid(run, entry, runs=runs)
+    return write_records(run, entry, runs=runs)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +146,8 @@ def read_fingerprint(run: Path) -> str:
 
 
 def test_a_sweep_that_a_verdict_tells_of_is_not_drawn_again(tmp_path):
-    hunts = [hunted(seed, FEW[:2]) for seed in range(2)]
-    run = laid(tmp_path, swept(hunts), ruled({"": hunts}), runs={"hunts": hunts})
+    hunts = [hunt_record(seed, FEW[:2]) for seed in range(2)]
+    run = write_records(tmp_path, sweep_record(hunts), verdict_record({"": hunts}), runs={"hunts": hunts})
     assert not any(each.levels for stage in read_run(run) for each in stage.runs), "nor read"
     page_of(run)
     assert not (run / "report/figures/sweep.svg").exists()
@@ -147,16 +155,18 @@ def test_a_sweep_that_a_verdict_tells_of_is_not_drawn_again(tmp_path):
 
 
 def test_many_settings_are_left_to_the_table(tmp_path):
-    hunts = [{**hunted(seed, FEW[:2]), "stage": f"rate-{seed}"} for seed in range(25)]
-    entry = swept(hunts, "rates", lambda hunt: {"rate": 0.1 + hunt["seed"] / 100})
+    hunts = [{**hunt_record(seed, FEW[:2]), "stage": f"rate-{seed}"} for seed in range(25)]
+    entry = sweep_record(hunts, "rates", lambda hunt: {"rate": 0.1 + hunt["seed"] / 100})
     assert entry["summary"] == []
-    run = laid(tmp_path, entry, runs={"rates": hunts})
+    run = write_records(tmp_path, entry, runs={"rates": hunts})
     page = page_of(run)
     assert not (run / "report/figures/sweep.svg").exists()
     assert "<summary>All 25 runs</summary>" in page
     assert '<table class="means">' not in page
     few = {"rates": hunts[: sweeps.MOST]}
-    (stage,) = read_run(laid(tmp_path / "few", swept(few["rates"], "rates", lambda h: {"rate": h["seed"]}), runs=few))
+    (stage,) = read_run(
+        write_records(tmp_path / "few", sweep_record(few["rates"], "rates", lambda h: {"rate": h["seed"]}), runs=few)
+    )
     _, bands = sweeps.curves(stage)
     assert [band.name for band in bands] == [f"rate {seed}" for seed in range(sweeps.MOST)]
     assert sweeps.caption(stage).startswith("n = 1 seed, no interval.")
@@ -165,8 +175,8 @@ def test_many_settings_are_left_to_the_table(tmp_path):
 def test_runs_of_other_jobs_have_a_table_and_no_figure(tmp_path):
     fits = [{**realistic()[0], "stage": f"seed-{seed}", "seed": seed} for seed in range(3)]
     fits[1]["monitor"] = ["loss", "min"]
-    entry = swept(fits, "fits", lambda fit: {"seed_everything": fit["seed"], "a.size": 1, "b.size": {"c": None}})
-    run = laid(tmp_path, realistic()[0], entry, runs={"fits": fits})
+    entry = sweep_record(fits, "fits", lambda fit: {"seed_everything": fit["seed"], "a.size": 1, "b.size": {"c": None}})
+    run = write_records(tmp_path, realistic()[0], entry, runs={"fits": fits})
     page = page_of(run)
     rows = cells(page, "runs")
     assert rows[0][:4] == ["seed-0", "0", "1", "{c: null}"]
@@ -202,9 +212,9 @@ def test_a_stage_of_an_earlier_run_is_stale(tmp_path):
     export = record("shipped", "export", 900, [("of", "grid/activation-gelu_seed-1")])
     run = laid_out(tmp_path)
     export["parents"]["of"]["fingerprint"] = read_fingerprint(run)
-    assert stale(read_run(laid(run, export))) == []
+    assert stale(read_run(write_records(run, export))) == []
     export["parents"]["of"]["fingerprint"] = "0" * 64
-    assert stale(read_run(laid(run, export))) == [("shipped", "grid/activation-gelu_seed-1")]
+    assert stale(read_run(write_records(run, export))) == [("shipped", "grid/activation-gelu_seed-1")]
     names = [stage.name for stage in read_run(run)]
     assert names.index("shipped") > names.index("grid")
 
@@ -238,7 +248,7 @@ def test_any_part_of_a_mean_may_be_missing(tmp_path, key):
     ],
 )  # fmt: skip
 def test_a_malformed_sweep_is_named(tmp_path, wrong):
-    run = laid(tmp_path, {**grid()[0], **wrong})
+    run = write_records(tmp_path, {**grid()[0], **wrong})
     with pytest.raises(ValueError, match=r"grid.record\.json"):
         report(run / "report")
 

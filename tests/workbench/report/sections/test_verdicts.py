@@ -9,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune.tickets.verdict import verdict as judge
+from tests.helpers.lottery_records import (
+    DELTA,
+    FEW,
+    grouped,
+    hunt_record,
+    lottery,
+    page_of,
+    text_of,
+    verdict_record,
+    write_records,
+)
 from tests.prune.tickets.test_verdict import hunt as on_disk
-from tests.workbench.report.lotteries import DELTA, FEW, grouped, hunted, laid, lottery, page_of, ruled, text_of
 from tests.workbench.report.test_report import cells, realistic, record, terminal
 from workbench import records
 from workbench.records import Estimate, Verdict, read_run
@@ -25,12 +35,12 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def judged(tmp_path: Path, entry: dict) -> Verdict:
-    return read_run(laid(tmp_path, entry))[0].verdicts[0]
+    return read_run(write_records(tmp_path, entry))[0].verdicts[0]
 
 
 def leveled(*verdicts: str, why="", **change) -> dict:
     """A verdict record of levels that were judged so, densities halving."""
-    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    entry = verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]})
     found = entry["verdicts"][0]
     template = found["levels"][1]
     found["levels"] = [
@@ -94,7 +104,7 @@ def test_every_number_of_a_verdict_is_in_its_record(alone):
 
 
 def test_curves_are_the_means_of_the_record(tmp_path):
-    found = judged(tmp_path, ruled({"": [hunted(seed, FEW) for seed in range(3)]}))
+    found = judged(tmp_path, verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]}))
     bands = {each.name: each for each in verdicts.scores(found)}
     assert list(bands) == ["ticket", "reinit", "shuffled"], "level 0 is a line, and no curve"
     for name, each in bands.items():
@@ -126,19 +136,19 @@ def test_the_figure_names_n_the_interval_delta_and_fingerprints(alone):
 
 
 def test_no_step_is_below_zero(tmp_path):
-    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    entry = verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]})
     for told in entry["verdicts"][0]["levels"]:
         interval = {"low": -900.0, "high": 1000.0, "confidence": 0.95}
         told["best_step"]["ticket"] = {"n": 3, "mean": 50.0 + 900 * (told["level"] % 2), "interval": interval}
-    page_of(laid(tmp_path, entry))
+    page_of(write_records(tmp_path, entry))
     assert ">-" not in (tmp_path / "report/figures/steps.svg").read_text(encoding="utf-8")
 
 
 def test_without_steps_there_is_one_picture(tmp_path):
-    entry = ruled({"": [hunted(seed, FEW) for seed in range(3)]})
+    entry = verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]})
     for told in entry["verdicts"][0]["levels"]:
         del told["best_step"]
-    page = page_of(laid(tmp_path, entry))
+    page = page_of(write_records(tmp_path, entry))
     assert not (tmp_path / "report/figures/steps.svg").exists()
     assert "early-stopping" not in page
 
@@ -181,10 +191,10 @@ def test_neighbours_are_told_as_one(tmp_path, verdicts, said, rest):
 
 
 def test_what_is_open_is_never_passed_off(tmp_path):
-    alone = judged(tmp_path / "a", ruled({"": [hunted(0, FEW)]}))
+    alone = judged(tmp_path / "a", verdict_record({"": [hunt_record(0, FEW)]}))
     assert verdicts.sentence(alone) == ("No level is judged a ticket (n = 1 seed): one seed has no spread: train more.")
     assert verdicts.rest(alone) == "", "nothing is said twice"
-    bare = judged(tmp_path / "b", ruled({"": [hunted(seed, FEW, controls=()) for seed in range(3)]}))
+    bare = judged(tmp_path / "b", verdict_record({"": [hunt_record(seed, FEW, controls=()) for seed in range(3)]}))
     assert verdicts.sentence(bare).endswith("no control was trained: give the hunt controls.")
     assert not any(verdicts.scores(bare)[0].marked)
     open_ = judged(tmp_path / "c", leveled("dense", "ticket", "inconclusive", why="whether it beats reinit is open"))
@@ -215,7 +225,7 @@ def test_a_run_of_nothing_else_begins_with_the_verdict(alone):
 
 def test_beside_other_stages_it_is_one_line_of_the_terminal(tmp_path):
     run, _ = lottery(tmp_path)
-    laid(run, *realistic()[:2])
+    write_records(run, *realistic()[:2])
     said = verdicts.sentence(next(stage for stage in read_run(run) if stage.verdicts).verdicts[0])
     shown = " ".join(terminal(summary(run)).split())
     assert f"tickets: {said}" in shown
@@ -260,7 +270,7 @@ def test_equivalence_is_told_with_its_margin(tmp_path):
     entry = grouped(tmp_path / "a")[1]
     for level, said in zip(entry["differences"][0]["levels"], ("inconclusive", "equivalent", "equivalent", "below")):
         level["said"] = said
-    stage = read_run(laid(tmp_path / "b", entry))[0]
+    stage = read_run(write_records(tmp_path / "b", entry))[0]
     told = verdicts.contrast(stage.differences[0], stage.verdicts[0])
     assert verdicts.pair(stage.differences[0]) == "taught less labels"
     assert "worse at 6.87%" in told
@@ -271,14 +281,14 @@ def test_equivalence_is_told_with_its_margin(tmp_path):
 
 
 def test_hunts_that_a_verdict_tells_of_are_not_drawn_one_by_one(tmp_path):
-    hunts = [hunted(seed, FEW) for seed in range(3)]
-    run = laid(tmp_path / "a", *hunts)
+    hunts = [hunt_record(seed, FEW) for seed in range(3)]
+    run = write_records(tmp_path / "a", *hunts)
     assert [curve.stage for curve in sparsity(gather(read_run(run)))] == ["seed-0", "seed-1", "seed-2"]
-    laid(run, ruled({"": hunts}, of=("seed-0", "seed-1")))
+    write_records(run, verdict_record({"": hunts}, of=("seed-0", "seed-1")))
     found = gather(read_run(run))
     assert [curve.stage for curve in sparsity(found)] == ["seed-2"], "it is of two of them"
     assert len(found.hunts) == 3, "but each has its table"
-    laid(run, {**ruled({"": hunts}, of=("seed-0",)), "status": "failed"})
+    write_records(run, {**verdict_record({"": hunts}, of=("seed-0",)), "status": "failed"})
     assert len(sparsity(gather(read_run(run)))) == 3, "one that is not finished tells of nothing"
 
 

@@ -86,7 +86,7 @@ class Inverted(nn.Module):
 
 
 class Mobile(nn.Module):
-    """A few of these."""
+    """A stem, two inverted residual blocks and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def made(name: str) -> tuple[Any, Tensor]:
+def built(name: str) -> tuple[Any, Tensor]:
     """A network with statistics, scales and biases as after some training, in eval mode, and inputs."""
     torch.manual_seed(1)
     build, shape = NETWORKS[name]
@@ -167,7 +167,7 @@ def masked(model: nn.Module, masks: Masks) -> Any:
 
 
 def assert_same(result: Shrunk, model: nn.Module, masks: Masks, inputs: Tensor) -> None:
-    """In float64 and in its own type, on inputs that were not tried before."""
+    """In float64 and in its own type, on fresh inputs."""
     before = masked(model, masks)
     fresh = torch.randn(5, *inputs.shape[1:])
     torch.testing.assert_close(copy.deepcopy(result.model).eval()(fresh), before(fresh), rtol=1e-4, atol=1e-6)
@@ -176,7 +176,7 @@ def assert_same(result: Shrunk, model: nn.Module, masks: Masks, inputs: Tensor) 
     assert result.after == sum(p.numel() for p in result.model.parameters()) <= result.before
 
 
-def tiny(name: str) -> tuple[Any, dict[str, Tensor]]:
+def tiny_transformer(name: str) -> tuple[Any, dict[str, Tensor]]:
     """A small transformer with its inputs, eval mode."""
     import transformers
 

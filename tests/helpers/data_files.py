@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 
-def miniatures(folder: Path) -> Path:
-    """Write all of them; the folder."""
+def small_data_sets(folder: Path) -> Path:
+    """Write every data set into ``folder``; return ``folder``."""
     random.seed(0)
     mnist(folder / "mnist")
     cifar10(folder / "cifar10-jpeg-24k")

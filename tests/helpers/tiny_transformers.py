@@ -19,8 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
 SEQUENCES = [name for name in KINDS if "classes" in KINDS[name]]
 
 
-def made(kind: str, **changed: Any) -> Transformer:
-    """With norms and biases that are not what they began as."""
+def built(kind: str, **changed: Any) -> Transformer:
+    """A transformer whose norms and biases differ from their initial values."""
     model = Transformer(**{**TINY, **KINDS[kind], **changed})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +29,7 @@ def made(kind: str, **changed: Any) -> Transformer:
     return model.double().eval()
 
 
-def asked(kind: str, batch: int = 4, length: int = 7) -> Tensor:
+def inputs_for(kind: str, batch: int = 4, length: int = 7) -> Tensor:
     if "features" in KINDS[kind]:
         return torch.randn(batch, length, 5, dtype=torch.float64)
     return torch.randint(0, 20, (batch, length))

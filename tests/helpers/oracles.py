@@ -1,4 +1,4 @@
-"""Naive oracles: published formulas in plain Python loops over floats, slow and obvious. Nothing here is vectorised.
+"""Naive oracles of the losses: published formulas in plain Python loops over floats. Nothing here is vectorised.
 
 Each takes double-precision tensors and returns a float. ``valid`` marks the positions that count.
 """
@@ -14,14 +14,14 @@ Row = list[float]
 
 
 def rows(*tensors: Tensor, valid: Tensor | None = None) -> Iterator[tuple[Row, ...]]:
-    """What stands along the last axis at each position that counts, of each tensor."""
+    """The vectors along the last axis of each tensor, at each valid position."""
     flat = [tensor.reshape(-1, tensor.shape[-1]).tolist() for tensor in tensors]
     counts = [True] * len(flat[0]) if valid is None else valid.reshape(-1).tolist()
-    yield from (found for counted, *found in zip(counts, *flat) if counted)  # type: ignore[misc]
+    yield from (vectors for counted, *vectors in zip(counts, *flat) if counted)  # type: ignore[misc]
 
 
 def chosen(labels: Tensor, valid: Tensor | None) -> list[int]:
-    """The labels of the positions that count."""
+    """The labels of the valid positions."""
     counts = [True] * labels.numel() if valid is None else valid.reshape(-1).tolist()
     return [label for label, counted in zip(labels.reshape(-1).tolist(), counts) if counted]
 

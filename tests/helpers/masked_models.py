@@ -1,4 +1,4 @@
-"""Models, masks and optimizers that the tests of keeping share."""
+"""Models, masks and optimizers for tests of masked training."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Small trainings that were not written for pruning, in either Lightning namespace."""
+"""Small Lightning trainings that know nothing of pruning, in either Lightning namespace."""
 
 import functools
 from typing import Any
@@ -35,8 +35,8 @@ def data(batches: int = 8) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(4 * batches, 6), torch.randint(0, 3, (4 * batches,))), 4)
 
 
-def theirs(namespace: Any = lp, optimizer: Any = SGD) -> Any:
-    class Theirs(namespace.LightningModule):
+def user_module(namespace: Any = lp, optimizer: Any = SGD) -> Any:
+    class UserModule(namespace.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.network = net()
@@ -47,13 +47,13 @@ def theirs(namespace: Any = lp, optimizer: Any = SGD) -> Any:
         def configure_optimizers(self) -> Any:
             return optimizer(self.parameters())
 
-    return Theirs()
+    return UserModule()
 
 
-def adversaries(namespace: Any = lp, clip: float | None = None) -> Any:
-    """Two optimizers, stepped by hand; the masked network belongs to the first."""
+def two_optimizers(namespace: Any = lp, clip: float | None = None) -> Any:
+    """Manual optimization with two optimizers; the first holds the masked network."""
 
-    class Adversaries(namespace.LightningModule):
+    class TwoOptimizers(namespace.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -70,7 +70,7 @@ def adversaries(namespace: Any = lp, clip: float | None = None) -> Any:
         def configure_optimizers(self) -> Any:
             return [SGD(self.network.parameters()), ADAMW(self.critic.parameters())], []
 
-    return Adversaries()
+    return TwoOptimizers()
 
 
 def fit(

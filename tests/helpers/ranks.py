@@ -1,4 +1,4 @@
-"""Functions run by several processes that form one group, as data-parallel training does."""
+"""Run a function on several processes of one process group, as data-parallel training does."""
 
 import multiprocessing
 import os
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 
-def together(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``ranks`` forked processes under a launcher's variables, by rank.
+def on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
+    """Run ``function(*args)`` on ``ranks`` forked processes with torchrun's environment variables; results by rank.
 
-    The function may use tensors and modules of the parent as they are. A result is pickled: give plain values.
+    The function may use tensors and modules of the parent process. Results are pickled: return plain values.
     """
     port = free_port()
     context = multiprocessing.get_context("fork")
@@ -27,22 +27,22 @@ def together(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
         for process in processes:
             process.start()
     try:
-        found = dict(results.get(timeout=120) for _ in processes)
+        results_by_rank = dict(results.get(timeout=120) for _ in processes)
     finally:
         for process in processes:
             process.join(60)
             process.kill()
-    if failed := {rank: value for rank, (fine, value) in found.items() if not fine}:
+    if failed := {rank: value for rank, (succeeded, value) in results_by_rank.items() if not succeeded}:
         raise RuntimeError(f"ranks failed: {failed}")
     assert [process.exitcode for process in processes] == [0] * ranks
-    return [found[rank][1] for rank in range(ranks)]
+    return [results_by_rank[rank][1] for rank in range(ranks)]
 
 
 def free_port() -> int:
-    """A port for one group: no test process beside this one has it in its range, nor does the system give it away."""
+    """A free port below the ephemeral range, from the range of this pytest-xdist worker."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     ports = range(12_000 + 2_000 * (worker % 10), 14_000 + 2_000 * (worker % 10))
-    for port in random.Random().sample(ports, len(ports)):  # a generator of its own: tests seed the global one
+    for port in random.Random().sample(ports, len(ports)):  # not the global generator: tests seed it
         with socket.socket() as free:
             try:
                 free.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""Records of hunts over seeds, of sweeps over them and of verdicts on them, of made-up scores."""
+"""Records of hunts, sweeps and verdicts with synthetic scores."""
 
 import html
 import json
@@ -21,7 +21,7 @@ FEW = tuple(DENSITIES[::4])
 
 
 def score(arm: str, density: float, seed: int) -> float:
-    """Tickets hold until about 5 %, controls fall from about 30 % on; every arm of a seed shares its luck."""
+    """Tickets hold until about 5 % density, controls drop from about 30 %; arms of one seed share an offset."""
     draw = random.Random(f"{arm} {density:.4f} {seed}")
     luck = random.Random(seed).uniform(-0.001, 0.001)
     knee, steep = {"ticket": (0.03, 0.012), "reinit": (0.15, 0.02), "shuffled": (0.12, 0.02)}[arm]
@@ -29,7 +29,7 @@ def score(arm: str, density: float, seed: int) -> float:
     return 0.978 + luck + gained - steep * max(0.0, knee / density - 1) ** 0.7 + draw.uniform(-0.0004, 0.0004)
 
 
-def hunted(seed: int, densities=tuple(DENSITIES), controls=ARMS, lift=0.0) -> dict[str, Any]:
+def hunt_record(seed: int, densities=tuple(DENSITIES), controls=ARMS, lift=0.0) -> dict[str, Any]:
     """The record of a hunt with controls and everything that is measured of a level."""
     levels = []
     for number, density in enumerate(densities):
@@ -54,7 +54,7 @@ def scores(test: float) -> dict[str, float]:
     return {"test/accuracy": test, "val/accuracy": test}
 
 
-def swept(hunts: list[dict[str, Any]], name="hunts", over=lambda hunt: {"seed": hunt["seed"]}) -> dict[str, Any]:
+def sweep_record(hunts: list[dict[str, Any]], name="hunts", over=lambda hunt: {"seed": hunt["seed"]}) -> dict[str, Any]:
     """The record of a sweep whose runs are these."""
     runs = [
         {
@@ -73,7 +73,7 @@ def swept(hunts: list[dict[str, Any]], name="hunts", over=lambda hunt: {"seed": 
     return entry
 
 
-def ruled(groups: dict[str, list[dict[str, Any]]], name="tickets", of=("hunts",), start=500) -> dict[str, Any]:
+def verdict_record(groups: dict[str, list[dict[str, Any]]], name="tickets", of=("hunts",), start=500) -> dict[str, Any]:
     """The record of a verdict on groups of hunts, as the job makes it."""
     verdicts = [verdict(group, hunts) for group, hunts in groups.items()]
     first, *others = groups
@@ -130,7 +130,7 @@ def difference(of: str, less: str, ours: list[dict[str, Any]], theirs: list[dict
     return {"of": of, "less": less, "seeds": [hunt["seed"] for hunt in ours], "levels": levels}
 
 
-def laid(run: Path, *entries: dict[str, Any], runs: dict[str, list[dict[str, Any]]] | None = None) -> Path:
+def write_records(run: Path, *entries: dict[str, Any], runs: dict[str, list[dict[str, Any]]] | None = None) -> Path:
     """The records on disk, each in its stage's folder, and those of a sweep's runs in its."""
     placed = [(run / entry["stage"], entry) for entry in entries]
     placed += [(run / sweep / entry["stage"], entry) for sweep, found in (runs or {}).items() for entry in found]
@@ -142,9 +142,9 @@ def laid(run: Path, *entries: dict[str, Any], runs: dict[str, list[dict[str, Any
 
 def lottery(run: Path) -> tuple[Path, dict[str, Any]]:
     """A run of one sweep and its verdict, and the verdict's record."""
-    hunts = [hunted(seed, FEW) for seed in range(3)]
-    entry = ruled({"": hunts})
-    return laid(run, swept(hunts), entry, runs={"hunts": hunts}), entry
+    hunts = [hunt_record(seed, FEW) for seed in range(3)]
+    entry = verdict_record({"": hunts})
+    return write_records(run, sweep_record(hunts), entry, runs={"hunts": hunts}), entry
 
 
 def page_of(run: Path) -> str:
@@ -154,14 +154,14 @@ def page_of(run: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """What it says, without markup."""
+    """The text of a page, without markup."""
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", page)).replace("\xa0", " ").split())
 
 
 def grouped(run: Path) -> tuple[Path, dict[str, Any]]:
     """The same of two sweeps, whose tickets are compared."""
-    labels = [hunted(seed, FEW, controls=()) for seed in range(4)]
-    taught = [hunted(seed, FEW, controls=(), lift=0.001 + 0.0001 * seed) for seed in range(4)]
-    entry = ruled({"labels": labels, "taught": taught}, of=("labels", "taught"))
-    stages = swept(labels, "labels"), swept(taught, "taught"), entry
-    return laid(run, *stages, runs={"labels": labels, "taught": taught}), entry
+    labels = [hunt_record(seed, FEW, controls=()) for seed in range(4)]
+    taught = [hunt_record(seed, FEW, controls=(), lift=0.001 + 0.0001 * seed) for seed in range(4)]
+    entry = verdict_record({"labels": labels, "taught": taught}, of=("labels", "taught"))
+    stages = sweep_record(labels, "labels"), sweep_record(taught, "taught"), entry
+    return write_records(run, *stages, runs={"labels": labels, "taught": taught}), entry

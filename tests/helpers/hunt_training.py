@@ -1,4 +1,4 @@
-"""A small training to hunt in, and what happened in it, step by step."""
+"""A small Lightning training for hunts, and a callback that records each update."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -91,17 +91,17 @@ class Watch(lp.Callback):
 def module(optimizer: Any = SGD, scheduler: Any = None, net: Callable[[], nn.Module] = Net) -> lp.LightningModule:
     """A seeded module."""
     torch.manual_seed(1)
-    made = module_for(net(), Blobs(), Classification(3), optimizer, None)
+    task_module = module_for(net(), Blobs(), Classification(3), optimizer, None)
     if scheduler is not None:
         interval, make = scheduler
 
         def configure_optimizers() -> Any:
-            built = optimizer(made.parameters())
+            built = optimizer(task_module.parameters())
             config = {"scheduler": make(built), "interval": interval, "monitor": "val/loss"}
             return {"optimizer": built, "lr_scheduler": config}
 
-        made.configure_optimizers = configure_optimizers
-    return made
+        task_module.configure_optimizers = configure_optimizers
+    return task_module
 
 
 def trainee(out: Path, of: lp.LightningModule | None = None, rewind: str = "8it", **options: Any) -> LightningTrainee:
@@ -119,18 +119,18 @@ def trainee(out: Path, of: lp.LightningModule | None = None, rewind: str = "8it"
     return LightningTrainee(of, data, given, 1, Duration.parse(rewind), out / "checkpoints", checkpoint, 2, early_stop)
 
 
-def hunted(
+def run_hunt(
     out: Path,
     of: LightningTrainee,
     densities: Iterable[float] = (1.0, 0.6, 0.3),
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The levels of a hunt."""
+    """Search with a trainee; the records of the levels."""
     return search(Hunt(of, Pruner(seed=1), tuple(densities), Store(out, "key"), **options))
 
 
 def weights(out: Path, level: int) -> dict[str, Tensor]:
-    """What a level ended with."""
+    """The weights at the end of a level."""
     return compact.tensors(out / f"level_{level:02d}")
 
 

@@ -1,4 +1,4 @@
-"""Networks and batches that criteria are tried on."""
+"""Networks and batches for tests of criteria."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ WITH_LOSS = [criterion for criterion in WITH_DATA if criterion.needs_loss]
 ONLINE = [criterion for criterion in WITH_LOSS if criterion.online]
 
 
-def named(criteria: Iterable[Criterion]) -> Any:
+def each_criterion(criteria: Iterable[Criterion]) -> Any:
     return pytest.mark.parametrize("criterion", list(criteria), ids=lambda criterion: criterion.name)
 
 
@@ -23,7 +23,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def scored(
+def scores_of(
     criterion: Criterion, model: nn.Module, loader: Iterable[Any], loss: Any = cross_entropy
 ) -> dict[str, Tensor]:
     return criterion.score(model, matrices(model), loader, *([loss] if criterion.needs_loss else []))
@@ -84,7 +84,7 @@ def linear_norms(inputs: list[Tensor]) -> list[float]:
     return [sum(row[j] ** 2 for row in rows) ** 0.5 for j in range(len(rows[0]))]
 
 
-class Twice(nn.Module):
+class SharedWeight(nn.Module):
     """One weight in two layers, and a layer that the loss does not use."""
 
     def __init__(self) -> None:
