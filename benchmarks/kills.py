@@ -65,7 +65,7 @@ def levels(out: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(out.glob("*/level_*/**/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        index = json.loads((path.parent / "artifact" / "artifact.json").read_text(encoding="utf-8"))
+        index = json.loads((path.parent / "compact" / "checkpoint.json").read_text(encoding="utf-8"))
         weights = {"weights": index["weights"]["sha256"]}
         found[str(path.parent.relative_to(out))] = {key: record[key] for key in KEYS} | weights
     return found

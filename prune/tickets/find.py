@@ -210,9 +210,9 @@ class FunctionTrainee(Trainee):
         """See :class:`Trainee`."""
         check_ranks_agree(self.network)
         if rank() == 0:
-            compact.save(self.network, folder / "artifact", masks, provenance={"metrics": result["metrics"]})
+            compact.save(self.network, folder / "compact", masks, provenance={"metrics": result["metrics"]})
         barrier()
-        result["size"] = size_of(self.network, masks, folder / "artifact")
+        result["size"] = size_of(self.network, masks, folder / "compact")
 
     def points(self) -> dict[str, str]:
         """See :class:`Trainee`."""

@@ -62,7 +62,7 @@ class Store:
                 index, masks = compact.read_index(where), Masks(compact.masks(where))
             except ValueError as error:
                 raise ValueError(f"{error}. {_remedy(folder)}") from error
-            if record.get("artifact", index["sha256"]) != index["sha256"] or record["mask_hash"] != masks.hash():
+            if record.get("checkpoint", index["sha256"]) != index["sha256"] or record["mask_hash"] != masks.hash():
                 raise ValueError(f"{where} is not what {folder / 'record.json'} was written for. {_remedy(folder)}")
 
     def finished(self, level: int, arm: str = TICKET) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ class Store:
             "density": masks.density,
             "layers": {name: list(count) for name, count in masks.counts().items()},
             "mask_hash": masks.hash(),
-            "artifact": compact.read_index(compact.find(folder))["sha256"],
+            "checkpoint": compact.read_index(compact.find(folder))["sha256"],
         }
         if rank() == 0:
             records.write(folder, record)

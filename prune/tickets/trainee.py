@@ -65,7 +65,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def save(self, folder: Path, result: dict[str, Any], masks: Masks) -> None:
-        """Write the network as a compact checkpoint to ``folder/artifact``; adds ``size`` to ``result``."""
+        """Write the network as a compact checkpoint to ``folder/compact``; adds ``size`` to ``result``."""
 
     @abstractmethod
     def points(self) -> dict[str, str]:

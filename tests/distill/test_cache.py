@@ -860,7 +860,7 @@ def test_a_digest_is_of_the_values_of_one_sample(kind: type) -> None:
 
 def test_a_stage_writes_a_cache_that_another_names_as_its_teacher(tmp_path: Path) -> None:
     network, data = MLP(64, [8], 10), Digits(batch_size=100)
-    compact.save(network, tmp_path / "teacher" / "artifact")
+    compact.save(network, tmp_path / "teacher" / "compact")
     out = tmp_path / "cached"
     result = cache(Source(tmp_path / "teacher"), data, splits=["train", "val"], precision="bf16", out=out)
     assert json.loads(json.dumps(result)) == result

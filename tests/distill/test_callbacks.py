@@ -691,7 +691,7 @@ def test_numbers_beside_terms_are_refused() -> None:
 
 
 def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
-    compact.save(MLP(6, [5], 3), tmp_path / "artifact")
+    compact.save(MLP(6, [5], 3), tmp_path / "compact")
     for namespace in (lp, pl):
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)

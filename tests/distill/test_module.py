@@ -606,7 +606,7 @@ def test_heads_that_are_not_all_are_refused() -> None:
 
 
 def test_the_job_distills_a_family(tmp_path: Path) -> None:
-    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
+    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "compact")
     result = distill(
         {"small": MLP(64, [8], 10), "tiny": MLP(64, [4], 10)},
         Source(tmp_path / "teacher"),
@@ -623,7 +623,7 @@ def test_the_job_distills_a_family(tmp_path: Path) -> None:
 
 
 def test_the_job_distills_from_a_folder(tmp_path: Path) -> None:
-    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "artifact")
+    compact.save(MLP(64, [32], 10), tmp_path / "teacher" / "compact")
     result = distill(
         MLP(64, [8], 10),
         Source(tmp_path / "teacher"),

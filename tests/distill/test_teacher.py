@@ -147,8 +147,8 @@ def test_takes_keywords_and_nested_inputs() -> None:
 @pytest.mark.parametrize("stage", [False, True])
 def test_loads_a_compact_checkpoint_or_the_stage_around_it(tmp_path: Path, kind: Any, stage: bool) -> None:
     network = MLP(6, [5], 3)
-    compact.save(network, tmp_path / "artifact")
-    teacher = Teacher(kind(tmp_path if stage else tmp_path / "artifact"))
+    compact.save(network, tmp_path / "compact")
+    teacher = Teacher(kind(tmp_path if stage else tmp_path / "compact"))
     assert same(teacher.module, network)
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
 
@@ -162,7 +162,7 @@ def test_loads_a_transformers_folder(tmp_path: Path, bert: Any) -> None:
 
 
 def test_what_is_loaded_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compact.save(MLP(6, [5], 3), tmp_path / "artifact")
+    compact.save(MLP(6, [5], 3), tmp_path / "compact")
     made: list[weakref.ref[nn.Module]] = []
 
     def watch(path: Path) -> nn.Module:

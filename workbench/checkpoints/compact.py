@@ -2,7 +2,7 @@
 
 Masked weights are stored as one bit per weight plus the kept values in index order; everything else is dense. So
 a float32 layer at density d takes (d + 1/32) of its dense bytes. Pruned weights come back as exactly +0.0 and all
-else bit for bit. ``artifact.json`` names the weights file by its content, so replacing a checkpoint is one atomic
+else bit for bit. ``checkpoint.json`` names the weights file by its content, so replacing a checkpoint is one atomic
 rename. Neither file has a name that transformers would mistake for a model of its own.
 
 Reading needs torch and safetensors only and runs no code from the folder, but the constructor of the module class
@@ -31,7 +31,7 @@ from workbench.models.resize import ResizeError
 
 FORMAT = "compact-checkpoint"
 VERSION = 1
-_INDEX = "artifact.json"
+_INDEX = "checkpoint.json"
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _INTEGERS = {
@@ -128,19 +128,19 @@ def load(path: str | Path, model: nn.Module | None = None, map_location: str | t
 
 
 def find(path: str | Path) -> Path:
-    """The folder of the compact checkpoint at ``path`` or in its ``artifact/``.
+    """The folder of the compact checkpoint at ``path`` or in its ``compact/``.
 
     Raises:
         ValueError: If there is none.
     """
-    for folder in (Path(path), Path(path) / "artifact"):
+    for folder in (Path(path), Path(path) / "compact"):
         if (folder / _INDEX).is_file():
             return folder
-    raise ValueError(f"{path} holds no compact checkpoint: expected {_INDEX} there or in artifact/")
+    raise ValueError(f"{path} holds no compact checkpoint: expected {_INDEX} there or in compact/")
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The contents of ``artifact.json`` in the folder ``path``, checked in every field but ``provenance``.
+    """The contents of ``checkpoint.json`` in the folder ``path``, checked in every field but ``provenance``.
 
     Raises:
         ValueError: If it is missing, altered, of a newer version or another format.

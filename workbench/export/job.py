@@ -103,5 +103,5 @@ def _compact(subject: Subject, values: str, folder: Path) -> tuple[Tensor | None
     index = subject.index
     compact.save(subject.network, folder, subject.masks, dtype, index["architecture"], index["provenance"])
     weights = folder / compact.read_index(folder)["weights"]["file"]
-    size = weights.stat().st_size + (folder / "artifact.json").stat().st_size
+    size = weights.stat().st_size + (folder / "checkpoint.json").stat().st_size
     return outputs(compact.load(folder), subject.inputs), size

@@ -255,7 +255,7 @@ def _row(stage: Stage, named: dict[str, Stage], metrics: dict[tuple[str, str], M
         against, base = begun.name, _outcome(begun)[0].get(f"test/{stage.monitor[0]}")
     change = None if test is None or base is None else test - base
     smallest = min((e for e in stage.exports if e.bytes is not None), key=_bytes, default=None)
-    stored = size.get("artifact_bytes") if smallest is None else smallest.bytes
+    stored = size.get("checkpoint_bytes") if smallest is None else smallest.bytes
     return Row(
         stage=stage,
         metric=metrics[stage.monitor],
@@ -360,7 +360,7 @@ def _pick(rows: list[Row], hunts: list[Hunt], reference: Row) -> Pick | None:
     for hunt in hunts:
         row = named[hunt.stage.name]
         for entry in hunt.levels if _comparable(row, reference) else ():
-            stored = entry.level.size.get("artifact_bytes")
+            stored = entry.level.size.get("checkpoint_bytes")
             if stored is not None and _near(entry.validation, reference.validation, reference.metric):
                 found.append(Pick(row, entry.level.level, None, stored, row.stage.name, entry.test))
     smaller = (pick for pick in found if pick.bytes < (dense_bytes(reference) or 0))

@@ -30,12 +30,12 @@ def save_network(
     example: bool = True,
     member: str = "",
 ) -> None:
-    """Write the shipped network to ``out/artifact`` and inputs to try it on to ``out/example.safetensors``.
+    """Write the shipped network to ``out/compact`` and inputs to try it on to ``out/example.safetensors``.
 
     Of a family it is the network called ``member``. Adds ``size`` to ``result``. On ranks above zero only that.
     """
     network = network_of(module).get_submodule(member)
-    folder = out / "artifact"
+    folder = out / "compact"
     check_ranks_agree(network)
     state = whole_state(network)
     if rank() == 0:
@@ -73,7 +73,7 @@ def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path
         **pruned,
         "nonzero": sum(int(whole(parameter.detach()).count_nonzero()) for parameter in parameters),
         "dense_fp32_bytes": 4 * sum(parameter.numel() for parameter in parameters),
-        "artifact_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "checkpoint_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
     }
 
 
@@ -106,7 +106,7 @@ def save_family(
     result: dict[str, Any],
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write each network of a family as ``out/NAME/artifact`` beside a record of its own; adds ``students``."""
+    """Write each network of a family as ``out/NAME/compact`` beside a record of its own; adds ``students``."""
     result["students"] = {}
     for name in module.family:
         mine = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}

@@ -56,7 +56,7 @@ def test_a_recipe_prunes_shrinks_and_exports(structure: str, formats: list[str],
     assert widths == [12, 8]
     assert again["shrunk"]["parameters"] == [after, after]
     assert small["monitor"] == dense["monitor"]
-    assert small["size"]["artifact_bytes"] < dense["size"]["artifact_bytes"]
+    assert small["size"]["checkpoint_bytes"] < dense["size"]["checkpoint_bytes"]
     loaded, original = load(tmp_path / "out" / "small"), load(tmp_path / "out" / "dense")
     assert compact.masks(tmp_path / "out" / "small").keys() == compact.masks(tmp_path / "out" / "dense").keys()
     inputs = torch.randn(3, 64)

@@ -52,7 +52,7 @@ def levels(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted((folder / "run" / "ticket").glob("level_*/**/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        index = json.loads((path.parent / "artifact" / "artifact.json").read_text(encoding="utf-8"))
+        index = json.loads((path.parent / "compact" / "checkpoint.json").read_text(encoding="utf-8"))
         name = str(path.parent.relative_to(folder))
         found[name] = {key: record[key] for key in KEYS} | {"weights": index["weights"]["sha256"]}
     return found

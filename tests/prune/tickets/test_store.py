@@ -73,7 +73,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def weights_file(level: Path) -> Path:
-    return next((level / "artifact").glob("weights-*.safetensors"))
+    return next((level / "compact").glob("weights-*.safetensors"))
 
 
 def truncated(level: Path) -> Path:
@@ -91,15 +91,15 @@ def flipped(level: Path) -> Path:
 
 
 def index_altered(level: Path) -> Path:
-    file = level / "artifact" / "artifact.json"
+    file = level / "compact" / "checkpoint.json"
     file.write_text(file.read_text().replace("MLP", "MPL"))
     return file
 
 
 def of_another_level(level: Path) -> Path:
-    shutil.rmtree(level / "artifact")
-    shutil.copytree(level.parent / "level_02" / "artifact", level / "artifact")
-    return level / "artifact"
+    shutil.rmtree(level / "compact")
+    shutil.copytree(level.parent / "level_02" / "compact", level / "compact")
+    return level / "compact"
 
 
 def same_masks_other_weights(level: Path) -> Path:
@@ -107,12 +107,12 @@ def same_masks_other_weights(level: Path) -> Path:
     assert isinstance(model, MLP)
     with torch.no_grad():
         next(model.parameters())[next(iter(compact.masks(level).values()))] += 1
-    compact.save(model, level / "artifact", compact.masks(level))
-    return level / "artifact"
+    compact.save(model, level / "compact", compact.masks(level))
+    return level / "compact"
 
 
 def missing(level: Path) -> Path:
-    shutil.rmtree(level / "artifact")
+    shutil.rmtree(level / "compact")
     return level
 
 
@@ -226,7 +226,7 @@ def test_levels_without_settings_are_compared_by_key(tmp_path: Path) -> None:
     """As older versions wrote them, and trainings of plain functions do."""
     model = nn.Sequential(nn.Linear(2, 2))
     masks = Masks.ones(model)
-    compact.save(model, tmp_path / "level_00" / "artifact", masks)
+    compact.save(model, tmp_path / "level_00" / "compact", masks)
     result = {"metrics": {}, "monitor": ["loss", "min"], "history": [], "world_size": 1, "seconds": 0.0}
     store = Store(tmp_path, "one")
     kept = store.keep(0, "ticket", result, masks)
@@ -236,6 +236,6 @@ def test_levels_without_settings_are_compared_by_key(tmp_path: Path) -> None:
         Store(tmp_path, "two").check()
     record = records.read(tmp_path / "level_00")
     assert record is not None
-    del record["artifact"]
+    del record["checkpoint"]
     records.write(tmp_path / "level_00", record)
     store.check()

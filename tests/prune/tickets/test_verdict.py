@@ -34,7 +34,7 @@ def hunt(folder: Path, seed: int, metric: str = "accuracy", mode: str = "max", *
         network = MLP(16, [8], 4)
         masks = Masks({"layers.0.weight": torch.rand(8, 16, generator=draw) < density} if level else full(network))
         masks.apply(network)
-        compact.save(network, folder / f"level_{level:02d}" / "artifact", masks)
+        compact.save(network, folder / f"level_{level:02d}" / "compact", masks)
         ticket = {**row(0.95), "best": {"step": 100 + seed, "score": 0.1}}
         controls = {arm: row(0.95 - 0.1 * level, arm) for arm in ("reinit", "shuffled")} if level else {}
         levels.append({**ticket, **({"controls": controls} if controls else {})})

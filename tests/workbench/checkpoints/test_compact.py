@@ -437,10 +437,10 @@ def test_transformers_does_not_take_the_folder_for_a_model_of_its_own(tmp_path: 
 
 
 def test_it_is_found_in_a_stage(tmp_path: Path) -> None:
-    save(MLP(4, (4,), 2), tmp_path / "stage" / "artifact")
-    assert compact.find(tmp_path / "stage") == tmp_path / "stage" / "artifact"
+    save(MLP(4, (4,), 2), tmp_path / "stage" / "compact")
+    assert compact.find(tmp_path / "stage") == tmp_path / "stage" / "compact"
     load(tmp_path / "stage")
-    with pytest.raises(ValueError, match=r"holds no compact checkpoint: expected artifact\.json"):
+    with pytest.raises(ValueError, match=r"holds no compact checkpoint: expected checkpoint\.json"):
         load(tmp_path)
 
 
@@ -653,14 +653,14 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
     for name in (
         "weights-0123456789abcdef.safetensors",
         ".weights-0123456789abcdef.safetensors.77-12.tmp",
-        ".artifact.json.77-12.tmp",
+        ".checkpoint.json.77-12.tmp",
     ):
         (tmp_path / name).write_text("half")
     model = MLP(4, (4,), 2)
     save(model, tmp_path)
     index = compact.read_index(tmp_path)
     assert set(names(tmp_path)) == {
-        "artifact.json",
+        "checkpoint.json",
         index["weights"]["file"],
         "notes.txt",
         "weights-of-mine.safetensors",
@@ -670,7 +670,7 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}'])
 def test_a_damaged_checkpoint_is_replaced(tmp_path: Path, text: str) -> None:
-    (tmp_path / "artifact.json").write_text(text)
+    (tmp_path / "checkpoint.json").write_text(text)
     model = MLP(4, (4,), 2)
     save(model, tmp_path)
     assert_same_state(load(tmp_path), model)
@@ -703,7 +703,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copied(saved: Path, to: Path) -> tuple[Path, dict[str, Any]]:
     shutil.copytree(saved, to, dirs_exist_ok=True)
-    return to, json.loads((to / "artifact.json").read_text())
+    return to, json.loads((to / "checkpoint.json").read_text())
 
 
 def signed(path: Path, index: Any, sign: bool = True) -> None:
@@ -711,7 +711,7 @@ def signed(path: Path, index: Any, sign: bool = True) -> None:
     if sign and isinstance(index, dict):
         index.pop("sha256", None)
         index["sha256"] = hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    (path / "artifact.json").write_text(json.dumps(index))
+    (path / "checkpoint.json").write_text(json.dumps(index))
 
 
 def refused(path: Path) -> str:
@@ -733,7 +733,7 @@ def test_a_flipped_byte_is_refused_or_harmless(
     saved: Path, tmp_path_factory: pytest.TempPathFactory, which: str, place: float, value: int
 ) -> None:
     path, index = copied(saved, tmp_path_factory.mktemp("flip"))
-    file = path / ("artifact.json" if which == "json" else index["weights"]["file"])
+    file = path / ("checkpoint.json" if which == "json" else index["weights"]["file"])
     content = bytearray(file.read_bytes())
     content[int(place * len(content))] ^= value
     file.write_bytes(content)
@@ -753,7 +753,7 @@ def test_a_flipped_byte_is_refused_or_harmless(
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path, which: str, share: float) -> None:
     path, index = copied(saved, tmp_path)
-    file = path / ("artifact.json" if which == "json" else index["weights"]["file"])
+    file = path / ("checkpoint.json" if which == "json" else index["weights"]["file"])
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     assert str(file) in refused(path)
@@ -843,7 +843,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "file above": edit(["weights", "file"], "../weights-0123456789abcdef.safetensors"),
     "absolute file": edit(["weights", "file"], "/etc/passwd"),
     "parent folder": edit(["weights", "file"], ".."),
-    "own index": edit(["weights", "file"], "artifact.json"),
+    "own index": edit(["weights", "file"], "checkpoint.json"),
     "file with a zero": edit(["weights", "file"], "weights-0123456789abcdef.safetensors\0"),
     "file with a newline": edit(["weights", "file"], "weights-0123456789abcdef.safetensors\n"),
     "file is a number": edit(["weights", "file"], 3),
@@ -1056,7 +1056,7 @@ def test_weights_that_are_no_safetensors_are_refused(saved: Path, tmp_path: Path
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\ud800", "NaN", '"' + "\\ud800" + '"'])
 def test_an_index_that_is_no_json_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
     path, _ = copied(saved, tmp_path)
-    (path / "artifact.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (path / "checkpoint.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(path)
 
 
@@ -1065,7 +1065,7 @@ def test_an_index_nested_to_the_limit_is_refused(saved: Path, tmp_path: Path) ->
     for depth in range(900, 1000, 7):
         index["provenance"] = {}
         text = json.dumps(index).replace('"provenance": {}', '"provenance": {"a": ' + "[" * depth + "]" * depth + "}")
-        (path / "artifact.json").write_text(text)
+        (path / "checkpoint.json").write_text(text)
         refused(path)
 
 

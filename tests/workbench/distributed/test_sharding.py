@@ -127,8 +127,8 @@ def divided(folder: Path) -> list[str]:
         release(network)
         state, counts = whole_state(network), size_of(network, None, folder)
         if rank() == 0:
-            compact.save(network, folder / "artifact", state=state)
-            back = compact.load(folder / "artifact")
+            compact.save(network, folder / "compact", state=state)
+            back = compact.load(folder / "compact")
             checks["loads"] = type(back) is Tied and equal(back.state_dict(), state)
             checks["counted"] = counts["nonzero"] == size_of(back, None, folder)["nonzero"]
     torch.distributed.barrier()

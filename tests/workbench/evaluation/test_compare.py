@@ -82,7 +82,7 @@ class Texts(pl.LightningDataModule):
 def stored(folder: Path, seed: int, make: Callable[[], nn.Module] = lambda: MLP(4, (6,), 3)) -> Source:
     """A compact checkpoint where a finished stage has it."""
     torch.manual_seed(seed)
-    compact.save(make(), folder / "artifact")
+    compact.save(make(), folder / "compact")
     return Source(folder)
 
 

@@ -112,7 +112,7 @@ def pruned(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
 
 def stage(folder: Path, model: nn.Module, inputs: dict[str, Tensor] | None, **record: Any) -> Source:
     """A finished stage with a checkpoint of ``model``."""
-    save(model, folder / "artifact", pruned(model), provenance={"made": "by hand"})
+    save(model, folder / "compact", pruned(model), provenance={"made": "by hand"})
     if inputs:
         save_file(inputs, folder / "example.safetensors")
     records.write(
@@ -276,15 +276,15 @@ def test_predictions_that_change_are_said_to(tmp_path: Path) -> None:
 
 def test_an_exact_checkpoint_that_is_not_exact_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = stage(tmp_path / "stage", MLP(64, (8,), 10), NETWORKS["mlp"][1](4))
-    honest = compact.load
+    load_unchanged = compact.load
 
-    def lying(path: Path, *args: Any) -> nn.Module:
-        model = honest(path, *args)
-        if Path(path).name == "compact":
+    def load_changed(path: Path, *args: Any) -> nn.Module:
+        model = load_unchanged(path, *args)
+        if Path(path) == tmp_path / "out" / "compact":
             next(model.parameters()).data.add_(1)
         return model
 
-    monkeypatch.setattr(compact, "load", lying)
+    monkeypatch.setattr(compact, "load", load_changed)
     with pytest.raises(ValueError, match="differs from the trained network: this is a defect"):
         export(of, out=tmp_path / "out")
 
@@ -402,7 +402,7 @@ def test_a_half_written_export_is_written_again(tmp_path: Path) -> None:
                 path.write_bytes(path.read_bytes()[:20]) if index % 2 else path.unlink()
         (out / ".torch.part").mkdir()
         (out / ".torch.part" / "stale.safetensors").write_text("half")
-        (out / "compact" / ".artifact.json.1-2.tmp").write_text("half")
+        (out / "compact" / ".checkpoint.json.1-2.tmp").write_text("half")
         assert export(of, formats=formats, out=out)["exports"] == first["exports"]
         assert {path.relative_to(out): path.stat().st_size for path in out.rglob("*") if path.is_file()} == files
 
@@ -448,7 +448,7 @@ def test_a_level_of_what_has_none(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_a_stage(tmp_path: Path) -> None:
     of = stage(tmp_path / "stage", MLP(64, (8,), 10), NETWORKS["mlp"][1](4))
-    result = export(Source(Path(of) / "artifact"), formats=["torch"], out=tmp_path / "out")
+    result = export(Source(Path(of) / "compact"), formats=["torch"], out=tmp_path / "out")
     assert result["exports"][1]["same_predictions"], "the example inputs lie beside it"
 
 

@@ -22,7 +22,7 @@ def written(out: Path, **more: Any) -> dict[str, Any]:
         "parents": {},
         "metrics": {"val/accuracy": 0.91, "test/accuracy": 0.9},
         "monitor": ["accuracy", "max"],
-        "size": {"parameters": 1234567, "artifact_bytes": 4_000_000, "dense_fp32_bytes": 4_938_268},
+        "size": {"parameters": 1234567, "checkpoint_bytes": 4_000_000, "dense_fp32_bytes": 4_938_268},
         "seconds": 12.0,
         "started": records.now(),
         **more,

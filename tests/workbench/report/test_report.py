@@ -30,7 +30,7 @@ def sized(density=1.0, per_weight=4, parameters=PARAMETERS, prunable=PRUNABLE):
         "kept": kept,
         "nonzero": kept + parameters - prunable,
         "dense_fp32_bytes": 4 * parameters,
-        "artifact_bytes": round(kept * per_weight + prunable / 8 + 4 * (parameters - prunable) + 900),
+        "checkpoint_bytes": round(kept * per_weight + prunable / 8 + 4 * (parameters - prunable) + 900),
     }
 
 
@@ -269,7 +269,7 @@ def test_every_number_of_the_main_table_is_in_a_record(tmp_path):
             assert row[5] == f"{entry['size']['kept']:,}"
             assert row[6] == f"{100 * entry['size']['kept'] / entry['size']['prunable']:.3g}%"
             assert row[7] == f"{100 * entry['metrics']['test/accuracy']:.2f}%"
-            stored = entry["size"]["artifact_bytes"]
+            stored = entry["size"]["checkpoint_bytes"]
             assert row[9] == size(stored)
         assert row[10] == f"{DENSE / stored:.1f}\N{MULTIPLICATION SIGN}"
         assert row[11] == duration(entry["seconds"])
@@ -388,7 +388,7 @@ def test_pick_looks_at_validation_and_not_at_test(tmp_path):
     pick = found.hunts[0].pick
     assert pick is not None
     assert pick.level.level == 2
-    stored = levels[2]["size"]["artifact_bytes"]
+    stored = levels[2]["size"]["checkpoint_bytes"]
     assert headline.headline(found) == (
         "Within 1 point of teacher's 98.26% validation accuracy, the smallest checkpoint is ticket "
         f"(level 2): {size(stored)}, {times(DENSE / stored)} smaller than "
@@ -865,7 +865,7 @@ def test_members_of_a_family_are_rows_of_their_own(tmp_path):
     rows = {row.stage.name: row for row in found.rows}
     for member, told in records[4]["students"].items():
         row = rows[f"many/{member}"]
-        assert (row.test, row.bytes) == (told["metrics"]["test/accuracy"], told["size"]["artifact_bytes"])
+        assert (row.test, row.bytes) == (told["metrics"]["test/accuracy"], told["size"]["checkpoint_bytes"])
         assert (row.stage.job, row.stage.seed, row.parent) == ("distill", 0, ("teacher", "store"))
         assert (row.against, row.change) == ("teacher", pytest.approx(row.test - 0.9806)), "the cache is the teacher's"
     assert [rows[f"many/{m}"].activation for m in ("small", "tiny")] == ["gelu", "relu"], "each has its own model"

@@ -215,7 +215,7 @@ def test_fit_writes_a_checkpoint_of_what_it_trained(tmp_path: Path) -> None:
     assert result["monitor"] == ["accuracy", "max"]
     assert result["size"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert "kept" not in result["size"], "nothing was pruned, so nothing was kept"
-    assert result["size"]["artifact_bytes"] == sum(f.stat().st_size for f in compact.find(tmp_path).iterdir())
+    assert result["size"]["checkpoint_bytes"] == sum(f.stat().st_size for f in compact.find(tmp_path).iterdir())
 
 
 def test_an_own_module_keeps_its_optimizer_unless_given_one(tmp_path: Path) -> None:
