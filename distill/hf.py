@@ -19,7 +19,7 @@ from distill.objective import Seen, Term, average_gradients, make_projectors, ob
 from distill.targets import AnyTeacher, lesson_of, opened
 from distill.teacher import asleep
 from workbench.distributed.ranks import everyone
-from workbench.files import replacing
+from workbench.files import atomic_file
 from workbench.models.positions import tokens_of
 from workbench.randomness import same_random_state
 from workbench.tasks import logits_of
@@ -204,7 +204,7 @@ class DistillationMixin(_Trainer):
         super().save_model(output_dir, _internal_call)
         state = self.objective.projectors.state_dict()
         if _internal_call and output_dir is not None and state and self.args.should_save:
-            with replacing(Path(output_dir) / _FILE) as temporary:
+            with atomic_file(Path(output_dir) / _FILE) as temporary:
                 save_file(state, temporary)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -51,7 +51,7 @@ TORCH_ONLY = {
 }
 TORCH_ONLY_GROUND = (
     *("models.anatomy", "models.forward", "models.positions", "checkpoints", "duration"),
-    *("randomness", "distributed.ranks", "messages"),
+    *("randomness", "distributed.ranks", "messages", "files"),
 )
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
 

@@ -1,4 +1,4 @@
-"""Writing that is all or nothing: a temporary name in the same folder, flushed to disk, then renamed."""
+"""Atomic writing: to a temporary name in the same folder, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -12,33 +12,40 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of the file ``path`` to write to; on success it takes the place of ``path``.
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write to; on success it is renamed to ``path``.
 
-    On an exception the temporary is removed and whatever was at ``path`` is untouched; a kill or a power cut at any
-    moment leaves the old file or the new one, whole. Permissions are those of any new file of the user, also where
-    the writer, as safetensors does, makes its files private.
+    On an exception the temporary is removed and ``path`` is untouched; a kill or a power cut at any moment leaves the
+    old file or the new one, whole. Permissions are those of any new file of the user, also where the writer, as
+    safetensors does, makes its files private.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+        durable: Flush to disk before and after the rename; otherwise a power cut, but no kill, may damage the file.
 
     Raises:
-        OSError: If writing fails, a full disk say; it names ``path``.
+        OSError: If writing fails, e.g. on a full disk; it names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")
     try:
         mode = _mode_of_new(temporary)
-        with naming(path):
+        with path_in_errors(path):
             yield temporary
             if temporary.stat().st_mode != mode:
                 temporary.chmod(mode)
-            publish(temporary, path)
+            if durable:
+                replace_durably(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside, an ``OSError`` that names no file, as that of a full disk, names ``path``."""
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Inside, an ``OSError`` without a file name, as that of a full disk, is raised again with the name ``path``."""
     try:
         yield
     except OSError as error:
@@ -47,19 +54,19 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Flush a whole file to disk and let it take the place of ``path`` in the same folder, which is flushed too."""
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Flush the complete file ``temporary`` to disk, rename it to ``path`` in the same folder, and flush the folder."""
     _flush(temporary)
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A temporary folder for several files; on success each takes the place of its namesake in ``folder``.
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write several files to; on success each is renamed to the same name in ``folder``.
 
-    Each file is replaced as by :func:`replacing`; what was in ``folder`` under other names stays. What an earlier,
-    killed attempt left is removed.
+    Each file is replaced as by :func:`atomic_file`; other files in ``folder`` stay. What an earlier, killed attempt
+    left is removed.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -73,6 +80,7 @@ def filling(folder: Path) -> Iterator[Path]:
             if file.stat().st_mode != mode:
                 file.chmod(mode)
             _flush(file)
+        # All files are on disk before the first rename: renames are quick, so few kills fall between two of them.
         for file in files:
             os.replace(file, folder / file.name)
         _sync_folder(folder)
@@ -83,7 +91,7 @@ def filling(folder: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Mapping[str, Any], indent: int | None = 1) -> None:
     """Write ``data`` as JSON, atomically; without ``indent`` on one line and without spaces."""
     text = json.dumps(data, indent=indent, separators=None if indent else (",", ":"))
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -94,7 +102,7 @@ def sha256(path: Path) -> str:
 
 
 def _mode_of_new(path: Path) -> int:
-    """Permissions that a new file at ``path`` gets; it is removed again."""
+    """Permissions that the user's umask gives a new file, found by making one at ``path`` and removing it."""
     path.touch()
     mode = path.stat().st_mode
     path.unlink()
@@ -107,7 +115,7 @@ def _flush(file: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlive a power cut, on the systems that let a folder be flushed."""
+    """Flush a rename in ``folder`` to disk, on systems that can flush a folder."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

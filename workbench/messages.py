@@ -26,11 +26,16 @@ def printable(text: str) -> str:
 
 
 def nearest(word: object, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of ``words``, else the list of them if it is short enough to read."""
+    """`; did you mean 'x'?` for the closest of ``words``, else `; allowed: ...` if they are few enough to read."""
     words = list(words)
-    if close := get_close_matches(str(word), words, 1, 0.5):
-        return f"; did you mean '{close[0]}'?"
+    if close := closest(str(word), words):
+        return f"; did you mean '{close}'?"
     return f"; allowed: {', '.join(words)}" if 0 < len(words) <= 20 else ""
+
+
+def closest(word: str, words: Iterable[str], similarity: float = 0.5) -> str | None:
+    """The one of ``words`` that is most like ``word``; None if none has that ``similarity``, from 0 to 1."""
+    return next(iter(get_close_matches(word, list(words), 1, similarity)), None)
 
 
 def some(names: Iterable[str]) -> str:

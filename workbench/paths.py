@@ -1,4 +1,4 @@
-"""Where a folder named in a recipe is. Imports nothing heavy."""
+"""Paths in recipes: ``~``, environment variables, and folders inside installed packages. Imports nothing heavy."""
 
 import os
 import re
@@ -9,8 +9,8 @@ _PACKAGE = "package:"
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
-def expanded(name: str | os.PathLike[str]) -> str:
-    """``name`` with ``~`` and environment variables such as ``$DATA`` put in.
+def expand_variables(name: str | os.PathLike[str]) -> str:
+    """``name`` with ``~`` and environment variables such as ``$DATA`` replaced by their values.
 
     Raises:
         ValueError: If a variable is not set, or empty.
@@ -25,22 +25,22 @@ def expanded(name: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
-def located(name: str | os.PathLike[str]) -> str:
-    """``name`` with ``~`` and environment variables expanded, and ``package:NAME/folder`` as the path of that folder.
+def resolve_path(name: str | os.PathLike[str]) -> str:
+    """``name`` with variables expanded, and ``package:NAME/folder`` replaced by the path of that folder.
 
     Models and data sets come in packages too: ``package:NAME/folder`` is ``folder`` inside the installed package NAME,
-    which is found without being imported. Anything else, such as the name of a model on the hub, stays as it is.
+    which is not imported. Anything else, such as the name of a model on the hub, is returned unchanged.
 
     Raises:
         ValueError: If the package is not installed or has no such folder or file, or a variable is not set.
     """
-    text = expanded(name)
+    text = expand_variables(name)
     if not text.startswith(_PACKAGE):
         return text
     package, _, inside = text.removeprefix(_PACKAGE).partition("/")
     try:
         spec = find_spec(package) if package.isidentifier() else None
-    except ValueError:  # a module that was put together by hand
+    except ValueError:  # a module in sys.modules without a spec
         spec = None
     folders = (spec.submodule_search_locations if spec is not None else None) or []
     if not folders:

@@ -1,10 +1,11 @@
 """Two progress bars for a recipe: the whole of it above, the stage at work below.
 
-The runner opens `bars` and wraps each stage in `Bars.stage`; whatever does the work calls `show`, which
-does nothing when no bars are open, so a job needs to know nothing about who started it. Only rank zero draws.
+The runner opens `bars` and wraps each stage in `Bars.stage`; a training loop or a job calls `update`, which
+does nothing when no bars are open, so a job works the same with and without a recipe. Only rank zero draws.
 Where the output is not a terminal there are no bars, just one plain line per stage, without control codes.
 
-A run of a sweep draws nothing: inside `telling` what it shows goes into a small file, which the sweep reads and draws.
+A run of a sweep, often in a process of its own, cannot draw on the sweep's terminal: inside `progress_file` its
+updates go into a small JSON file, which the sweep reads (`read_progress`) and draws.
 """
 
 import json
@@ -21,9 +22,10 @@ from typing import TextIO, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from workbench.files import atomic_file
 from workbench.messages import elapsed, printable
 
-_EVERY = 0.5
+_INTERVAL = 0.5
 
 
 class Bars:
@@ -41,7 +43,7 @@ class Bars:
         self._note = ""
         self._progress: Progress | None = None
         self._recipe = self._stage = TaskID(0)
-        self._parts: dict[str, TaskID] = {}
+        self._runs: dict[str, TaskID] = {}
         if console is not None and live:
             self._progress = progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -75,48 +77,48 @@ class Bars:
             raise
         finally:
             if self._progress is not None:
-                self.parts({})
+                self.show_runs({})
                 self._progress.update(self._stage, visible=False)
                 self._progress.update(self._recipe, advance=0 if outcome else 1)
             self.line(name, f"{outcome}{elapsed(perf_counter() - start)}", self._note)
 
-    def line(self, name: str, *told: str) -> None:
-        """Write a line that stays, above the bars: of a stage that is over, or of a part of one."""
+    def line(self, name: str, *words: str) -> None:
+        """Print a line that stays above the bars, for a stage or a run that has ended; empty words are left out."""
         if self._console is not None:
-            words = (printable(name).ljust(self._width), *(printable(word) for word in told if word))
-            self._console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+            cells = (printable(name).ljust(self._width), *(printable(word) for word in words if word))
+            self._console.print("  ".join(cells), markup=False, highlight=False, soft_wrap=True)
 
-    def parts(self, told: "Mapping[str, Told]") -> None:
-        """Draw a bar for each part of the stage that is at work, below the stage's own; and for no other."""
+    def show_runs(self, runs: "Mapping[str, RunProgress]") -> None:
+        """Draw one bar for each of ``runs``, by name, below the stage's own; bars of other runs are removed."""
         if self._progress is None:
             return
-        for name in [name for name in self._parts if name not in told]:
-            self._progress.remove_task(self._parts.pop(name))
-        for name, part in told.items():
-            if name not in self._parts:
-                self._parts[name] = self._progress.add_task(f"  {printable(name)}", total=None, message="")
-            total, said = part.total or None, printable(part.message)
-            self._progress.update(self._parts[name], completed=part.done, total=total, message=said)
+        for name in [name for name in self._runs if name not in runs]:
+            self._progress.remove_task(self._runs.pop(name))
+        for name, run in runs.items():
+            if name not in self._runs:
+                self._runs[name] = self._progress.add_task(f"  {printable(name)}", total=None, message="")
+            total, message = run.total or None, printable(run.message)
+            self._progress.update(self._runs[name], completed=run.done, total=total, message=message)
 
-    def show(self, done: int, total: int, message: str) -> None:
-        """See the module's `show`."""
+    def update(self, done: int, total: int, message: str) -> None:
+        """See the module's `update`."""
         if self._progress is not None:
             self._progress.update(self._stage, completed=done, total=total, message=printable(message))
 
     def note(self, text: str) -> None:
-        """What to say at the end of the current stage's line, such as ``val accuracy 98.1%``."""
+        """Set the end of the current stage's line, such as ``val accuracy 98.1%``."""
         self._note = printable(text)
 
 
 @final
 @dataclass(frozen=True)
-class Told:
-    """How far a run is.
+class RunProgress:
+    """How far a run of a sweep is: the contents of its progress file.
 
     Args:
-        attempt: Which it is, from 1.
-        done: Of its steps.
-        total: Its steps, if it has said so, else 0.
+        attempt: Number of the attempt, from 1.
+        done: Steps done so far.
+        total: Steps in all; 0 if not known yet.
         message: A few words.
     """
 
@@ -127,63 +129,62 @@ class Told:
 
 
 @final
-class _Teller:
-    """Writes how far a run is, at most once every half second; ``look`` is called as often."""
+class _ProgressWriter:
+    """Writes a run's progress file and calls ``on_update``, each at most once every half second."""
 
-    def __init__(self, path: Path, look: Callable[[], None]) -> None:
-        self._path, self._look = path, look
-        self._told = Told(attempts(path) + 1)
-        self._at = monotonic()
+    def __init__(self, path: Path, on_update: Callable[[], None]) -> None:
+        self._path, self._on_update = path, on_update
+        self._progress = RunProgress(count_attempts(path) + 1)
+        self._last_write = monotonic()
         self._write()
 
-    def show(self, done: int, total: int, message: str) -> None:
-        """See the module's `show`."""
-        if monotonic() - self._at >= _EVERY:
-            self._at, self._told = monotonic(), replace(self._told, done=done, total=total, message=message)
+    def update(self, done: int, total: int, message: str) -> None:
+        """See the module's `update`."""
+        if monotonic() - self._last_write >= _INTERVAL:
+            self._last_write = monotonic()
+            self._progress = replace(self._progress, done=done, total=total, message=message)
             self._write()
-            self._look()
+            self._on_update()
 
     def _write(self) -> None:
         # Not flushed to disk: what is lost in a power cut is not worth a pause in training, nor is a full disk.
-        part = self._path.with_name(f"{self._path.name}.tmp")
-        with suppress(OSError):
-            part.write_text(json.dumps(asdict(self._told)), encoding="utf-8")
-            part.replace(self._path)
+        with suppress(OSError), atomic_file(self._path, durable=False) as temporary:
+            temporary.write_text(json.dumps(asdict(self._progress)), encoding="utf-8")
 
 
 @contextmanager
-def telling(path: Path, look: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, what is shown goes into the file ``path``, for somebody else to draw; what rank zero shows, that is.
+def progress_file(path: Path, on_update: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, rank zero's progress is written to the file ``path`` instead of being drawn.
 
     Args:
-        path: The file; one that is there is of an earlier attempt.
-        look: Called now and then, to draw it.
+        path: The file. If it exists, an earlier attempt wrote it, and this attempt has the next number.
+        on_update: Called after each write, so that the caller can draw what the file holds.
     """
-    if not _leads():
+    if not _is_rank_zero():
         yield
         return
-    token = _active.set(_Teller(path, look))
+    token = _active.set(_ProgressWriter(path, on_update))
     try:
         yield
     finally:
         _active.reset(token)
 
 
-def told(path: Path) -> Told | None:
-    """What was last told into ``path``; None if nothing was."""
+def read_progress(path: Path) -> RunProgress | None:
+    """The contents of a progress file; None if it is missing or damaged."""
     try:
-        return Told(**json.loads(path.read_text(encoding="utf-8")))
+        return RunProgress(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def attempts(path: Path) -> int:
-    """How often somebody began to tell something into ``path``."""
-    found = told(path)
-    return found.attempt if found else 0
+def count_attempts(path: Path) -> int:
+    """How many attempts have written to the progress file ``path``."""
+    progress = read_progress(path)
+    return progress.attempt if progress else 0
 
 
-_active: ContextVar[Bars | _Teller | None] = ContextVar("bars", default=None)
+_active: ContextVar[Bars | _ProgressWriter | None] = ContextVar("bars", default=None)
 
 
 @contextmanager
@@ -203,23 +204,23 @@ def bars(total_stages: int, names: Sequence[str], file: TextIO | None = None) ->
     if len(names) != total_stages:
         raise ValueError(f"total_stages is {total_stages} but {len(names)} names were given: name every stage")
     stream = sys.stderr if file is None else file
-    silent = _active.get() is not None or not _leads()
+    silent = _active.get() is not None or not _is_rank_zero()
     live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     console = None if silent else Console(file=stream) if live else _plain(stream)
-    made = Bars(total_stages, max([6, *(len(printable(name)) for name in names)]), console, live)
-    token = _active.set(made)
+    opened = Bars(total_stages, max([6, *(len(printable(name)) for name in names)]), console, live)
+    token = _active.set(opened)
     try:
-        if made._progress is None:
-            yield made
+        if opened._progress is None:
+            yield opened
         else:
-            with made._progress:
-                yield made
+            with opened._progress:
+                yield opened
     finally:
         _active.reset(token)
 
 
-def _leads() -> bool:
-    """Whether this is rank zero, or alone."""
+def _is_rank_zero() -> bool:
+    """Whether this process is rank zero or the only one; from the environment, as torch is not imported here."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
@@ -228,12 +229,12 @@ def _plain(stream: TextIO) -> Console:
     return Console(file=stream, force_terminal=False, color_system=None, force_jupyter=False)
 
 
-def current() -> Bars | _Teller | None:
-    """The open bars, or what is there instead of them, or None."""
+def current() -> Bars | _ProgressWriter | None:
+    """The open bars, or the writer that `progress_file` put in their place, or None."""
     return _active.get()
 
 
-def show(done: int, total: int, message: str = "") -> None:
+def update(done: int, total: int, message: str = "") -> None:
     """Put the current stage's bar at ``done`` of ``total`` steps; nothing happens when no bars are open.
 
     Args:
@@ -242,4 +243,4 @@ def show(done: int, total: int, message: str = "") -> None:
         message: A few words, such as ``level 3, density 34.3%``.
     """
     if (active := _active.get()) is not None:
-        active.show(done, total, message)
+        active.update(done, total, message)

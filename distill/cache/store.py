@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.cache.samples import DIGEST
-from workbench.files import replacing, sha256, write_json
+from workbench.files import atomic_file, sha256, write_json
 
 FORMAT, VERSION = "teacher-cache", 1
 INDEX = "cache.json"
@@ -171,7 +171,7 @@ def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a shard, atomically, and say what the index has to have of it."""
-    with replacing(file) as temporary:
+    with atomic_file(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return {"file": file.name, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
 

@@ -285,7 +285,7 @@ class _Rate:
         self.done += samples
         self.bytes += size
         rate = self.bytes / max(time.monotonic() - self.began, 1e-9)
-        progress.show(self.done, self.total, f"{mebibytes(self.bytes)}, {mebibytes(rate)}/s")
+        progress.update(self.done, self.total, f"{mebibytes(self.bytes)}, {mebibytes(rate)}/s")
 
 
 def mebibytes(size: float) -> str:

@@ -6,7 +6,6 @@ A mask is never read off the zeros of a weight: a kept weight may be 0, and a ma
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from prune.masks.enforce import Handle
 from prune.masks.enforce import nearest as nearest
 from prune.masks.memory import distributed, shared_memory
 from workbench.checkpoints.bits import pack, packed_bytes, unpack
+from workbench.files import atomic_file
 from workbench.messages import some
 
 FORMAT = "prune.masks.masks"
@@ -244,15 +244,8 @@ class Masks(Mapping[str, Tensor]):
         shapes = {name: list(mask.shape) for name, mask in self.items()}
         metadata = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
         content = to_safetensors({name: pack(mask).cpu() for name, mask in self.items()}, metadata)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Masks":

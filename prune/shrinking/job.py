@@ -12,7 +12,7 @@ from prune.shrinking.equivalence import given
 from prune.shrinking.shrink import shrink as shrunk
 from workbench.checkpoints import compact
 from workbench.export.inputs import chosen, kept_inputs
-from workbench.files import replacing
+from workbench.files import atomic_file
 from workbench.records.source import Source
 from workbench.tasks import Task
 from workbench.training.fit import module_for
@@ -63,7 +63,7 @@ def shrink(
     one = given(network, {name: value[:1] for name, value in inputs.items()})
     before, after = account(network, one, masks), account(made.model, one, made.masks)
     save_network(made.model, None, out, result, made.masks)
-    with replacing(out / "example.safetensors") as temporary:
+    with atomic_file(out / "example.safetensors") as temporary:
         save_file(inputs, temporary)
     return {
         **result,

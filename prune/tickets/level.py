@@ -12,7 +12,7 @@ from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.snapshot import Snapshot, several
 from prune.tickets.trainee import Arm
 from workbench.distributed.ranks import barrier, everyone, rank, world
-from workbench.files import replacing
+from workbench.files import atomic_file
 from workbench.randomness import random_state, set_random_state
 from workbench.training.order import OrderedLoader, ordered
 from workbench.training.resume import check_checkpoint
@@ -247,7 +247,7 @@ class Level:
         content = {"step": self.step, "began": self._began, "snapshot": taken.state_dict(), "groups": self._groups}
         content["random"] = everyone(random_state())
         if rank() == 0:
-            with replacing(path) as temporary:
+            with atomic_file(path) as temporary:
                 torch.save(content, temporary)
         barrier()
 

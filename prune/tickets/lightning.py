@@ -24,7 +24,7 @@ from workbench import progress
 from workbench.distributed.ranks import barrier, rank, whole
 from workbench.distributed.sharding import load_whole
 from workbench.duration import Duration
-from workbench.files import replacing, sha256
+from workbench.files import atomic_file, sha256
 from workbench.randomness import same_random_state
 from workbench.training.loop import make_trainer, meet, monitor_of, quiet, train, training_loader
 from workbench.training.module import network_of
@@ -142,7 +142,7 @@ class LightningTrainee(Trainee):
         """Keep the checkpoint of the end. What was resumed at its very end has written it as the last of its way."""
         written = [path for name in ("ended", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
         if rank() == 0:
-            with replacing(self._end) as temporary:
+            with atomic_file(self._end) as temporary:
                 shutil.copyfile(written[0], temporary)
         barrier()
 
@@ -153,7 +153,7 @@ class LightningTrainee(Trainee):
             prefix = f"{path}." if path else ""
             state = torch.load(self.point, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
             found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-            with replacing(self._weights) as temporary:
+            with atomic_file(self._weights) as temporary:
                 save_file({name: value.contiguous().clone() for name, value in found.items()}, temporary)
         barrier()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from workbench.files import filling, replacing, sha256, write_json
+from workbench.files import atomic_file, atomic_files, sha256, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 
 def stopped(path: Path, error: BaseException) -> None:
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("half")
         raise error
 
@@ -37,7 +37,7 @@ def umask() -> Any:
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("one")
         assert not path.exists()
         assert temporary.parent == path.parent, "a rename across file systems is a copy"
@@ -51,7 +51,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_nothing_written_is_an_error_and_not_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "file"):
         pass
     assert names(tmp_path) == []
 
@@ -84,8 +84,8 @@ def test_a_failing_system_call_keeps_the_old_file(tmp_path: Path, monkeypatch: p
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "file.json", {"a": 1})
     code = (
-        "import os, sys; from pathlib import Path; from workbench.files import replacing\n"
-        "with replacing(Path(sys.argv[1])) as t:\n    t.write_text('half'); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from workbench.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as t:\n    t.write_text('half'); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file.json")], check=False)
     assert done.returncode == -9
@@ -93,11 +93,11 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
-    with replacing(tmp_path / "a.safetensors") as temporary:
+    with atomic_file(tmp_path / "a.safetensors") as temporary:
         save_file({"x": torch.ones(2)}, temporary)
         assert mode(temporary) == 0o600, "what this is for"
     assert mode(tmp_path / "a.safetensors") == umask
-    with filling(tmp_path / "folder") as part:
+    with atomic_files(tmp_path / "folder") as part:
         save_file({"x": torch.ones(2)}, part / "b.safetensors")
     assert mode(tmp_path / "folder" / "b.safetensors") == umask
 
@@ -121,15 +121,15 @@ def test_json_with_and_without_indent_is_the_same(tmp_path: Path) -> None:
 
 def test_a_folder_is_filled_whole(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
-    with filling(folder) as part:
+    with atomic_files(folder) as part:
         (part / "a").write_text("1")
         (part / "b").write_text("1")
         assert not folder.exists()
     (folder / "other").write_text("kept")
-    with pytest.raises(RuntimeError), filling(folder) as part:
+    with pytest.raises(RuntimeError), atomic_files(folder) as part:
         stopped(part / "a", RuntimeError())
     assert (folder / "a").read_text() == "1"
-    with filling(folder) as part:
+    with atomic_files(folder) as part:
         (part / "a").write_text("3")
     assert {name: (folder / name).read_text() for name in names(folder)} == {"a": "3", "b": "1", "other": "kept"}
     assert names(folder.parent) == ["folder"]
@@ -138,7 +138,7 @@ def test_a_folder_is_filled_whole(tmp_path: Path) -> None:
 def test_a_folder_half_filled_before_is_started_anew(tmp_path: Path) -> None:
     (tmp_path / ".folder.part").mkdir()
     (tmp_path / ".folder.part" / "stale").write_text("half")
-    with filling(tmp_path / "folder") as part:
+    with atomic_files(tmp_path / "folder") as part:
         (part / "a").write_text("1")
     assert names(tmp_path) == ["folder"]
     assert names(tmp_path / "folder") == ["a"]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from workbench.paths import expanded, located
+from workbench.paths import expand_variables, resolve_path
 
 
 def test_names_and_paths_stay(monkeypatch):
     monkeypatch.setenv("SOMEWHERE", "/there")
     for name in ("owner/name", "name", "./a", "/a b/c", "packages:x"):
-        assert located(name) == name
-    assert located("$SOMEWHERE/x") == "/there/x"
-    assert located(Path("~/x")) == os.path.expanduser("~/x")
+        assert resolve_path(name) == name
+    assert resolve_path("$SOMEWHERE/x") == "/there/x"
+    assert resolve_path(Path("~/x")) == os.path.expanduser("~/x")
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_a_package_is_found_without_importing_it(package):
-    assert located("package:a_package_with_a_model/model") == str(package / "model")
-    assert located("package:a_package_with_a_model") == str(package)
-    assert located("package:a_package_with_a_model/model/config.json") == str(package / "model" / "config.json")
+    assert resolve_path("package:a_package_with_a_model/model") == str(package / "model")
+    assert resolve_path("package:a_package_with_a_model") == str(package)
+    assert resolve_path("package:a_package_with_a_model/model/config.json") == str(package / "model" / "config.json")
     assert "a_package_with_a_model" not in sys.modules
-    two = located("package:a_package_in_two_places/model")
+    two = resolve_path("package:a_package_in_two_places/model")
     assert two == str(package.parent / "other" / "a_package_in_two_places" / "model")
 
 
@@ -54,7 +54,7 @@ def test_a_folder_in_a_package_is_found_without_importing_it(package):
 )
 def test_what_is_not_there_is_named(package, name, message):
     with pytest.raises(ValueError, match=message):
-        located(name)
+        resolve_path(name)
 
 
 def test_it_is_light():
@@ -66,9 +66,9 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.setenv("SET", "/somewhere")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("NOT_SET", raising=False)
-    assert expanded("$SET/a/${SET}") == "/somewhere/a//somewhere"
+    assert expand_variables("$SET/a/${SET}") == "/somewhere/a//somewhere"
     for name in ("$NOT_SET/mnist", "${NOT_SET}/mnist"):
         with pytest.raises(ValueError, match="NOT_SET is not set: put NOT_SET=/folder/of/data before the command"):
-            expanded(name)
+            expand_variables(name)
     with pytest.raises(ValueError, match="EMPTY is not set"):
-        located("$SET/$EMPTY/mnist")
+        resolve_path("$SET/$EMPTY/mnist")

@@ -6,7 +6,7 @@ import pytest
 
 from workbench import progress
 from workbench.messages import elapsed, printable
-from workbench.progress import Told, attempts, bars, current, show, telling, told
+from workbench.progress import RunProgress, bars, count_attempts, current, progress_file, read_progress, update
 
 LINE = re.compile(r"^(\S+) +(?:failed after )?\d+\.\d s(?:  .*)?$")
 
@@ -27,10 +27,10 @@ def recipe(file):
     with bars(2, ["teacher", "student"], file=file) as b:
         with b.stage("teacher"):
             for done in range(3):
-                show(done + 1, 3, "level 3, density 34.3%")
+                update(done + 1, 3, "level 3, density 34.3%")
             b.note("val accuracy 98.1%")
         with b.stage("student"):
-            show(5, 5)
+            update(5, 5)
 
 
 def test_one_plain_line_per_stage_where_there_is_no_terminal(monkeypatch):
@@ -57,19 +57,19 @@ def test_bars_and_lines_on_a_terminal():
     file = Screen()
     with bars(2, ["teacher", "student"], file=file) as b:
         with b.stage("teacher"):
-            show(1, 4, "level 3, [red]density 34.3%")
+            update(1, 4, "level 3, [red]density 34.3%")
             progress = b._progress
             assert progress is not None
             progress.refresh()
             whole, stage = progress.tasks
             assert (whole.completed, whole.total) == (0, 2)
             assert (stage.completed, stage.total, stage.visible) == (1, 4, True)
-            show(4, 4, "level 3, [red]density 34.3%")
+            update(4, 4, "level 3, [red]density 34.3%")
             assert stage.completed == 4
-            show(1, 6)
+            update(1, 6)
             assert (stage.completed, stage.total) == (1, 6), "a full bar starts again"
             assert stage.fields["message"] == "", "a message is of its own step"
-            show(1, 4, "level 3, [red]density 34.3%")
+            update(1, 4, "level 3, [red]density 34.3%")
         assert (whole.completed, stage.visible) == (1, False)
         with b.stage("student"):
             assert (stage.completed, stage.total, stage.description) == (0, None, "student")
@@ -107,7 +107,7 @@ def test_only_rank_zero_writes(monkeypatch, name, file):
 
 def test_current_is_set_only_inside():
     assert current() is None
-    show(1, 2, "nobody listens")
+    update(1, 2, "no bars are open")
     with bars(0, [], file=StringIO()) as b:
         assert current() is b
         assert contextvars.copy_context().run(current) is b
@@ -148,17 +148,17 @@ def test_words():
     assert printable("a\tb\n\u202ec") == "a b \N{REPLACEMENT CHARACTER}c"
 
 
-def test_bars_of_parts_below_the_stage():
+def test_bars_of_runs_below_the_stage():
     file = Screen()
     with bars(1, ["grid"], file=file) as b:
         with b.stage("grid"):
-            b.parts({"grid/a": Told(1, 2, 4, "level 1"), "grid/b": Told()})
+            b.show_runs({"grid/a": RunProgress(1, 2, 4, "level 1"), "grid/b": RunProgress()})
             assert b._progress is not None
             _, _, first, second = b._progress.tasks
             assert (first.description, first.completed, first.total) == ("  grid/a", 2, 4)
             assert first.fields["message"] == "level 1"
             assert second.total is None
-            b.parts({"grid/b": Told(1, 1, 3)})
+            b.show_runs({"grid/b": RunProgress(1, 1, 3)})
             assert [task.description for task in b._progress.tasks[2:]] == ["  grid/b"]
             b.line("grid/a", "1.0 s", "", "test accuracy\n98%")
         assert len(b._progress.tasks) == 2, "they end with the stage"
@@ -166,42 +166,42 @@ def test_bars_of_parts_below_the_stage():
     assert "grid/a  1.0 s  test accuracy 98%" in plain
 
 
-def test_parts_are_not_drawn_where_there_is_no_terminal():
+def test_runs_are_not_drawn_where_there_is_no_terminal():
     file = StringIO()
     with bars(1, ["grid"], file=file) as b, b.stage("grid"):
-        b.parts({"grid/a": Told(1, 2, 4, "level 1")})
+        b.show_runs({"grid/a": RunProgress(1, 2, 4, "level 1")})
     assert "grid/a" not in file.getvalue()
 
 
-def test_what_is_told_is_read_elsewhere(tmp_path, monkeypatch):
+def test_a_progress_file_is_written_and_read(tmp_path, monkeypatch):
     path, looked = tmp_path / ".progress.json", []
-    monkeypatch.setattr(progress, "_EVERY", 0)
-    assert (told(path), attempts(path)) == (None, 0)
-    with telling(path, lambda: looked.append(told(path))):
+    monkeypatch.setattr(progress, "_INTERVAL", 0)
+    assert (read_progress(path), count_attempts(path)) == (None, 0)
+    with progress_file(path, lambda: looked.append(read_progress(path))):
         assert current() is not None, "so that nobody else draws bars"
-        assert told(path) == Told(1, 0, 0, "")
-        show(3, 10, "level 3")
+        assert read_progress(path) == RunProgress(1, 0, 0, "")
+        update(3, 10, "level 3")
         with bars(1, ["inner"]) as inner, inner.stage("inner"):
-            show(9, 9)
-    assert looked == [Told(1, 3, 10, "level 3")]
-    with telling(path):
-        assert attempts(path) == 2
+            update(9, 9)
+    assert looked == [RunProgress(1, 3, 10, "level 3")]
+    with progress_file(path):
+        assert count_attempts(path) == 2
     assert current() is None
 
 
-def test_telling_is_rare_and_harmless(tmp_path, monkeypatch):
+def test_a_progress_file_is_written_rarely_and_never_fails(tmp_path, monkeypatch):
     path = tmp_path / "gone" / "progress.json"
-    with telling(path):
-        show(1, 2)
+    with progress_file(path):
+        update(1, 2)
     path = tmp_path / "progress.json"
-    with telling(path):
+    with progress_file(path):
         for done in range(1000):
-            show(done, 1000)
-        assert told(path).done == 0, "within half a second"
+            update(done, 1000)
+        assert read_progress(path).done == 0, "within half a second"
     monkeypatch.setenv("RANK", "1")
-    with telling(path):
-        assert (current(), attempts(path)) == (None, 1)
+    with progress_file(path):
+        assert (current(), count_attempts(path)) == (None, 1)
     path.write_text("{")
-    assert told(path) is None
+    assert read_progress(path) is None
     path.write_text('{"other": 1}')
-    assert told(path) is None
+    assert read_progress(path) is None

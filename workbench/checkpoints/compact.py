@@ -25,7 +25,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from workbench.checkpoints.bits import pack, unpack
-from workbench.files import replacing, sha256, write_json
+from workbench.files import atomic_file, sha256, write_json
 from workbench.models.architecture import build, describe, is_architecture
 from workbench.models.resize import ResizeError
 
@@ -90,7 +90,7 @@ def save(
     )
     _check_index(index, path / _INDEX)
     try:
-        with replacing(file) as temporary:
+        with atomic_file(file) as temporary:
             temporary.write_bytes(content)
             _verify(temporary, index, state, masks)
         write_json(path / _INDEX, index, indent=None)

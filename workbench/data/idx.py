@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.data.augment import Augment
 from workbench.data.images import ImageModule
-from workbench.paths import expanded
+from workbench.paths import expand_variables
 
 _CHUNK = 1 << 20
 _DEFLATE_LIMIT = 1032  # no deflate stream expands further than this
@@ -132,7 +132,7 @@ class IDXImages(ImageModule):
     ) -> None:
         how = Augment(padding=2, flip=False) if augment is True else augment or None
         super().__init__(batch_size, validation, num_workers, normalize, classes, how, views)
-        self.root = Path(expanded(root))
+        self.root = Path(expand_variables(root))
 
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The four files."""

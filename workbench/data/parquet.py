@@ -14,7 +14,7 @@ from torch import Tensor
 from workbench.data.augment import Augment
 from workbench.data.hub import from_hub, named_so
 from workbench.data.images import ImageModule
-from workbench.paths import expanded
+from workbench.paths import expand_variables
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 _ROWS = 1024
@@ -196,7 +196,7 @@ class ParquetImages(ImageModule):
         )
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: give 3 for colours or 1 for grey levels.")
-        self.root = expanded(root)
+        self.root = expand_variables(root)
         self.image, self.label, self.channels = image, label, channels
 
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -76,7 +76,7 @@ def compare(
         for batch in loader:
             tally.add(task, _moved(data, batch, place), judge, networks)
             done += 1
-            progress.show(done, max(total, done), split)
+            progress.update(done, max(total, done), split)
     return {"comparison": {"split": split, **tally.result(getattr(data, "names", None))}}
 
 

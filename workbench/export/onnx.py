@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.export.inputs import Subject, arguments_of, folder_bytes, typed
 from workbench.export.tracing import tracing
-from workbench.files import filling
+from workbench.files import atomic_files
 
 
 def require_onnx() -> None:
@@ -34,7 +34,7 @@ def write_onnx(subject: Subject, folder: Path) -> tuple[Tensor | None, int]:
     inputs = typed(subject.inputs, torch.float32)
     args, kwargs = arguments_of(inputs)
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
-    with filling(folder) as part:
+    with atomic_files(folder) as part:
         with _quiet_exporter(), tracing(wide, inputs) as (args, kwargs, dynamic):
             # Traced here, as the exporter would drop the condition that a size is the example's.
             program = torch.export.export(wide, args, kwargs, dynamic_shapes=dynamic)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.export.inputs import Subject, folder_bytes, outputs, typed
 from workbench.export.tracing import tracing
-from workbench.files import filling
+from workbench.files import atomic_files
 
 _LOADER = '''"""Loads the network in this folder with torch and safetensors alone: model = load(folder)."""
 
@@ -38,7 +38,7 @@ def load(folder=Path(__file__).parent):
 def write_torch(subject: Subject, folder: Path) -> tuple[Tensor | None, int]:
     """Write the dense folder; what the network loaded from it answers, and its size in bytes."""
     half = _halved(subject.network)
-    with filling(folder) as part:
+    with atomic_files(folder) as part:
         if _is_of_transformers(subject.index["architecture"]):
             with _no_bars():
                 half.save_pretrained(part)  # type: ignore[operator]

@@ -24,6 +24,7 @@ from workbench.duration import Duration
 from workbench.launcher import errors
 from workbench.launcher.jobs import find_jobs
 from workbench.launcher.recipe import OVER, RUN, Recipe, Stage
+from workbench.messages import flatten
 from workbench.models.architecture import remembered
 from workbench.randomness import same_random_state
 from workbench.records.source import Source
@@ -199,7 +200,7 @@ def essential(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a stage's resolved arguments that can change what comes out, by dotted key."""
     # In a job that trains nothing, "checkpoint" may be anything.
     cosmetic = tuple(f"{name}." for name in _COSMETIC if "trainer" in arguments)
-    return {key: value for key, value in _flat(arguments).items() if not f"{key}.".startswith(cosmetic)}
+    return {key: value for key, value in flatten(arguments).items() if not f"{key}.".startswith(cosmetic)}
 
 
 def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[LightningModule, dict[str, Any]]:
@@ -329,9 +330,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float)) else _UNWRITABLE
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
-    return {key: value}

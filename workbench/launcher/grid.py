@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from workbench import yaml_io
+from workbench.messages import flatten
 
 _LONGEST_VALUE = 32
 _LONGEST = 120
@@ -50,7 +51,7 @@ def settings(over: Any) -> list[Setting]:
 
 def _points(over: Any) -> Iterator[dict[str, Any]]:
     if isinstance(over, Mapping):
-        axes = _flat(over)
+        axes = flatten(over)  # the command line writes a dotted key as mappings inside mappings
         for key, values in axes.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"has {key}: {yaml_io.inline(values)}: give a list of values, e.g. {_EXAMPLE}")
@@ -66,14 +67,6 @@ def _points(over: Any) -> Iterator[dict[str, Any]]:
             yield {str(key): value for key, value in point.items()}
         return
     raise ValueError(f"is {yaml_io.inline(over)}: give lists of values by key, e.g. {_EXAMPLE}, or a list of settings")
-
-
-def _flat(over: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
-    """Keys dotted: mappings inside mappings are how the command line writes a longer key."""
-    found: dict[str, Any] = {}
-    for key, value in over.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What the stages of a recipe come from: each other, or folders outside of it. Checked before the first one runs."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from workbench import records
 from workbench.checkpoints import compact
 from workbench.launcher.arguments import Arguments
 from workbench.launcher.recipe import Recipe
-from workbench.messages import nearest
+from workbench.messages import closest, nearest
 from workbench.records.source import Source
 
 _NAMED = 8
@@ -32,9 +31,9 @@ def check(recipe: Recipe) -> list[Arguments]:
             place, whole = parts[part] if part else (None, None)
             if place is None or whole is None:
                 known = [f"{above.stage.name}/{member}" for above in plan[:position] for member in above.members]
-                mistyped = get_close_matches(source, known, 1, _MISTYPED)
+                mistyped = closest(source, known, _MISTYPED)
                 if not Path(source).exists() and (mistyped or not _hub_name(source)):
-                    hint = nearest(source, mistyped or names[:position])
+                    hint = nearest(source, [mistyped] if mistyped else names[:position])
                     raise recipe.error(f"'{source}' is neither a stage above nor a folder{hint}", name, key)
             elif place < position:
                 _check_member(recipe, whole, source, name, key)

@@ -18,12 +18,13 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from workbench import progress, records, yaml_io
+from workbench import progress, records
 from workbench.distributed.ranks import rank
 from workbench.launcher.arguments import Arguments, essential
 from workbench.launcher.lineage import check, lineage_of, stage_of
 from workbench.launcher.recipe import REPLACED, RUN, Recipe, RecipeError
 from workbench.launcher.runs import LOG, Runs
+from workbench.messages import difference
 from workbench.records.lock import locked
 from workbench.records.source import Source
 
@@ -229,16 +230,11 @@ def _difference(record: Mapping[str, Any], arguments: Arguments, parents: Mappin
     if record.get("job") != job:
         return f"job {record.get('job')} instead of {job}"
     before, now = essential(record.get("arguments") or {}), essential(arguments.resolved())
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    changed = [f"{key} {_said(before, key)} instead of {_said(now, key)}" for key in keys]
-    if not changed:
-        old = record.get("parents") or {}
-        changed = [f"another '{p['stage']}' as {key}" for key, p in parents.items() if old.get(key) != p]
-    return ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "") or "other stages above it"
-
-
-def _said(values: Mapping[str, Any], key: str) -> str:
-    return yaml_io.inline(values[key]) if key in values else "nothing"
+    if changed := difference(before, now):
+        return changed
+    old = record.get("parents") or {}
+    others = [f"another '{parent['stage']}' as {key}" for key, parent in parents.items() if old.get(key) != parent]
+    return ", ".join(others) or "other stages above it"
 
 
 def _kept(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]]) -> dict[str, Any] | None:

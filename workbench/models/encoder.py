@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.models.architecture import describe, is_architecture, remembered
 from workbench.models.hub import pretrained
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 Pooling = Literal["mean", "cls"]
 
@@ -109,7 +109,7 @@ def sentence_encoder(folder: str | os.PathLike[str]) -> SentenceEncoder:
         ValueError: If there is no such file, or it asks for more than a transformer, a pooling by mean or first token,
             and a norm; or the model cannot be loaded.
     """
-    path = Path(located(folder))
+    path = Path(resolve_path(folder))
     modules = _json(path / "modules.json")
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):

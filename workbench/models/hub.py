@@ -1,11 +1,11 @@
 """Models of transformers, for recipes: pretrained ones, and untrained ones from a few numbers."""
 
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from workbench.paths import located
+from workbench.messages import closest
+from workbench.paths import resolve_path
 
 
 def from_config(architecture: str, config: dict[str, Any]) -> nn.Module:
@@ -27,10 +27,10 @@ def from_config(architecture: str, config: dict[str, Any]) -> nn.Module:
     default = cls.config_class()
     # A configuration takes whatever it is given, and a misspelt entry would change nothing.
     if unknown := [name for name in config if not hasattr(default, name)]:
-        close = get_close_matches(unknown[0], dir(default), 1)
+        close = closest(unknown[0], dir(default))
         raise ValueError(
             f"{cls.config_class.__name__} has no {unknown[0]!r}"
-            + (f"; did you mean {close[0]!r}?" if close else ": see its documentation for what it has")
+            + (f"; did you mean {close!r}?" if close else ": see its documentation for what it has")
         )
     try:
         return cls(cls.config_class(**config))
@@ -54,7 +54,7 @@ def pretrained(name: str, architecture: str = "AutoModel", options: dict[str, An
     cls = _class(architecture)
     try:
         model, found = cls.from_pretrained(
-            located(name), **(options or {}), output_loading_info=True, use_safetensors=True
+            resolve_path(name), **(options or {}), output_loading_info=True, use_safetensors=True
         )
     except (OSError, TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -76,8 +76,8 @@ def _class(architecture: str) -> Any:
         and ("For" in architecture or "Model" in architecture)
     ):
         return found
-    close = get_close_matches(architecture, [name for name in dir(transformers) if "For" in name or "Model" in name], 1)
+    close = closest(architecture, (name for name in dir(transformers) if "For" in name or "Model" in name))
     raise ValueError(
         f"transformers has no model {architecture!r}"
-        + (f"; did you mean {close[0]!r}?" if close else ": give the name of one of its model classes")
+        + (f"; did you mean {close!r}?" if close else ": give the name of one of its model classes")
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench import records
-from workbench.files import replacing
+from workbench.files import atomic_file
 from workbench.report import headline
 from workbench.report.summary import gather
 
@@ -39,12 +39,12 @@ def report(out: Path, run: Path | None = None, title: str | None = None) -> dict
     found = records.read_run(folder, own=out)
     page, figures = render(found, title or folder.resolve().name, folder.resolve().name)
     for name, svg in figures.items():
-        with replacing(out / "figures" / f"{name}.svg") as temporary:
+        with atomic_file(out / "figures" / f"{name}.svg") as temporary:
             temporary.write_text(svg, encoding="utf-8")
     for old in (out / "figures").glob("*.svg"):
         if old.stem not in figures:
             old.unlink()
-    with replacing(out / "index.html") as temporary:
+    with atomic_file(out / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return {"page": "index.html"}
 

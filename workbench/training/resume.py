@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench import progress
 from workbench.distributed.sharding import load_whole
 from workbench.duration import Duration
-from workbench.files import naming, publish
+from workbench.files import path_in_errors, replace_durably
 from workbench.randomness import random_state, set_random_state
 
 
@@ -33,10 +33,10 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     try:
         if isinstance(theirs, (TorchCheckpointIO, AsyncCheckpointIO)):
             trainer.strategy.checkpoint_io = StraightIO()
-        with naming(path):
+        with path_in_errors(path):
             trainer.save_checkpoint(temporary)
             if trainer.is_global_zero:
-                publish(temporary, path)
+                replace_durably(temporary, path)
     finally:
         trainer.strategy.checkpoint_io = theirs
         if trainer.is_global_zero:
@@ -306,4 +306,4 @@ class ShowProgress(Callback):
             total = trainer.max_steps * trainer.accumulate_grad_batches
         if 0 < total < float("inf"):
             done = self.part * total + trainer.fit_loop.epoch_loop.total_batch_idx + 1
-            progress.show(int(done), int(total * self.parts), self.label)
+            progress.update(int(done), int(total * self.parts), self.label)

@@ -14,7 +14,7 @@ from workbench import records
 from workbench.checkpoints import compact
 from workbench.distributed.ranks import barrier, check_ranks_agree, rank, whole
 from workbench.distributed.sharding import whole_state
-from workbench.files import replacing
+from workbench.files import atomic_file
 from workbench.tasks import Task
 from workbench.training.module import SupervisedModule, network_of
 
@@ -48,7 +48,7 @@ def save_network(
             )
         compact.save(network, folder, masks, provenance={"metrics": result["metrics"]}, state=state)
         if example and data is not None and (inputs := example_inputs(module, data)):
-            with replacing(out / "example.safetensors") as temporary:
+            with atomic_file(out / "example.safetensors") as temporary:
                 save_file(inputs, temporary)
     barrier()
     result["size"] = size_of(network, masks, folder)

@@ -12,7 +12,7 @@ from workbench.data.series.ts import Row, beside, find_ts, read_ts
 from workbench.data.series.values import measured, number, unscaled
 from workbench.data.text.batches import check_fractions, split_rows
 from workbench.data.text.reading import read_rows
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 
 @final
@@ -111,11 +111,11 @@ class SeriesClassification(SeriesModule):
 
     def _read(self) -> tuple[dict[str, list[Row]], list[str]]:
         """Rows by split, and the classes where a header names them."""
-        path = Path(located(self.path))
+        path = Path(resolve_path(self.path))
         if path.is_dir() and self.test is None:
             pair = find_ts(path)
         elif path.suffix == ".ts" or self.test is not None:
-            pair = (path, beside(path) if self.test is None else Path(located(self.test)))
+            pair = (path, beside(path) if self.test is None else Path(resolve_path(self.test)))
         else:
             pair = None
         if pair is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.data.hub import from_hub, named_so
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 Rows = list[tuple[Any, ...]]
 
@@ -83,7 +83,7 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
     Raises:
         ValueError: If there is no such source, or it is broken, or lacks a column.
     """
-    path = Path(located(source))
+    path = Path(resolve_path(source))
     if path.is_file():
         found = _file(path, columns)
     elif path.is_dir():

@@ -8,7 +8,7 @@ from typing import final
 from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
 from workbench.data.text.reading import WHOLE, Rows, read_labelled, read_lines, read_rows
 from workbench.data.text.tokens import tokens_for
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 
 @final
@@ -74,7 +74,7 @@ class Sentences(TextModule):
     def _read(self, name: str) -> Rows:
         """(sentence, whatever was its label) of every row."""
         if self.column is None:
-            path = Path(located(name))
+            path = Path(resolve_path(name))
             return read_labelled(path) if self.labelled else [(line, None) for _, line in read_lines(path)]
         found = read_rows(name, [self.column])
         rows = found.get("train", found.get(WHOLE))

@@ -7,7 +7,7 @@ from typing import Any, final
 from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
 from workbench.data.text.reading import Rows, read_rows
 from workbench.data.text.tokens import Tokens, load
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 
 @final
@@ -64,7 +64,7 @@ class TextSequences(TextModule):
         found = read_rows(self.path, [self.column, *([self.prompt] if self.prompt else [])])
         strata = {name: [0] * len(rows) for name, rows in found.items()}
         parts = split_rows(found, self.validation, self.test, strata, self.path)
-        tokens = load(located(self.loaded_from), self.length) if self.loaded_from else None
+        tokens = load(resolve_path(self.loaded_from), self.length) if self.loaded_from else None
         made = {name: self._lists(rows, tokens, f"{self.path}, {name}") for name, rows in parts.items()}
         if tokens is None:
             return Prepared({**made}, Padding(0), {}, "numbers as they are")

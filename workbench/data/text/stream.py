@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from workbench.data.text.batches import Item, Prepared, TextModule, check_fractions
 from workbench.data.text.reading import WHOLE, read_rows, read_text
 from workbench.data.text.tokens import Tokens, load
-from workbench.paths import located
+from workbench.paths import resolve_path
 from workbench.tasks import LanguageModelling
 
 UNKNOWN, END = "<unk>", "<eos>"
@@ -131,7 +131,7 @@ class TextStream(TextModule):
             special = [UNKNOWN, END] if self.tokens == "word" else [UNKNOWN]
             coder = _Coder(_numbered(symbols["train"], special, self.size, self.min_count))
         else:
-            coder = _Loaded(load(located(self.tokens), sys.maxsize))
+            coder = _Loaded(load(resolve_path(self.tokens), sys.maxsize))
         parts: dict[str, Dataset[Item]] = {}
         for name, part in symbols.items():
             try:
@@ -149,7 +149,7 @@ class TextStream(TextModule):
 
     def _read(self, name: str, sources: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
         if self.column is None:
-            return {name: "".join(read_text(Path(located(source))) for source in sources)}
+            return {name: "".join(read_text(Path(resolve_path(source))) for source in sources)}
         read = [read_rows(source, [self.column]) for source in sources]
         # A source for training may have splits of its own for the others; one of those has it whole, or by its name.
         wanted = [name] if name != "train" else [name, *(n for n in ("val", "test") if self.sources[n] is None)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, final
 
-from workbench.paths import located
+from workbench.paths import resolve_path
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The first tokens of a learnt vocabulary, by number."""
@@ -115,7 +115,7 @@ def tokens_for(tokenizer: str, vocabulary: int, length: int) -> Callable[[Sequen
     if length < 3:
         raise ValueError(f"length={length}: give at least 3 tokens, two of them special.")
     if tokenizer not in LEARNT:
-        return lambda _: load(located(tokenizer), length)
+        return lambda _: load(resolve_path(tokenizer), length)
     check_size(vocabulary)
     return lambda texts: learn(texts, tokenizer, vocabulary, length)
 

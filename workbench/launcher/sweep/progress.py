@@ -34,17 +34,17 @@ class Watch:
         """Draw what the runs have told by now."""
         if self._bars is None:
             return
-        told = {name: told for name, path in self._open.items() if (told := progress.told(path)) is not None}
+        told = {name: told for name, path in self._open.items() if (told := progress.read_progress(path)) is not None}
         counts = {"running": len(told), "failed": self._failed}
         message = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        self._bars.show(self._total - len(self._open) - self._failed, self._total, message)
-        self._bars.parts(told)
+        self._bars.update(self._total - len(self._open) - self._failed, self._total, message)
+        self._bars.show_runs(told)
 
     def ended(self, done: Done) -> int:
         """Say how the run ended; the number of attempts that it took."""
         name = done.run.stage.name
         path = self._open.pop(name)
-        attempts = progress.attempts(path)
+        attempts = progress.count_attempts(path)
         tidy(path.parent)
         self._failed += done.failure is not None
         if self._bars is not None:

@@ -51,7 +51,7 @@ def perform(
         ValueError: If another process works on it.
     """
     folder = out / run.stage.name
-    with locked(folder), progress.telling(folder / PROGRESS, look):
+    with locked(folder), progress.progress_file(folder / PROGRESS, look):
         run_stage(run, out, lineage)
 
 

@@ -18,7 +18,7 @@ calls = []
 def make(size: int = 1, mood: str = "fine", seed_everything: int = 0, of: Source | None = None, out: Path = Path()):
     '''Make something.'''
     calls.append(out.name)
-    progress.show(1, 2, "half")
+    progress.update(1, 2, "half")
     tried = (out / "tried").exists()
     (out / "tried").touch()
     if mood == "bad" or (mood == "once" and not tried):

@@ -186,15 +186,15 @@ def test_a_process_killed_before_it_left_a_record_is_no_stranger(light: None, mo
 def test_the_runs_at_work_are_shown(light: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from workbench import progress
 
-    shown: list[tuple[int, int, str, dict[str, progress.Told]]] = []
+    shown: list[tuple[int, int, str, dict[str, progress.RunProgress]]] = []
 
     class Bars(progress.Bars):
-        def show(self, done: int, total: int, message: str) -> None:
+        def update(self, done: int, total: int, message: str) -> None:
             self.said = (done, total, message)
 
-        def parts(self, told: Any) -> None:
-            if told:
-                shown.append((*self.said, dict(told)))
+        def show_runs(self, runs: Any) -> None:
+            if runs:
+                shown.append((*self.said, dict(runs)))
 
     monkeypatch.setattr(progress, "Bars", Bars)
     look = Watch.look
@@ -209,7 +209,7 @@ def test_the_runs_at_work_are_shown(light: None, monkeypatch: pytest.MonkeyPatch
     waiting = next(entry for entry in shown if "grid/mood-waits" in entry[3])
     assert waiting[1] == 2
     assert "running" in waiting[2]
-    assert waiting[3]["grid/mood-waits"] == progress.Told(1, 1, 3)
+    assert waiting[3]["grid/mood-waits"] == progress.RunProgress(1, 1, 3)
 
 
 FIT = """
