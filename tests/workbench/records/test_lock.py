@@ -20,7 +20,7 @@ from workbench.records.lock import locked
 HOLD = """
 import multiprocessing, os, sys, time
 from pathlib import Path
-from workbench.locking import locked
+from workbench.records.lock import locked
 def live(pipe):
     pipe.send(os.getpid())
     time.sleep(60)

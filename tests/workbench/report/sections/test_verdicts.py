@@ -175,7 +175,7 @@ def test_a_loss_is_judged_in_its_own_unit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "said", "rest"),
+    ("letters", "said", "rest"),
     [
         ("dtttt", "Tickets at 50% down to 6.25%: they match", ""),
         ("dtntt", "Tickets at 50% and 12.5% down to 6.25%: they match", "Surely none at 25%."),
@@ -183,9 +183,9 @@ def test_a_loss_is_judged_in_its_own_unit(tmp_path):
         ("dnnni", "No level is judged a ticket (n = 3 seeds).", "Surely none at 50% down to 12.5%. Open at 6.25%."),
     ],
 )
-def test_neighbours_are_told_as_one(tmp_path, verdicts, said, rest):
+def test_neighbours_are_told_as_one(tmp_path, letters, said, rest):
     words = {"d": "dense", "t": "ticket", "n": "no ticket", "i": "inconclusive"}
-    found = judged(tmp_path, leveled(*(words[v] for v in verdicts)))
+    found = judged(tmp_path, leveled(*(words[v] for v in letters)))
     assert verdicts.sentence(found).startswith(said)
     assert verdicts.rest(found) == rest
 
