@@ -68,8 +68,8 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
     @property
     def state_key(self) -> str:
         """Under which its state is in checkpoints."""
-        pruner = self.pruner
-        return f"EarlyBird, {pruner.criterion.name}, {type(pruner.structure).__name__}, {self.density}, {self.window}"
+        axes = self.pruner.axes
+        return f"EarlyBird, {axes.criterion.name}, {type(axes.structure).__name__}, {self.density}, {self.window}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start anew; a checkpoint that is resumed is read later."""
@@ -122,7 +122,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
 
     def _shown(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
-        return evidence(self.pruner.criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
+        return evidence(self.pruner.axes.criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
 
 
 def _packed(masks: Masks) -> dict[str, dict[str, Any]]:

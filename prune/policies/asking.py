@@ -23,9 +23,9 @@ def check_frozen(pruner: Pruner, weights: Mapping[str, nn.Parameter]) -> None:
         UserWarning: By name, if there are such.
     """
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
-    if frozen and pruner.criterion.needs_loss:
+    if frozen and pruner.axes.criterion.needs_loss:
         raise ValueError(
-            f"{some(frozen)}: frozen, so criterion '{pruner.criterion.name}' finds no gradient there; exclude it"
+            f"{some(frozen)}: frozen, so criterion '{pruner.axes.criterion.name}' finds no gradient there; exclude it"
         )
     if frozen and not pruner.include:
         warnings.warn(

@@ -74,7 +74,7 @@ class Gradual(Policy):
         self.density, self.initial = density, initial
         self.pruner = Pruner() if pruner is None else pruner
         self.schedule = _parsed(schedule)
-        self._online = self.pruner.criterion.online
+        self._online = self.pruner.axes.criterion.online
         self.reads_gradients = self._online is not None
         self._take_up({})
 

@@ -310,7 +310,7 @@ class Policy(ABC):
     def _check_pruner(self, pruner: Pruner) -> None:
         """Make sure before training that it can be asked later; say which frozen weights it will prune."""
         check_frozen(pruner, self._weights)
-        shown(pruner.criterion, self._evidence)
+        shown(pruner.axes.criterion, self._evidence)
 
     @final
     def _choose(self, pruner: Pruner, density: float, scores: Mapping[str, Tensor] | None = None) -> Masks:
@@ -318,7 +318,7 @@ class Policy(ABC):
         assert self._model is not None, "attached"
         if scores is not None:
             return pruner(self._model, density, self.masks, scores=scores)
-        return pruner(self._model, density, self.masks, **shown(pruner.criterion, self._evidence))
+        return pruner(self._model, density, self.masks, **shown(pruner.axes.criterion, self._evidence))
 
     @final
     def _enforce(self, masks: Masks, anew: bool = True) -> None:

@@ -1,19 +1,88 @@
 """Which weights of a model pruning may touch."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from prune.masks.enforce import nearest
 from prune.masks.memory import distributed, local, memory_span, owners, shared_memory, summed
+from prune.schedule import kept
+from prune.structures import Layout, Structure
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None
 
+
 _ROLES = {"include": "can be pruned", "exclude": "the model has", "output": "are to be pruned"}
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """The weights of a model that a pruner may prune, and the units that its structure divides them into.
+
+    Attributes:
+        model: the model.
+        structure: the pruner's.
+        include: the pruner's patterns; each must match a weight that the structure covers.
+        prunable: weights that ``include``, ``exclude`` and ``smallest`` select, by first name, in definition order.
+    """
+
+    model: nn.Module
+    structure: Structure
+    include: tuple[Pattern, ...] | None
+    prunable: Mapping[str, nn.Parameter]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The units.
+
+        Raises:
+            ValueError: if the structure cannot divide a weight, or covers none that a pattern of ``include`` matches.
+        """
+        layout = self.structure.layout(self.model, self.prunable)
+        if len(layout.shapes) < len(self.prunable):
+            for pattern in self.include or ():
+                if not layout.shapes.keys() & prunable(self.model, (pattern,)).keys():
+                    raise ValueError(
+                        f"include pattern {pattern!r} matches only weights that {self.structure} does not cover; it "
+                        f"covers {list(layout.shapes)[:3]} and the like"
+                    )
+        return layout
+
+    @cached_property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights that the structure covers; masks are for these."""
+        return {name: self.prunable[name] for name in self.layout.shapes}
+
+    def check_masks(self, within: Mapping[str, Tensor]) -> None:
+        """Refuse masks of other weights.
+
+        Raises:
+            ValueError: naming the weights that have no mask, or the masks that have no weight.
+        """
+        check_fits("within", within, self.weights)
+        if extra := within.keys() - self.weights.keys():
+            raise ValueError(
+                f"`within` and this pruner differ in {sorted(extra)}: give masks of this model, made with the same "
+                "structure, include and exclude"
+            )
+
+    def check_density(self, density: float) -> None:
+        """Refuse a density above what the structure allows.
+
+        Raises:
+            ValueError: naming the highest density.
+        """
+        total = sum(self.layout.units.values())
+        if kept(total, density) > total * self.layout.densest:
+            raise ValueError(
+                f"density {density} is above the {float(self.layout.densest):g} that {self.structure} allows: give "
+                "that or less, or 1 to prune nothing"
+            )
 
 
 def prunable(

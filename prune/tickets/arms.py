@@ -261,7 +261,7 @@ def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:
     """How the structure divides what the ticket's mask is of, and that mask."""
     masks = hunt.store.masks(level)
     weights = {name: hunt.trainee.network.get_parameter(name) for name in masks}
-    return hunt.pruner.structure.layout(hunt.trainee.network, weights), masks
+    return hunt.pruner.axes.structure.layout(hunt.trainee.network, weights), masks
 
 
 def _density(layout: Layout, masks: Masks) -> float:

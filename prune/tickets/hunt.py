@@ -147,7 +147,7 @@ def hunt(
     key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
     store = Store(out, key, settings)
     drawn = {store.folder(level): density for level, density in enumerate(densities[1:])}
-    birds = drawn if diagnose and not pruner.criterion.needs_loader else {}
+    birds = drawn if diagnose and not pruner.axes.criterion.needs_loader else {}
     trainee = LightningTrainee(
         module,
         data,

@@ -164,7 +164,7 @@ class LightningTrainee(Trainee):
     def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
         module, data, seed = self.module, self.data, self.seed
-        shown = evidence(pruner.criterion, module, lambda: training_loader(module, data, seed), self.batches, data)
+        shown = evidence(pruner.axes.criterion, module, lambda: training_loader(module, data, seed), self.batches, data)
         with same_random_state(seed):
             return pruner(self.network, density, within=within, **shown)
 
@@ -189,8 +189,8 @@ def check_criterion(pruner: Pruner, trainer: Mapping[str, Any] | None) -> None:
     Raises:
         ValueError: If it looks at batches and the weights will be divided among ranks.
     """
-    name, strategy = pruner.criterion.name, (trainer or {}).get("strategy")
-    if pruner.criterion.needs_loader and isinstance(strategy, ModelParallelStrategy):
+    name, strategy = pruner.axes.criterion.name, (trainer or {}).get("strategy")
+    if pruner.axes.criterion.needs_loader and isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
             f"criterion {name!r} looks at single batches, and what ModelParallelStrategy divides says nothing of them: "
             "score by magnitude or random, or train with strategy: ddp"

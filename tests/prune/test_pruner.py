@@ -20,7 +20,7 @@ from prune.criteria import CRITERIA, Criterion
 from prune.masks import Masks
 from prune.pruner import Pruner, prunable
 from prune.schedule import geometric, kept
-from prune.structures import Unstructured, structure_named
+from prune.structures import NM, Unstructured, structure_named
 from prune.topk import keep_top_k
 from tests.helpers import pruning_table
 from tests.helpers.ranks import on_ranks
@@ -556,6 +556,20 @@ def test_repr_shows_every_choice():
     assert "allocation=Global(floor=2)" in shown
     assert "exclude=('head.*',)" in shown
     assert "seed=5" in shown
+
+
+def test_fields_keep_what_was_given_and_axes_are_objects():
+    pruner = replace(Pruner("snip", "2:4", include=["0.*"]), allocation=Global(floor=2), seed=3)
+    assert (pruner.criterion, pruner.structure, pruner.include, pruner.seed) == ("snip", "2:4", ("0.*",), 3)
+    assert pruner.axes == (CRITERIA["snip"], NM(2, 4), Global(floor=2))
+    assert pruner == Pruner("snip", "2:4", Global(floor=2), "0.*", seed=3)
+
+
+def test_coupled_by_name_needs_inputs_to_trace_with():
+    """The job `hunt` has them and replaces the name; a call has not."""
+    pruner = Pruner(structure="coupled")
+    with pytest.raises(ValueError, match=r"give Coupled\(example_inputs\)"):
+        pruner(mlp(4, 4), 0.5)
 
 
 # Random pruning, the control

@@ -62,7 +62,7 @@ def test_masks_are_those_of_the_same_batches_and_loss_given_by_hand(namespace: A
     expected = pruner(network, 0.3, loader=[(X[i : i + 4], Y[i : i + 4]) for i in (0, 4)], loss=cross_entropy)
     before = torch.get_rng_state()
     torch.manual_seed(5)
-    assert pruner(network, 0.3, **evidence(pruner.criterion, module, lambda: loader, 2)) == expected
+    assert pruner(network, 0.3, **evidence(pruner.axes.criterion, module, lambda: loader, 2)) == expected
     torch.set_rng_state(before)
     assert "log" not in vars(module)
 
@@ -72,7 +72,7 @@ def test_a_module_of_a_task_is_asked_for_its_own_loss_and_inputs() -> None:
     loader = DataLoader(TensorDataset(X, Y), 8)
     for name in ("taylor", "wanda", "synflow", "grasp"):
         pruner = Pruner(name, allocation="uniform")
-        masks = pruner(module.network, 0.5, **evidence(pruner.criterion, module, lambda: loader, 3))
+        masks = pruner(module.network, 0.5, **evidence(pruner.axes.criterion, module, lambda: loader, 3))
         assert masks.density == pytest.approx(0.5, abs=0.02)
 
 
@@ -137,7 +137,7 @@ def test_a_callback_prunes_before_the_first_update(namespace: Any, criterion: st
     assert sparse.masks.density == pytest.approx(0.4, abs=0.02)
     if criterion in ("synflow", "wanda"):
         again = theirs(namespace)
-        assert sparse.masks == pruner(again.network, 0.4, **evidence(pruner.criterion, again, lambda: loader, 2))
+        assert sparse.masks == pruner(again.network, 0.4, **evidence(pruner.axes.criterion, again, lambda: loader, 2))
     torch.manual_seed(7)
     fit(namespace, given, loader, KeepMasked(sparse.masks))
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), given.parameters()))
@@ -192,7 +192,7 @@ def test_metrics_of_a_module_do_not_count_what_is_looked_at() -> None:
     module.seen(torch.tensor(5.0))
     pruner = Pruner("grasp", allocation="uniform")
     loader = DataLoader(TensorDataset(X, Y), 4)
-    pruner(module.network, 0.5, **evidence(pruner.criterion, module, lambda: loader, 3))
+    pruner(module.network, 0.5, **evidence(pruner.axes.criterion, module, lambda: loader, 3))
     assert module.seen.compute() == 5
     module.seen(torch.tensor(7.0))
     assert module.seen.compute() == 6
@@ -208,7 +208,7 @@ def test_a_criterion_that_reads_one_batch_draws_one() -> None:
 
     pruner = Pruner("synflow", allocation="uniform")
     loader = DataLoader(Watched(X, Y), 4)
-    pruner(net(), 0.5, **evidence(pruner.criterion, theirs(lp), lambda: loader, 5))
+    pruner(net(), 0.5, **evidence(pruner.axes.criterion, theirs(lp), lambda: loader, 5))
     assert len(drawn) == 4 * 100, "rounds"
 
 

@@ -382,7 +382,7 @@ def test_a_parser_takes_them_in_either_namespace(tmp_path: Path) -> None:
         assert isinstance(made, GradualPruning)
         assert isinstance(made, namespace.Callback)
         assert made.policy.every == Duration(100, "it")
-        assert type(made.policy.pruner.allocation).__name__ == "Uniform"
+        assert type(made.policy.pruner.axes.allocation).__name__ == "Uniform"
         moving = {"density": 0.1, "begin": "0ep", "end": "3ep", "every": "100it", "growth": "set", "decay": "constant"}
         given = {"class_path": "prune.DynamicSparsity", "init_args": moving}
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
