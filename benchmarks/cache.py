@@ -85,9 +85,11 @@ def measure(samples: int, rounds: int) -> None:
         ways: dict[str, Callable[[nn.Module, int], float]] = {
             "alone": lambda s, i: epoch(s, loader(data, i), lambda b: (*b, None)),
             "alone, same loss": lambda s, i: epoch(s, loader(data, i), lambda b: (*b, b[0].flatten(1)[:, :10])),
-            "cached": lambda s, i: epoch(s, cached.attach(loader(data, i)), lambda b: (*b.batch, b.taught["logits"])),
+            "cached": lambda s, i: epoch(
+                s, cached.attach(loader(data, i)), lambda b: (*b.batch, b.cached_targets["logits"])
+            ),
             "cached, verify=False": lambda s, i: epoch(
-                s, blind.attach(loader(data, i)), lambda b: (*b.batch, b.taught["logits"])
+                s, blind.attach(loader(data, i)), lambda b: (*b.batch, b.cached_targets["logits"])
             ),
             "live": lambda s, i: epoch(s, loader(data, i), lambda b: (*b, teacher(b[0]))),
         }

@@ -10,11 +10,11 @@ from lightning.pytorch import Callback
 from pytorch_lightning import Callback as OtherCallback
 from torch import Tensor, nn
 
-from distill.cache import CachedTeacher, Taught
+from distill.cache import CachedBatch, CachedTeacher
 from distill.features import Features, capture
 from distill.losses import LogitLoss
-from distill.objective import Seen, Term, average_gradients, make_projectors, objective_of
-from distill.targets import AnyTeacher, elapsed, lesson_of, opened
+from distill.objective import Outputs, Term, average_gradients, make_projectors, objective_of
+from distill.targets import TeacherLike, as_teacher, elapsed, targets_of
 from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
 from workbench.training.means import GlobalMean, Means
@@ -45,7 +45,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
     positions that its task scores, as it weighs its own loss.
 
     A cached teacher comes with the batches: ``trainer.fit(module, callback.attach(loader))``. ``training_step`` gets
-    the batch as it was; other hooks of the module that look at training batches see a ``distill.cache.Taught``.
+    the batch as it was; other hooks of the module that look at training batches see a ``distill.cache.CachedBatch``.
 
     Projectors between unequal widths are made at the first batch and live beside the module. They are trained by an
     optimizer of the class and defaults of the module's first one, at the learning rate of its first group, right after
@@ -74,7 +74,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 
     def __init__(
         self,
-        teacher: AnyTeacher,
+        teacher: TeacherLike,
         temperature: float = 4.0,
         alpha: float = 0.9,
         student: str | None = None,
@@ -83,7 +83,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.objective = objective_of(temperature, alpha, losses)
-        self.teacher = opened(teacher)
+        self.teacher = as_teacher(teacher)
         self.student, self.valid, self.labels = student, valid, labels
         self._means = Means()
         self._global_mean = GlobalMean()
@@ -112,8 +112,8 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 f"{type(pl_module).__name__} steps its optimizers by hand, so its loss cannot be changed from outside: "
                 "add distill.losses.soft_target to the loss in its training_step"
             )
-        self._part(pl_module)
-        name = _step_of(pl_module)
+        self._student_of(pl_module)
+        name = _step_name(pl_module)
         original = getattr(pl_module, name)
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
             raise ValueError(f"{type(pl_module).__name__} has a DistillationCallback already: give the Trainer one")
@@ -175,20 +175,20 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if self._after_step is not None:
             self._after_step.remove()
         if self._wrapped is not None:
-            vars(self._wrapped).pop(name := _step_of(self._wrapped), None)
+            vars(self._wrapped).pop(name := _step_name(self._wrapped), None)
             if self._before is not None:
                 setattr(self._wrapped, name, self._before)
         self._wrapped = self._before = self._after_step = None
 
     def _step(self, module: Any, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """``training_step``, or the ``step`` inside of it, its loss one of the terms."""
-        taught: Any = None
-        if args and isinstance(args[0], Taught):
-            taught, args = args[0].taught, (args[0].batch, *args[1:])
+        cached: Any = None
+        if args and isinstance(args[0], CachedBatch):
+            cached, args = args[0].cached_targets, (args[0].batch, *args[1:])
         weights = self.objective.weights(functools.partial(elapsed, module._trainer))
         new = self.objective.projects and not self.objective.projectors
-        part, calls = self._part(module), list[_Call]()
-        with capture(part, self.objective.student_places(weights=None if new else weights)) as features:
+        part, calls = self._student_of(module), list[_Call]()
+        with capture(part, self.objective.student_layers(weights=None if new else weights)) as features:
             keep = functools.partial(_keep, calls, features)
             handle = part.register_forward_hook(keep, with_kwargs=True)
             try:
@@ -200,7 +200,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         if not isinstance(own, Tensor):
             return result  # no step to take, or an error that Lightning words
         batch = args[0] if args else kwargs.get("batch")
-        loss = self._mixed(module, own, calls, weights, batch, taught, new)
+        loss = self._total_loss(module, own, calls, weights, batch, cached, new)
         if isinstance(result, Step):
             if self.objective.projects:
                 # Projectors are none of the module, whose own mean sees the same counts.
@@ -208,45 +208,45 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             return result._replace(loss=loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
-    def _mixed(
+    def _total_loss(
         self,
         module: Any,
         own: Tensor,
         calls: list[_Call],
         weights: Mapping[str, float],
         batch: Any,
-        taught: Mapping[str, Tensor] | None,
+        cached: Mapping[str, Tensor] | None,
         new: bool,
     ) -> Tensor:
         """The weighted sum of the terms; ``new``: the projectors are still to be made."""
         counting = {name for name, weight in weights.items() if weight}
         if not new and counting and all(self.objective.terms[name].loss is None for name in counting):
             # Nothing but the module's own loss: whatever the module did is fine, and there need not be logits.
-            terms = self.objective(Seen(own), Seen(None), weights, own=lambda _: own)
+            terms = self.objective(Outputs(own), Outputs(None), weights, own=lambda _: own)
             self._means.add(_without_sum(terms), torch.ones((), device=own.device))
             return terms["loss"]
         if len(calls) != 1:
-            name = self.student or type(self._part(module)).__name__
+            name = self.student or type(self._student_of(module)).__name__
             raise ValueError(
                 f"'{name}' was called {len(calls)} times in a training_step of {type(module).__name__}: give "
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
         [call] = calls
-        seen = Seen(logits_of(call.output, "the student"), call.features)
-        lesson = Seen(None)
-        if new or self.objective.asks_teacher(weights):
-            places = self.objective.teacher_places(None if new else weights)
-            asks = self.objective.asks_logits(weights)
-            lesson = lesson_of(self.teacher, call.args, call.kwargs, taught, places, asks)
+        seen = Outputs(logits_of(call.output, "the student"), call.features)
+        targets = Outputs(None)
+        if new or self.objective.needs_teacher(weights):
+            layers = self.objective.teacher_layers(None if new else weights)
+            asks = self.objective.needs_logits(weights)
+            targets = targets_of(self.teacher, call.args, call.kwargs, cached, layers, asks)
         if new:
-            self._make_projectors(seen, lesson, module.trainer.optimizers)
+            self._make_projectors(seen, targets, module.trainer.optimizers)
         assert seen.logits is not None
         every = torch.ones(seen.logits.shape[:-1], dtype=torch.bool, device=seen.logits.device)
         valid = every if self.valid is None else self.valid(batch)
         tokens = tokens_of(call.kwargs)
         terms = self.objective(
             seen,
-            lesson,
+            targets,
             weights,
             own=lambda _: own,
             valid=valid,
@@ -256,12 +256,12 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         self._means.add(_without_sum(terms), valid.sum())
         return terms["loss"]
 
-    def _make_projectors(self, seen: Seen, lesson: Seen, optimizers: list[torch.optim.Optimizer]) -> None:
-        make_projectors(self.objective, seen, lesson)
+    def _make_projectors(self, seen: Outputs, targets: Outputs, optimizers: list[torch.optim.Optimizer]) -> None:
+        make_projectors(self.objective, seen, targets)
         if self._restored:
             self.objective.projectors.load_state_dict(self._restored["projectors"])
         if parameters := list(self.objective.projectors.parameters()):
-            self._optimizer = _like(optimizers[0], parameters)
+            self._optimizer = _optimizer_like(optimizers[0], parameters)
             if self._restored:
                 self._optimizer.load_state_dict(self._restored["optimizer"])
         self._restored = {}
@@ -286,7 +286,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             return batch.get("labels")
         return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
-    def _part(self, module: Any) -> nn.Module:
+    def _student_of(self, module: Any) -> nn.Module:
         if self.student is None:
             parts = (getattr(module, name, None) for name in ("network", "model"))
             return next((part for part in parts if isinstance(part, nn.Module)), module)
@@ -299,7 +299,7 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             ) from error
 
 
-def _step_of(module: Any) -> str:
+def _step_name(module: Any) -> str:
     """The method whose loss becomes a term: what comes before, where ``training_step`` weighs micro-batches."""
     return "step" if isinstance(module, SupervisedModule) else "training_step"
 
@@ -313,7 +313,7 @@ def _without_sum(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in terms.items() if name != "loss"}
 
 
-def _like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer_like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """An optimizer of the same class and defaults."""
     known = inspect.signature(type(optimizer)).parameters
     defaults = {name: value for name, value in optimizer.defaults.items() if name in known}

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from distill.cache import CachedTeacher, Taught
+from distill.cache import CachedBatch, CachedTeacher
 from distill.features import capture
-from distill.hf_labels import Positions, labelling, scored
-from distill.objective import Seen, Term, average_gradients, make_projectors, objective_of
-from distill.targets import AnyTeacher, lesson_of, opened
-from distill.teacher import asleep
+from distill.hf_labels import Positions, label_spec, scored_positions
+from distill.objective import Outputs, Term, average_gradients, make_projectors, objective_of
+from distill.targets import TeacherLike, as_teacher, targets_of
+from distill.teacher import eval_mode
 from workbench.distributed.ranks import everyone
 from workbench.files import atomic_file
 from workbench.models.positions import tokens_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-_TAUGHT = "taught"
+_CACHED = "cached_targets"
 _FILE = "distillation.safetensors"
 
 
@@ -80,18 +80,18 @@ class DistillationMixin(_Trainer):
     def __init__(
         self,
         *args: Any,
-        teacher: AnyTeacher,
+        teacher: TeacherLike,
         temperature: float = 4.0,
         alpha: float = 0.9,
         losses: Mapping[str, Term] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.teacher = opened(teacher)
+        self.teacher = as_teacher(teacher)
         self.objective = objective_of(temperature, alpha, losses)
         self._term_means = Means()
         self._update_is_new = True
         super().__init__(*args, **kwargs)
-        self._labelling = labelling(self.accelerator.unwrap_model(self.model), self.label_names)
+        self._label_spec = label_spec(self.accelerator.unwrap_model(self.model), self.label_names)
         # The loss that compute_loss returns is a share of the whole update's mean already.
         self.loss_is_scaled_for_ga = True
         self._check()
@@ -111,19 +111,19 @@ class DistillationMixin(_Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         weights = self.objective.weights(self._elapsed)
         inputs = dict(inputs)
-        taught = inputs.pop(_TAUGHT, None)
-        positions = scored(inputs, self._labelling)
-        with capture(model, self.objective.student_places(weights=weights)) as features:
+        cached = inputs.pop(_CACHED, None)
+        positions = scored_positions(inputs, self._label_spec)
+        with capture(model, self.objective.student_layers(weights=weights)) as features:
             own, outputs = self._own(model, inputs, weights)
             logits = positions.of(logits_of(outputs))
-            seen = Seen(logits, features.take())
+            seen = Outputs(logits, features.take())
         valid, labels = positions.shaped(logits)
         # As the model: half precision is cast inside of its forward only.
         with self.accelerator.autocast():
-            asks = self.objective.asks_teacher(weights)
+            asks = self.objective.needs_teacher(weights)
             terms = self.objective(
                 seen,
-                self._lesson(inputs, taught, positions, weights) if asks else Seen(None),
+                self._targets(inputs, cached, positions, weights) if asks else Outputs(None),
                 weights,
                 own=lambda logits: logits.new_zeros(()) if own is None else own,
                 valid=valid,
@@ -148,7 +148,9 @@ class DistillationMixin(_Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([scored(batch, self._labelling).valid.sum() for batch in batches]).sum().to(device)
+        count = (
+            torch.stack([scored_positions(batch, self._label_spec).valid.sum() for batch in batches]).sum().to(device)
+        )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             every: Any = self.accelerator.gather(count)
             count = every.sum()
@@ -165,7 +167,7 @@ class DistillationMixin(_Trainer):
             loader = self.teacher.attach(super().get_train_dataloader())
         finally:
             del self.accelerator.prepare
-        loader.collate_fn = _WithTaught(loader.collate_fn)
+        loader.collate_fn = _AddCachedTargets(loader.collate_fn)
         return prepare(loader)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -184,7 +186,7 @@ class DistillationMixin(_Trainer):
         if not self.objective.projects:
             return super().create_optimizer(model)
         if self.optimizer is None or not self.objective.projectors:
-            make_projectors(self.objective, *self._first_look())
+            make_projectors(self.objective, *self._example_outputs())
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         new = [parameter for parameter in self.objective.projectors.parameters() if id(parameter) not in known]
@@ -227,26 +229,26 @@ class DistillationMixin(_Trainer):
     def _own(self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float]) -> tuple[Any, Any]:
         """The loss that the Trainer would have without a teacher, a mean over this batch, and the model's output."""
         wanted = any(weight and self.objective.terms[name].loss is None for name, weight in weights.items())
-        if wanted or any(name in inputs for name in self._labelling.names):
+        if wanted or any(name in inputs for name in self._label_spec.names):
             # A copy: labels are taken out of it.
             found: Any = super().compute_loss(model, dict(inputs), return_outputs=True)
             return found
         return None, model(**inputs)
 
-    def _lesson(
-        self, inputs: dict[str, Any], taught: Any, positions: Positions, weights: Mapping[str, float] | None
-    ) -> Seen:
-        named = {name: value for name, value in inputs.items() if name not in self._labelling.names}
+    def _targets(
+        self, inputs: dict[str, Any], cached: Any, positions: Positions, weights: Mapping[str, float] | None
+    ) -> Outputs:
+        named = {name: value for name, value in inputs.items() if name not in self._label_spec.names}
         shifted: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if shifted is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
             # What the model makes of its labels by itself.
             named["decoder_input_ids"] = shifted(labels=inputs["labels"])
-        asks = weights is not None and self.objective.asks_logits(weights)
-        places = self.objective.teacher_places(weights)
-        return lesson_of(self.teacher, (), named, taught, places, asks, positions.of)
+        asks = weights is not None and self.objective.needs_logits(weights)
+        layers = self.objective.teacher_layers(weights)
+        return targets_of(self.teacher, (), named, cached, layers, asks, positions.of)
 
     @torch.no_grad()
-    def _first_look(self) -> tuple[Seen, Seen]:
+    def _example_outputs(self) -> tuple[Outputs, Outputs]:
         """Features of the first samples, by which projectors are measured."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -258,11 +260,11 @@ class DistillationMixin(_Trainer):
             batch: Any = loader.collate_fn(_first(loader.dataset, 2))
             inputs, model = self._prepare_inputs(batch), self.model
             assert model is not None
-            places, taught = self.objective.student_places(), inputs.pop(_TAUGHT, None)
-            with asleep(model), self.accelerator.autocast(), capture(model, places) as features:
+            layers, cached = self.objective.student_layers(), inputs.pop(_CACHED, None)
+            with eval_mode(model), self.accelerator.autocast(), capture(model, layers) as features:
                 model(**inputs)
-                seen = Seen(None, features.take())
-                return seen, self._lesson(inputs, taught, scored(inputs, self._labelling), None)
+                seen = Outputs(None, features.take())
+                return seen, self._targets(inputs, cached, scored_positions(inputs, self._label_spec), None)
 
     def _check(self) -> None:
         if self.args.n_gpu > 1:
@@ -292,19 +294,19 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 
 @dataclass(frozen=True)
-class _WithTaught:
+class _AddCachedTargets:
     """What a Trainer can do with the batches of a cached teacher's loader: the Trainer's mapping, and one entry more.
 
     Args:
         collate: Of that loader.
     """
 
-    collate: Callable[[Any], Taught]
+    collate: Callable[[Any], CachedBatch]
 
     def __call__(self, samples: Any) -> dict[str, Any]:
         """Put a batch together."""
-        batch, taught = self.collate(samples)
-        return {**batch, _TAUGHT: taught}
+        batch, cached = self.collate(samples)
+        return {**batch, _CACHED: cached}
 
 
 def _first(samples: Any, count: int) -> Any:

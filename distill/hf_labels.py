@@ -13,7 +13,7 @@ from workbench.models.positions import IGNORED, tokens_of, valid_tokens
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
-class Labelling(NamedTuple):
+class LabelSpec(NamedTuple):
     """What a model's class says of its labels.
 
     Args:
@@ -27,7 +27,7 @@ class Labelling(NamedTuple):
     tokens: bool
 
 
-def labelling(model: nn.Module, names: Iterable[str] = ("labels",)) -> Labelling:
+def label_spec(model: nn.Module, names: Iterable[str] = ("labels",)) -> LabelSpec:
     """How a model reads its labels.
 
     A transformers model is causal if its class is one for causal language modelling, or its loss is, and it is no
@@ -40,7 +40,7 @@ def labelling(model: nn.Module, names: Iterable[str] = ("labels",)) -> Labelling
     both = getattr(getattr(base, "config", None), "is_encoder_decoder", False) and not classes & decoders
     causal = bool(classes & decoders or by_loss) and not both
     tokens = causal or any(name.endswith(_PER_TOKEN) for name in classes)
-    return Labelling(frozenset({*names, "labels", "label", "label_ids", "shift_labels"}), causal, tokens)
+    return LabelSpec(frozenset({*names, "labels", "label", "label_ids", "shift_labels"}), causal, tokens)
 
 
 class Positions(NamedTuple):
@@ -75,7 +75,7 @@ class Positions(NamedTuple):
         return self.valid.reshape(shape), None if self.targets is None else self.targets.reshape(shape)
 
 
-def scored(inputs: Mapping[str, Any], labelling: Labelling) -> Positions:
+def scored_positions(inputs: Mapping[str, Any], label_spec: LabelSpec) -> Positions:
     """The positions of a batch that a model is scored at.
 
     Those of a class label other than -100, after the shift of a causal model, or as they are in ``shift_labels``; each
@@ -84,14 +84,14 @@ def scored(inputs: Mapping[str, Any], labelling: Labelling) -> Positions:
     ready, labels = inputs.get("shift_labels"), inputs.get("labels")
     targets = labels if ready is None else ready
     if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):
-        cut = labelling.causal and ready is None and targets.ndim == 2
+        cut = label_spec.causal and ready is None and targets.ndim == 2
         targets = targets[:, 1:] if cut else targets
         return Positions(targets != IGNORED, targets.long(), cut)
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     tokens = inputs.get("input_ids")
-    if targets is None and labelling.tokens and isinstance(tokens, Tensor) and tokens.ndim == 2:
-        valid = valid_tokens(tokens, tokens_of(inputs), causal=labelling.causal)
-        return Positions(valid, tokens[:, 1:] if labelling.causal else None, labelling.causal)
+    if targets is None and label_spec.tokens and isinstance(tokens, Tensor) and tokens.ndim == 2:
+        valid = valid_tokens(tokens, tokens_of(inputs), causal=label_spec.causal)
+        return Positions(valid, tokens[:, 1:] if label_spec.causal else None, label_spec.causal)
     return Positions(torch.ones(len(first), dtype=torch.bool, device=first.device))
 
 

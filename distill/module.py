@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from distill.cache import CachedTeacher, Taught, open_teacher
+from distill.cache import CachedBatch, CachedTeacher, open_teacher
 from distill.features import capture
 from distill.language import check_headless, chunked_terms, headless
 from distill.losses import SoftTarget
-from distill.objective import Seen, Term, check_scored, objective_of
-from distill.targets import AnyTeacher, elapsed, lesson_of, opened
-from distill.teacher import Teacher, asleep
+from distill.objective import Outputs, Term, check_scored, objective_of
+from distill.targets import TeacherLike, as_teacher, elapsed, targets_of
+from distill.teacher import Teacher, eval_mode
 from workbench.duration import Duration
 from workbench.models.positions import tokens_of
 from workbench.randomness import random_state, same_random_state, set_random_state
@@ -68,7 +68,7 @@ class DistillModule(SupervisedModule):
     def __init__(
         self,
         student: nn.Module | Mapping[str, nn.Module],
-        teacher: AnyTeacher,
+        teacher: TeacherLike,
         task: Task,
         temperature: float = 4.0,
         alpha: float = 0.9,
@@ -85,8 +85,8 @@ class DistillModule(SupervisedModule):
                     "nor labels: leave them away, or give losses"
                 )
             losses = {"imitation": Term()}
-        super().__init__(student, task, optimizer, lr_scheduler, self._imitated if imitates else None)
-        self.teacher = opened(teacher)
+        super().__init__(student, task, optimizer, lr_scheduler, self._teacher_outputs if imitates else None)
+        self.teacher = as_teacher(teacher)
         self.objective = objective_of(temperature, alpha, losses, tuple(self.members))
         check_scored(self.objective, task)
         self.chunked = chunked
@@ -130,30 +130,30 @@ class DistillModule(SupervisedModule):
         ``fit`` calls it; in a loop of your own, call it before the optimizer is made. The students and the random state
         of torch stay as they are but for what drawing the projectors takes.
         """
-        batch, taught = _bare(batch)
+        batch, cached = _split_batch(batch)
         args, kwargs = self.task.inputs(batch)
-        lesson = self._lesson(args, kwargs, taught, None)
+        targets = self._targets(args, kwargs, cached, None)
         state = random_state()
         for member, student in self.members.items():
             set_random_state(state)
-            with asleep(student):
-                seen = self._seen(student, args, kwargs, self.objective.student_places(member))
-            self.objective.prepare(seen.features, lesson.features, member)
+            with eval_mode(student):
+                seen = self._student_outputs(student, args, kwargs, self.objective.student_layers(member))
+            self.objective.prepare(seen.features, targets.features, member)
 
     def step(self, batch: Any) -> Step:
         """One look at the teacher, one forward pass of each student, and the terms of its objective."""
-        batch, taught = _bare(batch)
+        batch, cached = _split_batch(batch)
         weights = self.objective.weights(functools.partial(elapsed, self._trainer))
         args, kwargs = self.task.inputs(batch)
-        lesson = Seen(None)
+        targets = Outputs(None)
         known: _Hidden | None = None
         if self.chunked:
-            known = self._known(args, kwargs) if weights["soft"] else None
-        elif self.target is not None or self.objective.asks_teacher(weights):
-            lesson = self._lesson(args, kwargs, taught, weights)
+            known = self._teacher_hidden(args, kwargs) if weights["soft"] else None
+        elif self.target is not None or self.objective.needs_teacher(weights):
+            targets = self._targets(args, kwargs, cached, weights)
         if isinstance(self.task, Imitation):
-            assert lesson.logits is not None
-            batch = self.task.with_target(batch, lesson.logits)
+            assert targets.logits is not None
+            batch = self.task.with_target(batch, targets.logits)
         valid, logged, total = self.task.valid(batch), {}, None
         for member, student in self.members.items():
             stream: AbstractContextManager[None] = nullcontext()
@@ -161,12 +161,12 @@ class DistillModule(SupervisedModule):
                 stream = self.streams.of(member, valid.device)
             with stream:
                 if self.chunked:
-                    terms = self._chunks(student, args, kwargs, batch, weights, known)
+                    terms = self._chunked_terms(student, args, kwargs, batch, weights, known)
                 else:
-                    seen = self._seen(student, args, kwargs, self.objective.student_places(member, weights))
+                    seen = self._student_outputs(student, args, kwargs, self.objective.student_layers(member, weights))
                     terms = self.objective(
                         seen,
-                        lesson,
+                        targets,
                         weights,
                         own=lambda logits: self.task.loss(logits, batch),
                         valid=valid,
@@ -179,25 +179,27 @@ class DistillModule(SupervisedModule):
         assert total is not None
         return Step(total, logged, valid.sum())
 
-    def _lesson(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], taught: Mapping[str, Tensor] | None, weights: Any
-    ) -> Seen:
+    def _targets(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], cached: Mapping[str, Tensor] | None, weights: Any
+    ) -> Outputs:
         """What the teacher says of a batch, where the task scores it; without ``weights`` features only."""
-        asks = weights is not None and (self.target is not None or self.objective.asks_logits(weights))
-        places, task = self.objective.teacher_places(weights), self.task
+        asks = weights is not None and (self.target is not None or self.objective.needs_logits(weights))
+        layers, task = self.objective.teacher_layers(weights), self.task
         if not isinstance(task, LanguageModelling):
-            return lesson_of(self.teacher, args, kwargs, taught, places, asks, task.output)
-        lesson = lesson_of(self.teacher, args, kwargs, taught, places, asks, task.aligned)
-        return lesson if lesson.logits is None else lesson._replace(logits=lesson.logits[..., : task.vocabulary])
+            return targets_of(self.teacher, args, kwargs, cached, layers, asks, task.output)
+        targets = targets_of(self.teacher, args, kwargs, cached, layers, asks, task.aligned)
+        return targets if targets.logits is None else targets._replace(logits=targets.logits[..., : task.vocabulary])
 
-    def _seen(self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], places: Sequence[str]) -> Seen:
-        if not places:
-            return Seen(self.task.output(student(*args, **kwargs)))
-        with capture(student, places) as features:
+    def _student_outputs(
+        self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: Sequence[str]
+    ) -> Outputs:
+        if not layers:
+            return Outputs(self.task.output(student(*args, **kwargs)))
+        with capture(student, layers) as features:
             logits = self.task.output(student(*args, **kwargs))
-            return Seen(logits, features.take())
+            return Outputs(logits, features.take())
 
-    def _imitated(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _teacher_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the students are to say in validation."""
         assert isinstance(self.teacher, Teacher)
         return self.task.output(self.teacher(*args, **kwargs))
@@ -218,7 +220,7 @@ class DistillModule(SupervisedModule):
             else:
                 nn.utils.clip_grad_norm_(mine, gradient_clip_val)
 
-    def _chunks(
+    def _chunked_terms(
         self,
         student: nn.Module,
         args: Sequence[Any],
@@ -245,7 +247,7 @@ class DistillModule(SupervisedModule):
         )
         return {"loss": total, **dict(zip(("soft", "hard"), terms))}
 
-    def _known(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Hidden":
+    def _teacher_hidden(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Hidden":
         """The teacher's hidden states and head."""
         assert isinstance(self.teacher, Teacher)
         if not self._heads_known:
@@ -294,9 +296,9 @@ def _first(rows: Tensor, count: int) -> Tensor:
     return rows if len(rows) == count else rows[:count]
 
 
-def _bare(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:
+def _split_batch(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:
     """The batch that the task knows, and what a cache added to it."""
-    return (batch.batch, batch.taught) if isinstance(batch, Taught) else (batch, None)
+    return (batch.batch, batch.cached_targets) if isinstance(batch, CachedBatch) else (batch, None)
 
 
 def module_for(
@@ -324,9 +326,9 @@ def module_for(
                 "trainer.callbacks"
             )
     source: Any = teacher
-    taught = open_teacher(source, precision=precision, weights=teacher_weights)
+    cached = open_teacher(source, precision=precision, weights=teacher_weights)
     return DistillModule(
-        model, taught, task_for(data, task), temperature, alpha, optimizer, lr_scheduler, losses, chunked
+        model, cached, task_for(data, task), temperature, alpha, optimizer, lr_scheduler, losses, chunked
     )
 
 

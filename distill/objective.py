@@ -22,7 +22,7 @@ from workbench.duration import Duration
 from workbench.randomness import same_random_state
 from workbench.tasks import Regression, Task
 
-Places = str | list[str]
+Layers = str | list[str]
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Term:
         final: What is left of the weight then, in [0, 1].
 
     Raises:
-        ValueError: If a number is out of range, or places are given without a loss on features, or none with one.
+        ValueError: If a number is out of range, or layers are given without a loss on features, or none with one.
     """
 
     loss: LogitLoss | FeatureLoss | None = None
     weight: float = 1.0
-    student: Places | dict[str, Places] | None = None
-    teacher: Places | None = None
+    student: Layers | dict[str, Layers] | None = None
+    teacher: Layers | None = None
     warmup: Duration = Duration(0, "it")  # noqa: RUF009 - frozen
     decay: Duration | None = None
     final: float = 0.0
@@ -60,10 +60,10 @@ class Term:
             raise ValueError(f"final is {self.final}: the share of the weight that decay leaves is between 0 and 1")
         if self.decay is not None and self.decay.value < 1:
             raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it away")
-        places = self.student is not None or self.teacher is not None
+        layers = self.student is not None or self.teacher is not None
         if isinstance(self.loss, FeatureLoss) and self.student is None:
             raise ValueError(f"{type(self.loss).__name__} compares features: say which, student: layers.1")
-        if places and not isinstance(self.loss, FeatureLoss):
+        if layers and not isinstance(self.loss, FeatureLoss):
             kind = "the task's own loss" if self.loss is None else type(self.loss).__name__
             raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher away")
 
@@ -77,7 +77,7 @@ class Term:
         return factor
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """What a network showed of itself in one forward pass.
 
     Args:
@@ -152,23 +152,23 @@ class Objective(nn.Module):
         """Weight of each term now."""
         return {name: term.at(elapsed) for name, term in self.terms.items()}
 
-    def asks_teacher(self, weights: Mapping[str, float]) -> bool:
+    def needs_teacher(self, weights: Mapping[str, float]) -> bool:
         """Whether a term of some weight needs the teacher."""
         losses = (self.terms[name].loss for name, weight in weights.items() if weight)
         return any(isinstance(loss, FeatureLoss) or (loss is not None and loss.needs_teacher) for loss in losses)
 
-    def asks_logits(self, weights: Mapping[str, float]) -> bool:
+    def needs_logits(self, weights: Mapping[str, float]) -> bool:
         """Whether a term of some weight needs the teacher's logits, not just its features."""
         losses = (self.terms[name].loss for name, weight in weights.items() if weight)
         return any(isinstance(loss, LogitLoss) and loss.needs_teacher for loss in losses)
 
-    def student_places(self, member: str = "", weights: Mapping[str, float] | None = None) -> list[str]:
+    def student_layers(self, member: str = "", weights: Mapping[str, float] | None = None) -> list[str]:
         """What to capture of a student; of the terms with some weight now, or of all if None."""
-        return self._places(lambda term: _of(term.student, member), weights)
+        return self._layers(lambda term: _of(term.student, member), weights)
 
-    def teacher_places(self, weights: Mapping[str, float] | None = None) -> list[str]:
+    def teacher_layers(self, weights: Mapping[str, float] | None = None) -> list[str]:
         """What to capture of the teacher."""
-        return self._places(_teacher_places, weights)
+        return self._layers(_teacher_layers, weights)
 
     def prepare(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], member: str = "") -> None:
         """Make the projectors of a student whose features, and the teacher's, look like these.
@@ -184,8 +184,8 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        student: Seen,
-        teacher: Seen,
+        student: Outputs,
+        teacher: Outputs,
         weights: Mapping[str, float],
         own: Callable[[Tensor], Tensor],
         valid: Tensor | None = None,
@@ -224,7 +224,7 @@ class Objective(nn.Module):
             else:
                 if teacher.logits is None and term.loss.needs_teacher:
                     raise ValueError(f"term {name!r} compares logits, and the teacher gave none: cache them as well")
-                # A loss that needs no teacher still takes a tensor in its place.
+                # A loss that needs no teacher still takes a tensor in its pattern.
                 logits = student.logits if teacher.logits is None else teacher.logits
                 value = term.loss(*_with_classes(student.logits, logits, valid), valid, labels)
             found[name] = value
@@ -252,8 +252,8 @@ class Objective(nn.Module):
         self,
         name: str,
         loss: FeatureLoss,
-        student: Seen,
-        teacher: Seen,
+        student: Outputs,
+        teacher: Outputs,
         valid: Tensor | None,
         tokens: Tensor | None,
         member: str,
@@ -275,7 +275,7 @@ class Objective(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Features of one term, the student's beside the teacher's, in the order in which they were named."""
         term = self.terms[name]
-        mine, theirs = _matching(_of(term.student, member), student), _matching(_teacher_places(term), teacher)
+        mine, theirs = _matching(_of(term.student, member), student), _matching(_teacher_layers(term), teacher)
         if len(mine) != len(theirs) or not mine:
             raise ValueError(
                 f"term {name!r} compares {len(mine)} features of the student ({', '.join(mine) or 'none'}) with "
@@ -283,26 +283,28 @@ class Objective(nn.Module):
             )
         return [(student[one], teacher[other]) for one, other in zip(mine, theirs)]
 
-    def _places(self, of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
+    def _layers(self, of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
         terms = (term for name, term in self.terms.items() if weights is None or weights[name])
-        return list(dict.fromkeys(place for term in terms if isinstance(term.loss, FeatureLoss) for place in of(term)))
+        return list(
+            dict.fromkeys(pattern for term in terms if isinstance(term.loss, FeatureLoss) for pattern in of(term))
+        )
 
 
-def _of(places: Places | dict[str, Places] | None, member: str) -> list[str]:
-    if isinstance(places, dict):
-        return _of(places[member], member)
-    return [places] if isinstance(places, str) else list(places or ())
+def _of(layers: Layers | dict[str, Layers] | None, member: str) -> list[str]:
+    if isinstance(layers, dict):
+        return _of(layers[member], member)
+    return [layers] if isinstance(layers, str) else list(layers or ())
 
 
-def _teacher_places(term: Term) -> list[str]:
+def _teacher_layers(term: Term) -> list[str]:
     if term.teacher is None and isinstance(term.student, dict):
         raise ValueError("a term names its features by student: say the teacher's too, teacher: layers.3")
     return _of(term.student if term.teacher is None else term.teacher, "")
 
 
-def _matching(places: Iterable[str], features: Mapping[str, Tensor]) -> list[str]:
-    """Concrete names that the places stand for, in the order of the places, then of the modules."""
-    found = [name for place in places for name in features if matches(name, place)]
+def _matching(layers: Iterable[str], features: Mapping[str, Tensor]) -> list[str]:
+    """Concrete names that the layers stand for, in the order of the layers, then of the modules."""
+    found = [name for pattern in layers for name in features if matches(name, pattern)]
     return list(dict.fromkeys(found))
 
 
@@ -370,7 +372,7 @@ def check_scored(objective: Objective, task: Task) -> None:
             )
 
 
-def make_projectors(objective: Objective, student: Seen, teacher: Seen) -> None:
+def make_projectors(objective: Objective, student: Outputs, teacher: Outputs) -> None:
     """Give an objective new projectors, the same on all ranks, which all call this. Nothing is drawn."""
     with same_random_state(), torch.no_grad():
         objective.prepare(student.features, teacher.features)

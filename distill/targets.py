@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from distill.cache import CachedTeacher, open_teacher
 from distill.features import matches
-from distill.objective import Seen
+from distill.objective import Outputs
 from distill.teacher import Teacher
 from workbench.records.source import Source
 from workbench.tasks import logits_of
 
-AnyTeacher = Teacher | CachedTeacher | nn.Module | Source | Path
+TeacherLike = Teacher | CachedTeacher | nn.Module | Source | Path
 
 
-def opened(teacher: AnyTeacher) -> Teacher | CachedTeacher:
+def as_teacher(teacher: TeacherLike) -> Teacher | CachedTeacher:
     """The teacher itself, or one made of a network, or loaded from a folder, which may hold a cache.
 
     Raises:
@@ -27,23 +27,23 @@ def opened(teacher: AnyTeacher) -> Teacher | CachedTeacher:
     return open_teacher(teacher) if isinstance(teacher, str | Path) else Teacher(teacher)
 
 
-def lesson_of(
+def targets_of(
     teacher: Teacher | CachedTeacher,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    taught: Mapping[str, Tensor] | None = None,
-    places: Sequence[str] = (),
+    cached: Mapping[str, Tensor] | None = None,
+    layers: Sequence[str] = (),
     logits: bool = True,
     score: Callable[[Tensor], Tensor] = lambda outputs: outputs,
-) -> Seen:
+) -> Outputs:
     """What a teacher says of a batch.
 
     Args:
         teacher: Live, or a cache.
         args: Positional arguments of the student.
         kwargs: Keyword arguments; ``labels`` are kept from the teacher.
-        taught: What a cache said, see :class:`distill.cache.Taught`; None if the teacher is to be asked.
-        places: Its submodules whose features are wanted.
+        cached: What a cache said, see :class:`distill.cache.CachedBatch`; None if the teacher is to be asked.
+        layers: Its submodules whose features are wanted.
         logits: Whether the answer must have logits.
         score: Outputs of the model -> those that are scored, such as all but the last of a causal model.
 
@@ -51,35 +51,35 @@ def lesson_of(
         ValueError: If the teacher is a cache and nothing of it came with the batch, or what came lacks the logits or
             features that are wanted; or if a live teacher's answer has no logits.
     """
-    if taught is not None:
+    if cached is not None:
         features = {
-            name.removeprefix("feature/"): value for name, value in taught.items() if name.startswith("feature/")
+            name.removeprefix("feature/"): value for name, value in cached.items() if name.startswith("feature/")
         }
-        _check_kept(taught, features, places, logits)
-        known = score(taught["logits"]) if "logits" in taught else None
-        if "ids" not in taught:
-            return Seen(known, features)
-        return Seen(known, features, (score(taught["ids"]), score(taught["weights"]), score(taught["log_probs"])))
+        _check_kept(cached, features, layers, logits)
+        known = score(cached["logits"]) if "logits" in cached else None
+        if "ids" not in cached:
+            return Outputs(known, features)
+        return Outputs(known, features, (score(cached["ids"]), score(cached["weights"]), score(cached["log_probs"])))
     if isinstance(teacher, CachedTeacher):
         raise ValueError(
             "the teacher is a cache and the batch comes without what it says: train on a loader that attach returned"
         )
     named = {name: value for name, value in kwargs.items() if name != "labels"}
-    raw, features = teacher.outputs(args, named, places)
-    return Seen(score(logits_of(raw, "the teacher")) if logits else None, features)
+    raw, features = teacher.outputs(args, named, layers)
+    return Outputs(score(logits_of(raw, "the teacher")) if logits else None, features)
 
 
-def _check_kept(taught: Mapping[str, Any], features: Mapping[str, Any], places: Sequence[str], logits: bool) -> None:
+def _check_kept(cached: Mapping[str, Any], features: Mapping[str, Any], layers: Sequence[str], logits: bool) -> None:
     """Raises: ValueError: if a cache has not what is wanted of it."""
-    if logits and not {"logits", "ids"} & set(taught):
+    if logits and not {"logits", "ids"} & set(cached):
         raise ValueError(
-            f"the cache has no logits, which a term compares, only {', '.join(sorted(taught)) or 'nothing'}: cache a "
+            f"the cache has no logits, which a term compares, only {', '.join(sorted(cached)) or 'nothing'}: cache a "
             "teacher that returns logits, or leave that term away"
         )
-    if lacking := [place for place in places if not any(matches(name, place) for name in features)]:
+    if lacking := [layer for layer in layers if not any(matches(name, layer) for name in features)]:
         raise ValueError(
             f"the cache has features of {', '.join(features) or 'nothing'} and not of '{lacking[0]}': cache again with "
-            f"features: {list(places)}"
+            f"features: {list(layers)}"
         )
 
 

@@ -20,7 +20,7 @@ from workbench.checkpoints.int8 import quantize
 from workbench.models.architecture import describe
 from workbench.tasks import logits_of
 
-Asked = nn.Module | str | Path | Callable[..., Any]
+TeacherSource = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
 Average = Literal["logits", "probabilities"]
 _HALF = (torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ class Teacher:
 
     def __init__(
         self,
-        source: Asked | Sequence[Asked],
+        source: TeacherSource | Sequence[TeacherSource],
         precision: Precision | None = None,
         compile: bool = False,
         weights: Sequence[float] | None = None,
@@ -163,7 +163,7 @@ def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Averag
 class _Member:
     """One network, or one function, and how it is asked."""
 
-    def __init__(self, source: Asked, precision: Precision | None, compile: bool) -> None:
+    def __init__(self, source: TeacherSource, precision: Precision | None, compile: bool) -> None:
         self.network: nn.Module | None = None
         self._function: Callable[..., Any] | None = None
         self._precision = precision
@@ -350,7 +350,7 @@ def _is_plain(model: Any) -> bool:
 
 
 @contextmanager
-def asleep(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Inside, the module is in eval mode; afterwards each of its parts is in the mode that it was in."""
     modes = {part: part.training for part in module.modules()}
     try:

@@ -9,13 +9,13 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from distill.cache.reading import CachedTeacher, Taught, open_teacher
+from distill.cache.reading import CachedBatch, CachedTeacher, open_teacher
 from distill.cache.writing import Store, cache_teacher, write
 from distill.teacher import Precision, Teacher
 from workbench.records.source import Source
 from workbench.tasks import Task
 
-__all__ = ["CachedTeacher", "Taught", "cache", "cache_teacher", "open_teacher"]
+__all__ = ["CachedBatch", "CachedTeacher", "cache", "cache_teacher", "open_teacher"]
 
 
 def cache(

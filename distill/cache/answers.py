@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from distill.cache.sampling import Drawn, draw, stream
+from distill.cache.sampling import SampledIds, draw, generator_for
 from distill.cache.store import Entry, dtype_name
 from distill.teacher import Teacher
 from workbench.models.positions import tokens_of
 from workbench.tasks import Task, find_logits
 
 
-class Answer(NamedTuple):
+class Targets(NamedTuple):
     """What a teacher says about a batch, on the CPU.
 
     Args:
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asker:
+class TargetExtractor:
     """A teacher, and what of its answers is kept.
 
     Args:
@@ -49,7 +49,7 @@ class Asker:
     dtype: str | None
     seed: int
 
-    def __call__(self, batch: Any, count: int) -> Answer:
+    def __call__(self, batch: Any, count: int) -> Targets:
         """Ask about a batch of ``count`` samples.
 
         Raises:
@@ -77,14 +77,14 @@ class Asker:
                 )
         mask = tokens_of(batch)
         kept = {name: value.detach().cpu() for name, value in values.items()}
-        return Answer(kept, None if mask is None else mask.cpu())
+        return Targets(kept, None if mask is None else mask.cpu())
 
-    def entries(self, answer: Answer) -> dict[str, Entry]:
+    def entries(self, answer: Targets) -> dict[str, Entry]:
         """How each of the values is stored, read off one answer."""
         return {name: self._entry(name, value, answer.mask) for name, value in answer.values.items()}
 
     def pack(
-        self, answer: Answer, indices: Sequence[int], digests: Tensor, entries: Mapping[str, Entry]
+        self, answer: Targets, indices: Sequence[int], digests: Tensor, entries: Mapping[str, Entry]
     ) -> dict[str, Tensor]:
         """Tensors of the first ``len(indices)`` samples, for :func:`join`.
 
@@ -132,12 +132,12 @@ class Asker:
             return Entry(self.dtype or "float32", shape[:-1], ragged, self.draws, shape[-1])
         return Entry(self.dtype or dtype_name(value.dtype), shape, ragged)
 
-    def _drawn(self, logits: Tensor, mask: Tensor | None, indices: Sequence[int]) -> Drawn:
+    def _drawn(self, logits: Tensor, mask: Tensor | None, indices: Sequence[int]) -> SampledIds:
         drawn = []
         for row, (index, value) in enumerate(zip(indices, logits)):
             own = value[mask[row]] if mask is not None else value.reshape(-1, value.shape[-1])
-            drawn.append(draw(own, self.draws, stream(self.seed, int(index), getattr(index, "epoch", 0))))
-        return Drawn(*map(torch.cat, zip(*drawn)))
+            drawn.append(draw(own, self.draws, generator_for(self.seed, int(index), getattr(index, "epoch", 0))))
+        return SampledIds(*map(torch.cat, zip(*drawn)))
 
 
 def join(packed: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,24 +12,24 @@ from torch.utils.data import DataLoader
 
 from distill.cache import store as disk
 from distill.cache.samples import Collated, Identified, check_loader, probe, tokenizer_digest, views_of
-from distill.teacher import Asked, Teacher
+from distill.teacher import Teacher, TeacherSource
 from workbench.models.positions import tokens_of
 from workbench.training.order import options_of
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
-class Taught(NamedTuple):
+class CachedBatch(NamedTuple):
     """A batch and what the teacher says about it.
 
     Args:
         batch: As the loader makes it.
-        taught: By name: ``logits`` [B, ..., C], or where ids were drawn ``ids``, ``weights`` and ``log_probs``
+        cached_targets: By name: ``logits`` [B, ..., C], or where ids were drawn ``ids``, ``weights`` and ``log_probs``
             [B, ..., K] and ``log_z`` [B, ...]; ``feature/<name>``. Zero at padding, where a weight of 0 means no id.
     """
 
     batch: Any
-    taught: dict[str, Tensor]
+    cached_targets: dict[str, Tensor]
 
 
 @final
@@ -51,7 +51,10 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, path: str | Path, teacher: Teacher | Asked | Sequence[Asked] | None = None, verify: bool = True
+        self,
+        path: str | Path,
+        teacher: Teacher | TeacherSource | Sequence[TeacherSource] | None = None,
+        verify: bool = True,
     ) -> None:
         self.path, self.verify = Path(path), verify
         self._splits = {index["split"]: _Split(folder, index, verify) for folder, index in _found(self.path)}
@@ -73,7 +76,7 @@ class CachedTeacher:
         return self._split(split).index
 
     def attach(self, loader: DataLoader, split: str = "train") -> DataLoader:
-        """``loader`` again, in its own order and batches, each with what the teacher says: :class:`Taught`.
+        """``loader`` again, in its own order and batches, each with what the teacher says: :class:`CachedBatch`.
 
         Args:
             loader: A DataLoader over the data set that the teacher was asked about. Its order and the size of its
@@ -97,7 +100,7 @@ class CachedTeacher:
             found.compare(probe(loader.dataset, loader.collate_fn))
         options = {
             **options_of(loader),
-            "collate_fn": Collated(loader.collate_fn, partial(_taught, found)),
+            "collate_fn": Collated(loader.collate_fn, partial(_with_targets, found)),
             "generator": loader.generator,
         }
         dataset = Identified(loader.dataset, self.verify)
@@ -242,8 +245,8 @@ class _Split:
         return {name: value.reshape(len(places), *entry.shape, *value.shape[1:]) for name, value in wide.items()}
 
 
-def _taught(split: _Split, batch: Any, indices: list[int], digests: Tensor | None) -> Taught:
-    return Taught(batch, split.look_up(indices, digests, tokens_of(batch)))
+def _with_targets(split: _Split, batch: Any, indices: list[int], digests: Tensor | None) -> CachedBatch:
+    return CachedBatch(batch, split.look_up(indices, digests, tokens_of(batch)))
 
 
 class _Places:

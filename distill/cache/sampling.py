@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Drawn(NamedTuple):
+class SampledIds(NamedTuple):
     """Ids drawn at P positions, those of a position in ascending order, all positions one after another.
 
     Args:
@@ -32,7 +32,7 @@ class Drawn(NamedTuple):
     log_z: Tensor
 
 
-def draw(logits: Tensor, samples: int, generator: torch.Generator) -> Drawn:
+def draw(logits: Tensor, samples: int, generator: torch.Generator) -> SampledIds:
     """Draw ``samples`` ids with replacement from softmax(logits) at every position, in float64, on the CPU.
 
     Args:
@@ -55,10 +55,10 @@ def draw(logits: Tensor, samples: int, generator: torch.Generator) -> Drawn:
     starts = torch.cat([new.flatten().nonzero().flatten(), torch.tensor([drawn.numel()])])
     positions = torch.arange(len(wide)).repeat_interleave(sizes)
     log_probs = wide[positions, ids] - log_z[positions]
-    return Drawn(ids.int(), starts.diff().int(), log_probs.float(), sizes, log_z.float())
+    return SampledIds(ids.int(), starts.diff().int(), log_probs.float(), sizes, log_z.float())
 
 
-def stream(seed: int, sample: int, view: int) -> torch.Generator:
+def generator_for(seed: int, sample: int, view: int) -> torch.Generator:
     """A CPU generator that belongs to (seed, sample, view) alone."""
     hashed = hashlib.blake2b(f"{seed} {sample} {view}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(hashed, "little") >> 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.cache import store as disk
-from distill.cache.answers import Asker, join
+from distill.cache.answers import TargetExtractor, join
 from distill.cache.samples import (
     Collated,
     Identified,
@@ -28,7 +28,7 @@ from distill.cache.samples import (
     tokenizer_digest,
     views_of,
 )
-from distill.teacher import Asked, Teacher
+from distill.teacher import Teacher, TeacherSource
 from workbench import progress
 from workbench.tasks import Task
 from workbench.training.order import At, options_of
@@ -40,7 +40,7 @@ _TRIED = 16
 
 
 @dataclass(frozen=True)
-class Written:
+class CacheSummary:
     """What a call of :func:`write` did.
 
     Args:
@@ -63,7 +63,7 @@ class Written:
 
 
 def cache_teacher(
-    teacher: Teacher | Asked | Sequence[Asked],
+    teacher: Teacher | TeacherSource | Sequence[TeacherSource],
     data: LightningDataModule | DataLoader,
     path: str | Path,
     split: str = "train",
@@ -135,7 +135,7 @@ def cache_teacher(
 
 
 def write(
-    teacher: Teacher | Asked | Sequence[Asked],
+    teacher: Teacher | TeacherSource | Sequence[TeacherSource],
     data: LightningDataModule | DataLoader,
     path: str | Path,
     split: str = "train",
@@ -149,13 +149,15 @@ def write(
     seed: int = 0,
     task: Task | None = None,
     device: str | torch.device | None = None,
-) -> Written:
+) -> CacheSummary:
     """:func:`cache_teacher`, which says what it did."""
     began = time.monotonic()
     _check_options(store, samples, dtype, shard_size, batch_size)
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     source = _Source(data, split, batch_size)
-    ask = Asker(teacher, tuple(features), task, _device(device), samples if store == "sampled" else 0, dtype, seed)
+    ask = TargetExtractor(
+        teacher, tuple(features), task, _device(device), samples if store == "sampled" else 0, dtype, seed
+    )
     batch, indices, digested = source.first()
     answer = ask(batch, source.batch_size)
     entries = ask.entries(answer)
@@ -165,12 +167,12 @@ def write(
         fingerprint["answers"] = digest(answer.values).hex()
     size = _shard_size(shard_size, packed, source.batch_size)
     folder = Path(path) / split
-    index = _begun(folder, split, fingerprint, entries, size)
+    index = _open_index(folder, split, fingerprint, entries, size)
     plan, kept = disk.plan_of(index), {known["file"]: known for known in index["shards"] if _is_whole(folder, known)}
     _check_unchanged(folder, source, [part for part in plan if part.file in kept], entries)
     reused, todo = len(kept), [part for part in plan if part.file not in kept]
-    with _shown(f"cache {split}"):
-        rate = _Rate(sum(map(len, plan)), sum(map(len, plan)) - sum(map(len, todo)))
+    with _progress_bar(f"cache {split}"):
+        rate = _Throughput(sum(map(len, plan)), sum(map(len, plan)) - sum(map(len, todo)))
         for part, batches in source.read(todo):
             pieces = []
             for indices, digested, batch in batches:
@@ -181,10 +183,10 @@ def write(
             disk.write_index(folder, {**index, "shards": [kept[name] for name in sorted(kept)], "complete": False})
     shards = [kept[part.file] for part in plan]
     disk.write_index(folder, {**index, "shards": shards, "complete": True})
-    _sweep(folder)
+    _remove_temporaries(folder)
     total = sum(known["bytes"] for known in shards) + (folder / disk.INDEX).stat().st_size
     fresh = sum(kept[part.file]["bytes"] for part in todo)
-    return Written(folder, source.size, source.views, total, fresh, reused, time.monotonic() - began)
+    return CacheSummary(folder, source.size, source.views, total, fresh, reused, time.monotonic() - began)
 
 
 class _Source:
@@ -274,7 +276,7 @@ def loader_of(data: Any, split: str) -> Any:
     return getattr(data, f"{split}_dataloader")()
 
 
-class _Rate:
+class _Throughput:
     """What the progress bar shows: samples done, bytes, and bytes a second."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -294,7 +296,7 @@ def mebibytes(size: float) -> str:
 
 
 @contextmanager
-def _shown(name: str) -> Iterator[None]:
+def _progress_bar(name: str) -> Iterator[None]:
     """Inside, a bar of its own on a terminal, unless a recipe shows one already."""
     if progress.current() is not None or not sys.stderr.isatty():
         yield
@@ -339,7 +341,7 @@ def _shard_size(given: int | None, packed: Any, batch_size: int) -> int:
     return max(-(-wanted // batch_size), 1) * batch_size
 
 
-def _begun(folder: Path, split: str, fingerprint: dict[str, Any], entries: Any, shard_size: int) -> dict[str, Any]:
+def _open_index(folder: Path, split: str, fingerprint: dict[str, Any], entries: Any, shard_size: int) -> dict[str, Any]:
     """The index of the cache in ``folder``, which an earlier call may have begun.
 
     Raises:
@@ -387,7 +389,7 @@ def _with_digests(batch: Any, indices: list[int], digested: Tensor | None) -> tu
     return digested, batch
 
 
-def _sweep(folder: Path) -> None:
+def _remove_temporaries(folder: Path) -> None:
     """Remove what stopped writers left behind."""
     for left in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{disk.INDEX}.*.tmp")):
         left.unlink(missing_ok=True)

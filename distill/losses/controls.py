@@ -7,13 +7,13 @@ from distill.losses.logits import soft_target
 from distill.losses.reduction import (
     INF,
     average,
-    blank,
     check_logits,
     check_smoothing,
     check_valid,
     full_precision,
-    mark,
-    wide,
+    label_mask,
+    upcast,
+    zero_invalid,
 )
 
 
@@ -40,8 +40,8 @@ def label_smoothing(student: Tensor, labels: Tensor, smoothing: float = 0.1, val
     check_smoothing(smoothing)
     check_valid(student, valid)
     with full_precision(student):
-        label = mark(labels, student, valid)
-        z = blank(wide(student), valid)
+        label = label_mask(labels, student, valid)
+        z = zero_invalid(upcast(student), valid)
         out = z == -INF
         log_q = torch.log_softmax(z, -1)
         hard = -torch.where(label, log_q, 0.0).sum(-1)
@@ -84,7 +84,7 @@ def shuffled_off_class(
     """
     check_logits(student, teacher, valid)
     with torch.no_grad():
-        fixed = mark(labels, teacher, valid) | (teacher == -INF)
+        fixed = label_mask(labels, teacher, valid) | (teacher == -INF)
         chance = torch.rand(teacher.shape, generator=generator, device=teacher.device)
         # Both list the classes that may move first, by index and by chance, then the fixed ones, by index.
         places = torch.argsort(fixed.to(torch.uint8), dim=-1, stable=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses.reduction import INF, average, blank, check_weights, divergence, full_precision, unit, wide
+from distill.losses.reduction import INF, average, check_weights, divergence, full_precision, unit, upcast, zero_invalid
 
 
 def hint(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, valid: Tensor | None = 
     Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, equation 2.
     """
     with full_precision(student):
-        fs, ft, counts = _placed(student, teacher, valid)
+        fs, ft, counts = _aligned(student, teacher, valid)
         if fs.ndim < 3:
             raise ValueError(f"features are {list(student.shape)}: [B, C, H, W] or [B, L, D] is needed, with positions")
         qs, qt = fs.square().sum(-1).flatten(1), ft.square().sum(-1).flatten(1)
@@ -115,7 +115,7 @@ def attention_relation(student: Tensor, teacher: Tensor, valid: Tensor | None = 
     """
     check_heads(heads)
     with full_precision(student):
-        fs, ft, counts = _placed(student, teacher, valid)
+        fs, ft, counts = _aligned(student, teacher, valid)
         if fs.ndim != 3:
             raise ValueError(f"features are {list(student.shape)}: [B, L, D] is needed, heads side by side")
         log_q, log_p = _relation(fs, counts, heads), _relation(ft, counts, heads)
@@ -263,20 +263,20 @@ def check_heads(heads: int) -> None:
         raise ValueError(f"heads is {heads}: at least one relation head is needed, usually 12 to 64")
 
 
-def _placed(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _aligned(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both features with their channels last, blank where they do not count, and which positions do."""
-    fs, ft = _channels_last(wide(student)), _channels_last(wide(teacher.detach()))
+    fs, ft = _channels_last(upcast(student)), _channels_last(upcast(teacher.detach()))
     if fs.shape[:-1] != ft.shape[:-1]:
         raise ValueError(
             f"student features are {list(student.shape)} and the teacher's {list(teacher.shape)}: "
             "take them where both networks have the same positions"
         )
     counts = _positions(fs, valid)
-    return blank(fs, counts), blank(ft, counts), counts
+    return zero_invalid(fs, counts), zero_invalid(ft, counts), counts
 
 
 def _same(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    fs, ft, counts = _placed(student, teacher, valid)
+    fs, ft, counts = _aligned(student, teacher, valid)
     if fs.shape != ft.shape:
         raise ValueError(
             f"the student's features are {fs.shape[-1]} wide and the teacher's {ft.shape[-1]}: "
@@ -292,12 +292,12 @@ def _samples(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Te
             f"student features are {list(student.shape)} and the teacher's {list(teacher.shape)}: "
             "both need a batch of the same samples first, [B, ...]"
         )
-    fs, ft = _channels_last(wide(student)), _channels_last(wide(teacher.detach()))
+    fs, ft = _channels_last(upcast(student)), _channels_last(upcast(teacher.detach()))
     counts = _positions(fs, valid)
     some = torch.ones(len(fs), dtype=torch.bool, device=fs.device)
     if counts is not None:
         some = counts.reshape(len(fs), -1).any(-1)
-    return blank(fs, counts).flatten(1), blank(ft, _positions(ft, valid)).flatten(1), some
+    return zero_invalid(fs, counts).flatten(1), zero_invalid(ft, _positions(ft, valid)).flatten(1), some
 
 
 def _channels_last(feature: Tensor) -> Tensor:

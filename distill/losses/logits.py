@@ -8,7 +8,6 @@ from torch import Tensor
 from distill.losses.reduction import (
     INF,
     average,
-    blank,
     check_alpha,
     check_beta,
     check_logits,
@@ -17,11 +16,12 @@ from distill.losses.reduction import (
     check_weights,
     divergence,
     full_precision,
-    mark,
+    label_mask,
     soften,
     unit,
+    upcast,
     varies,
-    wide,
+    zero_invalid,
 )
 
 
@@ -168,7 +168,7 @@ def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
     """
     check_logits(student, teacher, valid)
     with full_precision(student):
-        zs, zt = blank(wide(student), valid), blank(wide(teacher.detach()), valid)
+        zs, zt = zero_invalid(upcast(student), valid), zero_invalid(upcast(teacher.detach()), valid)
         return average(torch.where(zt == -INF, 0.0, zs - zt).square().sum(-1), valid)
 
 
@@ -214,9 +214,9 @@ def dkd(
     if student.shape[-1] < 2:
         raise ValueError(f"logits have {student.shape[-1]} classes: dkd needs one beside the labelled class")
     with full_precision(student):
-        label = mark(labels, student, valid)
-        zs = blank(wide(student), valid) / temperature
-        zt = blank(wide(teacher.detach()), valid) / temperature
+        label = label_mask(labels, student, valid)
+        zs = zero_invalid(upcast(student), valid) / temperature
+        zt = zero_invalid(upcast(teacher.detach()), valid) / temperature
         others_s, others_t = zs.masked_fill(label, -INF), zt.masked_fill(label, -INF)
         sure = divergence(_label_or_not(zt, others_t, label), _label_or_not(zs, others_s, label))
         # A teacher that rules out every other class has nothing to say about their shares.
@@ -278,12 +278,12 @@ def dist(
         counts = None if valid is None else valid.reshape(-1)
         kept = log_p.reshape(-1, classes) > -INF
         kept = kept if counts is None else kept & counts.unsqueeze(-1)
-        over_classes = average(_unlike(q, p, kept, -1), counts, temperature)
-        over_batch = average(_unlike(q, p, kept, 0), kept.any(0), temperature)
+        over_classes = average(_one_minus_pearson(q, p, kept, -1), counts, temperature)
+        over_batch = average(_one_minus_pearson(q, p, kept, 0), kept.any(0), temperature)
         return inter * over_classes + intra * over_batch
 
 
-def _unlike(q: Tensor, p: Tensor, kept: Tensor, dim: int) -> Tensor:
+def _one_minus_pearson(q: Tensor, p: Tensor, kept: Tensor, dim: int) -> Tensor:
     """1 - Pearson's correlation along an axis, of what is kept; 0 where p is constant."""
 
     def centred(values: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def standardize(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     check_valid(logits, valid)
     with full_precision(logits):
-        z = blank(wide(logits), valid)
+        z = zero_invalid(upcast(logits), valid)
         out = z == -INF
         count = (~out).sum(-1, keepdim=True).clamp(min=1)
         z = z.masked_fill(out, 0.0)

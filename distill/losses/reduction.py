@@ -63,12 +63,12 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """At least float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def blank(tensor: Tensor, valid: Tensor | None) -> Tensor:
+def zero_invalid(tensor: Tensor, valid: Tensor | None) -> Tensor:
     """Zeros along the last axis wherever a position does not count.
 
     Before the softmax, not after: its gradient multiplies by what stood there, and 0 * NaN is NaN.
@@ -78,7 +78,7 @@ def blank(tensor: Tensor, valid: Tensor | None) -> Tensor:
 
 def soften(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher at a temperature; uniform where a position does not count."""
-    zs, zt = blank(wide(student), valid), blank(wide(teacher.detach()), valid)
+    zs, zt = zero_invalid(upcast(student), valid), zero_invalid(upcast(teacher.detach()), valid)
     return torch.log_softmax(zs / temperature, -1), torch.log_softmax(zt / temperature, -1)
 
 
@@ -96,7 +96,7 @@ def average(values: Tensor, valid: Tensor | None, temperature: float = 1.0) -> T
     return temperature**2 * values.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
-def mark(labels: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:
+def label_mask(labels: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:
     """Bool, of the logits' shape: the class that each position is labelled with; class 0 where it does not count.
 
     Raises:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distill.losses.reduction import average, blank, check_temperature, check_valid, full_precision, wide
+from distill.losses.reduction import average, check_temperature, check_valid, full_precision, upcast, zero_invalid
 
 
 def sampled_soft_target(
@@ -50,8 +50,8 @@ def sampled_soft_target(
     if ids.dtype != torch.int64:
         raise ValueError(f"ids are {ids.dtype}: int64 is needed, a class each")
     with full_precision(student):
-        z = blank(wide(student), valid) / temperature
-        w, log_p = blank(wide(weights.detach()), valid), wide(log_probs.detach())
+        z = zero_invalid(upcast(student), valid) / temperature
+        w, log_p = zero_invalid(upcast(weights.detach()), valid), upcast(log_probs.detach())
         log_q = _at(z, ids.masked_fill(w == 0, 0)) - torch.logsumexp(z, -1, keepdim=True)
         return average((w * torch.where(w == 0, 0.0, log_p - log_q)).sum(-1), valid, temperature)
 

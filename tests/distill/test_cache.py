@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from distill.cache import CachedTeacher, Taught, cache, cache_teacher, open_teacher, store
+from distill.cache import CachedBatch, CachedTeacher, cache, cache_teacher, open_teacher, store
 from distill.cache.samples import digests
-from distill.cache.sampling import draw, stream
+from distill.cache.sampling import draw, generator_for
 from distill.cache.writing import write
 from distill.losses import soft_target
 from distill.teacher import Teacher
@@ -139,7 +139,7 @@ def test_every_batch_comes_with_what_the_live_teacher_says(tmp_path: Path, worke
     seen = []
     shuffled = loader(shuffle=True, num_workers=workers, drop_last=True, generator=torch.Generator().manual_seed(1))
     for made in cached.attach(shuffled):
-        assert isinstance(made, Taught)
+        assert isinstance(made, CachedBatch)
         (x, y), taught = made
         assert list(taught) == ["logits"]
         assert torch.equal(taught["logits"], teacher(x))
@@ -156,7 +156,7 @@ def test_batches_and_order_are_the_loaders_own(tmp_path: Path) -> None:
     assert all(torch.equal(x, taught.batch[0]) for x, taught in zip(plain, attached, strict=True))
     batches = [[3, 1], [0], [21, 20, 19]]
     again = cached.attach(DataLoader(samples(), batch_sampler=batches))  # type: ignore[arg-type]
-    assert [len(taught.taught["logits"]) for taught in again] == [2, 1, 3]
+    assert [len(taught.cached_targets["logits"]) for taught in again] == [2, 1, 3]
 
 
 def test_composes_with_the_order_of_seed_and_epoch(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_composes_with_the_order_of_seed_and_epoch(tmp_path: Path) -> None:
     assert type(attached) is not DataLoader
     for (x, _), made in zip(plain, attached, strict=True):
         assert torch.equal(x, made.batch[0])
-        assert torch.equal(made.taught["logits"], teacher(x))
+        assert torch.equal(made.cached_targets["logits"], teacher(x))
 
 
 def test_a_data_module_with_whole_batches(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_student_ends_with_the_same_bits_as_beside_the_live_teacher(tmp_path: 
     loaders = [loader(data, 16, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(2)) for _ in "ab"]
     one = train(live, loaders[0], lambda batch: (batch[0], teacher(batch[0])))
     attached = CachedTeacher(tmp_path).attach(loaders[1])
-    other = train(cached, attached, lambda made: (made.batch[0], made.taught["logits"]))
+    other = train(cached, attached, lambda made: (made.batch[0], made.cached_targets["logits"]))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["1.weight"], student[1].weight)
 
@@ -216,12 +216,12 @@ def test_the_last_batch_is_filled_up(tmp_path: Path) -> None:
     teacher = Teacher(network)
     cache_teacher(teacher, loader(samples(count=10)), tmp_path)
     assert set(teacher.module.asked) == {4}
-    found = next(iter(CachedTeacher(tmp_path).attach(loader(samples(count=10), 10)))).taught["logits"]
+    found = next(iter(CachedTeacher(tmp_path).attach(loader(samples(count=10), 10)))).cached_targets["logits"]
     assert found.shape == (10, CLASSES)
     assert torch.allclose(found, network(samples(count=10).tensors[0]), atol=1e-6)
     few = samples(count=3)
     cache_teacher(teacher, loader(few), tmp_path / "few")
-    assert len(next(iter(CachedTeacher(tmp_path / "few").attach(loader(few)))).taught["logits"]) == 3
+    assert len(next(iter(CachedTeacher(tmp_path / "few").attach(loader(few)))).cached_targets["logits"]) == 3
 
 
 def test_samples_of_several_lengths_are_stored_without_padding(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_views_that_the_cache_does_not_have(tmp_path: Path) -> None:
 def test_drawn_ids_are_what_a_naive_loop_counts() -> None:
     logits = torch.randn(7, 11)
     logits[2, 3:] = -torch.inf
-    found = draw(logits, 40, stream(1, 2, 3))
-    uniform = torch.rand(7, 40, dtype=torch.float64, generator=stream(1, 2, 3))
+    found = draw(logits, 40, generator_for(1, 2, 3))
+    uniform = torch.rand(7, 40, dtype=torch.float64, generator=generator_for(1, 2, 3))
     at = 0
     for row, draws in zip(logits.double(), uniform):
         p = row.softmax(0)
@@ -374,7 +374,7 @@ def test_the_estimate_is_unbiased_where_the_largest_alone_are_not() -> None:
     exact = -(p * log_q).sum()
     estimates, weights = [], torch.zeros(50)
     for trial in range(600):
-        found = draw(teacher, 10, stream(0, trial, 0))
+        found = draw(teacher, 10, generator_for(0, trial, 0))
         weight = found.counts / 10
         estimates.append(-(weight * log_q[found.ids]).sum())
         weights[found.ids] += weight / 600
@@ -412,7 +412,7 @@ def test_drawn_ids_come_back_at_their_positions(tmp_path: Path, ragged: bool) ->
         real = taught["weights"] > 0
         assert torch.allclose(taught["log_probs"][real], exact[real], atol=1e-5)
         for row in range(len(live)):
-            expected = draw(live[row][own[row]], draws, stream(9, at, 0))
+            expected = draw(live[row][own[row]], draws, generator_for(9, at, 0))
             mine = real[row][own[row]]
             assert torch.equal(taught["ids"][row][own[row]][mine], expected.ids.long())
             at += 1
@@ -835,9 +835,9 @@ def test_can_be_copied_and_sent(tmp_path: Path) -> None:
     cache_teacher(nn.Linear(WIDTH, 2), loader(), tmp_path)
     cached = CachedTeacher(tmp_path)
     assert copy.deepcopy([cached])[0] is cached
-    first = next(iter(cached.attach(loader()))).taught["logits"]
+    first = next(iter(cached.attach(loader()))).cached_targets["logits"]
     again = pickle.loads(pickle.dumps(cached))
-    assert torch.equal(next(iter(again.attach(loader()))).taught["logits"], first)
+    assert torch.equal(next(iter(again.attach(loader()))).cached_targets["logits"], first)
 
 
 @pytest.mark.parametrize("kind", [tuple, dict])

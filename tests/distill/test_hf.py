@@ -32,7 +32,7 @@ from transformers import (
 
 from distill import DistillationCallback, DistillationMixin, DistillationTrainer, DistillModule
 from distill.cache import CachedTeacher, cache_teacher
-from distill.hf_labels import labelling, scored
+from distill.hf_labels import label_spec, scored_positions
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
 from distill.objective import Objective, Term
 from tests.helpers.ranks import on_ranks
@@ -429,15 +429,15 @@ def test_own_losses_of_the_trainer_are_kept(tmp_path: Path) -> None:
         raise AssertionError("the teacher was asked")
 
     for given in ({"compute_loss_func": mine}, {"label_smoothing_factor": 0.2}):
-        taught = trained(tmp_path, classifier(), Asked(asked), sentences(), alpha=0.0, **given)
+        student = trained(tmp_path, classifier(), Recording(asked), sentences(), alpha=0.0, **given)
         own = {name: value for name, value in given.items() if name == "compute_loss_func"}
         rest = {name: value for name, value in given.items() if name not in own}
         plain = Trainer(classifier(), arguments(tmp_path, **rest), train_dataset=sentences(), **own)
         plain.train()
-        assert largest(weights(taught.model), weights(plain.model)) < 1e-7
+        assert largest(weights(student.model), weights(plain.model)) < 1e-7
 
 
-class Asked(nn.Module):
+class Recording(nn.Module):
     """A teacher that says when it is asked."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
@@ -457,7 +457,7 @@ def test_the_teacher_is_frozen_in_eval_and_in_no_checkpoint(tmp_path: Path) -> N
         given.append(set(kwargs))
         return teacher.eval()(**kwargs)
 
-    asked = Asked(ask).train()
+    asked = Recording(ask).train()
     trainer = trained(tmp_path, classifier(), asked, sentences(), losses=PLAIN, save_strategy="steps", save_steps=4)
     assert modes == [False] * 8
     assert all(names == {"input_ids", "attention_mask"} for names in given)
@@ -652,18 +652,18 @@ def test_a_new_model_gets_new_projectors(tmp_path: Path) -> None:
     ],
 )
 def test_how_models_read_their_labels(make: Callable[[], PreTrainedModel], causal: bool, tokens: bool) -> None:
-    known = labelling(make())
+    known = label_spec(make())
     assert (known.causal, known.tokens) == (causal, tokens)
 
 
 def test_positions() -> None:
-    causal = labelling(gpt2(4))
+    causal = label_spec(gpt2(4))
     labels = torch.tensor([[-100, 3, 4], [5, -100, 6]])
-    found = scored({"input_ids": labels, "labels": labels}, causal)
+    found = scored_positions({"input_ids": labels, "labels": labels}, causal)
     assert found.valid.tolist() == [[True, True], [False, True]]
     ready: Mapping[str, Any] = {"labels": labels, "shift_labels": torch.tensor([[3, 4, -100]])}
-    assert scored(ready, causal).valid.tolist() == [[True, True, False]]
-    assert not scored(ready, causal).cut
+    assert scored_positions(ready, causal).valid.tolist() == [[True, True, False]]
+    assert not scored_positions(ready, causal).cut
     with pytest.raises(ValueError, match=r"\[2, 2\] positions and the scored logits \[2, 9, 5\]"):
         found.shaped(torch.zeros(2, 9, 5))
 

@@ -37,7 +37,7 @@ QUIET: dict[str, Any] = {
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-class Seen(lp.Callback):
+class Recorder(lp.Callback):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
@@ -101,7 +101,7 @@ def test_alpha_zero_is_training_without_a_teacher() -> None:
 
 def test_alpha_one_does_not_look_at_the_labels() -> None:
     """The task loss is logged, and moves nothing."""
-    module, seen = distilled(1.0), Seen()
+    module, seen = distilled(1.0), Recorder()
     fit(module, seen)
     other = distilled(1.0)
     x, y = data().dataset.tensors  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def test_alpha_one_does_not_look_at_the_labels() -> None:
 
 
 def test_terms_are_logged_per_epoch() -> None:
-    seen = Seen()
+    seen = Recorder()
     fit(distilled(0.25), seen, max_epochs=1)
     (row,) = seen.rows
     assert row.keys() == {"train/loss", "train/soft", "train/hard"}
@@ -251,13 +251,13 @@ def quiet_data() -> DataLoader:
     return DataLoader(data().dataset, 4, generator=torch.Generator())
 
 
-def alone(name: str, losses: Any = None, **options: Any) -> tuple[DistillModule, Seen]:
+def alone(name: str, losses: Any = None, **options: Any) -> tuple[DistillModule, Recorder]:
     module = DistillModule(members()[name], teacher(), Classification(3), optimizer=SGD, losses=losses)
     return module, run(module, **options)
 
 
-def run(module: DistillModule, **options: Any) -> Seen:
-    seen = Seen()
+def run(module: DistillModule, **options: Any) -> Recorder:
+    seen = Recorder()
     options = {**QUIET, "max_epochs": 3, "limit_val_batches": 1.0, **options}
     torch.manual_seed(4)
     lp.Trainer(**options, callbacks=[seen]).fit(module, ordered_data(), quiet_data())
@@ -429,7 +429,7 @@ def test_embeddings_imitate_their_teacher() -> None:
     rows = [{"input_ids": torch.randint(0, 9, (5,))} for _ in range(32)]
     loader = DataLoader(rows, 8)  # type: ignore[arg-type]
     module = DistillModule(Encoder(3), Encoder(6), Embedding(), optimizer=functools.partial(torch.optim.Adam, lr=0.1))
-    seen = Seen()
+    seen = Recorder()
     options = {**QUIET, "max_epochs": 20, "limit_val_batches": 1.0}
     lp.Trainer(**options, callbacks=[seen]).fit(module, loader, loader)
     first, last = seen.rows[0], seen.rows[-1]

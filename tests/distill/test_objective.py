@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distill.losses import DKD, Hint, LabelSmoothing, SimilarityPreserving, SoftTarget, hint, soft_target
-from distill.objective import Objective, Seen, Term, soft_and_hard
+from distill.objective import Objective, Outputs, Term, soft_and_hard
 from workbench.duration import Duration
 
 
@@ -20,8 +20,8 @@ def own(logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.tensor([0, 2, 1, 1]))
 
 
-def seen(classes: int = 3, width: int = 5, names: tuple[str, ...] = ("a",)) -> Seen:
-    return Seen(
+def seen(classes: int = 3, width: int = 5, names: tuple[str, ...] = ("a",)) -> Outputs:
+    return Outputs(
         torch.randn(4, classes, requires_grad=True),
         {name: torch.randn(4, width, requires_grad=True) for name in names},
     )
@@ -67,10 +67,10 @@ def test_a_lone_term_before_its_warm_up_teaches_nothing() -> None:
     objective = Objective({"soft": Term(SoftTarget(), warmup=Duration(2, "ep"))})
     weights = objective.weights(never)
     assert weights == {"soft": 0.0}
-    assert not objective.asks_teacher(weights)
+    assert not objective.needs_teacher(weights)
     student = seen()
     assert student.logits is not None
-    loss = objective(student, Seen(None), weights, own)["loss"]
+    loss = objective(student, Outputs(None), weights, own)["loss"]
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(student.logits.grad, torch.zeros(4, 3))  # type: ignore[arg-type]
@@ -84,7 +84,9 @@ def test_a_term_whose_time_has_not_come_keeps_every_parameter_in_the_graph() -> 
     objective.prepare(student.features, teacher.features)
     assert student.logits is not None
     logits = torch.cat([student.logits, torch.full((4, 1), -math.inf)], 1)
-    found = objective(Seen(logits, student.features), Seen(None), objective.weights(never), lambda z: z[:, :1].sum())
+    found = objective(
+        Outputs(logits, student.features), Outputs(None), objective.weights(never), lambda z: z[:, :1].sum()
+    )
     assert torch.equal(found["loss"], found["hard"])
     found["loss"].backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in objective.parameters())  # type: ignore[arg-type]
@@ -96,7 +98,7 @@ def test_logits_that_a_teacher_does_not_give_are_missed() -> None:
     """The student would be compared with itself."""
     objective = Objective({"soft": Term(SoftTarget())})
     with pytest.raises(ValueError, match="term 'soft' compares logits, and the teacher gave none"):
-        objective(seen(), Seen(None), {"soft": 1.0}, own)
+        objective(seen(), Outputs(None), {"soft": 1.0}, own)
 
 
 def test_features_of_equal_width_need_no_projector_to_learn() -> None:
@@ -125,8 +127,8 @@ def test_projectors_learn_and_belong_to_their_student() -> None:
         for member in students:
             assert all((p.grad is not None) == (member == name) for p in objective.parameters_of(member))
         assert all(feature.grad is not None for feature in student.features.values())
-    assert objective.student_places("tiny") == ["a.*"]
-    assert objective.teacher_places() == ["b", "d"]
+    assert objective.student_layers("tiny") == ["a.*"]
+    assert objective.teacher_layers() == ["b", "d"]
 
 
 def test_projectors_must_be_made_first() -> None:
@@ -152,7 +154,7 @@ def test_tokens_mask_features_of_tokens_and_valid_those_of_samples() -> None:
     objective = Objective({"hint": Term(Hint(), student="a")})
     tokens = torch.tensor([[True, True, False], [True, False, False]])
     mine, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    student, teacher = Seen(torch.randn(2, 3), {"a": mine}), Seen(None, {"a": theirs})
+    student, teacher = Outputs(torch.randn(2, 3), {"a": mine}), Outputs(None, {"a": theirs})
     objective.prepare(student.features, teacher.features)
     valid = torch.tensor([True, False])
     found = objective(student, teacher, {"hint": 1.0}, own, valid=valid, tokens=tokens)["hint"]
@@ -170,10 +172,10 @@ def test_who_is_asked() -> None:
         }
     )
     early, late = objective.weights(never), objective.weights(lambda unit: 1.0)
-    assert (objective.asks_teacher(early), objective.asks_logits(early)) == (False, False)
-    assert (objective.asks_teacher(late), objective.asks_logits(late)) == (True, True)
-    assert objective.asks_teacher({"smooth": 0, "soft": 0, "like": 1})
-    assert not objective.asks_logits({"smooth": 0, "soft": 0, "like": 1})
+    assert (objective.needs_teacher(early), objective.needs_logits(early)) == (False, False)
+    assert (objective.needs_teacher(late), objective.needs_logits(late)) == (True, True)
+    assert objective.needs_teacher({"smooth": 0, "soft": 0, "like": 1})
+    assert not objective.needs_logits({"smooth": 0, "soft": 0, "like": 1})
     assert not objective.projects
     assert Objective({"hint": Term(Hint(), student="a")}).projects
 
@@ -182,12 +184,12 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
     student = torch.randn(4, 6)
     log_probs = torch.log_softmax(torch.randn(4, 6), -1)
     ids = torch.arange(6).expand(4, 6)
-    teacher = Seen(None, {}, (ids, log_probs.exp(), log_probs))
-    found = Objective({"soft": Term(SoftTarget(1.0))})(Seen(student), teacher, {"soft": 1.0}, own)["soft"]
+    teacher = Outputs(None, {}, (ids, log_probs.exp(), log_probs))
+    found = Objective({"soft": Term(SoftTarget(1.0))})(Outputs(student), teacher, {"soft": 1.0}, own)["soft"]
     assert torch.allclose(found, soft_target(student, log_probs, 1.0), atol=1e-6)
     for loss in (DKD(), SoftTarget(2.0), SoftTarget(1.0, standardize=True)):
         with pytest.raises(ValueError, match=r"needs all of the teacher's logits.*SoftTarget at temperature 1"):
-            Objective({"soft": Term(loss)})(Seen(student), teacher, {"soft": 1.0}, own)
+            Objective({"soft": Term(loss)})(Outputs(student), teacher, {"soft": 1.0}, own)
 
 
 @pytest.mark.parametrize(
@@ -223,4 +225,4 @@ def test_features_that_do_not_pair_are_counted() -> None:
         objective(student, seen(names=("b",)), {"like": 1.0}, own)
     by_name = Objective({"like": Term(SimilarityPreserving(), student={"s": "a"})}, ("s",))
     with pytest.raises(ValueError, match="say the teacher's too"):
-        by_name.teacher_places()
+        by_name.teacher_layers()

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from distill import DistillationCallback, Teacher, capture, losses
 from distill.losses import Hint, SoftTarget
 from distill.objective import Term, objective_of
-from distill.targets import lesson_of
-from distill.teacher import asleep
+from distill.targets import targets_of
+from distill.teacher import eval_mode
 from tests.helpers.ranks import on_ranks
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -66,7 +66,7 @@ def looped(student: nn.Module, teacher: Teacher) -> None:
             optimizer.zero_grad()
 
 
-def _bare(apart: bool) -> Any:
+def _averaged(apart: bool) -> Any:
     torch.distributed.init_process_group("gloo")
     student, teacher = network(1), Teacher(network(2))
     sharded(student, init_device_mesh("cpu", (2,)))
@@ -80,7 +80,7 @@ def _bare(apart: bool) -> Any:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["teacher whole", "teacher sharded apart"])
 def test_a_sharded_student_in_a_bare_loop(apart: bool) -> None:
-    one, other = on_ranks(_bare, apart)
+    one, other = on_ranks(_averaged, apart)
     assert one == other
     alone = network(1)
     looped(alone, Teacher(network(2)))
@@ -141,15 +141,15 @@ def test_a_teacher_is_asked_without_labels_and_a_cache_recalls() -> None:
         return {"logits": x}
 
     logits = torch.randn(2, 3, 4)
-    live = lesson_of(Teacher(ask), (logits,), {"mask": 1, "labels": 2}, score=lambda z: z[:, :-1])
+    live = targets_of(Teacher(ask), (logits,), {"mask": 1, "labels": 2}, score=lambda z: z[:, :-1])
     assert given == [{"mask"}]
-    cached = lesson_of(Teacher(ask), (), {}, {"logits": logits, "feature/a.0": logits}, score=lambda z: z[:, :-1])
+    cached = targets_of(Teacher(ask), (), {}, {"logits": logits, "feature/a.0": logits}, score=lambda z: z[:, :-1])
     for found in (live, cached):
         assert found.logits is not None
         assert torch.equal(found.logits, logits[:, :-1])
     assert set(cached.features) == {"a.0"}
     sample = {name: logits + place for place, name in enumerate(("ids", "weights", "log_probs"))}
-    drawn = lesson_of(Teacher(ask), (), {}, sample, score=lambda z: z[:, :-1])
+    drawn = targets_of(Teacher(ask), (), {}, sample, score=lambda z: z[:, :-1])
     assert drawn.logits is None
     assert drawn.sample is not None
     assert all(torch.equal(each, logits[:, :-1] + place) for place, each in enumerate(drawn.sample))
@@ -159,25 +159,25 @@ def test_a_teacher_is_asked_without_labels_and_a_cache_recalls() -> None:
 def test_a_cache_without_what_is_wanted_is_told_from_one_with_it() -> None:
     teacher, feature = Teacher(network(1)), torch.randn(2, 8)
     kept = {"feature/2": feature}
-    found = lesson_of(teacher, (), {}, kept, ["2"], logits=False)
+    found = targets_of(teacher, (), {}, kept, ["2"], logits=False)
     assert found.logits is None
     assert torch.equal(found.features["2"], feature)
     with pytest.raises(ValueError, match=r"cache has no logits, .* only feature/2: cache a teacher that"):
-        lesson_of(teacher, (), {}, kept)
+        targets_of(teacher, (), {}, kept)
     logits = {"logits": torch.randn(2, 4)}
     with pytest.raises(
         ValueError, match=r"has features of nothing and not of '2': cache again with features: \['2', 'layer.\*'\]"
     ):
-        lesson_of(teacher, (), {}, logits, ["2", "layer.*"])
+        targets_of(teacher, (), {}, logits, ["2", "layer.*"])
     # Of a module's output and its input one may be there and the other not.
     with pytest.raises(ValueError, match=r"has features of 2 and not of '2:input'"):
-        lesson_of(teacher, (), {}, logits | kept, ["2", "2:input"])
-    assert set(lesson_of(teacher, (), {}, logits | kept, ["*"]).features) == {"2"}
+        targets_of(teacher, (), {}, logits | kept, ["2", "2:input"])
+    assert set(targets_of(teacher, (), {}, logits | kept, ["*"]).features) == {"2"}
 
 
 def test_what_is_no_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="the teacher returned list without logits"):
-        lesson_of(Teacher(list), (), {})
+        targets_of(Teacher(list), (), {})
     with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
         objective_of(2.0, 0.9, TERMS)
 
@@ -191,7 +191,7 @@ def test_modes_of_all_parts_come_back_also_after_an_exception() -> None:
         assert not any(part.training for part in module.modules())
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), asleep(module):
+    with pytest.raises(RuntimeError, match="stop"), eval_mode(module):
         fail()
     assert [part.training for part in module.modules()] == before
     assert {True, False} == set(before)

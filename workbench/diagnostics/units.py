@@ -147,7 +147,7 @@ def _watch(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outp
             elif (dims := _dims(module)) is not None:
                 stack.callback(module.register_forward_hook(partial(passed, name, dims)).remove)
         for batch in batches(loader, home):
-            tokens, behind = tokens_of(batch.batch if hasattr(batch, "taught") else batch), ("", -1)
+            tokens, behind = tokens_of(batch.batch if hasattr(batch, "cached_targets") else batch), ("", -1)
             run(network, batch)
             count += 1
     total(count, home)

@@ -81,7 +81,7 @@ class FirstBatches:
 
 def _inputs(module: SupervisedModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the network in ``batch``, which may lie beside its teacher's cached answers."""
-    return module.task.inputs(batch.batch if hasattr(batch, "taught") else batch)
+    return module.task.inputs(batch.batch if hasattr(batch, "cached_targets") else batch)
 
 
 def _plain(loader: Any) -> Iterable[Any]:
