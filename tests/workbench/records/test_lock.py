@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,49 +18,51 @@ import pytest
 from workbench.records import lock
 from workbench.records.lock import locked
 
-HOLD = """
-import multiprocessing, os, sys, time
-from pathlib import Path
-from workbench.records.lock import locked
-def live(pipe):
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(folder: Path, child: bool, pipe: Connection) -> None:
+    """Work in the folder until killed; send the number of a forked child, which is past its birth, if there is one."""
+    with locked(folder):
+        children = []
+        if child:
+            ours, theirs = FORK.Pipe()
+            FORK.Process(target=live, args=(theirs,)).start()
+            children.append(ours.recv())
+        pipe.send(children)
+        pipe.recv()
+
+
+def live(pipe: Connection) -> None:
     pipe.send(os.getpid())
-    time.sleep(60)
-with locked(Path(sys.argv[1])):
-    children = []
-    if sys.argv[2] == "fork":
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        context.Process(target=live, args=(theirs,)).start()
-        children.append(ours.recv())
-    print(*children, flush=True)
-    sys.stdin.read()
-"""
+    time.sleep(600)
 
 
 @contextmanager
-def holder(folder: Path, how: str = "alone") -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def holder(folder: Path, child: bool = False) -> Iterator[tuple[multiprocessing.process.BaseProcess, list[int]]]:
     """Another process that works in the folder, and its children."""
-    command = [sys.executable, "-c", HOLD, str(folder), how]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        children = [int(pid) for pid in process.stdout.readline().split()]
-        try:
-            yield process, children
-        finally:
-            process.kill()
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=hold, args=(folder, child, theirs))
+    process.start()
+    children = ours.recv()
+    try:
+        yield process, children
+    finally:
+        process.kill()
+        process.join()
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_second_process_is_told_who_is_there_and_gets_in_when_the_owner_was_killed(tmp_path: Path) -> None:
-    with holder(tmp_path / "run", "fork") as (owner, children):
+    with holder(tmp_path / "run", child=True) as (owner, children):
         with pytest.raises(ValueError, match="is in use by process") as caught, locked(tmp_path / "run"):
             pass
         said = str(caught.value)
         assert said.startswith(f"{tmp_path / 'run'} is in use by process {owner.pid} on {os.uname().nodename} since 20")
         assert f"wait until it is done, stop it (kill {owner.pid}), or choose another folder" in said
-        os.kill(owner.pid, signal.SIGKILL)
-        owner.wait()
+        owner.kill()
+        owner.join()
         os.kill(children[0], 0)  # its forked child lives on, and does not keep the lock
         with locked(tmp_path / "run"):
             pass
@@ -73,7 +76,7 @@ def test_what_is_done_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError), locked(folder):
         raise ArithmeticError
     with holder(folder) as (other, _):
-        assert other.poll() is None, "it could lock what was let go"
+        assert other.is_alive(), "it could lock what was let go"
 
 
 def test_a_process_may_enter_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +100,7 @@ def test_a_forked_child_neither_holds_nor_ends_its_parents_lock(tmp_path: Path) 
             pass
 
     with locked(tmp_path):
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = FORK.Process(target=child)
         process.start()
         process.join()
         assert process.exitcode == 0
@@ -107,7 +110,7 @@ def test_a_forked_child_neither_holds_nor_ends_its_parents_lock(tmp_path: Path) 
 def test_other_ranks_do_not_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with holder(tmp_path) as (other, _), locked(tmp_path):
-        assert other.poll() is None
+        assert other.is_alive()
 
 
 def test_a_lock_removed_by_its_holder_at_the_last_moment_is_taken_anew(
@@ -172,8 +175,7 @@ def test_many_at_once_and_never_two(tmp_path: Path) -> None:
                 time.sleep(0.0005 * seed)
         assert entered == 20
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(seed,)) for seed in range(3)]
+    processes = [FORK.Process(target=work, args=(seed,)) for seed in range(3)]
     for process in processes:
         process.start()
     for process in processes:
