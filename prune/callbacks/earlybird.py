@@ -9,7 +9,6 @@ from prune.callbacks.calibration import evidence
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.schedule import check_density
-from workbench.checkpoints.bits import pack, unpack
 from workbench.training.module import network_of
 
 
@@ -89,7 +88,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
         drawn = self.pruner(network_of(pl_module), self.density, **self._shown(trainer, pl_module))
         drawn = drawn.to("cpu")
         if self._queue:
-            found = [_unpacked(each).distance(drawn) for each in self._queue]
+            found = [Masks.from_state_dict(each).overlap(drawn).hamming for each in self._queue]
             self.distances.append(found[-1])
             self.farthest.append(max(found))
             pl_module.log("mask_distance", found[-1], on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
@@ -97,11 +96,11 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
             if self.drawn_at is None and full and max(found) < self.threshold:
                 self.drawn_at, self.ticket = len(self.distances) + 1, drawn
                 trainer.should_stop = trainer.should_stop or self.stop
-        self._queue = [*self._queue, _packed(drawn)][1 - self.window :]
+        self._queue = [*self._queue, drawn.state_dict()][1 - self.window :]
 
     def state_dict(self) -> dict[str, Any]:
         """Masks in the window, distances, and the ticket."""
-        ticket = None if self.ticket is None else _packed(self.ticket)
+        ticket = None if self.ticket is None else self.ticket.state_dict()
         lists = {"queue": list(self._queue), "distances": list(self.distances), "farthest": list(self.farthest)}
         return {**lists, "ticket": ticket, "drawn_at": self.drawn_at, "last": self._last}
 
@@ -109,7 +108,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
         """Go on from there."""
         self._queue = list(state_dict["queue"])
         self.distances, self.farthest = list(state_dict["distances"]), list(state_dict["farthest"])
-        self.ticket = None if state_dict["ticket"] is None else _unpacked(state_dict["ticket"])
+        self.ticket = None if state_dict["ticket"] is None else Masks.from_state_dict(state_dict["ticket"])
         self.drawn_at, self._last = state_dict["drawn_at"], state_dict["last"]
 
     def _forget(self) -> None:
@@ -123,11 +122,3 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
     def _shown(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
         return evidence(self.pruner.axes.criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
-
-
-def _packed(masks: Masks) -> dict[str, dict[str, Any]]:
-    return {name: {"bits": pack(mask), "shape": list(mask.shape)} for name, mask in masks.items()}
-
-
-def _unpacked(stored: dict[str, dict[str, Any]]) -> Masks:
-    return Masks({name: unpack(entry["bits"], entry["shape"]) for name, entry in stored.items()})

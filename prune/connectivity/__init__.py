@@ -1,11 +1,10 @@
-"""How trained networks of one architecture lie to each other: the line between their weights, and their masks.
+"""Linear mode connectivity: the error barrier between trained networks of one architecture.
 
 Everything but ``between``, which is loaded on first use, needs torch only.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from prune.connectivity.agreement import Agreement, agreement, layer_agreements
 from prune.connectivity.line import Barrier, barrier, interpolated
 from prune.connectivity.visiting import refresh_statistics, visiting
 
@@ -13,13 +12,10 @@ if TYPE_CHECKING:
     from prune.connectivity.lightning import between
 
 __all__ = [
-    "Agreement",
     "Barrier",
-    "agreement",
     "barrier",
     "between",
     "interpolated",
-    "layer_agreements",
     "refresh_statistics",
     "visiting",
 ]

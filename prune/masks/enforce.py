@@ -5,7 +5,6 @@ as methods. Of a DTensor each rank masks its shard with its part of the mask, wi
 also in a model inside a wrapper: ``torch.compile``, DDP, ``AveragedModel``.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prune.masks.memory import distributed, local, memory_span, owners, shard, shared_memory, summed
-from workbench.messages import some
+from workbench.messages import nearest, some
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -178,11 +177,6 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of ``known`` that look most like ``name``, best first; for error messages."""
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0)
-
-
 def _plain(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     name = name.replace("_orig_mod.", "")
@@ -200,8 +194,7 @@ def _located(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[s
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(masks)} masks name no parameter of this {type(model).__name__}: "
-            f"{some(missing)}. Nearest to '{missing[0]}': {some(nearest(missing[0], exact))}. "
-            "Give the model that the masks were made for"
+            f"{some(missing)}. Give the model that the masks were made for{nearest(missing[0], exact)}"
         )
     located = {name: there for name, there in found.items() if there is not None}
     for name, (_, parameter) in located.items():

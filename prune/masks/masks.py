@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from prune.masks import enforce
 from prune.masks.enforce import Handle
-from prune.masks.enforce import nearest as nearest
 from prune.masks.memory import distributed, shared_memory
+from prune.masks.overlap import Overlap, layer_overlaps, overlap, paired
 from workbench.checkpoints.bits import pack, packed_bytes, unpack
 from workbench.files import atomic_file
 from workbench.messages import some
@@ -161,71 +161,53 @@ class Masks(Mapping[str, Tensor]):
     # Algebra
 
     def __and__(self, other: "Masks") -> "Masks":
-        return Masks({name: mask & theirs for name, mask, theirs in self._beside(other)})
+        return Masks({name: mask & second for name, mask, second in paired(self, other)})
 
     def __or__(self, other: "Masks") -> "Masks":
-        return Masks({name: mask | theirs for name, mask, theirs in self._beside(other)})
+        return Masks({name: mask | second for name, mask, second in paired(self, other)})
 
     def __sub__(self, other: "Masks") -> "Masks":
         """Kept here and not in ``other``: what was pruned from one level to the next."""
-        return Masks({name: mask & ~theirs for name, mask, theirs in self._beside(other)})
+        return Masks({name: mask & ~second for name, mask, second in paired(self, other)})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return NotImplemented
         same = self.keys() == other.keys() and all(self[name].shape == other[name].shape for name in self)
-        return same and all(torch.equal(mask, theirs) for _, mask, theirs in self._beside(other))
+        return same and all(torch.equal(mask, second) for _, mask, second in paired(self, other))
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  (tensors can be written to)
 
     def is_subset(self, other: "Masks") -> bool:
         """Whether these are nested in ``other``: every weight kept here is kept there."""
-        return not any(bool((mask & ~theirs).any()) for _, mask, theirs in self._beside(other))
+        return not any(bool((mask & ~second).any()) for _, mask, second in paired(self, other))
 
-    def overlap(self, other: "Masks") -> float:
-        """Jaccard index |A and B| / |A or B| of the kept weights, in [0, 1]; 1 if neither keeps any."""
-        both, either = (self & other)._totals()[0], (self | other)._totals()[0]
-        return both / either if either else 1.0
+    def overlap(self, other: "Masks") -> Overlap:
+        """What both keep, and what chance gives: ``.jaccard``, ``.hamming``, ``.chance``, ``.z`` and more."""
+        return overlap(self, other)
 
-    def layer_overlaps(self, other: "Masks") -> dict[str, float]:
+    def layer_overlaps(self, other: "Masks") -> dict[str, Overlap]:
         """Parameter name -> ``overlap`` of its two masks."""
-        return {n: Masks({n: mask}).overlap(Masks({n: theirs})) for n, mask, theirs in self._beside(other)}
-
-    def distance(self, other: "Masks") -> float:
-        """Normalised Hamming distance: the share of weights that are kept in one of the two only, in [0, 1].
-
-        Source: You et al., "Drawing Early-Bird Tickets", 2020, arXiv:1909.11957, section 3.3.
-        """
-        return sum(int((mask ^ theirs).sum()) for _, mask, theirs in self._beside(other)) / self._totals()[1]
-
-    def chance_overlap(self, other: "Masks") -> float:
-        """The ``overlap`` to expect of masks that keep as much in each parameter, but anywhere: c / (a + b - c).
-
-        Of a kept here and b there, c = sum of a_l b_l / n_l over parameters is what both keep by chance.
-        """
-        both = sum(int(mask.sum()) * int(theirs.sum()) / mask.numel() for _, mask, theirs in self._beside(other))
-        either = self._totals()[0] + other._totals()[0] - both
-        return both / either if either else 1.0
-
-    def _beside(self, other: "Masks") -> Iterator[tuple[str, Tensor, Tensor]]:
-        if self.keys() != other.keys():
-            raise ValueError(
-                f"the masks are for different parameters, such as "
-                f"{some(sorted(self.keys() ^ other.keys()))}: compare masks of one model"
-            )
-        for name, mask in self.items():
-            if mask.shape != other[name].shape:
-                raise ValueError(
-                    f"mask '{name}' has shape {tuple(mask.shape)} here and {tuple(other[name].shape)} there: "
-                    "compare masks of one model"
-                )
-            yield name, mask, other[name].to(mask.device)
+        return layer_overlaps(self, other)
 
     def to(self, device: torch.device | str) -> "Masks":
         """The same masks on ``device``."""
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
-    # On disk
+    # Packed, one bit a weight
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> ``bits``, uint8 on the CPU, and ``shape``: for checkpoints and for other ranks."""
+        return {name: {"bits": pack(mask).cpu(), "shape": list(mask.shape)} for name, mask in self.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Mapping[str, Any]]) -> "Masks":
+        """The masks that ``state_dict`` packed.
+
+        Raises:
+            ValueError: if bits and shape do not belong together.
+        """
+        return cls({name: unpack(entry["bits"], entry["shape"]) for name, entry in state.items()})
 
     def hash(self) -> str:
         """SHA-256 in hex over names, shapes and packed bits: the same on every device, in every process."""

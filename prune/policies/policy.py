@@ -16,7 +16,6 @@ from prune.policies.asking import Evidence, check_frozen, shown
 from prune.policies.moment import START, Moment
 from prune.policies.ownership import claim, leading, release, skipped
 from prune.pruner import Pruner
-from workbench.checkpoints.bits import pack, unpack
 from workbench.distributed.ranks import everyone, world
 from workbench.duration import Duration
 from workbench.messages import some
@@ -280,14 +279,13 @@ class Policy(ABC):
     @final
     def state_dict(self) -> dict[str, Any]:
         """Masks, one bit per weight, and how far the policy is."""
-        masks = {n: {"bits": pack(mask).cpu(), "shape": list(mask.shape)} for n, mask in (self.masks or {}).items()}
+        masks = {} if self.masks is None else self.masks.state_dict()
         return {"masks": masks, "updates": self._updates, **self._progress()}
 
     @final
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there when attached."""
-        stored = {name: unpack(entry["bits"], entry["shape"]) for name, entry in state_dict["masks"].items()}
-        self.masks = Masks(stored) if stored else None
+        self.masks = Masks.from_state_dict(state_dict["masks"]) if state_dict["masks"] else None
         self._updates = state_dict["updates"]
         self._take_up({name: value for name, value in state_dict.items() if name not in ("masks", "updates")})
         self._restored = True

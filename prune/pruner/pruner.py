@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from prune.allocation import ALLOCATIONS, Allocation
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.masks import Masks
-from prune.masks.enforce import nearest
 from prune.pruner.scope import (
     Patterns,
     Scope,
@@ -26,8 +25,8 @@ from prune.pruner.scope import (
 )
 from prune.schedule import check_density, exponential
 from prune.structures import STRUCTURES, Layout, Structure, structure_named
-from workbench.checkpoints.bits import pack, unpack
 from workbench.distributed.ranks import everyone, world
+from workbench.messages import nearest
 
 Scores = Mapping[str, Tensor]
 
@@ -261,12 +260,12 @@ def _agreed(masks: Masks) -> Masks:
     """The masks of rank 0, on every rank."""
     if world() == 1:
         return masks
-    sent = [{name: pack(mask).cpu() for name, mask in masks.items()}]
+    shapes = everyone([(name, tuple(mask.shape)) for name, mask in masks.items()])
+    if any(each != shapes[0] for each in shapes):
+        raise RuntimeError("ranks hold masks of different parameters: give all of them the same model")
+    sent = [masks.state_dict()]
     torch.distributed.broadcast_object_list(sent, src=0)
-    agreed = Masks({n: unpack(sent[0][n], mask.shape).to(mask.device) for n, mask in masks.items()})
-    if len(hashes := set(everyone(agreed.hash()))) > 1:
-        raise RuntimeError(f"ranks hold different masks: {sorted(hashes)}; give all of them the same model")
-    return agreed
+    return Masks({name: mask.to(masks[name].device) for name, mask in Masks.from_state_dict(sent[0]).items()})
 
 
 @contextmanager
@@ -294,9 +293,7 @@ def _unit_density(layout: Layout, within: Masks) -> float:
 def _parsed(axis: str, given: Any, known: Mapping[str, Any]) -> Any:
     if isinstance(given, str):
         if given not in known:
-            raise ValueError(
-                f"unknown {axis} {given!r}: did you mean {nearest(given, known)[0]!r}? One of {list(known)}"
-            )
+            raise ValueError(f"unknown {axis} {given!r}{nearest(given, known)}")
         return known[given]
     fits = {"criterion": isinstance(given, Criterion), "structure": hasattr(given, "layout")}
     if isinstance(given, type) or not fits.get(axis, callable(given)):

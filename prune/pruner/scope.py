@@ -8,10 +8,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from prune.masks.enforce import nearest
 from prune.masks.memory import distributed, local, memory_span, owners, shared_memory, summed
 from prune.schedule import kept
 from prune.structures import Layout, Structure
+from workbench.messages import nearest
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None
@@ -229,9 +229,9 @@ def matching(
         hits = [first for first, aliases in names.items() if any(fits(alias) for alias in aliases)]
         if not hits:
             every = [alias for aliases in names.values() for alias in aliases]
-            near = f"; nearest: {nearest(pattern, every)}" if by_name else ""
+            hint = nearest(pattern, every) if by_name else ""
             raise ValueError(
-                f"{role} pattern {pattern!r} matches none of the {len(every)} names that {_ROLES[role]}{near}"
+                f"{role} pattern {pattern!r} matches none of the {len(every)} names that {_ROLES[role]}{hint}"
             )
         found += hits
     return found

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prune.masks.enforce import nearest, unwrapped
+from prune.masks.enforce import unwrapped
 from prune.masks.memory import distributed, local
+from workbench.messages import closest
 from workbench.randomness import random_state, set_random_state
 
 PARTS = ("weights", "buffers", "optimizers", "schedulers", "scaler", "random")
@@ -249,7 +250,7 @@ def _pairs(part: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -
     if saved.keys() != live.keys():
         name = sorted(saved.keys() ^ live.keys())[0]
         where = "the snapshot has" if name in saved else "the model has"
-        near = nearest(name, live if name in saved else saved)
+        near = closest(name, live if name in saved else saved, 0)
         raise ValueError(
             f"{part} of snapshot and model differ: only {where} '{name}' (nearest in the other: {near}). Give the "
             "model that the snapshot was taken of, or one like it, wrapped alike"

@@ -4,13 +4,13 @@ A structure divides weights into units. Scores are pooled over a unit, a density
 spread from units to weights; so every criterion and every allocation goes with every structure.
 """
 
-import difflib
 import re
 
 from prune.structures.groups import Block, Channel
 from prune.structures.layout import Layout, Structure
 from prune.structures.transformers import FFN, Head
 from prune.structures.weights import NM, Balanced, Unstructured
+from workbench.messages import nearest
 
 __all__ = [
     "FFN",
@@ -34,7 +34,6 @@ STRUCTURES = {
     "balanced": Balanced,
 }
 
-_SHOWN = [*STRUCTURES, "2:4", "4x4"]
 _INSTANCES = {"block": "Block(rows, columns), or 4x4", "nm": "NM(n, m), or 2:4", "coupled": "Coupled(example_inputs)"}
 
 
@@ -52,7 +51,5 @@ def structure_named(name: str) -> Structure:
         return Block(int(found[1]), int(found[2]))
     if name in _INSTANCES:
         raise ValueError(f"structure {name!r} needs to be told more: give {_INSTANCES[name]}")
-    nearest = difflib.get_close_matches(name, _SHOWN, n=1, cutoff=0)[0]
-    raise ValueError(
-        f"unknown structure {name!r}: did you mean {nearest!r}? One of {_SHOWN}, any n:m or rows x columns"
-    )
+    known = [*STRUCTURES, "2:4", "4x4"]
+    raise ValueError(f"unknown structure {name!r}{nearest(name, known)} Any n:m or rows x columns is one, too")

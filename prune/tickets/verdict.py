@@ -214,8 +214,8 @@ def _described(result: Judgement, sign: int) -> dict[str, Any]:
 def _overlap(folders: Sequence[Path]) -> dict[str, Any] | None:
     """How far masks of different seeds keep the same weights, as means over pairs; None of a single hunt."""
     masks = [Masks(compact.masks(folder)) for folder in folders]
-    pairs = [(a.overlap(b), a.chance_overlap(b)) for a, b in combinations(masks, 2)]
+    pairs = [a.overlap(b) for a, b in combinations(masks, 2)]
     if not pairs:
         return None
-    seen, chance = (sum(values) / len(pairs) for values in zip(*pairs))
-    return {"jaccard": seen, "chance": chance, "pairs": len(pairs)}
+    means = {name: sum(getattr(pair, name) for pair in pairs) / len(pairs) for name in ("jaccard", "chance")}
+    return {**means, "pairs": len(pairs)}

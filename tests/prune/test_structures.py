@@ -369,7 +369,7 @@ def test_structures_by_name() -> None:
         with pytest.raises(ValueError, match=f"'{name}' needs to be told more: give {remedy}"):
             structure_named(name)
     for name, near in {"chanel": "channel", "2;4": "2:4", "heads": "head", "2:4:8": "2:4"}.items():
-        with pytest.raises(ValueError, match=f"unknown structure '{name}': did you mean '{near}'"):
+        with pytest.raises(ValueError, match=f"unknown structure '{name}'; did you mean '{near}'"):
             Pruner(structure=name)
     with pytest.raises(ValueError, match="4:4 is no N:M structure"):
         structure_named("4:4")

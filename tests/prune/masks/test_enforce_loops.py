@@ -333,7 +333,7 @@ def test_masks_follow_the_weights_to_another_device():
     assert moved["0.weight"].is_cuda
     assert moved == masks
     assert moved.hash() == masks.hash()
-    assert (moved & masks).overlap(masks) == 1
+    assert (moved & masks).overlap(masks).jaccard == 1
 
 
 def test_copies_and_a_second_fit():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prune.masks import Masks
-from prune.masks.masks import nearest, pack, unpack
+from prune.masks.masks import pack, unpack
 
 
 def mlp(seed: int = 0) -> Any:
@@ -122,14 +122,14 @@ def test_algebra_is_that_of_sets(a: list[bool], b: list[bool]):
     assert positions(one | two) == x | y
     assert positions(one - two) == x - y
     assert one.is_subset(two) == (x <= y)
-    assert one.overlap(two) == (len(x & y) / len(x | y) if x | y else 1.0)
-    for name, share in one.layer_overlaps(two).items():
+    assert one.overlap(two).jaccard == (len(x & y) / len(x | y) if x | y else 1.0)
+    for name, overlap in one.layer_overlaps(two).items():
         u, v = ({place for place in places if place[0] == name} for places in (x, y))
-        assert share == (len(u & v) / len(u | v) if u | v else 1.0)
+        assert overlap.jaccard == (len(u & v) / len(u | v) if u | v else 1.0)
     sizes = {"a": 12, "b": 5}
-    assert one.distance(two) == len(x ^ y) / 17
+    assert one.overlap(two).hamming == len(x ^ y) / 17
     chance = sum(sum(p[0] == n for p in x) * sum(p[0] == n for p in y) / size for n, size in sizes.items())
-    assert one.chance_overlap(two) == pytest.approx(chance / (len(x) + len(y) - chance) if x | y else 1.0)
+    assert one.overlap(two).chance == pytest.approx(chance / (len(x) + len(y) - chance) if x | y else 1.0)
     assert (one == two) == (x == y) == (one.hash() == two.hash())
 
 
@@ -145,8 +145,8 @@ def test_overlap_by_chance_is_that_of_masks_drawn_apart():
         return Masks(flat)
 
     pairs = [(drawn(), drawn()) for _ in range(20)]
-    mean = sum(one.overlap(two) for one, two in pairs) / len(pairs)
-    assert pairs[0][0].chance_overlap(pairs[0][1]) == pytest.approx(mean, abs=0.005)
+    mean = sum(one.overlap(two).jaccard for one, two in pairs) / len(pairs)
+    assert pairs[0][0].overlap(pairs[0][1]).chance == pytest.approx(mean, abs=0.005)
 
 
 def test_different_masks_cannot_be_combined():
@@ -160,8 +160,6 @@ def test_different_masks_cannot_be_combined():
         Masks.is_subset,
         Masks.overlap,
         Masks.layer_overlaps,
-        Masks.chance_overlap,
-        Masks.distance,
     ):
         with pytest.raises(ValueError, match="different parameters, such as 'b'"):
             act(one, fewer)
@@ -316,8 +314,3 @@ def test_the_file_that_is_refused_above_is_otherwise_good(tmp_path: Path):
     assert Masks.load(tmp_path / "file")["w"].tolist() == [True, False, True]
     Masks.load(tmp_path / "file").save(tmp_path / "again")
     assert torch.equal(load_file(tmp_path / "again")["w"], GOOD["w"])
-
-
-def test_nearest_names():
-    assert nearest("fc1.wieght", ["bias", "fc1.weight", "fc2.weight", "norm"])[0] == "fc1.weight"
-    assert nearest("zzz", ["a"]) == ["a"]
