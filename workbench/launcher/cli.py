@@ -12,17 +12,20 @@ from typing import Any
 
 from workbench.launcher import help
 from workbench.launcher import recipe as recipes
+from workbench.launcher.copy_recipe import copy_recipe
 from workbench.launcher.recipe import RecipeError
 
 _USAGE = """\
 usage: {program} run RECIPE [--STAGE.ARGUMENT VALUE ...]
          [--out DIR] [--print] [--replace]
+       {program} run --copy RECIPE [FILE.yaml | -]
 
 Run a recipe: the path of a YAML file, or the name of a bundled one.
 
   {program} run                 list the bundled recipes
   {program} run RECIPE --help   its stages and their arguments
   {program} run RECIPE --print  it, with every default written out
+  {program} run --copy RECIPE   write it to a file of your own, to edit
 
   --STAGE.ARGUMENT VALUE  override an argument, e.g. --student.temperature 2;
                           --ARGUMENT VALUE one that stages share
@@ -31,7 +34,7 @@ Run a recipe: the path of a YAML file, or the name of a bundled one.
   --replace               move stages that were made with other arguments
                           aside, to DIR/replaced, and run them anew
 """
-_FLAGS = ("--print", "--replace")
+_FLAGS = ("--print", "--replace", "--copy")
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Options:
     print: bool = False
     replace: bool = False
     help: bool = False
+    copy: bool = False
+    target: str | None = None
 
 
 def main(program: str = "lightning", argv: Sequence[str] | None = None) -> None:
@@ -95,16 +100,23 @@ def parse(arguments: Sequence[str]) -> Options:
             raise RecipeError(f"{word}: no such option; arguments are given as --stage.argument value")
         elif options.recipe is None:
             options.recipe = word
+        elif options.target is None and ("--copy" in arguments):
+            options.target = word
         else:
             raise RecipeError(f"{word}: one recipe at a time, {options.recipe} is given already")
     if options.recipe is None and options != Options(help=options.help):
         raise RecipeError("no recipe is named; 'run' alone lists the bundled ones")
+    if options.copy and (options.overrides or options.out or options.print or options.replace):
+        raise RecipeError("--copy takes a recipe and a file only: edit the copy, or give arguments when you run it")
     return options
 
 
 def _run(program: str, options: Options) -> int:
     if options.recipe is None:
         _say(_usage(program) if options.help else help.listing(program_name(program)))
+        return 0
+    if options.copy and not options.help:
+        _say(copy_recipe(options.recipe, options.target, program_name(program)))
         return 0
     path = recipes.find(options.recipe)
     recipe = recipes.read(path, options.overrides)

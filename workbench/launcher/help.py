@@ -18,7 +18,8 @@ def listing(program: str) -> str:
     width = max((len(name) for name in known), default=0)
     lines = [_wrapped(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in known.items()]
     head = "Bundled recipes:" if lines else "There are no bundled recipes."
-    return "\n".join([head, "", *lines, "", f"Run one: {program} run NAME    Its arguments: {program} run NAME --help"])
+    ways = {"Run one:": "NAME", "Its arguments:": "NAME --help", "Edit a copy:": "--copy NAME"}
+    return "\n".join([head, "", *lines, "", *(f"{what:<16}{program} run {words}" for what, words in ways.items())])
 
 
 def explained(recipe: Recipe) -> str:

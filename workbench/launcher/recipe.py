@@ -21,7 +21,7 @@ from workbench.messages import nearest
 
 _SHARE = Path(__file__).parents[1] / "share"
 _ROOTS = (_SHARE, Path(__file__).parents[2])
-_ENDINGS = (".yaml", ".yml")
+ENDINGS = (".yaml", ".yml")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Lightning 2.6's LightningCLI writes it into every config, as null: "as usual".
 _CLI_ONLY = "weights_only"
@@ -116,12 +116,12 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
         RecipeError: On anything that is wrong with the file, its stages, jobs or their arguments' names.
     """
     blank = Recipe(path, ())
-    content = {key: _included(blank, value, key=key) for key, value in _mapping(path).items()}
+    content = {key: _included(blank, value, key=key) for key, value in load_mapping(path).items()}
     for key, text in overrides:
         _override(blank, content, key, text)
     content = {key: _included(blank, value, key=key) for key, value in content.items()}
-    shared = {key: value for key, value in content.items() if not _is_stage(value)}
-    stages = [_stage(blank, name, body, shared) for name, body in content.items() if _is_stage(body)]
+    shared = {key: value for key, value in content.items() if not is_stage(value)}
+    stages = [_stage(blank, name, body, shared) for name, body in content.items() if is_stage(body)]
     if not stages:
         raise blank.error("has no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
     jobs = [part.job for stage in stages for part in (stage, *stage.runs[:1])]
@@ -181,7 +181,7 @@ def _sweep(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
         if key not in stage.arguments:
             raise recipe.error(f"is {REQUIRED} by job '{stage.job.name}' and not given", stage.name, key)
     body = stage.arguments[RUN]
-    if not _is_stage(body):
+    if not is_stage(body):
         raise recipe.error("is the stage to repeat: expected {job: fit, ...}", stage.name, RUN)
     try:
         points = settings(stage.arguments[OVER])
@@ -216,7 +216,8 @@ def _run(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: 
     return Stage(f"{sweep}/{point.name}", job, arguments, over=point.values)
 
 
-def _is_stage(value: Any) -> bool:
+def is_stage(value: Any) -> bool:
+    """Whether an entry of a recipe is a stage: a mapping with a job."""
     return isinstance(value, Mapping) and "job" in value
 
 
@@ -225,7 +226,12 @@ def _merged(shared: Any, own: Any) -> Any:
     return {**shared, **own} if plain else own
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def load_mapping(path: Path) -> dict[str, Any]:
+    """The content of a recipe or a fragment, its keys as text.
+
+    Raises:
+        RecipeError: If the file cannot be read or is not a YAML mapping.
+    """
     try:
         content = yaml_io.load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -243,24 +249,28 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _included(recipe: Recipe, value: Any, stage: str | None = None, key: str | None = None) -> Any:
     """``value``, or the contents of the file that it names."""
-    if not (isinstance(value, str) and value.endswith(_ENDINGS)):
+    if not (isinstance(value, str) and value.endswith(ENDINGS)):
         return value
+    path = find_fragment(recipe.path, value)
+    if path is None:
+        names = [name for candidate in _candidates(recipe.path, value) for name in _beside(candidate)]
+        hint = nearest(Path(value).name, dict.fromkeys(Path(name).name for name in names))
+        raise recipe.error(f"no file '{value}' beside the recipe, above it or in {Path.cwd()}{hint}", stage, key)
     try:
-        return _mapping(next(place for place in _places(recipe, value) if _is_file(place)))
+        return load_mapping(path)
     except RecipeError as error:
         raise recipe.error(f"fragment {error}", stage, key) from error
-    except StopIteration:
-        names = [name for place in _places(recipe, value) for name in _beside(place)]
-        hint = nearest(Path(value).name, dict.fromkeys(Path(name).name for name in names))
-        raise recipe.error(
-            f"no file '{value}' beside the recipe, above it or in {Path.cwd()}{hint}", stage, key
-        ) from None
 
 
-def _places(recipe: Recipe, value: str) -> Iterator[Path]:
+def find_fragment(recipe: Path, value: str) -> Path | None:
+    """The file that the text ``value`` in the file ``recipe`` includes; None if there is none."""
+    return next((path for path in _candidates(recipe, value) if _is_file(path)), None)
+
+
+def _candidates(recipe: Path, value: str) -> Iterator[Path]:
     """Where a fragment may be: beside the recipe, one or two folders above, here, and with this package."""
-    folder = recipe.path.resolve().parent
-    return (place / value for place in (folder, *folder.parents[:2], Path.cwd(), *_ROOTS))
+    folder = recipe.resolve().parent
+    return (parent / value for parent in (folder, *folder.parents[:2], Path.cwd(), *_ROOTS))
 
 
 def _beside(path: Path) -> list[str]:
@@ -309,7 +319,7 @@ def _set(
     *path, last = keys
     for depth, part in enumerate(path):
         node = _arguments_of(node, part)
-        if part not in node and shared and part in shared and _is_stage(node) and not _is_stage(shared[part]):
+        if part not in node and shared and part in shared and is_stage(node) and not is_stage(shared[part]):
             node[part] = copy.deepcopy(shared[part])
         node[part] = _included(recipe, node.get(part), key=".".join(keys))
         if node[part] is None:

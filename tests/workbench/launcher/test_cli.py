@@ -214,6 +214,15 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "short option": (GOOD, ["-o", "x"], ["-o: no such option; arguments are given as --stage.argument value"]),
     "out without a folder": (GOOD, ["--out="], ["--out: a folder is missing"]),
     "flag with a value": (GOOD, ["--print=yes"], ["--print takes no value"]),
+    "copy with an override": (GOOD, ["--copy", "--seed_everything", "1"], ["--copy takes a recipe and a file only"]),
+    "copy into three": (
+        GOOD,
+        ["--copy", "s.yaml", "t.yaml"],
+        ["t.yaml: one recipe at a time, r.yaml is given already"],
+    ),
+    "copy over itself": (GOOD, ["--copy"], ["r.yaml: exists and is not overwritten", "--copy r.yaml my_r.yaml"]),
+    "copy to no YAML": (GOOD, ["--copy", "my"], ["my: a recipe is a YAML file: write --copy r.yaml my.yaml"]),
+    "copy below a file": (GOOD, ["--copy", "r.yaml/my.yaml"], ["r.yaml/my.yaml: cannot be written: "]),
     "two recipes": (GOOD, ["s.yaml"], ["s.yaml: one recipe at a time, r.yaml is given already"]),
     "not text": ("\udcff\udcfe", [], ["r.yaml: is not UTF-8 text"]),
 }
@@ -264,6 +273,8 @@ def test_a_recipe_that_is_not_there(
 def test_the_command_line_is_read_in_order() -> None:
     words = ["r.yaml", "--a.b", "-1", "--a.b=x=y", "--out", "o", "--replace", "--c", "", "--print", "-h"]
     assert cli.parse(words) == Options("r.yaml", [("a.b", "-1"), ("a.b", "x=y"), ("c", "")], "o", True, True, True)
+    assert cli.parse(["--copy", "digits", "-"]) == cli.parse(["digits", "-", "--copy"])
+    assert cli.parse(["--copy", "digits", "-"]) == Options("digits", copy=True, target="-")
     assert cli.parse([]) == Options()
     with pytest.raises(RecipeError):
         cli.parse(["--out"])
@@ -283,7 +294,8 @@ def test_listing_and_help(here: Path, capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_help_and_listing_need_neither_torch_nor_lightning(here: Path) -> None:
-    for arguments in ([], ["--help"], ["r.yaml", "--help"], ["digits", "--help"], ["missing.yaml"]):
+    copy = ["--copy", "digits", "-"]
+    for arguments in ([], ["--help"], ["r.yaml", "--help"], ["digits", "--help"], ["missing.yaml"], copy):
         code = (
             "import sys; from workbench.launcher.cli import main\n"
             f"try: main('lightning', {['run', *arguments]!r})\n"
@@ -293,6 +305,20 @@ def test_help_and_listing_need_neither_torch_nor_lightning(here: Path) -> None:
         loaded = done.stdout.splitlines()[-1]
         for heavy in ("torch", "lightning", "pytorch_lightning", "jsonargparse", "transformers", "numpy"):
             assert f"'{heavy}'" not in loaded, arguments
+
+
+def test_a_copy_says_what_to_type_next(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = lightning(capsys, "--copy", "digits")
+    assert (code, err) == (0, "")
+    assert " is copied to digits.yaml. " in out
+    assert out.endswith(":\n  lightning run digits.yaml\n  lightning run digits.yaml --help\n")
+    code, out, _ = lightning(capsys, "digits.yaml", "--help")
+    assert (code, out.splitlines()[0]) == (0, "digits.yaml")
+    _, out, _ = lightning(capsys, "--copy", "mnist", "mine.yml")
+    assert "\n  DATA=/folder/of/data lightning run mine.yml\n" in out
+    before = snapshot(here)
+    code, out, _ = lightning(capsys, "--copy", "digits", "-")
+    assert (code, out, snapshot(here)) == (0, (here / "digits.yaml").read_text(), before)
 
 
 def test_print_is_a_recipe_that_prints_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
