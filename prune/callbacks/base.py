@@ -1,10 +1,22 @@
-"""What every callback here does: translate the events of a Trainer, of either Lightning namespace, to a policy."""
+"""A policy driven by the hooks of a Lightning Trainer, of either namespace.
+
+=========================== ====================================================================
+hook of Lightning           event of :class:`prune.policies.Policy`
+=========================== ====================================================================
+``load_state_dict``         ``load_state_dict``
+``on_train_start``          ``attach``, then ``check_budget``
+``on_after_backward``       ``mask_gradients(complete=False)``, if the module steps by hand
+``on_before_optimizer_step`` ``before_step``, if the optimizer's steps count as updates
+(the optimizer steps)       a hook on the optimizer multiplies weights by masks
+``on_train_batch_end``      ``after_step``, if there was an update or the epoch ends
+``on_train_end``            ``shortfall``, as a warning
+``teardown, on_exception``  ``detach``
+=========================== ====================================================================
+"""
 
 import math
 import warnings
-from abc import ABC
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 from lightning.pytorch import Callback
@@ -12,22 +24,20 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from pytorch_lightning import Callback as OtherCallback
 from pytorch_lightning.callbacks import StochasticWeightAveraging as OtherSWA
 from torch import nn
-from torch.amp.grad_scaler import OptState
 from torch.optim.swa_utils import AveragedModel
 
-from prune.callbacks.calibration import evidence
-from prune.criteria import Criterion
+from prune.callbacks.calibration import trainer_calibration
 from prune.masks import Masks
 from prune.masks.enforce import bare
-from prune.policies import Moment, Policy
-from prune.policies.ownership import scaled_back
+from prune.policies import Policy, Timestamp
+from prune.policies.optimizers import unscaled
 from prune.policies.policy import densities
 from workbench.training.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 
 
-class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; a Trainer of either tree takes this
+class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
     """Attaches a policy to the module's ``network``, or to all of the module if it has none, while ``fit`` runs.
 
     An update is counted as ``trainer.global_step`` does: each step of each of several optimizers is one. The state of
@@ -35,33 +45,38 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     weights, and ``density/<parameter>`` of every layer. Averages of the weights that callbacks keep (WeightAveraging,
     StochasticWeightAveraging, any with an ``AveragedModel``) are masked with them.
 
-    A criterion that looks at data is shown the first ``batches`` batches of the training loader, and the loss that
-    ``training_step`` gives.
+    A criterion that needs data is calibrated on the first batches of the training loader, and the loss that
+    ``training_step`` returns.
 
-    Where gradients are clipped, those of pruned weights are zero before, so that they do not count in the norm. Nobody
-    knows when a module that steps by hand clips: there they are zero from ``backward`` on, but for the updates of which
-    the policy looks at all gradients.
+    Where gradients are clipped, those of pruned weights are zeroed before, so that they do not count in the norm. When
+    a module that steps by hand clips is unknown: there they are zeroed after every ``backward``, except for updates of
+    which the policy reads all gradients.
+
+    Args:
+        policy: What decides.
+        log: Whether to log densities.
+        part: Tells callbacks of one class apart in a checkpoint, where several prune several parts of a network.
 
     Raises:
         ValueError: When training starts, if masks do not fit, ranks hold different ones, two callbacks prune the same
             weight, the strategy hides the weights from the optimizer's hooks, training is too short, or a criterion
-            wants the loss of a module that steps by hand.
+            needs the loss of a module that steps by hand.
 
     Warns:
         UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name; when it
-            ends before the policy's aim was reached.
+            ends before the policy is complete.
     """
 
     made_of_settings = True  # recipes make one when they are checked, and not only when its stage starts
 
-    def __init__(self, policy: Policy, log: bool = True, part: str = "", batches: int = 16) -> None:
-        self.policy, self._log, self._part, self._batches = policy, log, part, batches
-        self._clips, self._seen = False, 0
+    def __init__(self, policy: Policy, log: bool = True, part: str = "") -> None:
+        self.policy, self._log, self._part = policy, log, part
+        self._clips, self._step = False, 0
 
     @property
     @final
     def state_key(self) -> str:
-        """Under which its state is in checkpoints: its name, and which part of the network it is for."""
+        """The key of its state in checkpoints: its class, and which part of the network it is for."""
         return type(self).__qualname__ + self._part
 
     @property
@@ -74,14 +89,9 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """After weights and optimizer have been restored, before the first batch."""
         _check_strategy(trainer)
-        self._clips, self._seen = _clips(trainer, pl_module), trainer.global_step
-        averages = _averages(trainer, pl_module)
-
-        def shown(criterion: Criterion) -> dict[str, Any]:
-            loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
-            return evidence(criterion, pl_module, loader, self._batches, trainer.datamodule, precision)
-
-        self.policy.attach(network_of(pl_module), trainer.optimizers, _moment(trainer, 0.0), averages, shown)
+        self._clips, self._step = _clips(trainer, pl_module), trainer.global_step
+        averages, calibration = _averages(trainer, pl_module), partial(trainer_calibration, trainer, pl_module)
+        self.policy.attach(network_of(pl_module), trainer.optimizers, _now(trainer, 0.0), averages, calibration)
         if not trainer.fast_dev_run:
             self.policy.check_budget(*_budget(trainer, pl_module))
 
@@ -89,38 +99,39 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Keep pruned weights out of the gradients of a module that clips them and steps by hand."""
         if not pl_module.automatic_optimization:
-            self.policy.mask_gradients(whole=False)
+            self.policy.mask_gradients(complete=False)
 
     @final
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Let the policy look at the gradients; then keep those of pruned weights out of the norm, clipped next."""
-        if self.policy.leads(optimizer):
+        """Let the policy read the gradients; then keep those of pruned weights out of the norm, clipped next."""
+        if self.policy.counts_steps_of(optimizer):
             done = trainer.fit_loop.epoch_loop.batch_idx / trainer.num_training_batches
-            with _unscaled(trainer, self.policy.reads_gradients):
-                self.policy.before_step(_moment(trainer, done), self._clips and pl_module.automatic_optimization)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            with unscaled(scaler if self.policy.reads_gradients else None, trainer.optimizers):
+                self.policy.before_step(_now(trainer, done), self._clips and pl_module.automatic_optimization)
 
     @final
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the policy go on, if there was an update or the epoch ends without one."""
-        if trainer.global_step > self._seen or trainer.is_last_batch:
-            self._seen = trainer.global_step
+        """Tell the policy of an update, or of the end of an epoch that had none at its last batch."""
+        if trainer.global_step > self._step or trainer.is_last_batch:
+            self._step = trainer.global_step
             done = 1.0 if trainer.is_last_batch else (batch_idx + 1) / trainer.num_training_batches
-            self.policy.after_step(_moment(trainer, done))
+            self.policy.after_step(_now(trainer, done))
 
     @final
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the densities, of all such callbacks together."""
-        logging = [each for each in trainer.callbacks if isinstance(each, Sparsifying) and each._log]
+        logging = [each for each in trainer.callbacks if isinstance(each, PolicyCallback) and each._log]
         if logging and logging[0] is self:
             counts = {name: count for each in logging for name, count in each.policy.counts().items()}
             pl_module.log_dict(densities(counts), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     @final
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if training ended too early."""
-        unmet = self.policy.unmet()
-        if unmet is not None and not trainer.fast_dev_run and trainer.is_global_zero:
-            warnings.warn(f"training ended with {unmet}", stacklevel=2)
+        """Warn if training ended too early."""
+        shortfall = self.policy.shortfall()
+        if shortfall is not None and not trainer.fast_dev_run and trainer.is_global_zero:
+            warnings.warn(f"training ended with {shortfall}", stacklevel=2)
 
     @final
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -129,7 +140,7 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
 
     @final
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave no hook behind, whatever happened."""
+        """Leave no hook behind."""
         self.policy.detach()
 
     @final
@@ -143,35 +154,20 @@ class Sparsifying(Callback, OtherCallback, ABC):  # type: ignore[misc] - twins; 
         self.policy.load_state_dict(state_dict)
 
 
-def _moment(trainer: Any, done: float) -> Moment:
-    return Moment(trainer.global_step, trainer.current_epoch + done)
-
-
-@contextmanager
-def _unscaled(trainer: Any, wanted: bool) -> Iterator[None]:
-    """Inside, no gradient is multiplied by the scale of half precision, if that is ``wanted``.
-
-    Those of an optimizer that unscales them itself, as fused ones do, still are; so are those of optimizers whose turn
-    comes later.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if not wanted or scaler is None or not scaler.is_enabled():
-        yield
-        return
-    states = scaler._per_optimizer_states
-    with scaled_back(scaler, [each for each in trainer.optimizers if states[id(each)]["stage"] is OptState.READY]):
-        yield
+def _now(trainer: Any, done: float) -> Timestamp:
+    """With the fraction of the epoch that is ``done``; Lightning counts whole epochs."""
+    return Timestamp(trainer.global_step, trainer.current_epoch + done)
 
 
 def _clips(trainer: Any, pl_module: Any) -> bool:
-    """Whether gradients are clipped or looked at, by the Trainer or by the module itself."""
+    """Whether the Trainer clips gradients, or a hook of the module's own may clip or log them."""
     clips = not str(pl_module.configure_gradient_clipping.__module__).startswith(_LIGHTNING)
-    looks = not str(pl_module.on_before_optimizer_step.__module__).startswith((*_LIGHTNING, "workbench."))
-    return bool(trainer.gradient_clip_val) or clips or looks
+    reads = not str(pl_module.on_before_optimizer_step.__module__).startswith((*_LIGHTNING, "workbench."))
+    return bool(trainer.gradient_clip_val) or clips or reads
 
 
 def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:
-    """Updates and epochs that training will have, infinite where nobody knows."""
+    """Updates and epochs that training will have, infinite where that is unknown."""
     epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
     changes = any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks)
     updates = -1 if changes or not pl_module.automatic_optimization else trainer.estimated_stepping_batches
@@ -180,11 +176,12 @@ def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:
 
 def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:
     """Networks that the weights are averaged into, by callbacks or by the module."""
-    held = [value for callback in trainer.callbacks for value in vars(callback).values()]
-    found = [bare(value) for value in (*held, *pl_module.modules()) if isinstance(value, AveragedModel)]
+    attributes = [value for callback in trainer.callbacks for value in vars(callback).values()]
+    averages = [bare(value) for value in (*attributes, *pl_module.modules()) if isinstance(value, AveragedModel)]
     swa = [c._average_model for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | OtherSWA)]
+    # An AveragedModel of something else, such as a critic, has other parameters.
     shapes = _shapes(network_of(pl_module))
-    networks = [network_of(average) for average in (*found, *swa) if isinstance(average, nn.Module)]
+    networks = [network_of(average) for average in (*averages, *swa) if isinstance(average, nn.Module)]
     return [network for network in networks if _shapes(network) == shapes]
 
 

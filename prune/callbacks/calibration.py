@@ -1,4 +1,4 @@
-"""What criteria that look at data are shown: batches of a loader, and the loss of a LightningModule."""
+"""What a criterion that needs data is calibrated on: batches of a loader, and the loss of a LightningModule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from prune.criteria import Criterion
 from workbench.training.calibration import FirstBatches, Loss
 
 
-def evidence(
+def calibration(
     criterion: Criterion,
     module: Any,
     loader: Callable[[], Any],
@@ -15,23 +15,23 @@ def evidence(
     data: Any = None,
     precision: Any = None,
 ) -> dict[str, Any]:
-    """The arguments ``loader`` and ``loss`` of a Pruner's call, as far as ``criterion`` needs them.
+    """The arguments ``loader`` and ``loss`` of a Pruner's call; empty if ``criterion`` needs no data.
 
-    They are the first batches of the training loader, as ``training_step`` gets them, and the loss that it gives.
-    Nothing is logged and metrics of the module do not count. Neither the random state nor an epoch that is under way is
-    touched: batches are drawn in this process, one at a time, in the loader's own order.
+    They are the first batches of the training loader, as ``training_step`` gets them, and the loss that it returns.
+    Nothing is logged, and metrics of the module do not count. Neither the random state nor a running epoch is touched:
+    batches are drawn in this process, one at a time, in the loader's own order.
 
     Args:
         criterion: The Pruner's.
         module: A LightningModule of either namespace whose ``training_step`` returns a loss.
-        loader: Gives the DataLoader, or any iterable of batches; asked only if needed.
+        loader: Gives the DataLoader, or any iterable of batches; called only if needed.
         batches: How many, 1 or more.
         data: The data module, for its hooks around the transfer of a batch.
         precision: The Trainer's precision plugin.
 
     Raises:
-        ValueError: If ``batches`` is less than 1, there are several loaders, the module steps by hand, or a family is
-            asked for what one network is; when asked, if ``training_step`` gives no loss.
+        ValueError: If ``batches`` is less than 1, there are several loaders, the module steps by hand, or the module is
+            a family and the criterion runs one network; when called, if ``training_step`` returns no loss.
     """
     if not criterion.needs_loader:
         return {}
@@ -47,3 +47,9 @@ def evidence(
         raise ValueError(f"criterion '{criterion.name}' runs one network, and this is a family of {len(family)}")
     few = FirstBatches(loader(), batches, module, data, precision, inputs=not criterion.needs_loss)
     return {"loader": few, **loss}
+
+
+def trainer_calibration(trainer: Any, module: Any, criterion: Criterion, batches: int) -> dict[str, Any]:
+    """:func:`calibration` on the training data of a running Trainer."""
+    precision = trainer.precision_plugin
+    return calibration(criterion, module, lambda: trainer.train_dataloader, batches, trainer.datamodule, precision)

@@ -1,11 +1,11 @@
-"""When the mask that a network would be pruned with stops changing: early-bird tickets."""
+"""Early-bird tickets: drawn when the mask that a network would be pruned with stops changing."""
 
 from typing import Any, final
 
 from lightning.pytorch import Callback
 from pytorch_lightning import Callback as OtherCallback
 
-from prune.callbacks.calibration import evidence
+from prune.callbacks.calibration import trainer_calibration
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.schedule import check_density
@@ -14,13 +14,13 @@ from workbench.training.module import network_of
 
 @final
 class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
-    """After every training epoch, draws the mask that ``pruner`` would choose, and looks how far it is from the last.
+    """After every training epoch, draws the mask that ``pruner`` would select, and its distance from the last.
 
     Nothing is pruned: train ``ticket`` under :class:`KeepMasked`. The ticket is drawn when the newest mask is nearer
-    than ``threshold`` to each of the ``window`` - 1 before it, in normalised Hamming distance: as the authors' program
-    has it, which is stricter than to compare each with the next. Logged per epoch: ``mask_distance``, from the mask of
-    the epoch before. Its state is part of the trainer's checkpoints; it keeps the masks of the
-    window, a bit a weight. A second ``fit`` starts anew.
+    than ``threshold`` to each of the ``window`` - 1 before it, in normalised Hamming distance, as in the authors'
+    program; to compare each with the next is less strict. Logged per epoch: ``mask_distance``, from the mask of the
+    epoch before. Its state is part of the trainer's checkpoints, with the masks of the window, one bit a weight. A
+    second ``fit`` starts anew.
 
     Args:
         pruner: Draws the masks, of the module's ``network`` or of all of the module if it has none.
@@ -28,7 +28,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
         threshold: In (0, 1].
         window: How many masks are compared, 2 or more.
         stop: End training when the ticket is drawn.
-        batches: How many training batches a criterion looks at that looks at data.
+        batches: How many training batches a criterion that needs data is calibrated on.
 
     Attributes:
         distances: From the mask of the epoch before, for every epoch but the first.
@@ -38,7 +38,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if the pruner cannot choose in this network,
-            or its criterion cannot be shown what it looks at.
+            or its criterion needs data that is not there.
 
     Source: You et al., "Drawing Early-Bird Tickets: Towards More Efficient Training of Deep Networks", 2020,
     arXiv:1909.11957, section 3.
@@ -62,7 +62,7 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
             raise ValueError(f"window is {window}: compare 2 masks or more")
         self.pruner, self.density, self.threshold, self.window = pruner, density, threshold, window
         self.stop, self._batches = stop, batches
-        self._forget()
+        self._reset()
 
     @property
     def state_key(self) -> str:
@@ -73,52 +73,48 @@ class EarlyBird(Callback, OtherCallback):  # type: ignore[misc] - twins; a Train
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start anew; a checkpoint that is resumed is read later."""
         if stage == "fit":
-            self._forget()
+            self._reset()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that masks can be drawn."""
         self.pruner.check(network_of(pl_module), self.density)
-        self._shown(trainer, pl_module)
+        trainer_calibration(trainer, pl_module, self.pruner.axes.criterion, self._batches)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw a mask, and the ticket if it is time."""
         if trainer.current_epoch == self._last:
             return  # resumed at the end of an epoch
         self._last = trainer.current_epoch
-        drawn = self.pruner(network_of(pl_module), self.density, **self._shown(trainer, pl_module))
-        drawn = drawn.to("cpu")
-        if self._queue:
-            found = [Masks.from_state_dict(each).overlap(drawn).hamming for each in self._queue]
-            self.distances.append(found[-1])
-            self.farthest.append(max(found))
-            pl_module.log("mask_distance", found[-1], on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-            full = len(found) == self.window - 1
-            if self.drawn_at is None and full and max(found) < self.threshold:
+        data = trainer_calibration(trainer, pl_module, self.pruner.axes.criterion, self._batches)
+        drawn = self.pruner(network_of(pl_module), self.density, **data).to("cpu")
+        if self._window:
+            distances = [Masks.from_state_dict(packed).overlap(drawn).hamming for packed in self._window]
+            self.distances.append(distances[-1])
+            self.farthest.append(max(distances))
+            pl_module.log("mask_distance", distances[-1], on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            full = len(distances) == self.window - 1
+            if self.drawn_at is None and full and max(distances) < self.threshold:
                 self.drawn_at, self.ticket = len(self.distances) + 1, drawn
                 trainer.should_stop = trainer.should_stop or self.stop
-        self._queue = [*self._queue, drawn.state_dict()][1 - self.window :]
+        self._window = [*self._window, drawn.state_dict()][1 - self.window :]
 
     def state_dict(self) -> dict[str, Any]:
         """Masks in the window, distances, and the ticket."""
         ticket = None if self.ticket is None else self.ticket.state_dict()
-        lists = {"queue": list(self._queue), "distances": list(self.distances), "farthest": list(self.farthest)}
+        lists = {"window": list(self._window), "distances": list(self.distances), "farthest": list(self.farthest)}
         return {**lists, "ticket": ticket, "drawn_at": self.drawn_at, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self._queue = list(state_dict["queue"])
+        self._window = list(state_dict["window"])
         self.distances, self.farthest = list(state_dict["distances"]), list(state_dict["farthest"])
         self.ticket = None if state_dict["ticket"] is None else Masks.from_state_dict(state_dict["ticket"])
         self.drawn_at, self._last = state_dict["drawn_at"], state_dict["last"]
 
-    def _forget(self) -> None:
-        self._queue: list[dict[str, Any]] = []
+    def _reset(self) -> None:
+        self._window: list[dict[str, Any]] = []
         self.distances: list[float] = []
         self.farthest: list[float] = []
         self.drawn_at: int | None = None
         self.ticket: Masks | None = None
         self._last: int | None = None
-
-    def _shown(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        loader, precision = (lambda: trainer.train_dataloader), trainer.precision_plugin
-        return evidence(self.pruner.axes.criterion, pl_module, loader, self._batches, trainer.datamodule, precision)

@@ -1,17 +1,16 @@
 """Iterative pruning with rewinding inside one ``fit``."""
 
 import warnings
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from prune.callbacks.base import Sparsifying
+from prune.callbacks.base import PolicyCallback
 from prune.callbacks.loop_rewind import Course
-from prune.policies.iterative import REWINDS, Levels
-from prune.pruner import Pruner
+from prune.policies.iterative import REWINDS, Iterative
+from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
-from workbench.duration import Duration
 from workbench.training.resume import Continuation
 
 _ALWAYS = ("counters", "random state", "other callbacks")
@@ -25,8 +24,10 @@ _UNSUITED = {
 
 
 @final
-class LotteryTicket(Sparsifying):
+class LotteryTicket(PolicyCallback):
     """Hunts a lottery ticket in one ``fit`` of a training somebody already has: trains, prunes, rewinds, trains again.
+
+    It drives a :class:`prune.policies.Iterative`, which describes the arguments.
 
     ``max_epochs`` or ``max_steps`` is the budget of one level; a request to stop (EarlyStopping) ends the level, not
     the hunt. At its end the network is pruned to the next density, nested in the last masks, and goes back to the
@@ -40,6 +41,8 @@ class LotteryTicket(Sparsifying):
     step that loggers count, which grows over the levels. After a rewind point inside an epoch, that epoch's training
     means are over its rest.
 
+    Counters and the place in the data go back whatever ``rewinds`` says.
+
     Logged per epoch: ``level``, ``density`` and ``density/<parameter>``;
     ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
     and is part of the trainer's checkpoints: what is stopped in the middle of a level and resumed with ``ckpt_path``
@@ -48,56 +51,27 @@ class LotteryTicket(Sparsifying):
 
     A second ``fit`` of the network that was found trains on under the last masks; any other starts a hunt anew.
 
-    Args:
-        levels: How many times to prune. Or give ``density``.
-        rate: Share of the remaining weights pruned at each level, in [0, 1); 0 for the control that must change
-            nothing.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels.
-        rewind: Where each level after 0 starts: "0it" at the initial weights, "500it" after 500 updates, "2ep" after
-            two epochs.
-        pruner: Which weights go; the smallest of the whole network by default.
-        rewinds: ``"all"``; ``"weights"``, with the learning rate staying where the level ended; ``"learning_rate"``,
-            all but weights and buffers (learning-rate rewinding); or ``"nothing"`` of the two: fine-tuning at the last
-            learning rate. Counters and the place in the data go back in any case.
-        batches: How many training batches a criterion looks at that looks at data.
-
     Raises:
-        ValueError: If an argument is out of range; when training starts, as every callback here, and for strategies
-            that shard the network, loaders that are made anew, and callbacks that average weights or limit the time; in
-            training, if a level ends before the rewind point, or the point lies inside an epoch of data that cannot be
-            brought there again.
+        ValueError: Besides those of the policy, when training starts, for strategies that shard the network, loaders
+            that are made anew, and callbacks that average weights or limit the time; in training, if the rewind point
+            lies inside an epoch of data that cannot be brought there again.
 
     Warns:
-        UserWarning: By name, if a layer collapses; if the order of the data cannot be rewound.
-
-    Source: Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020,
-    arXiv:1912.05671, algorithm 2; Renda, Frankle, Carbin, "Comparing Rewinding and Fine-tuning", 2020,
-    arXiv:2003.02389.
+        UserWarning: Besides those of the policy, if the order of the data cannot be rewound.
     """
 
-    policy: Levels
+    policy: Iterative
 
-    def __init__(
-        self,
-        levels: int | None = None,
-        rate: float = 0.2,
-        density: float | None = None,
-        rewind: str | Duration = "1ep",
-        pruner: Pruner | None = None,
-        rewinds: Literal["all", "weights", "learning_rate", "nothing"] = "all",
-        batches: int = 16,
-    ) -> None:
-        super().__init__(Levels(levels, rate, density, rewind, pruner), batches=batches)
-        if rewinds not in REWINDS:
-            raise ValueError(f"rewinds is {rewinds!r}: one of {list(REWINDS)}")
-        self.rewinds = rewinds
+    @takes_arguments_of(Iterative)
+    def __init__(self, policy: Iterative) -> None:
+        super().__init__(policy)
         self._course: Course | None = None
         self._owed, self._logged = False, (-1, -1)
 
     @property
     def levels(self) -> list[dict[str, Any]]:
-        """A row for every level that has ended: that of :class:`prune.policies.iterative.Levels`, ``stopped``, whether
-        a request to stop ended it, and what was ``rewound`` and ``kept`` when it began.
+        """A row for every level that has ended: that of :class:`prune.policies.Iterative`, ``stopped``, whether a
+        request to stop ended it, and what was ``rewound`` and ``kept`` when it began.
         """
         return self.policy.rows
 
@@ -132,7 +106,7 @@ class LotteryTicket(Sparsifying):
         epoch = trainer.fit_loop.epoch_progress.current
         if epoch.processed == epoch.ready:
             state = checkpoint["callbacks"][self.state_key]
-            state["lately"] = self._scores(trainer)
+            state["epoch_metrics"] = self._scores(trainer)
             state["stopped"] = bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
     # What the course tells
@@ -168,7 +142,7 @@ class LotteryTicket(Sparsifying):
         policy = self.policy
         if policy.finished:
             return
-        policy.note(self._scores(trainer))
+        policy.record_metrics(self._scores(trainer))
         if trainer.fit_loop.done:
             self._turn(trainer)
         elif policy.point is None and self._due(trainer):
@@ -176,7 +150,7 @@ class LotteryTicket(Sparsifying):
 
     def schedules(self) -> bool:
         """Whether learning rates follow their schedulers, rather than stay where level 0 left them."""
-        return "schedulers" in REWINDS[self.rewinds] or self.policy.level == 0 or self.policy.finished
+        return "schedulers" in REWINDS[self.policy.rewinds] or self.policy.level == 0 or self.policy.finished
 
     # What it does
 
@@ -191,7 +165,7 @@ class LotteryTicket(Sparsifying):
             self._turn(trainer)
         elif policy.point is not None:
             self._owed = True
-            self._here().go_to(policy.place)
+            self._here().go_to(policy.position)
             for callback in trainer.callbacks:
                 if isinstance(callback, Continuation):
                     callback.forget()
@@ -203,7 +177,7 @@ class LotteryTicket(Sparsifying):
     def _take(self, trainer: Any, between: bool) -> None:
         module, scaler = trainer.lightning_module, getattr(trainer.precision_plugin, "scaler", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.policy.place = self._here().place(between)
+        self.policy.position = self._here().place(between)
         self.policy.point = Snapshot.take(module, trainer.optimizers, schedulers or None, scaler, rng=False)
         if (fault := self._here().fault()) is not None and trainer.is_global_zero:
             warnings.warn(f"the order of the data is not rewound: {fault}", stacklevel=2)
@@ -213,9 +187,9 @@ class LotteryTicket(Sparsifying):
         policy = self.policy
         rewound, kept = self._record()
         stopped = bool(trainer.should_stop or policy.stopped)
-        policy.close(stopped=stopped, rewound=rewound, kept=kept)
+        policy.end_level(stopped=stopped, rewound=rewound, kept=kept)
         if not policy.finished:
-            policy.descend(lambda: self._rewind(trainer))
+            policy.start_next_level(lambda: self._rewind(trainer))
             now = {"level": float(policy.level), **policy.densities()}
             trainer._logger_connector._callback_metrics.update({n: torch.tensor(value) for n, value in now.items()})
 
@@ -225,7 +199,7 @@ class LotteryTicket(Sparsifying):
         if policy.level == 0 or policy.point is None:
             return [], []
         fault = self._here().fault()
-        chosen = REWINDS[self.rewinds]
+        chosen = REWINDS[self.policy.rewinds]
         rewound = [part for part in policy.point.what if part in chosen]
         kept = [part for part in policy.point.what if part not in chosen]
         return [*rewound, *_ALWAYS, *([] if fault else ["data order"])], [*kept, *(["data order"] if fault else [])]
@@ -236,11 +210,11 @@ class LotteryTicket(Sparsifying):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         given = {"optimizers": trainer.optimizers, "schedulers": schedulers}
         given["scaler"] = getattr(trainer.precision_plugin, "scaler", None)
-        parts = [part for part in point.what if part in REWINDS[self.rewinds]]
+        parts = [part for part in point.what if part in REWINDS[self.policy.rewinds]]
         point.restore(module, **{name: value for name, value in given.items() if name in parts}, parts=parts)
         module.zero_grad()
-        self._here().go_to(self.policy.place)
-        self._seen = trainer.global_step
+        self._here().go_to(self.policy.position)
+        self._step = trainer.global_step
 
     def _scores(self, trainer: Any) -> dict[str, float]:
         """The metrics that are one number, without those that say which level this is."""

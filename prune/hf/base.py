@@ -1,10 +1,35 @@
-"""A policy driven by the events of a transformers Trainer; what its callbacks share."""
+"""A policy driven by the events of a transformers Trainer.
+
+Events of the Trainer in the order of one run, and the event of :class:`prune.policies.Policy` that each becomes:
+
+============================== ===================================================================================
+transformers                   policy
+============================== ===================================================================================
+``on_train_begin``             ``load_state_dict``, where the optimizer's state of a resumed checkpoint holds one;
+                               ``attach``; ``check_budget``
+(each parameter's gradient is  nothing; the first one asks autograd to call back when the backward pass is over
+accumulated)
+(backward pass is over)        ``before_step``, if it completes an update
+(gradients are clipped)        the norm counts kept weights only
+(the optimizer steps)          a hook on the optimizer multiplies weights by masks
+``on_step_end``                ``after_step``
+``on_log``                     ``densities``, beside the loss
+``on_save``                    ``masks``, to ``masks.safetensors`` in the checkpoint
+(``optimizer.state_dict()``)   ``state_dict``, into the optimizer's state
+``on_train_end``               ``shortfall``, as a warning; ``detach``
+============================== ===================================================================================
+
+What is in brackets is no event of the Trainer, and these are the hooks that take its place:
+
+- The Trainer clips before ``on_pre_optimizer_step``, so gradients are read and zeroed by hooks on the parameters.
+- A callback is not told which checkpoint is resumed, so the policy's state travels in the optimizer's.
+
+Invariant: between ``on_train_begin`` and ``release`` every hook is in ``_handle``; outside there is none.
+"""
 
 import math
 import warnings
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, final
@@ -19,43 +44,37 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from prune.criteria import Criterion
 from prune.masks import Masks
 from prune.masks.enforce import Handle, unwrapped
-from prune.policies import Moment, Policy
-from prune.policies.ownership import scaled_back
+from prune.policies import Policy, Timestamp
+from prune.policies.calibration import Calibration
+from prune.policies.optimizers import unscaled
+from prune.policies.timestamp import START
 from workbench.randomness import same_random_state
 
 FILE = "masks.safetensors"
 _KEY = "pruning"
 
 
-class Driving(TrainerCallback, ABC):
-    """Tells a policy what a Trainer does; the subclass says which policy.
+class PolicyCallback(TrainerCallback):
+    """Drives a policy by the events of a Trainer.
 
-    Gradients of pruned weights are zeroed at the end of the backward pass that completes an update, for the Trainer
-    clips before its callbacks hear of it. What the policy remembers travels in the optimizer's state, because a
-    callback is not told which checkpoint is resumed; the masks are also put into every checkpoint, in
-    ``masks.safetensors``, for whoever wants to read them.
+    Gradients of pruned weights are zeroed at the end of the backward pass that completes an update, before the Trainer
+    clips. The state of the policy is part of the optimizer's state in checkpoints; the masks are also written into
+    every checkpoint, as ``masks.safetensors``, to be read by others. A criterion that needs data is calibrated on the
+    first batches of the training data, in the order of the data set, and on the model's own loss.
 
     Args:
         policy: What decides.
-        log: Whether to put the densities beside the loss.
-        batches: How many training batches a criterion looks at that looks at data, in the order of the data set; the
-            loss is the model's own.
-        over: What to do when training has ended, with the hooks still on.
+        log: Whether to log densities beside the loss.
+        at_end: Called when training has ended, with the hooks still on.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        log: bool = True,
-        batches: int = 16,
-        over: Callable[[TrainerState], None] | None = None,
-    ) -> None:
-        self.policy, self._log, self._batches, self._over = policy, log, batches, over
+    def __init__(self, policy: Policy, log: bool = True, at_end: Callable[[TrainerState], None] | None = None) -> None:
+        self.policy, self._log, self._at_end = policy, log, at_end
         self._handle: Handle | None = None
-        self._wrapped: Any = None
-        self._moment = Moment(0, 0.0)
-        self._armed = False
-        self._seen: Masks | None = None
+        self._optimizer: Any = None
+        self._time = START
+        self._callback_queued = False
+        self._masks_before: Masks | None = None
 
     @property
     @final
@@ -65,7 +84,7 @@ class Driving(TrainerCallback, ABC):
 
     @final
     def release(self) -> None:
-        """Take every hook off; training does it when it ends, and cannot where it ends by an exception."""
+        """Remove every hook. Training does so when it ends; after an exception it cannot, so call this."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
@@ -75,35 +94,35 @@ class Driving(TrainerCallback, ABC):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After weights and optimizer have been restored: take up the policy of the checkpoint, or start anew."""
+        """After weights and optimizer have been restored: resume the policy of the checkpoint, or start it."""
         self.release()
-        model, wrapped = kwargs["model"], kwargs["optimizer"]
+        model, self._optimizer = kwargs["model"], kwargs["optimizer"]
         if args.deepspeed:
             raise ValueError("DeepSpeed keeps weights of its own, which no mask reaches: train with DDP or FSDP2")
-        optimizer = unwrapped(wrapped)
+        optimizer = unwrapped(self._optimizer)
         self._restore(optimizer, state)
-        self._wrapped, self._moment, self._armed = wrapped, _moment(state), False
-        hooks = [optimizer.register_state_dict_post_hook(self._remember)]
-        hooks += [p.register_post_accumulate_grad_hook(self._arm) for p in model.parameters() if p.requires_grad]
+        self._time, self._callback_queued = _now(state), False
+        hooks = [optimizer.register_state_dict_post_hook(self._store)]
+        hooks += [p.register_post_accumulate_grad_hook(self._queue) for p in model.parameters() if p.requires_grad]
         self._handle = Handle([hook.remove for hook in hooks])
         try:
-            evidence = _evidence(args, kwargs["train_dataloader"], self._batches)
-            self.policy.attach(model, optimizer, self._moment, evidence=evidence)
+            calibration = _calibration(args, kwargs["train_dataloader"])
+            self.policy.attach(model, optimizer, self._time, calibration=calibration)
             self.policy.check_budget(state.max_steps, _epochs(args, kwargs["train_dataloader"]))
         except BaseException:
             self.release()
             raise
-        self._seen = self.masks
+        self._masks_before = self.masks
 
     @final
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the policy. A model that was the best until now was so among denser ones: that is forgotten."""
-        self._moment = _moment(state)
-        self.policy.after_step(self._moment)
-        before, now = self._seen, self.masks
+        """Tell the policy of the update. Where it pruned, forget the best model, which was a denser one."""
+        self._time = _now(state)
+        self.policy.after_step(self._time)
+        before, now = self._masks_before, self.masks
         if now is not before and now is not None and (before is None or now.density < before.density):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        self._seen = now
+        self._masks_before = now
 
     @final
     def on_log(
@@ -114,15 +133,16 @@ class Driving(TrainerCallback, ABC):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the densities beside the loss."""
+        """Log the densities beside the loss."""
         if self._log and logs is not None and "loss" in logs:
             densities = self.policy.densities()
+            # The Trainer has copied logs to the history already; reporters that come later read logs.
             logs.update(densities)
             state.log_history[-1].update(densities)
 
     @final
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the masks into the checkpoint."""
+        """Write the masks into the checkpoint."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.masks is not None and args.should_save and folder.is_dir():
             self.masks.save(folder / FILE)
@@ -131,22 +151,27 @@ class Driving(TrainerCallback, ABC):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook behind; say what was not reached; hold the masks of the best model where that was loaded."""
-        if self._over is not None:
-            self._over(state)
+        """Remove every hook; warn of what was not reached; hold the masks of the best model where it was loaded."""
+        if self._at_end is not None:
+            self._at_end(state)
         self.release()
-        if (unmet := self.policy.unmet()) is not None and state.is_world_process_zero:
-            warnings.warn(f"training ended with {unmet}", stacklevel=2)
+        if (shortfall := self.policy.shortfall()) is not None and state.is_world_process_zero:
+            warnings.warn(f"training ended with {shortfall}", stacklevel=2)
         best, masks = state.best_model_checkpoint, self.masks
+        # The Trainer loads the best model before this event.
         if args.load_best_model_at_end and best and masks is not None and not masks.obeyed_by(kwargs["model"]):
             self.policy.masks = Masks.load(Path(best) / FILE)
 
     def _restore(self, optimizer: Optimizer, state: TrainerState) -> None:
-        """Take up what ``_remember`` put into the optimizer's state, if a checkpoint with it is resumed."""
+        """Load what ``_store`` put into the optimizer's state, if a checkpoint with it is resumed.
+
+        Callbacks of one class are told apart by their order; each takes the first entry that is left.
+        """
         kind = type(self).__name__
-        held: dict[str, list[Any]] = optimizer.param_groups[0].get(_KEY, {})
+        stored: dict[str, list[Any]] = optimizer.param_groups[0].get(_KEY, {})
+        # Names the classes that ran, also in checkpoints without an optimizer's state.
         kinds: list[str] = cast("Any", state.stateful_callbacks).setdefault(_KEY, [])
-        if entries := held.get(kind):
+        if entries := stored.get(kind):
             entry = entries.pop(0)
             if entry["step"] != state.global_step:
                 raise ValueError(
@@ -160,53 +185,61 @@ class Driving(TrainerCallback, ABC):
                 "would be: resume one that was saved without save_only_model, or start anew from its weights with "
                 f"KeepMasked(Masks.load('<checkpoint>/{FILE}'))"
             )
-        if not any(held.values()):
+        if not any(stored.values()):
             optimizer.param_groups[0].pop(_KEY, None)
         if kind not in kinds:
             kinds.append(kind)
 
-    def _remember(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        entry = {"step": self._moment.step, "policy": self.policy.state_dict()}
+    def _store(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        entry = {"step": self._time.step, "policy": self.policy.state_dict()}
+        # In a parameter group: state by parameter would be moved to its device, and other keys are dropped on loading.
         state_dict["param_groups"][0].setdefault(_KEY, {}).setdefault(type(self).__name__, []).append(entry)
 
-    def _arm(self, parameter: Any) -> None:
-        """A gradient has come. When all have, and ranks have averaged them, look."""
-        if not self._armed:
-            self._armed = True
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(lambda: queue(self._gradients_are_there))  # behind what data parallelism queues while they come
+    def _queue(self, parameter: Any) -> None:
+        """A gradient has been accumulated, the first one of this backward pass."""
+        if not self._callback_queued:
+            self._callback_queued = True
+            # DDP queues its own callback, which averages over ranks, while gradients come in. One queued from inside a
+            # callback runs after it.
+            queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+            queue_callback(lambda: queue_callback(self._backward_is_over))
 
-    def _gradients_are_there(self) -> None:
-        self._armed = False
-        gradients = getattr(self._wrapped, "gradient_state", None)
+    def _backward_is_over(self) -> None:
+        self._callback_queued = False
+        gradients = getattr(self._optimizer, "gradient_state", None)  # accelerate's, which counts micro-batches
         if gradients is None or gradients.sync_gradients:
-            with _unscaled(self._wrapped, self.policy.reads_gradients):
-                self.policy.before_step(self._moment)
+            scaler = getattr(self._optimizer, "scaler", None) if self.policy.reads_gradients else None
+            with unscaled(scaler, [unwrapped(self._optimizer)]):
+                self.policy.before_step(self._time)
 
 
-def _evidence(args: TrainingArguments, loader: Any, batches: int) -> Callable[[Criterion], dict[str, Any]]:
-    """What a criterion that looks at data is shown: batches drawn anew, for those under way belong to their epoch."""
+def _now(state: TrainerState) -> Timestamp:
+    return Timestamp(state.global_step, state.epoch or 0.0)
 
-    def shown(criterion: Criterion) -> dict[str, Any]:
+
+def _calibration(args: TrainingArguments, loader: Any) -> Calibration:
+    """Batches in the order of the data set; those of the Trainer's own loader belong to the running epoch."""
+
+    def calibration(criterion: Criterion, batches: int) -> dict[str, Any]:
         if not criterion.needs_loader:
             return {}
         plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
-        seen = {"loader": _First(plain, batches, args.seed)}
-        return {**seen, "loss": _loss} if criterion.needs_loss else seen
+        data = {"loader": _FirstBatches(plain, batches, args.seed)}
+        return {**data, "loss": _loss} if criterion.needs_loss else data
 
-    return shown
+    return calibration
 
 
-class _First:
-    """The first batches of a loader, from a random state of their own, anew at every reading."""
+class _FirstBatches:
+    """The first batches of a loader, drawn anew from the same random state at every reading."""
 
     def __init__(self, loader: DataLoader, batches: int, seed: int) -> None:
         self.loader, self.batches, self.seed = loader, batches, seed
 
     def __iter__(self) -> Iterator[Any]:
         with same_random_state(self.seed):
-            seen = list(islice(self.loader, self.batches))
-        yield from seen
+            batches = list(islice(self.loader, self.batches))
+        yield from batches
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -221,10 +254,6 @@ def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
     return loss
 
 
-def _moment(state: TrainerState) -> Moment:
-    return Moment(state.global_step, state.epoch or 0.0)
-
-
 def updates_per_epoch(args: TrainingArguments, loader: Any) -> int | None:
     """As the Trainer counts them; None if the data has no length."""
     try:
@@ -234,19 +263,8 @@ def updates_per_epoch(args: TrainingArguments, loader: Any) -> int | None:
 
 
 def _epochs(args: TrainingArguments, loader: Any) -> float:
-    """Epochs that there will be; infinity if nobody knows."""
+    """Epochs of the training; infinity if the data has no length."""
     if args.max_steps <= 0:
         return args.num_train_epochs
     per_epoch = updates_per_epoch(args, loader)
     return math.inf if per_epoch is None else args.max_steps / per_epoch
-
-
-@contextmanager
-def _unscaled(optimizer: Any, wanted: bool) -> Iterator[None]:
-    """Inside, gradients are as they would be without the gradient scaler of half precision, if that is ``wanted``."""
-    scaler = getattr(optimizer, "scaler", None)
-    if not wanted or scaler is None or not scaler.is_enabled():
-        yield
-        return
-    with scaled_back(scaler, [optimizer]):
-        yield

@@ -1,25 +1,26 @@
 """Iterative pruning with rewinding inside one ``Trainer.train()``."""
 
 from functools import partial
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from prune.hf.base import Driving, updates_per_epoch
-from prune.policies.iterative import REWINDS, Levels
-from prune.pruner import Pruner
+from prune.hf.base import PolicyCallback, updates_per_epoch
+from prune.policies.iterative import REWINDS, Iterative
+from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
-from workbench.duration import Duration
 
 _NEVER = ("random state", "data order", "counters")
 
 
 @final
-class LotteryTicket(Driving):
+class LotteryTicket(PolicyCallback):
     """Hunts a lottery ticket in one ``Trainer.train()``: trains, prunes, rewinds and trains again.
+
+    It drives a :class:`prune.policies.Iterative`, which describes the arguments.
 
     ::
 
@@ -40,49 +41,22 @@ class LotteryTicket(Driving):
     on as if undisturbed. A second ``train()`` of the network that was found trains on under the last masks; any other
     starts a hunt anew.
 
-    Args:
-        levels: How many times to prune, n. Or give ``density``.
-        rate: Share of the remaining weights pruned at each level, in [0, 1); 0 for the control that prunes nothing.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels.
-        rewind: Where each level after 0 starts: "0it" at the initial weights, "500it" after k = 500 updates, "2ep"
-            after two epochs.
-        pruner: Which weights go; the smallest of the whole model by default.
-        rewinds: ``"all"``; ``"weights"``, with the learning rate staying where the level ended; ``"learning_rate"``,
-            all but weights and buffers; or ``"nothing"`` of the two: fine-tuning at the last learning rate.
-
     Raises:
-        ValueError: If an argument is out of range; when training starts, if S is no whole number, or not above k, or
-            FSDP shards the model.
-
-    Warns:
-        UserWarning: By name, if a layer collapses; when training ends, if levels are left.
-
-    Source: Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020,
-    arXiv:1912.05671, algorithm 2; Renda, Frankle, Carbin, "Comparing Rewinding and Fine-tuning", 2020,
-    arXiv:2003.02389.
+        ValueError: Besides those of the policy, when training starts, if S is no whole number, or not above k, or FSDP
+            shards the model.
     """
 
-    policy: Levels
+    policy: Iterative
 
-    def __init__(
-        self,
-        levels: int | None = None,
-        rate: float = 0.2,
-        density: float | None = None,
-        rewind: str | Duration = "1ep",
-        pruner: Pruner | None = None,
-        rewinds: Literal["all", "weights", "learning_rate", "nothing"] = "all",
-    ) -> None:
-        super().__init__(Levels(levels, rate, density, rewind, pruner), over=self._close)
-        if rewinds not in REWINDS:
-            raise ValueError(f"rewinds is {rewinds!r}: one of {list(REWINDS)}")
-        self.rewinds = rewinds
+    @takes_arguments_of(Iterative)
+    def __init__(self, policy: Iterative) -> None:
+        super().__init__(policy, at_end=self._close)
         self._length = self._point = 0
 
     @property
     def levels(self) -> list[dict[str, Any]]:
-        """A row for every level that has ended: those of :class:`prune.policies.iterative.Levels`, ``steps``, the
-        level's updates at its end, and what was ``rewound`` and ``kept`` when it began.
+        """A row for every level that has ended: those of :class:`prune.policies.Iterative`, ``steps``, the level's
+        updates at its end, and what was ``rewound`` and ``kept`` when it began.
         """
         return self.policy.rows
 
@@ -120,7 +94,7 @@ class LotteryTicket(Driving):
                 policy.point = Snapshot.take(kwargs["model"], rng=False, **parts)
         if state.global_step == self._end():
             self._close(state)
-            policy.descend(lambda: self._rewind(kwargs["model"], parts))
+            policy.start_next_level(lambda: self._rewind(kwargs["model"], parts))
 
     def on_evaluate(
         self,
@@ -132,7 +106,9 @@ class LotteryTicket(Driving):
     ) -> None:
         """Note what the level has come to."""
         if not self.policy.finished:
-            self.policy.note({n: value for n, value in (metrics or {}).items() if isinstance(value, int | float)})
+            self.policy.record_metrics(
+                {n: value for n, value in (metrics or {}).items() if isinstance(value, int | float)}
+            )
 
     def _end(self) -> int:
         """Updates of all levels up to the end of this one."""
@@ -143,14 +119,14 @@ class LotteryTicket(Driving):
         if policy.finished or state.global_step != self._end() or policy.point is None:
             return
         what = policy.point.what if policy.level else ()
-        chosen = REWINDS[self.rewinds]
+        chosen = REWINDS[self.policy.rewinds]
         rewound, kept = [p for p in what if p in chosen], [p for p in what if p not in chosen]
-        policy.close(steps=self._length, rewound=rewound, kept=[*kept, *(_NEVER if policy.level else ())])
+        policy.end_level(steps=self._length, rewound=rewound, kept=[*kept, *(_NEVER if policy.level else ())])
 
     def _rewind(self, model: nn.Module, given: dict[str, Any]) -> None:
         point = self.policy.point
         assert point is not None, "taken"
-        parts = [part for part in point.what if part in REWINDS[self.rewinds]]
+        parts = [part for part in point.what if part in REWINDS[self.policy.rewinds]]
         point.restore(model, **{name: value for name, value in given.items() if name in parts}, parts=parts)
 
 

@@ -1,9 +1,10 @@
-"""What is pruned when: objects that any training loop can drive, and the callbacks of every trainer do."""
+"""What is pruned when: policies that follow any training loop, and that the callbacks of every trainer drive."""
 
 from prune.policies.dynamic import Dynamic
 from prune.policies.fixed import Fixed
 from prune.policies.gradual import Gradual
-from prune.policies.moment import Moment
+from prune.policies.iterative import Iterative
 from prune.policies.policy import Policy
+from prune.policies.timestamp import Timestamp
 
-__all__ = ["Dynamic", "Fixed", "Gradual", "Moment", "Policy"]
+__all__ = ["Dynamic", "Fixed", "Gradual", "Iterative", "Policy", "Timestamp"]

@@ -1,4 +1,4 @@
-"""As sparse as ever, with connections that move."""
+"""Dynamic sparse training: constant density, with connections that move."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from prune.allocation import Allocation
 from prune.criteria import random, seeded
 from prune.masks import Masks
-from prune.policies.moment import Moment, check_times
 from prune.policies.policy import Policy
+from prune.policies.timestamp import Timestamp, check_times
 from prune.pruner import Patterns, Pruner
 from prune.schedule import check_density
 from prune.topk import keep_top_k
@@ -41,19 +41,21 @@ class Dynamic(Policy):
 
         n = floor(k * fraction * decay((t - begin) / (end - begin)))
 
-    of them, those of the smallest |w|, and grows n of the inactive ones, those just dropped among them: of the largest
-    |gradient| (``"rigl"``) or at random (``"set"``). Every layer keeps exactly k; ties go by index. What grows starts
-    at 0, and what the optimizer remembers of a weight that was dropped or grown is cleared; one that is dropped and
-    grown again at once keeps both, as in the authors' code (github.com/google-research/rigl). The masks change before
-    an update, with its gradients, and the update is then done under the new ones, where that code leaves it out.
-    Gradients that are not finite let the change wait for the next update; a layer without any stays as it is.
+    of them, those of the smallest |w|, and grows n of the inactive ones, including those just dropped: of the largest
+    |gradient| (``"rigl"``) or at random (``"set"``). Every layer keeps exactly k; ties go by index. Grown weights start
+    at 0, and optimizer state of a dropped or grown weight is cleared; a weight dropped and grown again at once keeps
+    both, as in the authors' code (github.com/google-research/rigl). The masks change before an update, by its
+    gradients, and the update is then done under the new ones; that code skips the update. Where gradients are not
+    finite, the change waits for the next update; a layer without gradients stays as it is. Gradients are those of the
+    whole update, over micro-batches and ranks, before they are clipped.
 
-    Attached a second time it goes on from the masks held, if the network still obeys them; another network starts with
-    random masks, and its weights are zero where these say so.
+    A second training of the same network goes on from the masks held, if the network still obeys them; another network
+    starts with random masks, and its weights are zero where these prune them.
 
     Args:
         density: Share of the prunable weights to keep, in (0, 1].
-        begin: From when on connections move, e.g. "1ep" or "500it": epochs or updates. Never before the first.
+        begin: From when on connections move, e.g. "1ep" or "500it": epochs or updates. Never before the first. A
+            Lightning Trainer counts updates as ``trainer.global_step``.
         end: Until when, in the same unit; the paper has three quarters of training.
         every: Time between two changes, in either unit; the paper has 100 updates.
         growth: ``"rigl"`` or ``"set"``.
@@ -66,8 +68,8 @@ class Dynamic(Policy):
         seed: Of the first masks, and of what SET grows: with the update and the parameter's name it decides both.
 
     Raises:
-        ValueError: If an argument is out of range or the units differ; when attached, as ``Pruner``, or if RigL is to
-            look at the gradient of a frozen weight.
+        ValueError: If an argument is out of range or the units differ; when training starts, as ``Pruner``, if it ends
+            before ``begin``, or if RigL needs the gradient of a frozen weight.
 
     Warns:
         UserWarning: As :meth:`Policy.attach`.
@@ -110,34 +112,34 @@ class Dynamic(Policy):
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return self.pruner.scope(model)
 
-    def _begin(self, moment: Moment, taken_up: bool) -> None:
+    def _start(self, time: Timestamp, resumed: bool) -> None:
         self._check_pruner(self.pruner)
-        self._passed = min(self._passed, moment.passed(self.every))
-        if not taken_up:
+        self._passed = min(self._passed, time.passed(self.every))  # a second training begins at 0 again
+        if not resumed:
             assert self._model is not None, "attached"
             self._enforce(self.pruner(self._model, self.density))
 
-    def _needs_dense(self, moment: Moment) -> bool:
-        return self.reads_gradients and self._due(moment)
+    def _needs_dense_gradients(self, time: Timestamp) -> bool:
+        return self.reads_gradients and self._due(time)
 
-    def _due(self, moment: Moment) -> bool:
-        return 0 <= moment.since(self.begin, self.end) <= 1 and moment.passed(self.every) > self._passed
+    def _due(self, time: Timestamp) -> bool:
+        return 0 <= time.progress(self.begin, self.end) <= 1 and time.passed(self.every) > self._passed
 
-    def _observe(self, moment: Moment) -> None:
-        if moment.since(self.begin, self.end) < 0:
-            self._passed = moment.passed(self.every)
-        if not self._due(moment):
+    def _read_gradients(self, time: Timestamp) -> None:
+        if time.progress(self.begin, self.end) < 0:
+            self._passed = time.passed(self.every)
+        if not self._due(time):
             return
         grads = self._gradients() if self.reads_gradients else {}
         if self.reads_gradients and not grads:
             return
-        self._passed = moment.passed(self.every)
+        self._passed = time.passed(self.every)
         assert self.masks is not None, "attached"
-        share = self.fraction * self.decay(moment.since(self.begin, self.end))
+        share = self.fraction * self.decay(time.progress(self.begin, self.end))
         moved = dict(self.masks)
         for name, weight in self._weights.items():
             if not self.reads_gradients:
-                scores = random(weight.detach(), seeded(self.seed, f"{name}@{moment.step}"))
+                scores = random(weight.detach(), seeded(self.seed, f"{name}@{time.step}"))
             elif name in grads:
                 scores = grads[name].detach().abs()
             else:
@@ -145,14 +147,14 @@ class Dynamic(Policy):
             moved[name] = rewired(self.masks[name], weight.detach(), scores, share)
         self._enforce(Masks(moved))
 
-    def _advance(self, moment: Moment) -> None:
+    def _after_update(self, time: Timestamp) -> None:
         pass
 
-    def _progress(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {"passed": self._passed}
 
-    def _take_up(self, progress: Mapping[str, Any]) -> None:
-        self._passed = progress.get("passed", 0)
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self._passed = state.get("passed", 0)
 
     def check_budget(self, updates: float, epochs: float) -> None:
         """Refuse a training that is over before connections begin to move."""
@@ -162,22 +164,22 @@ class Dynamic(Policy):
                 f"begin is {self.begin}, but training has {budget}{self.end.unit} only: begin earlier, or train longer"
             )
 
-    def unmet(self) -> str | None:
-        """Nothing: it is as sparse as it is to be from the start."""
+    def shortfall(self) -> str | None:
+        """None: the density is constant."""
         return None
 
 
 def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float) -> Tensor:
-    """A mask of as many weights, where floor(k * ``share``) of the k active ones have made place for others.
+    """``mask`` after a drop of n = floor(k * ``share``) of its k active weights and a growth of n inactive ones.
 
-    The smallest |weight| of the active ones go, and the highest ``scores`` of all that are inactive then come. Equal
-    ones are kept, and come, by index.
+    Dropped are those of the smallest |weight|; grown those of the highest ``scores`` among all inactive then. Ties go
+    by index.
 
     Args:
         mask: bool, any shape.
-        weight: of its shape.
-        scores: of its shape, what growing is worth.
-        share: in [0, 1].
+        weight: Of the same shape.
+        scores: Of the same shape.
+        share: In [0, 1].
     """
     active = int(mask.sum())
     moving = math.floor(active * share)

@@ -1,15 +1,16 @@
 """One mask from the first step to the last."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
 
-from prune.masks import Masks
 from prune.masks.enforce import fitting
-from prune.policies.moment import Moment
+from prune.masks.load import masks_of
 from prune.policies.policy import Policy
+from prune.policies.timestamp import Timestamp
 
 
 @final
@@ -17,7 +18,8 @@ class Fixed(Policy):
     """Trains under a fixed mask: pruned weights are zero before the first step and after every one.
 
     Args:
-        masks: Parameter name -> bool tensor, True where the weight is kept.
+        masks: Parameter name -> bool tensor, True where the weight is kept; or the path of a file that ``Masks.save``
+            wrote, or of a compact checkpoint.
 
     Raises:
         ValueError: If the masks are not valid; when attached, if they do not fit; when a state is loaded, if other
@@ -27,44 +29,44 @@ class Fixed(Policy):
         UserWarning: By name, when attached, if a mask keeps nothing of a layer.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         super().__init__()
-        self.masks = self._given = masks if isinstance(masks, Masks) else Masks(masks)
+        self.masks = self._fixed = masks_of(masks)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return fitting(self._given, model)
+        return fitting(self._fixed, model)
 
-    def _begin(self, moment: Moment, taken_up: bool) -> None:
-        for name, (kept, total) in self._given.counts().items():
+    def _start(self, time: Timestamp, resumed: bool) -> None:
+        for name, (kept, total) in self._fixed.counts().items():
             if not kept:
                 warnings.warn(f"layer collapse: '{name}' keeps none of its {total} weights", stacklevel=4)
-        if not taken_up:
-            self._enforce(self._given)
+        if not resumed:
+            self._enforce(self._fixed)
 
-    def _needs_dense(self, moment: Moment) -> bool:
+    def _needs_dense_gradients(self, time: Timestamp) -> bool:
         return False
 
-    def _observe(self, moment: Moment) -> None:
+    def _read_gradients(self, time: Timestamp) -> None:
         pass
 
-    def _advance(self, moment: Moment) -> None:
+    def _after_update(self, time: Timestamp) -> None:
         pass
 
-    def _progress(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {}
 
-    def _take_up(self, progress: Mapping[str, Any]) -> None:
-        if self.masks is not None and self.masks != self._given:
-            stored, given = self.masks.hash(), self._given.hash()
-            self.masks = self._given
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        if self.masks is not None and self.masks != self._fixed:
+            stored, given = self.masks.hash(), self._fixed.hash()
+            self.masks = self._fixed
             raise ValueError(
                 f"what is resumed was trained under mask {stored[:12]}, but mask {given[:12]} is given: resume with "
                 "the same mask, or start anew from its weights"
             )
 
     def check_budget(self, updates: float, epochs: float) -> None:
-        """Any is enough."""
+        """Any length is enough."""
 
-    def unmet(self) -> str | None:
-        """Nothing."""
+    def shortfall(self) -> str | None:
+        """None: a fixed mask is complete at once."""
         return None

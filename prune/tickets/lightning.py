@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune.callbacks import KeepMasked
-from prune.callbacks.calibration import evidence
+from prune.callbacks.calibration import calibration
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewinding.lightning import LastUpdate, Return, RewindPoint
@@ -164,7 +164,9 @@ class LightningTrainee(Trainee):
     def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
         module, data, seed = self.module, self.data, self.seed
-        shown = evidence(pruner.axes.criterion, module, lambda: training_loader(module, data, seed), self.batches, data)
+        shown = calibration(
+            pruner.axes.criterion, module, lambda: training_loader(module, data, seed), self.batches, data
+        )
         with same_random_state(seed):
             return pruner(self.network, density, within=within, **shown)
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from prune import GradualPruning, KeepMasked, LotteryTicket, Pruner
-from prune.callbacks.calibration import evidence
+from prune.callbacks.calibration import calibration
 from prune.criteria import CRITERIA
 from workbench import TaskModule
 from workbench.tasks import Classification
@@ -62,7 +62,7 @@ def test_masks_are_those_of_the_same_batches_and_loss_given_by_hand(namespace: A
     expected = pruner(network, 0.3, loader=[(X[i : i + 4], Y[i : i + 4]) for i in (0, 4)], loss=cross_entropy)
     before = torch.get_rng_state()
     torch.manual_seed(5)
-    assert pruner(network, 0.3, **evidence(pruner.axes.criterion, module, lambda: loader, 2)) == expected
+    assert pruner(network, 0.3, **calibration(pruner.axes.criterion, module, lambda: loader, 2)) == expected
     torch.set_rng_state(before)
     assert "log" not in vars(module)
 
@@ -72,7 +72,7 @@ def test_a_module_of_a_task_is_asked_for_its_own_loss_and_inputs() -> None:
     loader = DataLoader(TensorDataset(X, Y), 8)
     for name in ("taylor", "wanda", "synflow", "grasp"):
         pruner = Pruner(name, allocation="uniform")
-        masks = pruner(module.network, 0.5, **evidence(pruner.axes.criterion, module, lambda: loader, 3))
+        masks = pruner(module.network, 0.5, **calibration(pruner.axes.criterion, module, lambda: loader, 3))
         assert masks.density == pytest.approx(0.5, abs=0.02)
 
 
@@ -80,7 +80,7 @@ def test_nothing_is_asked_for_where_weights_tell_enough() -> None:
     def never() -> Any:
         raise AssertionError("asked")
 
-    assert evidence(CRITERIA["magnitude"], theirs(lp), never, 0) == {}
+    assert calibration(CRITERIA["magnitude"], theirs(lp), never, 0) == {}
 
 
 class Stream(IterableDataset):
@@ -115,7 +115,7 @@ def test_neither_random_numbers_nor_a_running_epoch_are_touched(make: Any, worke
     loader = make(workers)
     running = iter(loader)
     seen = [next(running)[1].tolist()]
-    shown = evidence(CRITERIA["wanda"], theirs(lp), lambda: loader, 2)["loader"]
+    shown = calibration(CRITERIA["wanda"], theirs(lp), lambda: loader, 2)["loader"]
     state = torch.get_rng_state()
     once, again = list(shown), list(shown)
     assert torch.equal(torch.get_rng_state(), state)
@@ -137,7 +137,9 @@ def test_a_callback_prunes_before_the_first_update(namespace: Any, criterion: st
     assert sparse.masks.density == pytest.approx(0.4, abs=0.02)
     if criterion in ("synflow", "wanda"):
         again = theirs(namespace)
-        assert sparse.masks == pruner(again.network, 0.4, **evidence(pruner.axes.criterion, again, lambda: loader, 2))
+        assert sparse.masks == pruner(
+            again.network, 0.4, **calibration(pruner.axes.criterion, again, lambda: loader, 2)
+        )
     torch.manual_seed(7)
     fit(namespace, given, loader, KeepMasked(sparse.masks))
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), given.parameters()))
@@ -192,7 +194,7 @@ def test_metrics_of_a_module_do_not_count_what_is_looked_at() -> None:
     module.seen(torch.tensor(5.0))
     pruner = Pruner("grasp", allocation="uniform")
     loader = DataLoader(TensorDataset(X, Y), 4)
-    pruner(module.network, 0.5, **evidence(pruner.axes.criterion, module, lambda: loader, 3))
+    pruner(module.network, 0.5, **calibration(pruner.axes.criterion, module, lambda: loader, 3))
     assert module.seen.compute() == 5
     module.seen(torch.tensor(7.0))
     assert module.seen.compute() == 6
@@ -208,7 +210,7 @@ def test_a_criterion_that_reads_one_batch_draws_one() -> None:
 
     pruner = Pruner("synflow", allocation="uniform")
     loader = DataLoader(Watched(X, Y), 4)
-    pruner(net(), 0.5, **evidence(pruner.axes.criterion, theirs(lp), lambda: loader, 5))
+    pruner(net(), 0.5, **calibration(pruner.axes.criterion, theirs(lp), lambda: loader, 5))
     assert len(drawn) == 4 * 100, "rounds"
 
 
@@ -216,21 +218,21 @@ def test_mistakes_are_named() -> None:
     loader = DataLoader(TensorDataset(X, Y), 4)
     family = TaskModule({"a": net(), "b": net()}, Classification(3))
     with pytest.raises(ValueError, match="'wanda' runs one network, and this is a family of 2"):
-        evidence(CRITERIA["wanda"], family, lambda: loader, 1)
+        calibration(CRITERIA["wanda"], family, lambda: loader, 1)
     with pytest.raises(ValueError, match="there are 2 training loaders"):
-        evidence(CRITERIA["snip"], theirs(lp), lambda: {"a": loader, "b": loader}, 1)
+        calibration(CRITERIA["snip"], theirs(lp), lambda: {"a": loader, "b": loader}, 1)
     by_hand = theirs(lp)
     by_hand.automatic_optimization = False
     with pytest.raises(ValueError, match="steps its optimizers in training_step"):
-        evidence(CRITERIA["snip"], by_hand, lambda: loader, 1)
+        calibration(CRITERIA["snip"], by_hand, lambda: loader, 1)
     mapped = [{"x": X[:4], "y": Y[:4]}]
     with pytest.raises(ValueError, match=r"Sequential cannot be called with arguments \['x', 'y'\] of a batch"):
-        Pruner("wanda")(net(), 0.5, **evidence(CRITERIA["wanda"], theirs(lp), lambda: mapped, 1))
+        Pruner("wanda")(net(), 0.5, **calibration(CRITERIA["wanda"], theirs(lp), lambda: mapped, 1))
     with pytest.raises(ValueError, match="batches is 0: criterion 'snip' looks at 1 or more"):
-        evidence(CRITERIA["snip"], theirs(lp), lambda: loader, 0)
+        calibration(CRITERIA["snip"], theirs(lp), lambda: loader, 0)
     silent = theirs(lp, lambda loss: None)
     with pytest.raises(ValueError, match="training_step gives NoneType, not a loss"):
-        Pruner("snip")(silent.network, 0.5, **evidence(CRITERIA["snip"], silent, lambda: loader, 1))
-    shown = evidence(CRITERIA["snip"], theirs(lp), lambda: loader, 1)
+        Pruner("snip")(silent.network, 0.5, **calibration(CRITERIA["snip"], silent, lambda: loader, 1))
+    shown = calibration(CRITERIA["snip"], theirs(lp), lambda: loader, 1)
     with pytest.raises(ValueError, match="that of its own network"):
         Pruner("snip")(net(), 0.5, **shown)

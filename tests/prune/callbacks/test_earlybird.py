@@ -85,10 +85,10 @@ def test_resumed_it_gives_the_same(namespace: Any, ended: int, tmp_path: Path) -
 def test_its_state_is_a_bit_a_weight_whatever_the_epochs() -> None:
     bird = EarlyBird(Pruner(), 0.3, window=3)
     fit(user_module(), bird, max_epochs=6)
-    queue = bird.state_dict()["queue"]
+    queue = bird.state_dict()["window"]
     assert len(queue) == 2
     assert [entry["bits"].numel() for entry in queue[0].values()] == [8, 4]
-    assert bird._queue is not queue
+    assert bird._window is not queue
 
 
 def test_a_second_fit_starts_anew() -> None:

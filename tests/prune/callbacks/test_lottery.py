@@ -660,7 +660,7 @@ def test_no_levels_left_is_said() -> None:
     ticket = LotteryTicket(levels=2, rewind="0it")
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(theirs(), ticket, Enough())
-    assert ticket.policy.unmet() == "level 0 of 2"
+    assert ticket.policy.shortfall() == "level 0 of 2"
 
 
 def test_a_parser_takes_it_in_either_namespace() -> None:

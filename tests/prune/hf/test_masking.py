@@ -23,9 +23,9 @@ from transformers import (
 
 from distill import DistillationTrainer
 from prune import Masks, Pruner
-from prune.hf import DynamicSparsity, GradualPruning, KeepMasked, masks_of_zeros
-from prune.hf.base import Driving, _unscaled
-from prune.policies import Moment, Policy
+from prune.hf import DynamicSparsity, GradualPruning, KeepMasked, PolicyCallback, masks_of_zeros
+from prune.policies import Policy, Timestamp
+from prune.policies.optimizers import unscaled
 from prune.schedule import cubic, kept
 from tests.helpers.ranks import on_ranks
 
@@ -288,34 +288,30 @@ class Looking(Policy):
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {name: model.get_parameter(name) for name in self.given}
 
-    def _begin(self, moment: Moment, taken_up: bool) -> None:
+    def _start(self, time: Timestamp, resumed: bool) -> None:
         self._enforce(self.given)
 
-    def _needs_dense(self, moment: Moment) -> bool:
+    def _needs_dense_gradients(self, moment: Timestamp) -> bool:
         return True
 
-    def _observe(self, moment: Moment) -> None:
+    def _read_gradients(self, moment: Timestamp) -> None:
         self.moments.append(moment)
         self.seen.append({name: grad.clone() for name, grad in self._gradients().items()})
 
-    def _advance(self, moment: Moment) -> None:
+    def _after_update(self, moment: Timestamp) -> None:
         pass
 
-    def _progress(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {}
 
-    def _take_up(self, progress: Any) -> None:
+    def _load_state(self, state: Any) -> None:
         pass
 
     def check_budget(self, updates: float, epochs: float) -> None:
         self.budget = updates, epochs
 
-    def unmet(self) -> str | None:
+    def shortfall(self) -> str | None:
         return None
-
-
-class Anything(Driving):
-    pass
 
 
 def tokens(count: int = 32) -> list[Any]:
@@ -340,8 +336,8 @@ def test_a_policy_sees_whole_and_dense_gradients(pieces: int, tmp_path: Path) ->
     rows, given = sentences(16), masks()
     policy = Looking(given)
     options = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}
-    trained(tmp_path, Anything(policy), rows=rows, compute_loss_func=mean, **options)
-    assert policy.moments == [Moment(0, 0.0), Moment(1, 1.0)]
+    trained(tmp_path, PolicyCallback(policy), rows=rows, compute_loss_func=mean, **options)
+    assert policy.moments == [Timestamp(0, 0.0), Timestamp(1, 1.0)]
     assert policy.budget == (2, 2)
     truth = first_gradient(rows, given)
     for name, mask in given.items():
@@ -353,12 +349,11 @@ def test_gradients_of_half_precision_are_shown_unscaled() -> None:
     weight = nn.Parameter(torch.tensor([1.0, 3.0]))
     inner, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(weight.square().sum()).backward()
-    optimizer: Any = SimpleNamespace(scaler=scaler, param_groups=inner.param_groups)
     scaled = weight.grad.clone()  # type: ignore[union-attr]
-    with _unscaled(optimizer, wanted=True):
+    with unscaled(scaler, [inner]):
         assert weight.grad.tolist() == [2.0, 6.0]  # type: ignore[union-attr]
     assert torch.equal(weight.grad, scaled)  # type: ignore[arg-type]
-    with _unscaled(optimizer, wanted=False):
+    with unscaled(None, [inner]):
         assert torch.equal(weight.grad, scaled)  # type: ignore[arg-type]
 
 
@@ -608,7 +603,7 @@ def _on_ranks(folder: Path, rows: Any, given: Masks) -> Any:
     policy, pruning = Looking(given), GradualPruning(0.2, "0it", "4it", "1it", Pruner("random"))
     options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "max_steps": 4}
     options = {**options, "save_strategy": "steps", "save_steps": 2}
-    one = trained(folder / "looking", Anything(policy), rows=rows, compute_loss_func=mean, **options)
+    one = trained(folder / "looking", PolicyCallback(policy), rows=rows, compute_loss_func=mean, **options)
     assert given.obeyed_by(one.model)
     two = trained(folder / "gradual", pruning, **options)
     assert isinstance(two.model_wrapped, nn.parallel.DistributedDataParallel)

@@ -14,9 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prune.criteria import CRITERIA
 from prune.masks import Masks
-from prune.policies import Dynamic, Fixed, Gradual, Moment, Policy
+from prune.policies import Dynamic, Fixed, Gradual, Iterative, Policy, Timestamp
 from prune.policies.dynamic import cosine, rewired
-from prune.policies.iterative import Levels
 from prune.pruner import Pruner
 from prune.schedule import SCHEDULES, kept
 
@@ -197,9 +196,9 @@ def test_epochs_need_their_length() -> None:
         policy.follow(model, optimizer)
     with policy.follow(model, optimizer, steps_per_epoch=3):
         train(model, optimizer, 0, 8)
-        assert policy.unmet() == "density 0.3, not 0.2: it was to be reached at 3ep"
+        assert policy.shortfall() == "density 0.3, not 0.2: it was to be reached at 3ep"
         train(model, optimizer, 8, 9)
-        assert policy.unmet() is None
+        assert policy.shortfall() is None
     assert alive(model) == kept(TOTAL, 0.2)
 
 
@@ -384,12 +383,12 @@ def test_criteria_that_training_does_not_feed_want_to_be_shown_data_at_once() ->
     late = [(name, {}) for name in refused] + [("movement", {"initial": 0.5})]
     for name, options in late:
         policy = Gradual(0.2, "0it", "9it", "2it", Pruner(name, allocation="uniform"), **options)
-        with pytest.raises(ValueError, match=rf"'{name}' looks at data, and its policy is shown none.*prune once"):
+        with pytest.raises(ValueError, match=rf"'{name}' needs data, and its policy has none.*prune once"):
             policy.attach(model, optimizer)
-    batches = [torch.randn(4, 6)]
+    loader = [torch.randn(4, 6)]
     policy = Gradual(0.2, "0it", "9it", "2it", Pruner("wanda", allocation="uniform"), initial=0.5)
-    policy.attach(model, optimizer, evidence=lambda criterion: {"loader": batches})
-    assert policy.masks == Pruner("wanda", allocation="uniform")(net(), 0.5, loader=batches)
+    policy.attach(model, optimizer, calibration=lambda criterion, batches: {"loader": loader[:batches]})
+    assert policy.masks == Pruner("wanda", allocation="uniform")(net(), 0.5, loader=loader)
     policy.detach()
 
 
@@ -399,7 +398,7 @@ def test_frozen_weights_are_pruned_only_where_that_is_said(name: str) -> None:
     makes = {
         "set": lambda **scope: Dynamic(0.3, "0it", "9it", "2it", "set", **scope),
         "gradual": lambda **scope: Gradual(0.2, "2it", "9it", "2it", Pruner(**scope)),
-        "levels": lambda **scope: Levels(2, pruner=Pruner(**scope)),
+        "levels": lambda **scope: Iterative(2, pruner=Pruner(**scope)),
     }
     model = net()
     model[0].weight.requires_grad_(False)
@@ -408,12 +407,12 @@ def test_frozen_weights_are_pruned_only_where_that_is_said(name: str) -> None:
         makes[name]().follow(model, optimizer, steps_per_epoch=5).remove()
     for scope in ({"exclude": "0.*"}, {"include": "*"}):
         makes[name](**scope).follow(model, optimizer, steps_per_epoch=5).remove()
-    asked = [Levels(2, pruner=Pruner("snip")), Gradual(0.2, "2it", "9it", "2it", Pruner("grasp"))]
+    asked = [Iterative(2, pruner=Pruner("snip")), Gradual(0.2, "2it", "9it", "2it", Pruner("grasp"))]
     for policy in asked:
         with pytest.raises(
             ValueError, match=r"'0\.weight': frozen, so criterion '(snip|grasp)' finds no gradient there"
         ):
-            policy.attach(model, optimizer, evidence=lambda criterion: {})
+            policy.attach(model, optimizer, calibration=lambda criterion, batches: {})
 
 
 # Dynamic
@@ -456,12 +455,12 @@ def test_one_update_of_the_connections(growth: Any, make: Any) -> None:
     optimizer = make(model.parameters())
     with policy.follow(model, optimizer):
         train(model, optimizer, 0, 4)
-    policy.attach(model, optimizer, Moment(4, 0.0))
+    policy.attach(model, optimizer, Timestamp(4, 0.0))
     old, weights = policy.masks, {name: p.detach().clone() for name, p in model.named_parameters()}
     assert old is not None
     grads(model, 4)
     dense = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    policy.before_step(Moment(4, 0.0))
+    policy.before_step(Timestamp(4, 0.0))
     new, moved = policy.masks, 0
     assert new is not None
     for name, mask in new.items():
@@ -564,7 +563,7 @@ def test_a_layer_without_gradients_stays() -> None:
         (lambda: Gradual(0.5, "0it", "9it", "1it", initial=0.4), "initial density 0.4 is below"),
         (lambda: Gradual(0.5, "0it", "9it", "1it").check_budget(8, math.inf), "end is 9it, but training has 8it only"),
         (lambda: Fixed({}), "no masks given"),
-        (lambda: Levels("3"), "levels is '3': give how many times to prune, an integer"),  # type: ignore[arg-type]
+        (lambda: Iterative("3"), "levels is '3': give how many times to prune, an integer"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_out_of_range(make: Callable[[], Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""How far a training is, and when in it something is to happen."""
+"""How far a training is, and the times that policies are given."""
 
 import math
 from typing import NamedTuple
@@ -6,12 +6,12 @@ from typing import NamedTuple
 from workbench.duration import Duration
 
 
-class Moment(NamedTuple):
+class Timestamp(NamedTuple):
     """How far a training is.
 
     Args:
         step: Optimizer updates done.
-        epoch: Epochs done, with the share of the one that is under way.
+        epoch: Epochs done, with the fraction of the current one.
     """
 
     step: int
@@ -21,8 +21,8 @@ class Moment(NamedTuple):
         """In updates (``"it"``) or epochs (``"ep"``)."""
         return self.step if unit == "it" else self.epoch
 
-    def since(self, begin: Duration, end: Duration) -> float:
-        """Share of the way from ``begin`` to ``end``; below 0 before, above 1 after."""
+    def progress(self, begin: Duration, end: Duration) -> float:
+        """Fraction of the time from ``begin`` to ``end`` that has passed; below 0 before, above 1 after."""
         return (self.at(end.unit) - begin.value) / (end.value - begin.value)
 
     def passed(self, every: Duration) -> int:
@@ -30,11 +30,11 @@ class Moment(NamedTuple):
         return math.floor(self.at(every.unit) / every.value)
 
 
-START = Moment(0, 0.0)
+START = Timestamp(0, 0.0)
 
 
 def check_times(begin: Duration, end: Duration, every: Duration) -> None:
-    """Whether there is a way from ``begin`` to ``end`` in steps of ``every``.
+    """Check that ``end`` comes after ``begin``, in the same unit, and that ``every`` is a positive time.
 
     Raises:
         ValueError: If not.
