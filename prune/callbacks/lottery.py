@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prune.callbacks.base import PolicyCallback
-from prune.callbacks.loop_rewind import Course
+from prune.callbacks.loop_rewind import LoopRewind
 from prune.policies.iterative import REWINDS, Iterative
 from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
@@ -65,7 +65,7 @@ class LotteryTicket(PolicyCallback):
     @takes_arguments_of(Iterative)
     def __init__(self, policy: Iterative) -> None:
         super().__init__(policy)
-        self._course: Course | None = None
+        self._loops: LoopRewind | None = None
         self._owed, self._logged = False, (-1, -1)
 
     @property
@@ -84,13 +84,13 @@ class LotteryTicket(PolicyCallback):
 
         def levels() -> None:
             del loop.run
-            self._course, self._logged = Course(trainer, self), (-1, -1)
+            self._loops, self._logged = LoopRewind(trainer, self), (-1, -1)
             try:
-                with self._course.travelled():
+                with self._loops.listening():
                     self._resume(trainer)
                     run()
             finally:
-                self._course = None
+                self._loops = None
 
         loop.run = levels
 
@@ -109,7 +109,7 @@ class LotteryTicket(PolicyCallback):
             state["epoch_metrics"] = self._scores(trainer)
             state["stopped"] = bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
-    # What the course tells
+    # Called by the loops
 
     def before_epoch(self, trainer: Any) -> None:
         """End the level that a checkpoint was taken at the end of; take a point that is here."""
@@ -121,7 +121,7 @@ class LotteryTicket(PolicyCallback):
             return
         if self._due(trainer) or (trainer.fast_dev_run and trainer.global_step == 0):
             if not trainer.fit_loop.restarted_mid_epoch:
-                self._take(trainer, between=False)
+                self._take(trainer, inside_epoch=False)
         elif trainer.global_step > at.value if at.unit == "it" else trainer.current_epoch > at.value:
             raise ValueError(f"training goes on at step {trainer.global_step}, after the rewind point {at}: start anew")
 
@@ -135,7 +135,7 @@ class LotteryTicket(PolicyCallback):
                     f"{trainer.global_step}: give a step between two batches, each step of each optimizer counted"
                 )
             if trainer.global_step == at.value:
-                self._take(trainer, between=True)
+                self._take(trainer, inside_epoch=True)
 
     def after_epoch(self, trainer: Any) -> None:
         """Take a point that lies at the end of an epoch; end the level if training would end here."""
@@ -146,9 +146,9 @@ class LotteryTicket(PolicyCallback):
         if trainer.fit_loop.done:
             self._turn(trainer)
         elif policy.point is None and self._due(trainer):
-            self._take(trainer, between=False)
+            self._take(trainer, inside_epoch=False)
 
-    def schedules(self) -> bool:
+    def steps_schedulers(self) -> bool:
         """Whether learning rates follow their schedulers, rather than stay where level 0 left them."""
         return "schedulers" in REWINDS[self.policy.rewinds] or self.policy.level == 0 or self.policy.finished
 
@@ -165,7 +165,7 @@ class LotteryTicket(PolicyCallback):
             self._turn(trainer)
         elif policy.point is not None:
             self._owed = True
-            self._here().go_to(policy.position)
+            self._rewinder().restore(policy.position)
             for callback in trainer.callbacks:
                 if isinstance(callback, Continuation):
                     callback.forget()
@@ -174,13 +174,13 @@ class LotteryTicket(PolicyCallback):
         at = self.policy.rewind
         return at.value == (trainer.global_step if at.unit == "it" else trainer.current_epoch)
 
-    def _take(self, trainer: Any, between: bool) -> None:
+    def _take(self, trainer: Any, inside_epoch: bool) -> None:
         module, scaler = trainer.lightning_module, getattr(trainer.precision_plugin, "scaler", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.policy.position = self._here().place(between)
+        self.policy.position = self._rewinder().position(inside_epoch)
         self.policy.point = Snapshot.take(module, trainer.optimizers, schedulers or None, scaler, rng=False)
-        if (fault := self._here().fault()) is not None and trainer.is_global_zero:
-            warnings.warn(f"the order of the data is not rewound: {fault}", stacklevel=2)
+        if (obstacle := self._rewinder().data_obstacle()) is not None and trainer.is_global_zero:
+            warnings.warn(f"the order of the data is not rewound: {obstacle}", stacklevel=2)
 
     def _turn(self, trainer: Any) -> None:
         """The level has ended: on to the next, if there is one."""
@@ -198,11 +198,14 @@ class LotteryTicket(PolicyCallback):
         policy = self.policy
         if policy.level == 0 or policy.point is None:
             return [], []
-        fault = self._here().fault()
+        obstacle = self._rewinder().data_obstacle()
         chosen = REWINDS[self.policy.rewinds]
         rewound = [part for part in policy.point.what if part in chosen]
         kept = [part for part in policy.point.what if part not in chosen]
-        return [*rewound, *_ALWAYS, *([] if fault else ["data order"])], [*kept, *(["data order"] if fault else [])]
+        return [*rewound, *_ALWAYS, *([] if obstacle else ["data order"])], [
+            *kept,
+            *(["data order"] if obstacle else []),
+        ]
 
     def _rewind(self, trainer: Any) -> None:
         module, point = trainer.lightning_module, self.policy.point
@@ -213,7 +216,7 @@ class LotteryTicket(PolicyCallback):
         parts = [part for part in point.what if part in REWINDS[self.policy.rewinds]]
         point.restore(module, **{name: value for name, value in given.items() if name in parts}, parts=parts)
         module.zero_grad()
-        self._here().go_to(self.policy.position)
+        self._rewinder().restore(self.policy.position)
         self._step = trainer.global_step
 
     def _scores(self, trainer: Any) -> dict[str, float]:
@@ -221,9 +224,9 @@ class LotteryTicket(PolicyCallback):
         own, found = {"level", *self.policy.densities()}, trainer.callback_metrics
         return {n: float(v) for n, v in found.items() if n not in own and (not isinstance(v, Tensor) or v.numel() == 1)}
 
-    def _here(self) -> Course:
-        assert self._course is not None, "in a fit"
-        return self._course
+    def _rewinder(self) -> LoopRewind:
+        assert self._loops is not None, "in a fit"
+        return self._loops
 
 
 def _check(trainer: Any) -> None:

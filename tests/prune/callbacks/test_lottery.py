@@ -556,7 +556,7 @@ class Backwards(Sampler):
 @pytest.mark.parametrize(
     ("loader", "said"),
     [
-        (DataLoader(Stream(), 4), "nobody but Stream itself"),
+        (DataLoader(Stream(), 4), "only Stream itself"),
         (DataLoader(data(), 4, sampler=Backwards()), "Backwards is a sampler"),
     ],
     ids=["stream", "sampler"],
