@@ -1,18 +1,18 @@
-"""The structure whose units can be taken out of a network whole."""
+"""The structure whose units can be removed from a network whole."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from prune.shrinking.equivalence import Call, alike, answers, rounding
-from prune.shrinking.find import find_units
-from prune.shrinking.surgery import cut, going
-from prune.shrinking.units import Slot, Units
-from prune.shrinking.unused import scrambled, zero_columns
+from prune.shrinking.equivalence import Call, outputs_of, tolerances, within_tolerances
+from prune.shrinking.find import find_groups
+from prune.shrinking.surgery import keep_one, remove, zero_columns
+from prune.shrinking.units import Group, Selection, Side, Slot
+from prune.shrinking.unused import randomized
 from prune.structures.axes import layer_of
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.resize import axes
@@ -20,44 +20,46 @@ from workbench.models.resize import axes
 
 @dataclass(frozen=True, eq=False)
 class Coupled:
-    """Channels tied by the network: all rows that make one and all columns that read it are one unit.
+    """Dependency groups: all rows that produce a channel and all columns that consume it are one unit.
 
     What `prune.shrink` can remove exactly: hidden units, channels of convolutions, those of a residual stream together
     in all its layers, groups of a GroupNorm, feed-forward units and heads of transformers. Inputs and outputs of the
-    network are no units, nor is what a LayerNorm mixes; weights that lie in no unit are not covered.
+    network are no units, nor are channels that a LayerNorm mixes; weights that are in no unit are not covered.
 
     Attributes:
         example_inputs: what the model is called with, to trace it: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. For recipes: a list of whole numbers, the shape of a batch of numbers, such as
             [2, 3, 32, 32]; and lists for tensors in a mapping, such as {input_ids: [[1, 2, 3]]}.
 
-    Reference: Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900, section 3.
+    When: channels are to be removed and not only zeroed, for a smaller and faster network without sparse kernels.
+    Source: Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900, section 3.
     """
 
     example_inputs: Any
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
-        """One unit for each channel that can go, of the key that is the first layer that makes it.
+        """One unit for each channel that can be removed, of the key that is the first layer that produces it.
 
         Raises:
             ValueError: if the model cannot be called or traced with the example inputs, or no weight is in a unit.
         """
-        probe = copy.deepcopy(model).eval()
-        for parameter in probe.parameters():
+        traced = copy.deepcopy(model).eval()
+        for parameter in traced.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        given = Call.of(_written(self.example_inputs)).beside(model)
-        answers(probe, [given])  # says what is wrong with the inputs
-        groups = _independent(probe, find_units(probe, given), [given, given.drawn()])
+        call = Call.of(_as_tensors(self.example_inputs)).on_device_of(model)
+        outputs_of(traced, [call])  # refuses inputs that do not fit, before the tracer's less helpful message
+        groups = _removable(traced, find_groups(traced, call), [call, call.randomized()])
         members = _members(model, weights, groups)
         if not members:
             raise ValueError(
-                f"no channel of {type(model).__name__} among these weights can go without changing what goes in, comes "
-                "out or is normalised with it: choose another structure, or loosen include and exclude"
+                f"no channel of {type(model).__name__} among these weights can be removed without changing what the "
+                "network takes or returns, or what is normalised with it: choose another structure, or loosen include "
+                "and exclude"
             )
         return Layout({name: weights[name].shape for name in members}, members)
 
 
-def _written(inputs: Any) -> Any:
+def _as_tensors(inputs: Any) -> Any:
     """Inputs as a recipe writes them, as tensors."""
     if isinstance(inputs, Mapping):
         return {name: torch.tensor(value) if isinstance(value, list) else value for name, value in inputs.items()}
@@ -66,67 +68,86 @@ def _written(inputs: Any) -> Any:
     return inputs
 
 
-def _independent(model: nn.Module, groups: list[Units], calls: Sequence[Call]) -> list[Units]:
-    """Those groups of which every other unit can go when no layer reads it."""
+def _removable(model: nn.Module, groups: list[Group], calls: Sequence[Call]) -> list[Group]:
+    """The groups of which every other unit can be removed when no layer reads it."""
 
-    def fine(some: Sequence[Units]) -> bool:
-        chosen = [(units, torch.arange(len(units)) % 2 == 0) for units in some]
-        deaf = copy.deepcopy(model)
-        for units, which in chosen:
-            for slot in units.read:
-                zero_columns(deaf, slot, which)
-        expected = answers(deaf, calls)
-        allowed = rounding(
-            expected, max(torch.finfo(value.dtype).eps for value in expected if value.is_floating_point())
-        )
+    def removable(some: Sequence[Group]) -> bool:
+        selections = [Selection(group, torch.arange(len(group)) % 2 == 0) for group in some]
+        unread = copy.deepcopy(model)
+        for group, mask in selections:
+            for slot in group.consumers:
+                zero_columns(unread, slot, mask)
+        expected = outputs_of(unread, calls)
+        eps = max(torch.finfo(value.dtype).eps for value in expected if value.is_floating_point())
+        allowed = tolerances(expected, eps)
         try:
-            other = answers(scrambled(deaf, chosen), calls)
-            cut(deaf, going(chosen), {})
-            return alike(expected, other, allowed) and alike(expected, answers(deaf, calls), allowed)
-        except ValueError:  # whatever a forward pass says to shapes that it does not expect
+            # Random producers: what they compute must not matter, wherever it might be read.
+            other = outputs_of(randomized(unread, selections), calls)
+            remove(unread, keep_one(selections), {})
+            return within_tolerances(expected, other, allowed) and within_tolerances(
+                expected, outputs_of(unread, calls), allowed
+            )
+        except ValueError:  # a forward pass that expects the original shapes
             return False
 
-    return groups if fine(groups) else [units for units in groups if fine([units])]
+    # All at once first: to try each alone costs a forward pass or three for every group.
+    return groups if removable(groups) else [group for group in groups if removable([group])]
 
 
-def _members(model: nn.Module, weights: Tensors, groups: Sequence[Units]) -> dict[str, list[Member]]:
+class _Part(NamedTuple):
+    """A slot of the group with this number."""
+
+    group: int
+    slot: Slot
+
+
+class _Axis(NamedTuple):
+    """A dimension of a weight, and the slots that divide it into units."""
+
+    dim: int
+    parts: list[_Part]
+
+
+def _members(model: nn.Module, weights: Tensors, groups: Sequence[Group]) -> dict[str, list[Member]]:
     """Parameter name -> the keys and units that its weights belong to."""
-    shares: dict[tuple[str, str], list[tuple[int, Slot]]] = {}
-    for number, units in enumerate(groups):
-        for slot in units.slots:
-            shares.setdefault((slot.layer, slot.side), []).append((number, slot))
-    sides: dict[str, list[tuple[int, list[tuple[int, Slot]]]]] = {}
+    parts: dict[tuple[str, Side], list[_Part]] = {}
+    for number, group in enumerate(groups):
+        for slot in group.slots:
+            parts.setdefault((slot.layer, slot.side), []).append(_Part(number, slot))
+    divided: dict[str, list[_Axis]] = {}
     for name in weights:
         layer = layer_of(model, name)
-        where = axes(layer) or (0, 0)
-        for side, dim in (("channels", 0), ("outputs", where[0]), ("inputs", where[1])):
-            found = shares.get((name.rpartition(".")[0], side), [])
-            if name.endswith("weight") and found and _cover(found, weights[name].shape[dim]):
-                sides.setdefault(name, []).append((dim, found))
-    # Layers that one layer reads side by side are one key.
-    home = list(range(len(groups)))
-    for found in (found for several in sides.values() for _, found in several):
-        together = {home[number] for number, _ in found}
-        home = [min(together) if at in together else at for at in home]
-    first: dict[int, int] = {}
-    total: dict[int, int] = {}
-    for number in sorted({number for several in sides.values() for _, found in several for number, _ in found}):
-        first[number] = total.get(home[number], 0)
-        total[home[number]] = first[number] + len(groups[number])
+        outputs, inputs = axes(layer) or (0, 0)
+        sides: tuple[tuple[Side, int], ...] = (("channels", 0), ("outputs", outputs), ("inputs", inputs))
+        for side, dim in sides:
+            here = parts.get((name.rpartition(".")[0], side), [])
+            if name.endswith("weight") and here and _covers(here, weights[name].shape[dim]):
+                divided.setdefault(name, []).append(_Axis(dim, here))
+    every = [axis for several in divided.values() for axis in several]
+    # A layer may read several groups side by side (a concatenation). Its weight has one index along that dimension, so
+    # these groups become one key, their units numbered one group after the other.
+    key = list(range(len(groups)))
+    for axis in every:
+        joined = {key[part.group] for part in axis.parts}
+        key = [min(joined) if each in joined else each for each in key]
+    first: dict[int, int] = {}  # group -> the number of its first unit within its key
+    total: dict[int, int] = {}  # key -> units so far
+    for number in sorted({part.group for axis in every for part in axis.parts}):
+        first[number] = total.get(key[number], 0)
+        total[key[number]] = first[number] + len(groups[number])
     members: dict[str, list[Member]] = {}
-    for name, several in sides.items():
-        for dim, found in several:
-            index = torch.empty(weights[name].shape[dim], dtype=torch.long)
-            for number, slot in found:
-                for unit, places in enumerate(slot.places):
-                    index[list(places)] = first[number] + unit
+    for name, several in divided.items():
+        for dim, here in several:
+            unit_of = torch.empty(weights[name].shape[dim], dtype=torch.long)
+            for number, slot in here:
+                for unit, indices in enumerate(slot.indices):
+                    unit_of[list(indices)] = first[number] + unit
             shape = [1] * weights[name].dim()
             shape[dim] = -1
-            members.setdefault(name, []).append((groups[home[found[0][0]]].name, index.view(shape)))
+            members.setdefault(name, []).append((groups[key[here[0].group]].name, unit_of.view(shape)))
     return members
 
 
-def _cover(found: Sequence[tuple[int, Slot]], size: int) -> bool:
-    """Whether these slots hold every place of a side once."""
-    places = sorted(place for _, slot in found for unit in slot.places for place in unit)
-    return places == list(range(size))
+def _covers(parts: Sequence[_Part], size: int) -> bool:
+    """Whether these slots hold every index of a side once."""
+    return sorted(index for _, slot in parts for unit in slot.indices for index in unit) == list(range(size))

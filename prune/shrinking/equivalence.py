@@ -1,4 +1,4 @@
-"""What a network is called with, and what it answers."""
+"""Whether two networks compute the same: calls to try them with, their outputs, and what counts as rounding."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,19 +40,19 @@ class Call:
             )
         return call
 
-    def beside(self, model: nn.Module) -> "Call":
-        """The same on the model's device."""
+    def on_device_of(self, model: nn.Module) -> "Call":
+        """The same arguments on the model's device."""
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         return self._each(lambda value: value.to(device))
 
     def double(self) -> "Call":
-        """The same in float64."""
+        """The same arguments in float64."""
         return self._each(lambda value: value.double() if value.is_floating_point() else value)
 
-    def drawn(self, seed: int = 0) -> "Call":
+    def randomized(self, seed: int = 0) -> "Call":
         """Random values of the same shapes and types, in about the same range.
 
-        Integers with only two values or one are taken for flags, such as a mask, and stay.
+        Integers with only two values or one are taken for flags, such as a mask, and stay as they are.
         """
         random = torch.Generator().manual_seed(seed)
 
@@ -60,9 +60,9 @@ class Call:
             if not value.numel() or value.dtype == torch.bool or value.is_complex():
                 return value
             if value.is_floating_point():
-                spread, middle = value.double().std(correction=0).clamp(min=0.1), value.double().mean()
+                std, mean = value.double().std(correction=0).clamp(min=0.1), value.double().mean()
                 noise = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value.device)
-                return (noise * spread + middle).to(value.dtype)
+                return (noise * std + mean).to(value.dtype)
             low, high = int(value.min()), int(value.max())
             if high - low < 2:
                 return value
@@ -70,7 +70,7 @@ class Call:
 
         return self._each(draw)
 
-    def others(self) -> "list[Call]":
+    def variants(self) -> "list[Call]":
         """Calls further away, which a model may refuse: another range, other flags, half as long or as large."""
         random = torch.Generator().manual_seed(1)
 
@@ -135,32 +135,32 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
         )
 
 
-def answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """All outputs, one call after the other.
+def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """All outputs of the model, one call after the other.
 
     Raises:
         ValueError: if the model cannot be called so, or returns no floating-point tensor.
     """
     try:
-        found = [value for call in calls for value in call.outputs(model)]
-    except Exception as error:  # whatever a forward pass does with arguments it does not expect
+        outputs = [value for call in calls for value in call.outputs(model)]
+    except Exception as error:  # a forward pass may raise anything
         raise ValueError(
             f"{type(model).__name__} cannot be called with example_inputs ({type(error).__name__}: {_reason(error)}): "
             "give what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments"
         ) from error
-    if not any(value.is_floating_point() for value in found):
+    if not any(value.is_floating_point() for value in outputs):
         raise ValueError(f"{type(model).__name__} returns no floating-point tensor, by which it could be compared")
-    return found
+    return outputs
 
 
-def wide_answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """The same of a model in float64 that can be called so in its own type.
+def float64_outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """The outputs of a float64 copy of a model that ``calls`` are known to fit.
 
     Raises:
         ValueError: if it cannot be called in float64.
     """
     try:
-        return answers(model, calls)
+        return outputs_of(model, calls)
     except ValueError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be called in float64, in which it is checked "
@@ -169,63 +169,66 @@ def wide_answers(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
         ) from error
 
 
-def usable(model: nn.Module, call: Call) -> bool:
-    """Whether the model can be called so, and answers with finite numbers."""
+def accepts(model: nn.Module, call: Call) -> bool:
+    """Whether the model can be called so, with finite outputs."""
     try:
         return all(bool(value.isfinite().all()) for value in call.outputs(model))
-    except Exception:  # whatever a forward pass does with arguments it does not expect
+    except Exception:  # a forward pass may raise anything
         return False
 
 
-def trains(model: nn.Module, call: Call) -> bool:
+def accepts_in_training(model: nn.Module, call: Call) -> bool:
     """Whether the model can be called so in training mode; it is not changed."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         try:
             call.outputs(copy.deepcopy(model).train())
-        except Exception:  # whatever a forward pass does with arguments it does not expect
+        except Exception:  # a forward pass may raise anything
             return False
     return True
 
 
 def differences(one: list[Tensor], other: list[Tensor]) -> list[float]:
-    """The largest difference of every two outputs; infinite if they are not alike in shape, or exact ones differ."""
+    """The largest difference of every two outputs; infinite if shapes differ, or values that are not floating."""
     if [value.shape for value in one] != [value.shape for value in other]:
         return [float("inf")] * len(one)
-    found = []
+    largest = []
     for a, b in zip(one, other):
         if not a.is_floating_point():
-            found.append(0.0 if torch.equal(a, b) else float("inf"))
+            largest.append(0.0 if torch.equal(a, b) else float("inf"))
             continue
         # Infinities and NaNs in the same places are no difference.
-        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a.double() - b.double()).abs())
-        found.append(float(apart.nan_to_num(float("inf")).max()) if apart.numel() else 0.0)
-    return found
+        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a.double() - b.double()).abs())
+        largest.append(float(difference.nan_to_num(float("inf")).max()) if difference.numel() else 0.0)
+    return largest
 
 
-def rounding(answers: list[Tensor], eps: float) -> list[float]:
-    """Of every output the difference that counts as rounding: 1024 eps of its largest value, but 1e-3 at most."""
-    return [min(1024 * eps, 1e-3) * largest(value) for value in answers]
+def tolerances(outputs: list[Tensor], eps: float) -> list[float]:
+    """For every output the difference that counts as rounding: 1024 eps of its largest value, but 1e-3 at most."""
+    return [min(1024 * eps, 1e-3) * magnitude(value) for value in outputs]
 
 
-def largest(value: Tensor) -> float:
+def magnitude(value: Tensor) -> float:
     """The largest finite magnitude in a floating-point tensor, 1e-6 at least; 0 of any other."""
     if not value.is_floating_point():
         return 0.0
     return max(1e-6, float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0)
 
 
-def alike(one: list[Tensor], other: list[Tensor], allowed: list[float]) -> bool:
-    """Whether no two outputs differ by more than is allowed."""
-    return all(apart <= most for apart, most in zip(differences(one, other), allowed))
+def within_tolerances(one: list[Tensor], other: list[Tensor], allowed: list[float]) -> bool:
+    """Whether no two outputs differ by more than their tolerance."""
+    return all(difference <= limit for difference, limit in zip(differences(one, other), allowed))
 
 
 def _reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-class Coarsest(TorchFunctionMode):
-    """Inside, notes the coarsest floating-point type that anything is computed in, by its ``eps``."""
+class CoarsestDtype(TorchFunctionMode):
+    """Records the coarsest floating-point type that anything inside is computed in, by its ``eps``.
+
+    A float64 copy of a model may still compute parts in fp32, as by ``x.float()``: then tolerances follow that.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +242,7 @@ class Coarsest(TorchFunctionMode):
         return out
 
 
-def given(network: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """What to call the network with, in its own type."""
+def example_call(network: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Inputs by name as the positional or keyword arguments that the network takes, in its dtype."""
     args, kwargs = arguments_for(network, inputs)
     return args or kwargs

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from prune.accounting import account
 from prune.masks import Masks
-from prune.shrinking.equivalence import given
-from prune.shrinking.shrink import shrink as shrunk
+from prune.shrinking.equivalence import example_call
+from prune.shrinking.shrink import shrink as shrink_network
 from workbench.checkpoints import compact
 from workbench.export.inputs import chosen, kept_inputs
 from workbench.files import atomic_file
@@ -27,23 +27,24 @@ def shrink(
     task: Task | None = None,
     out: Path = Path("runs/shrink"),
 ) -> dict[str, Any]:
-    """Take out of a pruned network what its masks leave unused: a smaller network with the same outputs.
+    """Remove what the masks of a pruned network leave unused: a smaller network with the same outputs.
 
-    Channels, hidden units and attention heads go that nothing reads or that never change; what is left keeps its masks.
-    Channels pruned in the structure `Coupled` all go; of weights pruned one by one only what happens to be dead.
+    Channels, hidden units and attention heads are removed if nothing reads them or if they are constant; the rest keeps
+    its masks. Channels pruned in the structure `Coupled` are all removed; of weights pruned one by one only channels
+    that happen to be unused.
 
     Args:
         of: The stage with the pruned network, or the folder of a compact checkpoint.
         level: Of a hunt: its last level, the sparsest within tolerance on validation data, or a number.
-        data: The data module to score the smaller network on; by default the metrics of `of` are taken over.
+        data: The data module to score the smaller network on; by default the record keeps the metrics of `of`.
         task: Loss and metrics on `data`; by default the data module's `task`, else classification over `classes`.
         out: The stage's folder, given by the recipe.
 
     Returns:
-        Metrics, size, and under `shrunk` what became of parameters, FLOPs and layers, for the record.
+        Metrics, size, and under `shrunk` parameters and FLOPs before and after, and removed units, for the record.
 
     Raises:
-        ValueError: If there is no network, or nothing to try it on, or it cannot be traced.
+        ValueError: If there is no network, no example input to trace it with, or it cannot be traced.
     """
     folder, record = chosen(Path(of), level)
     source = compact.find(folder)
@@ -52,25 +53,25 @@ def shrink(
     if not inputs and data is not None:
         inputs = example_inputs(module_for(network, data, task), data)
     if not inputs:
-        raise ValueError(f"{of} kept no example inputs, which a network is traced with: give data")
-    call = given(network, inputs)
+        raise ValueError(f"{of} has no example inputs to trace the network with: give data")
+    call = example_call(network, inputs)
     masks = Masks(kept) if kept else None
-    made = shrunk(network, call, masks)
+    smaller = shrink_network(network, call, masks)
     result: dict[str, Any] = {"metrics": record.get("metrics", {}), "monitor": record.get("monitor", ["loss", "min"])}
     if data is not None:
-        result["metrics"] = evaluated(module_for(made.model, data, task), data, out)
-    made.model.eval()
-    one = given(network, {name: value[:1] for name, value in inputs.items()})
-    before, after = account(network, one, masks), account(made.model, one, made.masks)
-    save_network(made.model, None, out, result, made.masks)
+        result["metrics"] = evaluated(module_for(smaller.model, data, task), data, out)
+    smaller.model.eval()
+    one = example_call(network, {name: value[:1] for name, value in inputs.items()})
+    before, after = account(network, one, masks), account(smaller.model, one, smaller.masks)
+    save_network(smaller.model, None, out, result, smaller.masks)
     with atomic_file(out / "example.safetensors") as temporary:
         save_file(inputs, temporary)
     return {
         **result,
         "shrunk": {
-            "parameters": [made.before, made.after],
+            "parameters": [smaller.before, smaller.after],
             "flops": [before.dense_flops, after.dense_flops],
-            "largest_difference": made.difference,
-            "removed": {layer: len(rows) for layer, rows in made.removed.items()},
+            "largest_difference": smaller.difference,
+            "removed": {layer: len(rows) for layer, rows in smaller.removed.items()},
         },
     }

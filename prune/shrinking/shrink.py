@@ -1,4 +1,16 @@
-"""A masked network made physically smaller, with the same outputs."""
+"""A masked network made physically smaller, with the same outputs.
+
+The loop, on a float64 copy in eval mode::
+
+    find groups ──► select unused and constant units ──► try: fold constants, zero the columns that read them
+         ▲                    │ none                          │ outputs change, also with random producers
+         │                    ▼                               ▼
+         │                  done              reject the groups that change outputs alone, go on with the rest
+         └────── remove them ◄── outputs unchanged ──┘
+
+Removing a layer's last reader makes that layer unused in turn, so the loop runs until nothing is selected. Every step
+makes the network strictly smaller or rejects a group, so it ends.
+"""
 
 import copy
 import math
@@ -10,22 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from prune.masks import Masks
-from prune.shrinking.architecture import noted
+from prune.shrinking.architecture import record_sizes
 from prune.shrinking.equivalence import (
     Call,
-    Coarsest,
-    alike,
-    answers,
+    CoarsestDtype,
+    accepts,
+    accepts_in_training,
     differences,
-    largest,
-    rounding,
-    trains,
-    usable,
-    wide_answers,
+    float64_outputs,
+    magnitude,
+    outputs_of,
+    tolerances,
+    within_tolerances,
 )
-from prune.shrinking.find import find_units
-from prune.shrinking.surgery import Chosen, cut, empty, going, is_empty, removed_rows
-from prune.shrinking.unused import constants, folded, read_values, scrambled, unread, zero_columns
+from prune.shrinking.find import find_groups
+from prune.shrinking.surgery import is_zero, keep_one, remove, zero_columns, zero_rows
+from prune.shrinking.units import Selection, removed_outputs
+from prune.shrinking.unused import bias_update, constant, input_ranges, randomized, unused
 from workbench.models.resize import add_bias
 
 
@@ -34,13 +47,13 @@ class Shrunk:
     """What :func:`shrink` returns.
 
     Attributes:
-        model: the smaller network, on the same device, in the same types and mode as the one it was made from.
-        masks: of what is left, by the same names, to train on with; None if none were given.
-        before: parameters of the network that was given.
-        after: parameters of the smaller one.
-        difference: the largest difference between outputs of the two, in the network's own precision, over the
-            example inputs and random ones.
-        removed: layer -> which of its outputs are gone, ascending, numbered as in the network that was given.
+        model: the smaller network, on the device and in the dtypes and mode of the original.
+        masks: of the smaller network, by the same names, for further training; None if none were given.
+        before: number of parameters of the original.
+        after: number of parameters of the smaller network.
+        difference: the largest difference between their outputs, in the network's own precision, over the example
+            inputs and random ones.
+        removed: layer -> the indices of its removed outputs, ascending, numbered as in the original network.
     """
 
     model: nn.Module
@@ -54,27 +67,27 @@ class Shrunk:
 def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | None = None) -> Shrunk:
     """The network without the channels, hidden units and attention heads that its zeros make superfluous.
 
-    A unit goes if nothing reads it (every weight that reads it is zero), or if it is the same for every input (all
-    weights that make it are zero): its value times the weights that read it then goes into the next biases, which are
-    made where there are none. Either may make others superfluous, until nothing is left to do. Channels that are tied,
-    by a residual connection say, go together or stay. In eval mode outputs are those of the masked network but for
-    rounding, which is checked in float64, on ``example_inputs`` and on random inputs like them; a unit whose removal
-    changes anything stays. So do
+    A unit is removed if it is unused (every weight that reads it is zero) or constant (every weight that produces it
+    is zero): its value times the weights that read it then goes into the next biases, which are added where there are
+    none. This may make other units superfluous, so it is repeated. Channels that depend on each other, such as those of
+    a residual connection, are removed together or stay. In eval mode the outputs are those of the masked network but
+    for rounding. This is checked in float64, on ``example_inputs`` and on random inputs like them; a unit whose removal
+    changes an output stays. These stay, too:
 
-    - inputs and outputs of the network, and what is normalised together with other channels (LayerNorm; GroupNorm,
-      unless a whole group goes);
-    - constants on whose way to the next layer anything but activations, norms of single channels, averages, maxima and
-      attention joins in, such as a mask, an input, or a sum over positions;
-    - constants other than 0 that a convolution reads which pads with zeros, at the border of which it sees less of
-      them, or that a layer without a bias in a model of transformers reads, whose ``from_pretrained`` would lose one;
-    - layers called twice, tied weights, grouped convolutions that are not depthwise, layers of unknown kinds, and what
-      is divided or numbered anew between layers (``chunk`` of a gated unit, channel and pixel shuffles);
+    - inputs and outputs of the network, and channels that are normalised together with others (LayerNorm; GroupNorm,
+      unless a whole group is removed);
+    - constants that are combined with anything but activations, norms of single channels, averages, maxima and
+      attention before the next layer, such as a mask, an input, or a sum over positions;
+    - constants other than 0 that are read by a convolution which pads with zeros (it reads less of them at the border),
+      or by a layer without a bias in a model of transformers (whose ``from_pretrained`` would lose a new one);
+    - layers called twice, tied weights, grouped convolutions that are not depthwise, layers of unknown kinds, and
+      channels that are split or numbered anew between layers (``chunk`` of a gated unit, channel and pixel shuffles);
     - what layers read that only training mode uses, such as auxiliary heads;
-    - all but heads and feed-forward units of a network that has a transformer's layer of a known kind anywhere;
-    - one unit of every layer, the first, where all could go; it is then made of zeros.
+    - all but heads and feed-forward units of a network that has a known transformer layer anywhere;
+    - one unit of every layer, the first, where all could be removed; its weights are then zero.
 
-    A head whose values are constant is taken to attend to something: a sequence of padding alone may change. Whether
-    something looks at a unit that no layer reads, only the inputs that are tried can tell.
+    A head whose values are constant is assumed to attend to something: the output for a sequence of padding alone may
+    change. Whether anything uses a unit that no layer reads can only be told on the inputs that are tried.
 
     Args:
         model: the network; it is not changed.
@@ -82,7 +95,7 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         masks: parameter name -> bool mask, True where kept; None to go by the weights' zeros alone.
 
     Returns:
-        The smaller network and what became of it.
+        The smaller network, its masks and sizes.
 
     Raises:
         ValueError: if a mask does not fit, the network cannot be called or traced with ``example_inputs``, or its
@@ -92,34 +105,35 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900 (which channels go together);
         Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650 (heads).
     """
-    given = Call.of(example_inputs).beside(model)
+    call = Call.of(example_inputs).on_device_of(model)
     masked = copy.deepcopy(model).eval()
-    left = {} if masks is None else dict(Masks(masks))
+    kept = {} if masks is None else dict(Masks(masks))
     if masks is not None:
         Masks(masks).apply(masked)
-    own = [given, given.drawn()]
-    before = answers(masked, own)
-    wide = copy.deepcopy(masked).double()
-    for parameter in wide.parameters():
+    own_calls = [call, call.randomized()]
+    before = outputs_of(masked, own_calls)
+    exact = copy.deepcopy(masked).double()
+    for parameter in exact.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    calls = [call.double() for call in own]
-    with Coarsest() as coarsest:
-        expected = wide_answers(wide, calls)
-    # What rounding does to the network itself is allowed of the smaller one.
-    noise = [
-        8 * apart + 4 * torch.finfo(value.dtype).eps * largest(value) if value.is_floating_point() else math.inf
-        for value, apart in zip(before, differences(before, expected))
+    calls = [each.double() for each in own_calls]
+    with CoarsestDtype() as coarsest:
+        expected = float64_outputs(exact, calls)
+    # In its own precision the smaller network may be as far from the original as that is from its float64 copy.
+    limits = [
+        8 * difference + 4 * torch.finfo(value.dtype).eps * magnitude(value) if value.is_floating_point() else math.inf
+        for value, difference in zip(before, differences(before, expected))
     ]
-    calls += (further := [call for call in calls[0].others() if usable(wide, call)])
-    expected += [value for call in further for value in call.outputs(wide)]
+    calls += (variants := [each for each in calls[0].variants() if accepts(exact, each)])
+    expected += [value for each in variants for value in each.outputs(exact)]
+    # A folded constant may cancel a large sum only in float64: then fold nothing.
     for folding in (True, False):
-        work = _Work(wide, left, calls, expected, rounding(expected, coarsest.eps), folding)
-        while work.advance():
+        shrinker = _Shrinker(exact, kept, calls, expected, tolerances(expected, coarsest.eps), folding)
+        while shrinker.step():
             pass
-        smaller = _restored(work.model, model)
-        noted(smaller, work.touched)
-        apart = differences(before, answers(smaller, own))
-        if all(each <= most for each, most in zip(apart, noise)):
+        smaller = _with_dtypes_of(model, shrinker.model)
+        record_sizes(smaller, shrinker.touched)
+        apart = differences(before, outputs_of(smaller, own_calls))
+        if all(difference <= limit for difference, limit in zip(apart, limits)):
             break
     else:
         raise ValueError(
@@ -130,23 +144,23 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         smaller.get_submodule(path).training = module.training
     return Shrunk(
         smaller,
-        None if masks is None else Masks(work.masks),
+        None if masks is None else Masks(shrinker.masks),
         _count(model),
         _count(smaller),
-        max(each for each, value in zip(apart, before) if value.is_floating_point()),
-        {layer: tuple(sorted(rows)) for layer, rows in work.removed.items()},
+        max(difference for difference, value in zip(apart, before) if value.is_floating_point()),
+        {layer: tuple(sorted(rows)) for layer, rows in shrinker.removed.items()},
     )
 
 
-class _Work:
+class _Shrinker:
     """A network in float64 that gets smaller step by step.
 
     Args:
         model: the network, in eval mode.
-        masks: of it.
-        calls: to try it with.
-        expected: what it answers to them, one after the other.
-        tolerance: largest difference of each of these that counts as rounding.
+        masks: of its parameters.
+        calls: to compare outputs on.
+        expected: outputs of the original network, one call after the other.
+        allowed: largest difference of each output that counts as rounding.
         folding: whether constants other than 0 may go into biases.
     """
 
@@ -156,119 +170,123 @@ class _Work:
         masks: dict[str, Tensor],
         calls: Sequence[Call],
         expected: list[Tensor],
-        tolerance: list[float],
+        allowed: list[float],
         folding: bool = True,
     ) -> None:
         self.model, self.masks = model, masks
-        self.calls, self.expected, self.tolerance, self.folding = calls, expected, tolerance, folding
-        self._trains = trains(model, calls[0])
+        self.calls, self.expected, self.allowed, self.folding = calls, expected, allowed, folding
+        self._trainable = accepts_in_training(model, calls[0])
         self.touched: set[str] = set()
         self.removed: dict[str, list[int]] = {}
-        self._frozen: set[str] = set()
+        self._rejected: set[str] = set()
 
-    def advance(self) -> bool:
-        """Take out what can go now; False if that is nothing."""
+    def step(self) -> bool:
+        """Remove what can be removed now; False if that is nothing."""
         try:
-            found = find_units(self.model, self.calls[0])
+            groups = find_groups(self.model, self.calls[0])
         except ValueError:
             if not self.removed:
                 raise
-            return False  # something became so small that it cannot be traced
-        groups = [units for units in found if units.name not in self._frozen]
-        chosen = []
-        for units, same in zip(groups, constants(self.model, groups, self.calls, self.folding)):
-            which = same | unread(self.model, units)
-            if bool(which.any()) and not (len(units) == 1 and is_empty(self.model, units)):
-                chosen.append((units, which))
-        if not chosen:
+            return False  # something became too small to be traced
+        groups = [group for group in groups if group.name not in self._rejected]
+        selections = []
+        for group, mask in zip(groups, constant(self.model, groups, self.calls, self.folding)):
+            mask = mask | unused(self.model, group)
+            # The last unit of a layer stays, as zeros: do not select it for ever.
+            if bool(mask.any()) and not (len(group) == 1 and is_zero(self.model, group)):
+                selections.append(Selection(group, mask))
+        if not selections:
             return False
-        before = _left(self.model)
-        if not self._take(chosen):
-            # Some of them is not as superfluous as it looks: the others get their turn next time.
-            bad = {units.name for units, which in chosen if self._without([(units, which)]) is None}
-            self._frozen |= bad
-            if bad:
+        before = _size(self.model)
+        if not self._remove(selections):
+            # One of them is needed after all. Reject those that change outputs alone; the others are tried again.
+            needed = {each.group.name for each in selections if self._without([each]) is None}
+            self._rejected |= needed
+            if needed:
                 return True
-            self._take(chosen[:1])
-        return _left(self.model) < before
+            self._remove(selections[:1])  # each alone is fine, all together are not: go one by one
+        return _size(self.model) < before
 
-    def _take(self, chosen: Chosen) -> bool:
-        """Take these units out; False if that changes anything."""
-        found = self._without(chosen)
-        if found is None:
+    def _remove(self, selections: Sequence[Selection]) -> bool:
+        """Remove these units; False, and no change, if that changes outputs."""
+        smaller = self._without(selections)
+        if smaller is None:
             return False
-        for layer, rows in removed_rows(going(chosen)).items():
-            self._note(layer, rows)
-        self.touched |= {slot.layer for units, _ in chosen for slot in units.slots}
-        self.touched |= {holder for units, _ in chosen for holder, _ in units.counts}
-        self.model, self.masks = found
+        for layer, rows in removed_outputs(keep_one(selections)).items():
+            self._record_removed(layer, rows)
+        self.touched |= {slot.layer for group, _ in selections for slot in group.slots}
+        self.touched |= {attribute.module for group, _ in selections for attribute in group.counts}
+        self.model, self.masks = smaller
         return True
 
-    def _without(self, chosen: Chosen) -> tuple[nn.Module, dict[str, Tensor]] | None:
-        """Network and masks without these units; None if answers depend on what the units are, or that they are."""
+    def _without(self, selections: Sequence[Selection]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        """Network and masks without these units; None if outputs depend on their values or on their number."""
         trial, masks = copy.deepcopy(self.model), dict(self.masks)
-        _fold(trial, masks, chosen, self.calls)
+        _fold_constants(trial, masks, selections, self.calls)
         try:
-            if not self._same(trial) or not self._same(scrambled(trial, chosen)):
+            # Same outputs with random producers: nothing reads the units, by any way that tracing may have missed.
+            if not self._unchanged(trial) or not self._unchanged(randomized(trial, selections)):
                 return None
-            empty(trial, chosen)
-            cut(trial, going(chosen), masks)
-            fits = self._same(trial) and (not self._trains or trains(trial, self.calls[0]))
+            zero_rows(trial, selections)
+            remove(trial, keep_one(selections), masks)
+            fits = self._unchanged(trial) and (not self._trainable or accepts_in_training(trial, self.calls[0]))
             return (trial, masks) if fits else None
-        except ValueError:  # a forward pass that expects the sizes that there were
+        except ValueError:  # a forward pass that expects the original sizes
             return None
 
-    def _same(self, model: nn.Module) -> bool:
-        return alike(self.expected, answers(model, self.calls), self.tolerance)
+    def _unchanged(self, model: nn.Module) -> bool:
+        return within_tolerances(self.expected, outputs_of(model, self.calls), self.allowed)
 
-    def _note(self, layer: str, rows: list[int]) -> None:
-        """Remember rows that go, by their numbers in the first network."""
-        gone = self.removed.setdefault(layer, [])
-        known, number, found = set(gone), 0, []
-        wanted, seen = set(rows), 0
-        while seen <= max(rows, default=-1):
-            if number not in known:
-                if seen in wanted:
-                    found.append(number)
-                seen += 1
-            number += 1
-        gone += found
+    def _record_removed(self, layer: str, rows: list[int]) -> None:
+        """Record removed rows by their numbers in the original network: count on, past those already removed."""
+        removed = self.removed.setdefault(layer, [])
+        before, chosen = set(removed), set(rows)
+        original, current = 0, 0
+        while current <= max(rows, default=-1):
+            if original not in before:
+                if current in chosen:
+                    removed.append(original)
+                current += 1
+            original += 1
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, masks: dict[str, Tensor], chosen: Chosen, calls: Sequence[Call]) -> None:
-    """Put what the layers that read these units get of them into their biases, and let them read nothing of it.
+def _fold_constants(
+    model: nn.Module, masks: dict[str, Tensor], selections: Sequence[Selection], calls: Sequence[Call]
+) -> None:
+    """Add to the biases of the consuming layers what the selected units contribute, and zero the columns they read.
 
-    Biases that get something are no longer masked.
+    Biases that change are no longer masked.
     """
-    slots = [(slot, which) for units, which in chosen for slot in units.read]
-    values = read_values(model, [slot.layer for slot, _ in slots], calls)
-    for slot, which in slots:
+    reads = [(slot, mask) for group, mask in selections for slot in group.consumers]
+    ranges = input_ranges(model, [slot.layer for slot, _ in reads], calls)
+    for slot, mask in reads:
         module = model.get_submodule(slot.layer)
-        if slot.layer in values and (extra := folded(model, slot, which, values)) is not None:
-            add_bias(module).add_(extra)
+        if slot.layer in ranges and (update := bias_update(model, slot, mask, ranges)) is not None:
+            add_bias(module).add_(update)
             if (path := f"{slot.layer}.bias".lstrip(".")) in masks:
-                masks[path] = masks[path] | (extra != 0).to(masks[path].device)
-        zero_columns(model, slot, which)
+                masks[path] = masks[path] | (update != 0).to(masks[path].device)
+        zero_columns(model, slot, mask)
 
 
 @torch.no_grad()
-def _restored(wide: nn.Module, model: nn.Module) -> nn.Module:
-    """``wide`` in the types of ``model``, trained where that is."""
-    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-    for name, parameter in wide.named_parameters(remove_duplicate=False):
+def _with_dtypes_of(original: nn.Module, model: nn.Module) -> nn.Module:
+    """``model`` with the dtypes, and frozen parameters, of ``original``."""
+    parameters = dict(original.named_parameters(remove_duplicate=False))
+    buffers = dict(original.named_buffers())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         like = parameters.get(name)
         if like is None:  # a bias that was added
             like = parameters[f"{name.rpartition('.')[0]}.weight".lstrip(".")]
         parameter.data = parameter.data.to(like.dtype)
         parameter.requires_grad_(like.requires_grad)
-    for name, buffer in wide.named_buffers():
+    for name, buffer in model.named_buffers():
         buffer.data = buffer.data.to(buffers[name].dtype)
-    return wide
+    return model
 
 
-def _left(model: nn.Module) -> int:
-    """What can become less: entries of weights, and those that are not zero."""
+def _size(model: nn.Module) -> int:
+    """Entries of weights, and nonzero entries: every step that changes something lowers it."""
     return sum(p.numel() + int(p.count_nonzero()) for p in model.parameters() if p.dim() > 1)
 
 

@@ -1,109 +1,104 @@
-"""Units taken out of the layers that make and read them."""
+"""Removing units from the layers that produce and consume them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from prune.shrinking.units import Slot, Units
+from prune.shrinking.units import Group, Selection, Side, Slot
 from workbench.models.resize import axes, settle
-
-Chosen = Sequence[tuple[Units, Tensor]]
 
 
 @torch.no_grad()
-def cut(model: nn.Module, chosen: Chosen, masks: dict[str, Tensor]) -> None:
-    """Take units out of ``model`` and of ``masks``, in place.
+def remove(model: nn.Module, selections: Sequence[Selection], masks: dict[str, Tensor]) -> None:
+    """Remove units from ``model`` and from ``masks``, in place.
 
     Args:
         model: the network.
-        chosen: units and which of them go, bool, [units].
+        selections: the units.
         masks: parameter name -> its mask.
     """
-    gone: dict[tuple[str, str], set[int]] = {}
-    for units, which in chosen:
-        for slot in units.slots:
-            gone.setdefault((slot.layer, slot.side), set()).update(places_of(slot, which))
-        for (holder, name), amount in units.counts.items():
-            module = model.get_submodule(holder)
-            setattr(module, name, getattr(module, name) - amount * int(which.sum()))
-    for (layer, side), places in gone.items():
+    # All indices of a side are removed at once: after a first removal the others would be numbered anew.
+    removed: dict[tuple[str, Side], set[int]] = {}
+    for group, mask in selections:
+        for slot in group.slots:
+            removed.setdefault((slot.layer, slot.side), set()).update(slot.select(mask))
+        for attribute, amount in group.counts.items():
+            module = model.get_submodule(attribute.module)
+            setattr(module, attribute.name, getattr(module, attribute.name) - amount * int(mask.sum()))
+    for (layer, side), indices in removed.items():
         module = model.get_submodule(layer)
         for name, tensor in _tensors(module).items():
             dim = _dim(module, name, side)
             if dim is None or not tensor.dim():
                 continue
             path = f"{layer}.{name}" if layer else name
-            kept = torch.tensor([i for i in range(tensor.shape[dim]) if i not in places], device=tensor.device)
+            kept = torch.tensor([i for i in range(tensor.shape[dim]) if i not in indices], device=tensor.device)
             if path in masks:
                 masks[path] = masks[path].index_select(dim, kept.to(masks[path].device))
-            less = tensor.detach().index_select(dim, kept)
-            setattr(
-                module, name, nn.Parameter(less, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else less
-            )
+            smaller = tensor.detach().index_select(dim, kept)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller)
         settle(module)
 
 
-def going(chosen: Chosen) -> Chosen:
-    """The same but for the first unit where all are chosen: one always stays."""
-    return [(units, which & (torch.arange(len(which)) > 0) if bool(which.all()) else which) for units, which in chosen]
+def keep_one(selections: Sequence[Selection]) -> list[Selection]:
+    """The same without the first unit of a group that is selected whole: a layer of width 0 cannot be called."""
+    return [
+        Selection(group, mask & (torch.arange(len(mask)) > 0) if bool(mask.all()) else mask)
+        for group, mask in selections
+    ]
 
 
 @torch.no_grad()
-def empty(model: nn.Module, chosen: Chosen) -> None:
-    """Make the units of zeros, in place, so that those that stay need nothing from before them."""
-    for units, which in chosen:
-        for slot in units.made:
+def zero_rows(model: nn.Module, selections: Sequence[Selection]) -> None:
+    """Set the rows that produce these units to zero, so that a unit that stays needs no input."""
+    for group, mask in selections:
+        for slot in group.producers:
             if slot.side == "outputs":
-                rows(model, slot)[places_of(slot, which)] = 0
+                rows(model, slot)[slot.select(mask)] = 0
 
 
-def is_empty(model: nn.Module, units: Units) -> bool:
-    """Whether all weights that make or read these units are zero."""
-    every = torch.ones(len(units), dtype=torch.bool)
-    views = [(rows(model, slot), slot) for slot in units.made if slot.side == "outputs"]
-    views += [(columns(model, slot), slot) for slot in units.read]
-    return not any(bool(view[places_of(slot, every)].any()) for view, slot in views)
+@torch.no_grad()
+def zero_columns(model: nn.Module, slot: Slot, mask: Tensor) -> None:
+    """Set the columns that consume these units to zero."""
+    columns(model, slot)[slot.select(mask)] = 0
+
+
+def is_zero(model: nn.Module, group: Group) -> bool:
+    """Whether all weights that produce or consume the units of a group are zero."""
+    everything = torch.ones(len(group), dtype=torch.bool)
+    views = [(rows(model, slot), slot) for slot in group.producers if slot.side == "outputs"]
+    views += [(columns(model, slot), slot) for slot in group.consumers]
+    return not any(bool(view[slot.select(everything)].any()) for view, slot in views)
 
 
 def rows(model: nn.Module, slot: Slot) -> Tensor:
-    """The weight of a layer, a view with its outputs first."""
-    return _turned(model, slot, 0)
+    """The weight of the slot's layer, a view with its outputs first."""
+    return _view(model, slot, 0)
 
 
 def columns(model: nn.Module, slot: Slot) -> Tensor:
-    """The weight of a layer, a view with its inputs first."""
-    return _turned(model, slot, 1)
+    """The weight of the slot's layer, a view with its inputs first."""
+    return _view(model, slot, 1)
 
 
-def _turned(model: nn.Module, slot: Slot, side: int) -> Tensor:
+def _view(model: nn.Module, slot: Slot, axis: int) -> Tensor:
     module = model.get_submodule(slot.layer)
-    weight, where = module.weight, axes(module)
+    weight, dims = module.weight, axes(module)
     assert isinstance(weight, Tensor)
-    assert where is not None
-    return weight.detach().movedim(where[side], 0)
-
-
-def places_of(slot: Slot, which: Tensor) -> list[int]:
-    """Where the chosen units are in a layer."""
-    return [place for unit in which.nonzero().flatten().tolist() for place in slot.places[unit]]
-
-
-def removed_rows(chosen: Chosen) -> Mapping[str, list[int]]:
-    """Layer -> which of its outputs go."""
-    return {
-        slot.layer: places_of(slot, which) for units, which in chosen for slot in units.made if slot.side == "outputs"
-    }
+    assert dims is not None
+    return weight.detach().movedim(dims[axis], 0)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    found = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _dim(module: nn.Module, name: str, side: str) -> int | None:
-    """The dimension of a layer's tensor that a side lies along; None if it has none of it."""
+def _dim(module: nn.Module, name: str, side: Side) -> int | None:
+    """The dimension of a layer's tensor that a side is along; None if it has none, as a bias has no inputs."""
     if name == "weight":
-        where = axes(module) or (0, 0)
-        return where[1] if side == "inputs" else where[0]
+        outputs, inputs = axes(module) or (0, 0)
+        return inputs if side == "inputs" else outputs
     return None if side == "inputs" else 0

@@ -1,157 +1,199 @@
-"""Units that nothing reads, and units that never change."""
+"""Units that can be removed: those that nothing reads, and those that are constant.
+
+A unit is removable if (1) every column that reads it is zero (*unused*), or (2) it has the same value at every position
+of every input (*constant*), and every layer that reads it can take value x column into its bias.
+
+Whether a unit is constant cannot be read off the weights, because anything may happen between producer and consumer. It
+is decided in three steps, each of which only removes candidates::
+
+    rows of some producer are all zero     (the cause: what is constant by luck may change with the next input)
+      └─► the consumer's input is a function of producing layers alone            (`producers.producers_of`)
+            └─► its values are the same over all calls, and again twice after every nonzero row of every producer was
+                replaced by a random one, with opposite signs
+
+The random weights prove that nothing *before* the zero rows is needed for the value. With trained weights alone a ReLU
+that happens to be off on all the example inputs would look constant. Two signs, because after a ReLU one of them could
+be off for every input.
+
+`shrink` proves the removal itself in the same way: with the units' producers random (``randomized``) the outputs must
+not change, so nothing reads them.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prune.shrinking.architecture import config_around
+from prune.shrinking.architecture import enclosing_config
 from prune.shrinking.equivalence import Call
-from prune.shrinking.producers import Makers, makers_of
-from prune.shrinking.surgery import columns, places_of
-from prune.shrinking.units import Slot, Units
+from prune.shrinking.producers import Producers, producers_of
+from prune.shrinking.surgery import columns
+from prune.shrinking.units import Group, Selection, Slot
 from workbench.models.resize import axes, is_conv1d
 
-_SAME = 1e-12
+_TOLERANCE = 1e-12  # relative, in float64
 
 
-def unread(model: nn.Module, units: Units) -> Tensor:
+class Range(NamedTuple):
+    """The least and the greatest value of each input of a layer; [inputs] each."""
+
+    low: Tensor
+    high: Tensor
+
+    def union(self, other: "Range") -> "Range":
+        """The smallest range around both."""
+        return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    def is_constant(self) -> Tensor:
+        """Which inputs have one value, but for rounding; bool, [inputs]."""
+        magnitude = torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1)
+        return self.high - self.low <= _TOLERANCE * magnitude
+
+    def is_zero(self) -> Tensor:
+        """Which inputs are always 0; bool, [inputs]."""
+        return (self.low == 0) & (self.high == 0)
+
+
+def unused(model: nn.Module, group: Group) -> Tensor:
     """Which units have only zeros in every column that reads them; bool, [units]."""
-    zero = torch.ones(len(units), dtype=torch.bool)
-    for slot in units.read:
-        zero &= _all(columns(model, slot).flatten(1).count_nonzero(1) == 0, slot)
+    zero = torch.ones(len(group), dtype=torch.bool)
+    for slot in group.consumers:
+        zero &= _all_indices(columns(model, slot).flatten(1).count_nonzero(1) == 0, slot)
     return zero
 
 
-def constants(model: nn.Module, groups: Sequence[Units], calls: Sequence[Call], folding: bool = True) -> list[Tensor]:
-    """Which units have the same value everywhere, whatever the input, that every layer reading them can take over.
+def constant(model: nn.Module, groups: Sequence[Group], calls: Sequence[Call], folding: bool = True) -> list[Tensor]:
+    """Which units have the same value everywhere, whatever the input, that every layer reading them can fold.
 
-    Candidates are those of which some layer's rows are all zero, and of which nothing but layers of their own makes
-    what is read (`flow.makers_of`). Their values are looked at where they are read, over all ``calls``; and again with
-    every row that is not zero replaced by a random one, twice, of opposite signs but for norms: what is still the same
-    does not depend on what comes before those zeros. A convolution that pads with zeros can only take over the value
-    0, and so can a layer without a bias in a model of transformers, whose ``from_pretrained`` would lose a new one.
-    Without ``folding`` every layer only takes over the value 0.
+    A convolution that pads with zeros can only fold the value 0, because it reads less of a constant at the border; so
+    can a layer without a bias in a model of transformers, whose ``from_pretrained`` would lose a new one. Without
+    ``folding`` every layer folds only the value 0.
 
     Returns:
         bool, [units], for each of ``groups``.
     """
-    candidates = [_emptied(model, units) for units in groups]
-    asked = [(units, found) for units, found in zip(groups, candidates) if bool(found.any())]
-    layers = list(dict.fromkeys(slot.layer for units, _ in asked for slot in units.read))
-    _keep_own(model, asked, groups, makers_of(model, layers, calls[0]) if asked else {})
-    asked = [(units, found) for units, found in asked if bool(found.any())]
-    if not asked:
+    candidates = [_has_zero_rows(model, group) for group in groups]
+    tested = [Selection(group, mask) for group, mask in zip(groups, candidates) if bool(mask.any())]
+    layers = list(dict.fromkeys(slot.layer for group, _ in tested for slot in group.consumers))
+    _drop_mixed(model, tested, groups, producers_of(model, layers, calls[0]) if tested else {})
+    tested = [each for each in tested if bool(each.mask.any())]
+    if not tested:
         return candidates
-    living = [(units, torch.ones_like(found)) for units, found in zip(groups, candidates)]
-    values, one, other = (
-        read_values(scrambled(model, living, sign, living=True) if sign else model, layers, calls)
-        for sign in (0, 1, -1)
+    everything = [Selection(group, torch.ones_like(mask)) for group, mask in zip(groups, candidates)]
+    trained = input_ranges(model, layers, calls)
+    plus, minus = (
+        input_ranges(randomized(model, everything, sign, nonzero_only=True), layers, calls) for sign in (1, -1)
     )
-    same = {}
-    for layer, (low, high) in values.items():
-        spread = torch.minimum(one[layer][0], other[layer][0]), torch.maximum(one[layer][1], other[layer][1])
-        own = _is_same(low, high) if folding and _takes_any(model, layer) else (low == 0) & (high == 0)
-        same[layer] = own & _is_same(*spread)
-    for units, found in asked:
-        for slot in units.read:
-            found &= _all(same[slot.layer], slot) if slot.layer in same else torch.zeros_like(found)
+    foldable = {}
+    for layer, values in trained.items():
+        fits = values.is_constant() if folding and _folds_any_value(model, layer) else values.is_zero()
+        foldable[layer] = fits & plus[layer].union(minus[layer]).is_constant()
+    for group, mask in tested:
+        for slot in group.consumers:
+            mask &= _all_indices(foldable[slot.layer], slot) if slot.layer in foldable else torch.zeros_like(mask)
     return candidates
 
 
-def _keep_own(
-    model: nn.Module, asked: Sequence[tuple[Units, Tensor]], groups: Sequence[Units], makers: Mapping[str, Makers]
+def _drop_mixed(
+    model: nn.Module, tested: Sequence[Selection], groups: Sequence[Group], producers: Mapping[str, Producers]
 ) -> None:
-    """Leave only candidates that are read as a function of layers that make units, in place.
+    """Drop candidates that reach a consumer mixed with something that no layer of its groups produces, in place.
 
-    What a depthwise convolution that pads with zeros makes of a constant depends on the border, unless it is of zeros.
+    A depthwise convolution that pads with zeros makes another value of a constant at the border, unless its own rows
+    are zero.
     """
-    readers: dict[str, set[str]] = {}
-    for units in groups:
-        for slot in units.read:
-            readers.setdefault(slot.layer, set()).update(made.layer for made in units.made)
-    for units, found in asked:
-        makes = {slot.layer: slot for slot in units.made}
-        for slot in units.read:
-            known = makers.get(slot.layer)
-            if known is None or not known <= readers[slot.layer]:
-                found.zero_()
+    expected: dict[str, set[str]] = {}  # consumer -> all layers that produce what it reads
+    for group in groups:
+        for slot in group.consumers:
+            expected.setdefault(slot.layer, set()).update(producer.layer for producer in group.producers)
+    for group, mask in tested:
+        own = {slot.layer: slot for slot in group.producers}
+        for slot in group.consumers:
+            actual = producers.get(slot.layer)
+            if actual is None or not actual <= expected[slot.layer]:
+                mask.zero_()
                 break
-            for layer in known & makes.keys():
+            for layer in actual & own.keys():
                 module = model.get_submodule(layer)
-                if makes[layer].side == "channels" and _pads(module):
-                    found &= _all(_empty_rows(module), makes[layer])
+                if own[layer].side == "channels" and _pads_with_zeros(module):
+                    mask &= _all_indices(_zero_rows(module), own[layer])
 
 
 @torch.no_grad()
-def read_values(model: nn.Module, layers: Sequence[str], calls: Sequence[Call]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> the least and the greatest value that it is given for each of its inputs; layers not called left out."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def input_ranges(model: nn.Module, layers: Sequence[str], calls: Sequence[Call]) -> dict[str, Range]:
+    """Layer -> the range of each of its inputs over all calls; layers that are not called are left out."""
+    ranges: dict[str, Range] = {}
 
-    def looking(name: str) -> Any:
-        def look(module: nn.Module, given: tuple[Any, ...]) -> None:
-            value = given[0]
-            if isinstance(module, nn.Linear) or is_conv1d(module):
-                axis = -1
-            else:
-                axis = value.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]
+    def recording(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            value = args[0]
+            linear = isinstance(module, nn.Linear) or is_conv1d(module)
+            axis = -1 if linear else value.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]
             flat = value.movedim(axis, 0).flatten(1)
-            low, high = flat.amin(1), flat.amax(1)
-            if name in found:
-                low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
-            found[name] = low, high
+            now = Range(flat.amin(1), flat.amax(1))
+            ranges[name] = now.union(ranges[name]) if name in ranges else now
 
-        return look
+        return hook
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(looking(name)) for name in layers]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(recording(name)) for name in layers]
     try:
         for call in calls:
             call.outputs(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return ranges
 
 
 @torch.no_grad()
-def scrambled(
-    model: nn.Module, chosen: Sequence[tuple[Units, Tensor]], sign: float = 1, living: bool = False
+def randomized(
+    model: nn.Module, selections: Sequence[Selection], sign: float = 1, nonzero_only: bool = False
 ) -> nn.Module:
-    """A copy in which chosen units are made of random weights.
+    """A copy in which random weights produce the selected units.
 
     Args:
         model: is not changed.
-        chosen: units, and which of them, bool, [units].
-        sign: of the biases, which the weights of those that mix channels are multiplied by, too.
-        living: leave rows that are zero as they are, with their biases.
+        selections: the units.
+        sign: factor of biases, and of the weights of layers that mix channels. Norms keep their sign, so that the sign
+            of a unit after the norm is that of the layer before it.
+        nonzero_only: leave rows that are zero as they are, with their biases.
     """
     other = copy.deepcopy(model)
     random = torch.Generator().manual_seed(0)
-    for units, which in chosen:
-        for slot in units.made:
+    for group, mask in selections:
+        for slot in group.producers:
             module = other.get_submodule(slot.layer)
-            mine = which & ~_all(_empty_rows(module), slot) if living else which
-            rows, weight, bias = places_of(slot, mine), _rows(module), getattr(module, "bias", None)
-            turn = sign if slot.side == "outputs" else 1
+            chosen = mask & ~_all_indices(_zero_rows(module), slot) if nonzero_only else mask
+            rows, weight, bias = slot.select(chosen), _rows(module), getattr(module, "bias", None)
+            factor = sign if slot.side == "outputs" else 1
             if weight is not None:
                 noise = torch.randn(len(rows), *weight.shape[1:], generator=random, dtype=torch.float64)
-                weight[rows] = (turn * noise / max(1, weight[0].numel()) ** 0.5).to(weight)
+                weight[rows] = (factor * noise / max(1, weight[0].numel()) ** 0.5).to(weight)
             if isinstance(bias, Tensor):
-                bias[rows] = (turn * (1 + torch.rand(len(rows), generator=random, dtype=torch.float64))).to(bias)
+                bias[rows] = (factor * (1 + torch.rand(len(rows), generator=random, dtype=torch.float64))).to(bias)
     return other
 
 
-def _emptied(model: nn.Module, units: Units) -> Tensor:
-    """Which units have only zeros in their rows in some layer that makes them."""
-    empty = torch.zeros(len(units), dtype=torch.bool)
-    for slot in units.made:
-        empty |= _all(_empty_rows(model.get_submodule(slot.layer)), slot)
-    return empty
+def bias_update(model: nn.Module, slot: Slot, mask: Tensor, ranges: Mapping[str, Range]) -> Tensor | None:
+    """What the selected constant units add to the layer's outputs; None if that is zero."""
+    indices = slot.select(mask)
+    low, high = (bound[indices] for bound in ranges[slot.layer])
+    weight = columns(model, slot)[indices]
+    weight = weight.sum(tuple(range(2, weight.dim()))) if weight.dim() > 2 else weight
+    return update if bool((update := (low + high) / 2 @ weight).any()) else None
 
 
-def _empty_rows(module: nn.Module) -> Tensor:
+def _has_zero_rows(model: nn.Module, group: Group) -> Tensor:
+    """Which units have only zeros in their rows in some producer."""
+    zero = torch.zeros(len(group), dtype=torch.bool)
+    for slot in group.producers:
+        zero |= _all_indices(_zero_rows(model.get_submodule(slot.layer)), slot)
+    return zero
+
+
+def _zero_rows(module: nn.Module) -> Tensor:
     weight = _rows(module)
     if weight is None:  # a norm without weights
         return torch.zeros(int(module.num_features), dtype=torch.bool)  # type: ignore[arg-type]
@@ -167,43 +209,24 @@ def _rows(module: nn.Module) -> Tensor | None:
     return rows if rows.dim() > 1 else rows[:, None]
 
 
-def _is_same(low: Tensor, high: Tensor) -> Tensor:
-    return high - low <= _SAME * torch.maximum(low.abs(), high.abs()).clamp(min=1)
+def _all_indices(flags: Tensor, slot: Slot) -> Tensor:
+    """Which units have all their indices flagged; bool, [units]."""
+    flagged: list[bool] = flags.cpu().tolist()
+    return torch.tensor([all(flagged[index] for index in indices) for indices in slot.indices])
 
 
-def _all(flags: Tensor, slot: Slot) -> Tensor:
-    """Which units have all their places flagged; bool, [units]."""
-    known: list[bool] = flags.cpu().tolist()
-    return torch.tensor([all(known[place] for place in places) for places in slot.places])
-
-
-def _takes_any(model: nn.Module, layer: str) -> bool:
-    """Whether a constant input can be put into the layer's bias."""
+def _folds_any_value(model: nn.Module, layer: str) -> bool:
+    """Whether the layer can take a constant input of any value into its bias."""
     module: Any = model.get_submodule(layer)
-    if module.bias is None and config_around(model, layer) is not None:
+    if module.bias is None and enclosing_config(model, layer) is not None:
         return False
-    return isinstance(module, nn.Linear) or is_conv1d(module) or not (module.transposed or _pads(module))
+    return isinstance(module, nn.Linear) or is_conv1d(module) or not (module.transposed or _pads_with_zeros(module))
 
 
-def _pads(module: Any) -> bool:
-    """Whether a convolution pads with zeros, so that the border sees less of a constant."""
+def _pads_with_zeros(module: Any) -> bool:
+    """Whether a convolution pads with zeros, so that it reads less of a constant at the border."""
     if module.padding == "same":
-        padded = any(size > 1 for size in module.kernel_size)
+        pads = any(size > 1 for size in module.kernel_size)
     else:
-        padded = module.padding != "valid" and any(module.padding)
-    return padded and module.padding_mode == "zeros"
-
-
-def folded(model: nn.Module, slot: Slot, which: Tensor, values: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor | None:
-    """What the layer adds up from constant units, to be added to its bias; None if that is nothing."""
-    places = places_of(slot, which)
-    low, high = (bound[places] for bound in values[slot.layer])
-    reading = columns(model, slot)[places]
-    reading = reading.sum(tuple(range(2, reading.dim()))) if reading.dim() > 2 else reading
-    return extra if bool((extra := (low + high) / 2 @ reading).any()) else None
-
-
-@torch.no_grad()
-def zero_columns(model: nn.Module, slot: Slot, which: Tensor) -> None:
-    """Let the layer read nothing of these units."""
-    columns(model, slot)[places_of(slot, which)] = 0
+        pads = module.padding != "valid" and any(module.padding)
+    return pads and module.padding_mode == "zeros"

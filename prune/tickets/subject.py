@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from prune.shrinking import Coupled
-from prune.shrinking.equivalence import given
+from prune.shrinking.equivalence import example_call
 from workbench.launcher.arguments import rebuild
 from workbench.records.source import Source
 from workbench.training.fit import module_for
@@ -45,4 +45,4 @@ def coupled(module: LightningModule, data: LightningDataModule) -> Coupled:
             f"structure 'coupled' traces the network with validation inputs, and {type(data).__name__} has none that "
             "are tensors: choose another structure"
         )
-    return Coupled(given(network_of(module), inputs))
+    return Coupled(example_call(network_of(module), inputs))

@@ -68,7 +68,7 @@ def test_a_recipe_prunes_shrinks_and_exports(structure: str, formats: list[str],
 
 def test_a_stage_without_inputs_needs_data(tmp_path: Path) -> None:
     save(MLP(64, (4,), 10), tmp_path)
-    with pytest.raises(ValueError, match="kept no example inputs, which a network is traced with: give data"):
+    with pytest.raises(ValueError, match="has no example inputs to trace the network with: give data"):
         job(Source(tmp_path), out=tmp_path / "out")
     found = job(Source(tmp_path), data=Digits(256), out=tmp_path / "out")
     assert "test/accuracy" in found["metrics"]
