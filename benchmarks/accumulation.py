@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from distill import DistillModule
+from distill import DistillModule, SoftTargets
 from tests.helpers.ranks import on_ranks
 from workbench.tasks import LanguageModelling
 
@@ -57,7 +57,11 @@ def gradient(pieces: int, ranks: int = 1, naive: bool = False) -> list[float]:
     torch.manual_seed(1)
     teacher, student = model(48), model(32)
     module = DistillModule(
-        student, teacher, LanguageModelling(VOCABULARY), 2.0, 0.5, functools.partial(torch.optim.SGD, lr=1.0)
+        student,
+        teacher,
+        LanguageModelling(VOCABULARY),
+        SoftTargets(2.0, 0.5),
+        functools.partial(torch.optim.SGD, lr=1.0),
     )
     module.validation_step = None  # type: ignore[assignment, method-assign]
     if naive:

@@ -1,6 +1,6 @@
-"""Distillation: losses, the frozen teacher, the module that pairs it with a student, the same as a callback.
+"""Distillation: losses, the frozen teacher, and a module, a callback and a transformers Trainer that use them.
 
-Names are loaded on first use: losses need torch only, and ``import distill`` nothing at all.
+Names are imported on first use: ``distill.losses`` imports torch only, and ``import distill`` nothing at all.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distill.features import capture
     from distill.hf import DistillationMixin, DistillationTrainer
     from distill.module import DistillModule
+    from distill.objective import SoftTargets, Term
     from distill.student import cut_student
     from distill.teacher import Teacher
 
@@ -22,20 +23,24 @@ __all__ = [
     "DistillationCallback",
     "DistillationMixin",
     "DistillationTrainer",
+    "SoftTargets",
     "Teacher",
+    "Term",
     "cache_teacher",
     "capture",
     "cut_student",
     "losses",
 ]
 
-_HOME = {
+_MODULES = {
     "CachedTeacher": "distill.cache",
     "DistillModule": "distill.module",
     "DistillationCallback": "distill.callbacks",
     "DistillationMixin": "distill.hf",
     "DistillationTrainer": "distill.hf",
+    "SoftTargets": "distill.objective",
     "Teacher": "distill.teacher",
+    "Term": "distill.objective",
     "cache_teacher": "distill.cache",
     "capture": "distill.features",
     "cut_student": "distill.student",
@@ -45,9 +50,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "losses":
         return import_module("distill.losses")
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'distill' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Distillation for a LightningModule that was not written for it, in either Lightning namespace."""
+"""Distillation for any LightningModule, in either Lightning namespace."""
 
 import functools
 import inspect
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, final
 
 import torch
 from lightning.pytorch import Callback
-from pytorch_lightning import Callback as OtherCallback
+from pytorch_lightning import Callback as PLCallback
 from torch import Tensor, nn
 
 from distill.cache import CachedBatch, CachedTeacher
 from distill.features import Features, capture
 from distill.losses import LogitLoss
-from distill.objective import Outputs, Term, average_gradients, make_projectors, objective_of
-from distill.targets import TeacherLike, as_teacher, elapsed, targets_of
+from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
+from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
 from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
 from workbench.training.means import GlobalMean, Means
@@ -30,44 +30,59 @@ class _Call(NamedTuple):
     features: dict[str, Tensor]
 
 
+class _Batch(NamedTuple):
+    """A training batch, and its cached targets if the teacher is a cache."""
+
+    batch: Any
+    cached_targets: Mapping[str, Tensor] | None
+
+
 @final
-class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
-    """Lets the student of an unmodified LightningModule learn from a teacher beside its own loss.
+class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins; a Trainer of either tree takes this
+    """Trains the student of an unmodified LightningModule on a teacher beside its own loss.
 
-    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * what ``training_step`` returned, or the weighted sum of
-    ``losses``, in which a term without a loss is what ``training_step`` returned
+    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * the loss of ``training_step``, or the weighted sum of the
+    terms in ``losses``, where a term without a loss is that of ``training_step``
 
-    The student's logits are those that its network produced in the step; the teacher gets the same inputs, without
-    ``labels``. ``training_step`` is wrapped while ``fit`` runs, and is as it was afterwards. Where no term of some
-    weight needs the teacher, it is not asked. Logged per epoch: ``train/TERM``, the mean of each term, such as
-    ``train/soft``. Every term is a mean over a micro-batch, as the module's own loss is: Lightning averages these over
-    micro-batches and ranks, however many positions each has; a :class:`workbench.TaskModule` weighs them by the
-    positions that its task scores, as it weighs its own loss.
+    The student's logits are those of its network in the step; the teacher gets the same inputs without ``labels``.
+    ``training_step`` is wrapped during ``fit`` and restored afterwards. The teacher does not run where no term with a
+    weight above 0 needs it. Logged per epoch: ``train/TERM``, the mean of each term, such as ``train/soft``. Every term
+    is a mean over a micro-batch, as the module's own loss is. Lightning averages these over micro-batches and ranks,
+    however many valid positions each has; a :class:`workbench.TaskModule` weights them by its valid positions.
 
     A cached teacher comes with the batches: ``trainer.fit(module, callback.attach(loader))``. ``training_step`` gets
-    the batch as it was; other hooks of the module that look at training batches see a ``distill.cache.CachedBatch``.
+    the plain batch; other hooks of the module that look at training batches get a ``distill.cache.CachedBatch``.
 
-    Projectors between unequal widths are made at the first batch and live beside the module. They are trained by an
-    optimizer of the class and defaults of the module's first one, at the learning rate of its first group, right after
-    it steps; gradient clipping leaves them out. The Trainer's checkpoint has them,
-    as ``distillation_projectors``, and the module's ``state_dict`` has not.
+    Projectors between features of unequal widths are made at the first batch and stay outside of the module. Their
+    optimizer has the class and defaults of the module's first optimizer and the learning rate of its first group, and
+    steps right after it; gradient clipping leaves them out. They are saved in the Trainer's checkpoint as
+    ``distillation_projectors``, not in the module's ``state_dict``.
+
+    Order of events in a fit::
+
+        setup                  projectors of an earlier fit are dropped
+        on_load_checkpoint     state of the projectors is kept until they are made
+        on_fit_start           training_step is wrapped
+        on_train_start         a post-step hook on the module's first optimizer is registered
+        training_step          student (with hooks), teacher, terms; at the first batch projectors and their optimizer
+        on_before_optimizer_step, optimizer.step, post-step hook: projectors' gradients averaged, projectors stepped
+        on_before_zero_grad    projectors' gradients cleared with the module's
+        teardown, on_exception hooks removed, training_step restored
 
     Args:
         teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache.
-        temperature: T > 0.
-        alpha: Weight of the soft targets, 0 (own loss only) to 1 (teacher only).
+        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name; SoftTargets() by default.
+            Features of the student are named as in the submodule that makes the logits.
         student: Name of the submodule that makes the logits; ``network``, ``model`` or else the module itself if None.
-        valid: Batch -> bool tensor of the logits' shape without the classes: the positions that count, e.g.
+        valid: Batch -> valid positions, a bool tensor of the logits' shape without the classes, e.g.
             ``lambda batch: batch["labels"] != -100``. All if None.
-        losses: The terms of the objective by name, instead of ``temperature`` and ``alpha``; features of the student
-            are named as in the submodule that makes the logits.
-        labels: Batch -> classes at these positions, for losses that need them. If None, ``labels`` of a mapping, or the
-            last entry of a tuple.
+        labels: Batch -> hard labels at these positions, for losses that need them. If None, ``labels`` of a mapping, or
+            the last entry of a tuple.
 
     Raises:
-        ValueError: If alpha, the temperature or a term is out of range; when training starts, if the module has no such
-            part or steps its optimizers by hand; in training, if the part was not called exactly once, did not return
-            logits, or its classes are not the teacher's, or what a term compares is not there.
+        ValueError: If a term is out of range; when training starts, if the module has no such submodule or steps its
+            optimizers manually; in training, if the submodule was not called exactly once or did not return logits, the
+            teacher has other classes, or an output that a term compares is missing.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
@@ -75,37 +90,35 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
     def __init__(
         self,
         teacher: TeacherLike,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
+        losses: Losses | None = None,
         student: str | None = None,
         valid: Callable[[Any], Tensor] | None = None,
-        losses: Mapping[str, Term] | None = None,
         labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.objective = objective_of(temperature, alpha, losses)
+        self.objective = Objective(SoftTargets() if losses is None else losses)
         self.teacher = as_teacher(teacher)
         self.student, self.valid, self.labels = student, valid, labels
         self._means = Means()
         self._global_mean = GlobalMean()
         self._wrapped: Any = None
-        self._before: Any = None
+        self._original_step: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: Any = None
-        self._after_step: Any = None
+        self._post_step: Any = None
         self._restored: dict[str, Any] = {}
 
     def attach(self, loader: Any) -> Any:
-        """The training loader, its batches with the cached teacher's outputs; as it is if the teacher is live."""
+        """The training loader with the cached targets of each batch; the same loader if the teacher is live."""
         return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget the projectors of an earlier fit."""
+        """Drop the projectors of an earlier fit."""
         if stage == "fit":
             self.objective.projectors.clear()
             self._optimizer, self._scaler, self._restored = None, None, {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Wrap ``training_step``, or what a module here makes it of."""
+        """Wrap ``training_step``, or the ``step`` of a SupervisedModule."""
         self._unwrap()
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -117,31 +130,32 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         original = getattr(pl_module, name)
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
             raise ValueError(f"{type(pl_module).__name__} has a DistillationCallback already: give the Trainer one")
-        # A partial, not a closure: it is copied along with a module that is copied in training.
+        # A partial, unlike a closure, is copied along with a module that is copied in training.
         step = functools.update_wrapper(functools.partial(self._step, pl_module, original), original)
-        self._wrapped, self._before = pl_module, vars(pl_module).get(name)
+        # An instance attribute of that name, where there is one, is put back afterwards; else the class's shows again.
+        self._wrapped, self._original_step = pl_module, vars(pl_module).get(name)
         setattr(pl_module, name, step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Follow the module's first optimizer."""
+        """Step the projectors after each step of the module's first optimizer."""
         self._global_mean = GlobalMean()
         if self.objective.projects and trainer.optimizers:
-            self._after_step = trainer.optimizers[0].register_step_post_hook(self._step_projectors)
+            self._post_step = trainer.optimizers[0].register_step_post_hook(self._step_projectors)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give ``training_step`` back."""
+        """Restore ``training_step``."""
         self._unwrap()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give ``training_step`` back, whatever happened."""
+        """Restore ``training_step``."""
         self._unwrap()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the epoch's mean."""
+        """Reset the epoch's means."""
         self._means.reset()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the epoch's mean."""
+        """Log the epoch's means."""
         self._means.log(pl_module, "train/")
         self._means.reset()
 
@@ -151,14 +165,17 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             self.objective.projectors.zero_grad()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Share the projectors' gradients between ranks, and between micro-batches as the module's."""
+        """Average the projectors' gradients over ranks, and over micro-batches as the module's own.
+
+        The projectors are not part of the module: neither DDP nor Lightning does this for them.
+        """
         if trainer.optimizers and optimizer is trainer.optimizers[0]:
             average_gradients(self.objective)
             self._global_mean.settle(self.objective.projectors.parameters(), trainer)
             self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's sums so far, and the projectors with their optimizer."""
+        """Save the epoch's sums so far, and the projectors with their optimizer."""
         checkpoint["distillation_means"] = self._means.state()
         state = self._restored
         if self._optimizer is not None:
@@ -167,30 +184,30 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
             checkpoint["distillation_projectors"] = state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's sums, and at the first batch from its projectors."""
+        """Restore the epoch's sums, and at the first batch the projectors."""
         self._means.restore(checkpoint.get("distillation_means", []), trainer.global_rank, trainer.world_size)
         self._restored = checkpoint.get("distillation_projectors", {})
 
     def _unwrap(self) -> None:
-        if self._after_step is not None:
-            self._after_step.remove()
+        if self._post_step is not None:
+            self._post_step.remove()
         if self._wrapped is not None:
             vars(self._wrapped).pop(name := _step_name(self._wrapped), None)
-            if self._before is not None:
-                setattr(self._wrapped, name, self._before)
-        self._wrapped = self._before = self._after_step = None
+            if self._original_step is not None:
+                setattr(self._wrapped, name, self._original_step)
+        self._wrapped = self._original_step = self._post_step = None
 
     def _step(self, module: Any, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """``training_step``, or the ``step`` inside of it, its loss one of the terms."""
+        """``training_step``, or the ``step`` inside of it, with its loss as one of the terms."""
         cached: Any = None
         if args and isinstance(args[0], CachedBatch):
             cached, args = args[0].cached_targets, (args[0].batch, *args[1:])
-        weights = self.objective.weights(functools.partial(elapsed, module._trainer))
-        new = self.objective.projects and not self.objective.projectors
-        part, calls = self._student_of(module), list[_Call]()
-        with capture(part, self.objective.student_layers(weights=None if new else weights)) as features:
-            keep = functools.partial(_keep, calls, features)
-            handle = part.register_forward_hook(keep, with_kwargs=True)
+        weights = self.objective.weights(functools.partial(training_progress, module._trainer))
+        first = self.objective.projects and not self.objective.projectors
+        student, calls = self._student_of(module), list[_Call]()
+        with capture(student, self.objective.student_layers(weights=None if first else weights)) as features:
+            record = functools.partial(_record_call, calls, features)
+            handle = student.register_forward_hook(record, with_kwargs=True)
             try:
                 result = original(*args, **kwargs)
             finally:
@@ -198,31 +215,24 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         own = result.loss if isinstance(result, Step) else result
         own = result.get("loss") if isinstance(result, Mapping) else own
         if not isinstance(own, Tensor):
-            return result  # no step to take, or an error that Lightning words
-        batch = args[0] if args else kwargs.get("batch")
-        loss = self._total_loss(module, own, calls, weights, batch, cached, new)
+            return result  # None skips the step; Lightning reports anything else
+        batch = _Batch(args[0] if args else kwargs.get("batch"), cached)
+        loss = self._loss(module, own, calls, weights, batch, first)
         if isinstance(result, Step):
             if self.objective.projects:
-                # Projectors are none of the module, whose own mean sees the same counts.
+                # The module weights its own gradients by these counts; the projectors are not part of it.
                 self._global_mean.weigh(loss.detach(), result.positions, module.trainer)
             return result._replace(loss=loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
-    def _total_loss(
-        self,
-        module: Any,
-        own: Tensor,
-        calls: list[_Call],
-        weights: Mapping[str, float],
-        batch: Any,
-        cached: Mapping[str, Tensor] | None,
-        new: bool,
+    def _loss(
+        self, module: Any, own: Tensor, calls: list[_Call], weights: Mapping[str, float], batch: "_Batch", first: bool
     ) -> Tensor:
-        """The weighted sum of the terms; ``new``: the projectors are still to be made."""
-        counting = {name for name, weight in weights.items() if weight}
-        if not new and counting and all(self.objective.terms[name].loss is None for name in counting):
-            # Nothing but the module's own loss: whatever the module did is fine, and there need not be logits.
-            terms = self.objective(Outputs(own), Outputs(None), weights, own=lambda _: own)
+        """The weighted sum of the terms; at the ``first`` batch the projectors are made."""
+        active = {name for name, weight in weights.items() if weight}
+        if not first and active and all(self.objective.terms[name].loss is None for name in active):
+            # Only the module's own loss counts now: its network may have been called any number of times.
+            terms = self.objective(Outputs(own), Outputs(None), weights, task_loss=lambda _: own)
             self._means.add(_without_sum(terms), torch.ones((), device=own.device))
             return terms["loss"]
         if len(calls) != 1:
@@ -232,32 +242,39 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
         [call] = calls
-        seen = Outputs(logits_of(call.output, "the student"), call.features)
-        targets = Outputs(None)
-        if new or self.objective.needs_teacher(weights):
-            layers = self.objective.teacher_layers(None if new else weights)
-            asks = self.objective.needs_logits(weights)
-            targets = targets_of(self.teacher, call.args, call.kwargs, cached, layers, asks)
-        if new:
-            self._make_projectors(seen, targets, module.trainer.optimizers)
-        assert seen.logits is not None
-        every = torch.ones(seen.logits.shape[:-1], dtype=torch.bool, device=seen.logits.device)
-        valid = every if self.valid is None else self.valid(batch)
+        outputs, targets = Outputs(logits_of(call.output, "the student"), call.features), Outputs(None)
+        if first or self.objective.needs_teacher(weights):
+            targets = targets_of(
+                self.teacher,
+                call.args,
+                call.kwargs,
+                batch.cached_targets,
+                layers=self.objective.teacher_layers(None if first else weights),
+                logits=self.objective.needs_logits(weights),
+            )
+        if first:
+            self._make_projectors(outputs, targets, module.trainer.optimizers)
+        assert outputs.logits is not None
+        logits = outputs.logits
+        if self.valid is None:
+            valid = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        else:
+            valid = self.valid(batch.batch)
         tokens = tokens_of(call.kwargs)
         terms = self.objective(
-            seen,
+            outputs,
             targets,
             weights,
-            own=lambda _: own,
+            task_loss=lambda _: own,
             valid=valid,
-            labels=self._labels(batch),
-            tokens=tokens_of(batch) if tokens is None else tokens,
+            labels=self._labels(batch.batch),
+            tokens=tokens_of(batch.batch) if tokens is None else tokens,
         )
         self._means.add(_without_sum(terms), valid.sum())
         return terms["loss"]
 
-    def _make_projectors(self, seen: Outputs, targets: Outputs, optimizers: list[torch.optim.Optimizer]) -> None:
-        make_projectors(self.objective, seen, targets)
+    def _make_projectors(self, outputs: Outputs, targets: Outputs, optimizers: list[torch.optim.Optimizer]) -> None:
+        make_projectors(self.objective, outputs, targets)
         if self._restored:
             self.objective.projectors.load_state_dict(self._restored["projectors"])
         if parameters := list(self.objective.projectors.parameters()):
@@ -267,9 +284,9 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
         self._restored = {}
 
     def _step_projectors(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """What happens after each step of the module's first optimizer."""
+        """Runs after each step of the module's first optimizer."""
         if self._optimizer is None or all(each.grad is None for each in self.objective.projectors.parameters()):
-            return  # there is nothing yet, before a warm-up
+            return  # no projectors yet, or their terms are still at weight 0
         for group in self._optimizer.param_groups:
             group["lr"] = optimizer.param_groups[0]["lr"]
         if self._scaler is None:
@@ -288,8 +305,8 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 
     def _student_of(self, module: Any) -> nn.Module:
         if self.student is None:
-            parts = (getattr(module, name, None) for name in ("network", "model"))
-            return next((part for part in parts if isinstance(part, nn.Module)), module)
+            named = (getattr(module, name, None) for name in ("network", "model"))
+            return next((network for network in named if isinstance(network, nn.Module)), module)
         try:
             return module.get_submodule(self.student)
         except AttributeError as error:
@@ -300,11 +317,15 @@ class DistillationCallback(Callback, OtherCallback):  # type: ignore[misc] - twi
 
 
 def _step_name(module: Any) -> str:
-    """The method whose loss becomes a term: what comes before, where ``training_step`` weighs micro-batches."""
+    """The method to wrap.
+
+    The ``training_step`` of a SupervisedModule weights the loss of ``step`` by valid positions: the terms go into
+    ``step``, so that they are weighted as well.
+    """
     return "step" if isinstance(module, SupervisedModule) else "training_step"
 
 
-def _keep(calls: list[_Call], features: Features, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _record_call(calls: list[_Call], features: Features, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.is_grad_enabled():
         calls.append(_Call(args, kwargs, output, features.take()))
 
@@ -314,9 +335,9 @@ def _without_sum(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_like(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and defaults."""
-    known = inspect.signature(type(optimizer)).parameters
-    defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
+    """An optimizer of the same class and defaults for ``parameters``."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
     try:
         return type(optimizer)(parameters, **defaults)
     except TypeError as error:

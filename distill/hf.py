@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from distill.cache import CachedBatch, CachedTeacher
+from distill.cache.samples import fetch
 from distill.features import capture
 from distill.hf_labels import Positions, label_spec, scored_positions
-from distill.objective import Outputs, Term, average_gradients, make_projectors, objective_of
+from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
 from distill.targets import TeacherLike, as_teacher, targets_of
 from distill.teacher import eval_mode
 from workbench.distributed.ranks import everyone
@@ -35,64 +36,67 @@ _FILE = "distillation.safetensors"
 
 
 class DistillationMixin(_Trainer):
-    """Makes a ``transformers.Trainer``, or any class made from it, train its model on a teacher as well.
+    """Makes a ``transformers.Trainer``, or any subclass of it, train its model on a teacher as well.
 
     ::
 
-        class Mine(DistillationMixin, Seq2SeqTrainer): ...
+        class MyTrainer(DistillationMixin, Seq2SeqTrainer): ...
 
-        Mine(model, args, ..., teacher=teacher, temperature=2.0, alpha=0.5).train()
+        MyTrainer(model, args, ..., teacher=teacher, losses=SoftTargets(temperature=2.0, alpha=0.5)).train()
 
-    loss = alpha * T^2 KL(teacher || model) + (1 - alpha) * own loss, or the weighted sum of ``losses``
+    loss = alpha * T^2 KL(teacher || model) + (1 - alpha) * own loss, or the weighted sum of the terms in ``losses``
 
     The own loss is that of the Trainer without a teacher: the model's, ``compute_loss_func``'s or the label
     smoother's. The teacher gets the model's inputs without labels, is in eval mode at every call, and is in no
-    optimizer and no checkpoint. The gradient of an update is the mean over all positions that count, however they are
-    shared out among micro-batches and, with ``average_tokens_across_devices``, ranks: those of a label other than
-    -100, of a causal model after its shift; without labels the samples, of a token model the tokens that are not
-    padding. The features of a term are averaged over the tokens of a micro-batch that are not padding, and these
-    averages are weighed alike.
+    optimizer and no checkpoint. The gradient of an update is the mean over all valid positions, however they are
+    spread over micro-batches and, with ``average_tokens_across_devices``, ranks. Valid are positions with a label other
+    than -100, after the shift of a causal model; without labels all samples, or for a token model the tokens that are
+    not padding. The features of a term are averaged over the tokens of a micro-batch that are not padding, and these
+    averages are weighted alike.
 
     Logged beside ``loss``: every term by its name, the mean since the last log. Evaluation and prediction are the
     Trainer's own: ``eval_loss`` is the own loss.
 
-    Projectors between unequal widths are made before the optimizer, from the first samples of the training set, and are
-    parameters of it. They are no part of the model: ``save_pretrained`` knows nothing of them, a checkpoint has them
-    in ``distillation.safetensors``, and clipping by norm leaves them out.
+    Projectors between features of unequal widths are made before the optimizer, from the first samples of the training
+    set, and are among its parameters. They are not part of the model: ``save_pretrained`` leaves them out, a checkpoint
+    has them in ``distillation.safetensors``, and clipping by norm leaves them out.
+
+    Hooks of the Trainer that are overridden, in the order of a training::
+
+        get_train_dataloader             a cached teacher's targets are attached to the batches
+        create_optimizer                 projectors are made and added to the optimizer's groups
+        _load_optimizer_and_scheduler    projectors of a checkpoint are loaded, before the optimizer's state
+        get_batch_samples                counts the valid positions of an update, over micro-batches and ranks
+        training_step                    clears the projectors' gradients at an update's first micro-batch, and averages
+                                         them over ranks after its last
+        compute_loss                     the objective, scaled by this micro-batch's share of the update's positions
+        log                              adds the means of the terms
+        save_model                       writes the projectors into a checkpoint
 
     Args:
         *args: The Trainer's.
         teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache,
             made of the training set by the same collator and without columns that the model does not take.
-        temperature: T > 0.
-        alpha: Weight of the soft targets, 0 (own loss only) to 1 (teacher only).
-        losses: The terms of the objective by name, instead of ``temperature`` and ``alpha``; their features are named
-            as in the model.
+        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name, whose features are named as in
+            the model; SoftTargets() by default.
         **kwargs: The Trainer's.
 
     Raises:
-        ValueError: If an argument is out of range, or the Trainer is set up in a way that does not go with a teacher;
-            in training, if the teacher's classes are not the model's, or what a term compares is not there.
+        ValueError: If an argument is out of range, or the Trainer's settings do not go with a teacher; in training, if
+            the teacher has other classes than the model, or an output that a term compares is missing.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        teacher: TeacherLike,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
-        losses: Mapping[str, Term] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, teacher: TeacherLike, losses: Losses | None = None, **kwargs: Any) -> None:
         self.teacher = as_teacher(teacher)
-        self.objective = objective_of(temperature, alpha, losses)
+        self.objective = Objective(SoftTargets() if losses is None else losses)
         self._term_means = Means()
-        self._update_is_new = True
+        self._new_update = True
         super().__init__(*args, **kwargs)
         self._label_spec = label_spec(self.accelerator.unwrap_model(self.model), self.label_names)
-        # The loss that compute_loss returns is a share of the whole update's mean already.
+        # compute_loss divides by the positions of the whole update, so the Trainer must not divide by the number of
+        # micro-batches as well.
         self.loss_is_scaled_for_ga = True
         self._check()
 
@@ -105,63 +109,60 @@ class DistillationMixin(_Trainer):
     ) -> Any:
         """The weighted sum of the terms in training, the own loss in evaluation.
 
-        ``num_items_in_batch`` is what :meth:`get_batch_samples` counted; without it the loss is a mean over this batch.
+        ``num_items_in_batch`` is the count of :meth:`get_batch_samples`; without it the loss is a mean over this batch.
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weights = self.objective.weights(self._elapsed)
+        weights = self.objective.weights(self._progress)
         inputs = dict(inputs)
         cached = inputs.pop(_CACHED, None)
         positions = scored_positions(inputs, self._label_spec)
         with capture(model, self.objective.student_layers(weights=weights)) as features:
-            own, outputs = self._own(model, inputs, weights)
-            logits = positions.of(logits_of(outputs))
-            seen = Outputs(logits, features.take())
+            own, raw = self._own_loss(model, inputs, weights)
+            logits = positions.of(logits_of(raw))
+            outputs = Outputs(logits, features.take())
         valid, labels = positions.shaped(logits)
-        # As the model: half precision is cast inside of its forward only.
+        # accelerate casts inside of the model's forward only; the teacher and the projectors need autocast as well.
         with self.accelerator.autocast():
-            asks = self.objective.needs_teacher(weights)
+            needed = self.objective.needs_teacher(weights)
             terms = self.objective(
-                seen,
-                self._targets(inputs, cached, positions, weights) if asks else Outputs(None),
+                outputs,
+                self._targets(inputs, cached, positions, weights) if needed else Outputs(None),
                 weights,
-                own=lambda logits: logits.new_zeros(()) if own is None else own,
+                task_loss=lambda logits: logits.new_zeros(()) if own is None else own,
                 valid=valid,
                 labels=labels,
                 tokens=tokens_of(inputs),
             )
         loss, count = terms.pop("loss"), valid.sum()
-        known = {
-            name: value
-            for name, value in terms.items()
-            if own is not None or self.objective.terms[name].loss is not None
-        }
-        self._term_means.add(known, count)
+        # Without an own loss, as in a batch without labels, its term is the zero of above: not logged.
+        with_loss = {name for name, term in self.objective.terms.items() if own is not None or term.loss is not None}
+        self._term_means.add({name: value for name, value in terms.items() if name in with_loss}, count)
         if num_items_in_batch is not None:
+            # DDP averages gradients over ranks: multiplied by their number, the mean becomes the sum that is wanted.
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             loss = loss * (ranks * count / torch.as_tensor(num_items_in_batch, device=count.device).clamp(min=1))
-        return (loss, outputs) if return_outputs else loss
+        return (loss, raw) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an update, and how many positions count in them, on all ranks if that is wanted."""
+        """The micro-batches of an update and their number of valid positions, over all ranks if that is configured."""
         batches: list[Any]
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = (
-            torch.stack([scored_positions(batch, self._label_spec).valid.sum() for batch in batches]).sum().to(device)
-        )
+        counts = [scored_positions(batch, self._label_spec).valid.sum() for batch in batches]
+        count = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            every: Any = self.accelerator.gather(count)
-            count = every.sum()
+            gathered: Any = self.accelerator.gather(count)
+            count = gathered.sum()
         return batches, count
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's; of a cached teacher each batch with what that says."""
+        """The Trainer's loader; with a cached teacher each batch has its cached targets."""
         if not isinstance(self.teacher, CachedTeacher):
             return super().get_train_dataloader()
         prepare = self.accelerator.prepare
-        # The loader as it is before accelerate deals its batches out, for that is what can be made again.
+        # attach makes the loader anew, so it needs the plain one, before accelerate spreads its batches over the ranks.
         self.accelerator.prepare = lambda loader: loader  # type: ignore[method-assign]
         try:
             loader = self.teacher.attach(super().get_train_dataloader())
@@ -171,38 +172,42 @@ class DistillationMixin(_Trainer):
         return prepare(loader)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A micro-batch forward and backward; after the last one of an update the ranks share projector gradients."""
-        if self._update_is_new:
-            # The Trainer clears the gradients of its model alone.
+        """Forward and backward of a micro-batch.
+
+        The projectors are outside of the model: the Trainer does not clear their gradients, and DDP does not average
+        them. Both happen here, at the first and after the last micro-batch of an update.
+        """
+        if self._new_update:
             self.objective.projectors.zero_grad()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._update_is_new = self.accelerator.sync_gradients
-        if self._update_is_new:
+        self._new_update = self.accelerator.sync_gradients
+        if self._new_update:
             average_gradients(self.objective)
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's, and in it the projectors."""
+        """The Trainer's optimizer, with the projectors among its parameters."""
         if not self.objective.projects:
             return super().create_optimizer(model)
         if self.optimizer is None or not self.objective.projectors:
             make_projectors(self.objective, *self._example_outputs())
         optimizer = super().create_optimizer(model)
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        new = [parameter for parameter in self.objective.projectors.parameters() if id(parameter) not in known]
+        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        new = [parameter for parameter in self.objective.projectors.parameters() if id(parameter) not in present]
         if new and self.lr_scheduler is not None:
             raise ValueError(
                 "the learning-rate scheduler was made for an optimizer without the projectors that the terms need: "
                 "give the Trainer no scheduler, or optimizer_cls_and_kwargs in place of both"
             )
+        # As the Trainer does for its model: biases do not decay.
         for decays in (True, False):
             if group := [parameter for parameter in new if (parameter.ndim > 1) == decays]:
                 optimizer.add_param_group({"params": group, "weight_decay": self.args.weight_decay if decays else 0.0})
-        self._update_is_new = True
+        self._new_update = True
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model alone; into a checkpoint the projectors too."""
+        """Save the model; in a checkpoint the projectors as well."""
         super().save_model(output_dir, _internal_call)
         state = self.objective.projectors.state_dict()
         if _internal_call and output_dir is not None and state and self.args.should_save:
@@ -210,7 +215,7 @@ class DistillationMixin(_Trainer):
                 save_file(state, temporary)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's numbers; where they are of training steps, the terms by name."""
+        """Log the Trainer's numbers, and with those of training steps the means of the terms."""
         if "loss" in logs:
             logs = {**logs, **_over_ranks(self._term_means)}
             self._term_means.reset()
@@ -226,30 +231,34 @@ class DistillationMixin(_Trainer):
             self.objective.projectors.load_state_dict(load_file(path))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _own(self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float]) -> tuple[Any, Any]:
-        """The loss that the Trainer would have without a teacher, a mean over this batch, and the model's output."""
-        wanted = any(weight and self.objective.terms[name].loss is None for name, weight in weights.items())
-        if wanted or any(name in inputs for name in self._label_spec.names):
-            # A copy: labels are taken out of it.
-            found: Any = super().compute_loss(model, dict(inputs), return_outputs=True)
-            return found
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float]) -> tuple[Any, Any]:
+        """The loss of the Trainer without a teacher, a mean over this batch, and the model's output.
+
+        None for a batch without labels where no term needs that loss.
+        """
+        needed = any(weight and self.objective.terms[name].loss is None for name, weight in weights.items())
+        if needed or any(name in inputs for name in self._label_spec.names):
+            # A copy: the Trainer takes labels out of it.
+            loss_and_output: Any = super().compute_loss(model, dict(inputs), return_outputs=True)
+            return loss_and_output
         return None, model(**inputs)
 
     def _targets(
         self, inputs: dict[str, Any], cached: Any, positions: Positions, weights: Mapping[str, float] | None
     ) -> Outputs:
-        named = {name: value for name, value in inputs.items() if name not in self._label_spec.names}
-        shifted: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shifted is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
-            # What the model makes of its labels by itself.
-            named["decoder_input_ids"] = shifted(labels=inputs["labels"])
-        asks = weights is not None and self.objective.needs_logits(weights)
+        """The teacher's outputs at the scored positions; without ``weights`` its features only."""
+        kwargs = {name: value for name, value in inputs.items() if name not in self._label_spec.names}
+        shift_right: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift_right is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
+            # An encoder-decoder makes its decoder's inputs from the labels, which the teacher does not get.
+            kwargs["decoder_input_ids"] = shift_right(labels=inputs["labels"])
+        logits = weights is not None and self.objective.needs_logits(weights)
         layers = self.objective.teacher_layers(weights)
-        return targets_of(self.teacher, (), named, cached, layers, asks, positions.of)
+        return targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=positions.of)
 
     @torch.no_grad()
     def _example_outputs(self) -> tuple[Outputs, Outputs]:
-        """Features of the first samples, by which projectors are measured."""
+        """Features of student and teacher for the first two training samples, from which projectors are made."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "projectors, which Hint and Cosine have at any width, do not go with FSDP or DeepSpeed: compare "
@@ -257,14 +266,14 @@ class DistillationMixin(_Trainer):
             )
         with same_random_state():
             loader = self.get_train_dataloader()
-            batch: Any = loader.collate_fn(_first(loader.dataset, 2))
+            batch: Any = loader.collate_fn(_first_samples(loader.dataset, 2))
             inputs, model = self._prepare_inputs(batch), self.model
             assert model is not None
             layers, cached = self.objective.student_layers(), inputs.pop(_CACHED, None)
             with eval_mode(model), self.accelerator.autocast(), capture(model, layers) as features:
                 model(**inputs)
-                seen = Outputs(None, features.take())
-                return seen, self._targets(inputs, cached, scored_positions(inputs, self._label_spec), None)
+                student = Outputs(None, features.take())
+                return student, self._targets(inputs, cached, scored_positions(inputs, self._label_spec), None)
 
     def _check(self) -> None:
         if self.args.n_gpu > 1:
@@ -272,54 +281,52 @@ class DistillationMixin(_Trainer):
                 f"one process would drive {self.args.n_gpu} GPUs through DataParallel, whose copies hide what terms "
                 "compare: start one process a GPU, torchrun --nproc-per-node, or show it one, CUDA_VISIBLE_DEVICES=0"
             )
-        shared = getattr(self.accelerator, "parallelism_config", None)
-        if getattr(shared, "non_data_parallel_size", 1) > 1:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if getattr(parallelism, "non_data_parallel_size", 1) > 1:
             raise ValueError(
-                f"parallelism_config is {shared}: tensor, context and sequence parallelism split what the teacher is "
-                "asked about; use data parallelism, DDP or FSDP"
+                f"parallelism_config is {parallelism}: tensor, context and sequence parallelism split the teacher's "
+                "inputs; use data parallelism, DDP or FSDP"
             )
 
-    def _elapsed(self, unit: str) -> float:
-        """Epochs or updates done so far."""
+    def _progress(self, unit: str) -> float:
+        """How many epochs ("ep") or updates ("it") are done."""
         return float(self.state.global_step if unit == "it" else self.state.epoch or 0.0)
 
 
 @final
 class DistillationTrainer(DistillationMixin, Trainer):
-    """``transformers.Trainer`` with a teacher; see :class:`DistillationMixin` for the arguments and what they do.
+    """``transformers.Trainer`` with a teacher; :class:`DistillationMixin` documents the arguments.
 
     Example:
-        >>> DistillationTrainer(student, args, train_dataset=data, teacher=teacher, temperature=2.0).train()
+        >>> DistillationTrainer(student, args, train_dataset=data, teacher=teacher, losses=SoftTargets(2.0)).train()
     """
 
 
 @dataclass(frozen=True)
 class _AddCachedTargets:
-    """What a Trainer can do with the batches of a cached teacher's loader: the Trainer's mapping, and one entry more.
+    """Collates a cached teacher's batch into a mapping, which is all that a Trainer can handle.
 
     Args:
-        collate: Of that loader.
+        collate: Of the loader that ``attach`` returned.
     """
 
     collate: Callable[[Any], CachedBatch]
 
     def __call__(self, samples: Any) -> dict[str, Any]:
-        """Put a batch together."""
-        batch, cached = self.collate(samples)
-        return {**batch, _CACHED: cached}
+        """The batch with its cached targets as one more entry."""
+        batch, targets = self.collate(samples)
+        return {**batch, _CACHED: targets}
 
 
-def _first(samples: Any, count: int) -> Any:
+def _first_samples(dataset: Any, count: int) -> Any:
     """The first samples of a data set, as a loader fetches them."""
-    if isinstance(samples, IterableDataset):
-        return list(islice(samples, count))
-    indices = list(range(min(count, len(samples))))
-    together = getattr(samples, "__getitems__", None)
-    return together(indices) if together else [samples[index] for index in indices]
+    if isinstance(dataset, IterableDataset):
+        return list(islice(dataset, count))
+    return fetch(dataset, range(min(count, len(dataset))))
 
 
 def _over_ranks(means: Means) -> dict[str, float]:
-    """Means over what all ranks have seen. Called on every rank."""
+    """Means over all ranks. Every rank calls this."""
     rows = everyone(means.local())
     sums = {name: [sum(part) for part in zip(*(row[name] for row in rows if name in row))] for name in rows[0]}
     return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}

@@ -1,10 +1,10 @@
-"""DistillModule: one student or a family of them and their teacher as a LightningModule, and the ``distill`` job."""
+"""DistillModule: a student, or a family of students, and their teacher as a LightningModule; the ``distill`` job."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, final
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from distill.cache import CachedBatch, CachedTeacher, open_teacher
 from distill.features import capture
-from distill.language import check_headless, chunked_terms, headless
+from distill.language import FactoredLogits, check_headless, chunked_terms, headless
 from distill.losses import SoftTarget
-from distill.objective import Outputs, Term, check_scored, objective_of
-from distill.targets import TeacherLike, as_teacher, elapsed, targets_of
+from distill.objective import Losses, Objective, Outputs, SoftTargets, Term, check_scored
+from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
 from distill.teacher import Teacher, eval_mode
 from workbench.duration import Duration
 from workbench.models.positions import tokens_of
@@ -29,38 +29,37 @@ from workbench.training.module import LRSchedulerCallable, OptimizerCallable, St
 
 @final
 class DistillModule(SupervisedModule):
-    """A student trained on its teacher's outputs and on the labels; or a family of students, each as if alone.
+    """A student trained on its teacher's outputs and on hard labels; or a family of students, each as if alone.
 
-    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss, or the weighted sum of ``losses``
+    loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss, or the weighted sum of the terms in ``losses``
 
     The teacher is frozen, in eval mode and outside the module tree: not in ``parameters()``, the optimizer, DDP or
-    any checkpoint; it is asked once a batch, however many students there are. Where no term of some weight needs it,
-    it is not asked at all. Logged: ``train/loss`` and every term by name, of a family under ``train/STUDENT/``. The
-    task's own loss is logged at weight 0 too.
+    any checkpoint. It runs once a batch for all students, and not at all where no term with a weight above 0 needs it.
+    Logged: ``train/loss`` and every term by name, for a family under ``train/STUDENT/``; the task's own loss also at
+    weight 0.
 
-    Students of a family share the optimizer, the batches and the teacher's answers, and nothing else: gradients are
-    clipped for each of them, dropout has a stream of random numbers for each. With an optimizer that treats parameters
-    one by one, as SGD and Adam do, each comes out as if trained alone; where data loaders draw from torch's global
-    generator, which those of recipes do not, its dropout is another.
+    The students of a family share the optimizer, the batches and the teacher's outputs, and nothing else: gradients are
+    clipped per student, and dropout draws from one random stream per student. With an optimizer that treats parameters
+    one by one, as SGD and Adam do, each student ends as if trained alone. The exception are data loaders that draw from
+    torch's global generator, which those of recipes do not: dropout then differs.
 
-    A loss on features is a mean over the tokens, or samples, of a micro-batch; micro-batches are then weighed by the
-    positions that the task scores, so with padding it is not quite the mean over all of an update's tokens.
+    A loss on features is a mean over the tokens, or samples, of a micro-batch. Micro-batches are then weighted by their
+    valid positions, so with padding it is not quite the mean over all tokens of an update.
 
     Args:
-        student: The network to train, ``network`` from then on; or several by name.
-        teacher: A Teacher, a trained network, or where to load one or a cache of its outputs from.
-        task: Loss on labels, and metrics.
-        temperature: T > 0.
-        alpha: Weight of the soft targets, 0 (labels only) to 1 (teacher only).
+        student: The network to train, afterwards ``network``; or several by name.
+        teacher: A Teacher, a trained network, or where to load a teacher or a cache of its outputs from.
+        task: Loss on hard labels, and metrics.
+        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name. By default SoftTargets(), for
+            an Imitation task its own loss.
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
-        losses: The terms of the objective by name, instead of ``temperature`` and ``alpha``.
         chunked: For language models of transformers with large vocabularies: compute soft and hard loss from hidden
-            states a chunk of tokens at a time, so that logits of [tokens, vocabulary] are never held in training.
+            states a chunk of tokens at a time, so that training never holds logits of [tokens, vocabulary].
 
     Raises:
-        ValueError: If an argument is out of range; in training, if the teacher's classes are not the student's, or
-            what a term compares is not there.
+        ValueError: If an argument is out of range; in training, if the teacher has other classes than the student, or
+            an output that a term compares is missing.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
@@ -70,45 +69,43 @@ class DistillModule(SupervisedModule):
         student: nn.Module | Mapping[str, nn.Module],
         teacher: TeacherLike,
         task: Task,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
+        losses: Losses | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        losses: Mapping[str, Term] | None = None,
         chunked: bool = False,
     ) -> None:
-        imitates = isinstance(task, Imitation)
-        if imitates and losses is None:
-            if (temperature, alpha) != (4.0, 0.9):
-                raise ValueError(
-                    f"temperature is {temperature} and alpha {alpha}, but {type(task).__name__} has neither classes "
-                    "nor labels: leave them away, or give losses"
-                )
-            losses = {"imitation": Term()}
-        super().__init__(student, task, optimizer, lr_scheduler, self._teacher_outputs if imitates else None)
+        imitation = isinstance(task, Imitation)
+        if imitation and isinstance(losses, SoftTargets):
+            raise ValueError(
+                f"temperature is {losses.temperature} and alpha {losses.alpha}, but {type(task).__name__} has neither "
+                "classes nor labels: leave them away, or give losses"
+            )
+        super().__init__(student, task, optimizer, lr_scheduler, target=self._teacher_output if imitation else None)
+        if losses is None:
+            losses = {"imitation": Term()} if imitation else SoftTargets()
         self.teacher = as_teacher(teacher)
-        self.objective = objective_of(temperature, alpha, losses, tuple(self.members))
+        self.objective = Objective(losses, tuple(self.members))
         check_scored(self.objective, task)
         self.chunked = chunked
-        if imitates and isinstance(self.teacher, CachedTeacher):
+        if imitation and isinstance(self.teacher, CachedTeacher):
             raise ValueError(
-                f"{type(task).__name__} has no labels, so validation asks the teacher, which a cache cannot be: "
-                "give it live"
+                f"{type(task).__name__} has no labels, so validation runs the teacher, which a cache cannot do: give a "
+                "live teacher"
             )
         if chunked:
             _check_chunked(self.objective.terms, task, self.teacher)
-        self._heads_known = False
+        self._heads_checked = False
         if self.family:
             self.configure_gradient_clipping = self._clip_each
 
     def attach(self, loader: Any) -> Any:
-        """The training loader, its batches with the cached teacher's outputs; as it is if the teacher is live."""
+        """The training loader with the cached targets of each batch; the same loader if the teacher is live."""
         return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
 
     def setup(self, stage: str) -> None:
-        """Look at a batch, where the objective has projectors to make, before the optimizer is made.
+        """Make the projectors from the first batch, before the optimizer is made.
 
-        Data that can be read only once lose it: call :meth:`prepare` before, with a batch of your own.
+        An iterable that can be read only once loses that batch: call :meth:`prepare` with a batch before ``fit``.
         """
         if stage != "fit":
             return
@@ -127,28 +124,29 @@ class DistillModule(SupervisedModule):
     def prepare(self, batch: Any) -> None:
         """Make the projectors between features of unequal widths, for batches like this one.
 
-        ``fit`` calls it; in a loop of your own, call it before the optimizer is made. The students and the random state
-        of torch stay as they are but for what drawing the projectors takes.
+        ``fit`` calls it; call it yourself, before the optimizer is made, in a loop of your own. The students stay as
+        they are, and torch's random state changes only by the projectors' initial weights.
         """
         batch, cached = _split_batch(batch)
         args, kwargs = self.task.inputs(batch)
         targets = self._targets(args, kwargs, cached, None)
+        # Each member starts from the same random state, so that its projectors are those it would have alone.
         state = random_state()
         for member, student in self.members.items():
             set_random_state(state)
             with eval_mode(student):
-                seen = self._student_outputs(student, args, kwargs, self.objective.student_layers(member))
-            self.objective.prepare(seen.features, targets.features, member)
+                outputs = self._outputs(student, args, kwargs, self.objective.student_layers(member))
+            self.objective.prepare(outputs.features, targets.features, member)
 
     def step(self, batch: Any) -> Step:
-        """One look at the teacher, one forward pass of each student, and the terms of its objective."""
+        """One forward pass of the teacher, one of each student, and the terms of each student's objective."""
         batch, cached = _split_batch(batch)
-        weights = self.objective.weights(functools.partial(elapsed, self._trainer))
+        weights = self.objective.weights(functools.partial(training_progress, self._trainer))
         args, kwargs = self.task.inputs(batch)
         targets = Outputs(None)
-        known: _Hidden | None = None
+        teacher_logits: FactoredLogits | None = None
         if self.chunked:
-            known = self._teacher_hidden(args, kwargs) if weights["soft"] else None
+            teacher_logits = self._factored_teacher(args, kwargs) if weights["soft"] else None
         elif self.target is not None or self.objective.needs_teacher(weights):
             targets = self._targets(args, kwargs, cached, weights)
         if isinstance(self.task, Imitation):
@@ -161,14 +159,15 @@ class DistillModule(SupervisedModule):
                 stream = self.streams.of(member, valid.device)
             with stream:
                 if self.chunked:
-                    terms = self._chunked_terms(student, args, kwargs, batch, weights, known)
+                    student_logits = self._factored(student, student, args, kwargs)
+                    terms = self._chunked_terms(student_logits, teacher_logits, batch, weights)
                 else:
-                    seen = self._student_outputs(student, args, kwargs, self.objective.student_layers(member, weights))
+                    outputs = self._outputs(student, args, kwargs, self.objective.student_layers(member, weights))
                     terms = self.objective(
-                        seen,
+                        outputs,
                         targets,
                         weights,
-                        own=lambda logits: self.task.loss(logits, batch),
+                        task_loss=lambda logits: self.task.loss(logits, batch),
                         valid=valid,
                         labels=self.task.targets(batch),
                         tokens=tokens_of(batch),
@@ -180,17 +179,22 @@ class DistillModule(SupervisedModule):
         return Step(total, logged, valid.sum())
 
     def _targets(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], cached: Mapping[str, Tensor] | None, weights: Any
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        cached: Mapping[str, Tensor] | None,
+        weights: Mapping[str, float] | None,
     ) -> Outputs:
-        """What the teacher says of a batch, where the task scores it; without ``weights`` features only."""
-        asks = weights is not None and (self.target is not None or self.objective.needs_logits(weights))
-        layers, task = self.objective.teacher_layers(weights), self.task
-        if not isinstance(task, LanguageModelling):
-            return targets_of(self.teacher, args, kwargs, cached, layers, asks, task.output)
-        targets = targets_of(self.teacher, args, kwargs, cached, layers, asks, task.aligned)
-        return targets if targets.logits is None else targets._replace(logits=targets.logits[..., : task.vocabulary])
+        """The teacher's outputs at the scored positions; without ``weights`` its features only."""
+        task, layers = self.task, self.objective.teacher_layers(weights)
+        logits = weights is not None and (self.target is not None or self.objective.needs_logits(weights))
+        score = task.aligned if isinstance(task, LanguageModelling) else task.output
+        targets = targets_of(self.teacher, args, kwargs, cached, layers=layers, logits=logits, score=score)
+        if targets.logits is None or not isinstance(task, LanguageModelling):
+            return targets
+        return targets._replace(logits=targets.logits[..., : task.vocabulary])
 
-    def _student_outputs(
+    def _outputs(
         self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: Sequence[str]
     ) -> Outputs:
         if not layers:
@@ -199,8 +203,8 @@ class DistillModule(SupervisedModule):
             logits = self.task.output(student(*args, **kwargs))
             return Outputs(logits, features.take())
 
-    def _teacher_outputs(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the students are to say in validation."""
+    def _teacher_output(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The targets of an Imitation task in validation."""
         assert isinstance(self.teacher, Teacher)
         return self.task.output(self.teacher(*args, **kwargs))
 
@@ -210,70 +214,50 @@ class DistillModule(SupervisedModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of each student, and of its projectors, as if it were alone."""
+        """Clip the gradients of each student and its projectors separately."""
         if not gradient_clip_val:
             return
         for member, student in self.members.items():
-            mine = [*student.parameters(), *self.objective.parameters_of(member)]
+            parameters = [*student.parameters(), *self.objective.parameters_of(member)]
             if gradient_clip_algorithm == "value":
-                nn.utils.clip_grad_value_(mine, gradient_clip_val)
+                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             else:
-                nn.utils.clip_grad_norm_(mine, gradient_clip_val)
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def _chunked_terms(
-        self,
-        student: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        batch: Any,
-        weights: Mapping[str, float],
-        known: "_Hidden | None",
+        self, student: FactoredLogits, teacher: FactoredLogits | None, batch: Any, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Soft and hard loss from hidden states; ``known`` are the teacher's, if they are needed."""
+        """Soft and hard loss from hidden states; without a teacher, whose weight is then 0, the hard loss alone."""
         soft: Any = self.objective.terms["soft"].loss
-        mine = self._hidden(student, student, args, kwargs)
-        theirs = mine if known is None else known  # not looked at where soft targets have no weight
         total, *terms = chunked_terms(
-            mine.states,
-            mine.weight,
-            theirs.states,
-            theirs.weight,
-            soft.temperature,
-            self.task.targets(batch),
+            student,
+            student if teacher is None else teacher,
             (weights["soft"], weights.get("hard", 0.0)),
-            self.task.valid(batch),
-            mine.bias,
-            theirs.bias,
+            temperature=soft.temperature,
+            labels=self.task.targets(batch),
+            valid=self.task.valid(batch),
         )
         return {"loss": total, **dict(zip(("soft", "hard"), terms))}
 
-    def _teacher_hidden(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Hidden":
-        """The teacher's hidden states and head."""
+    def _factored_teacher(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FactoredLogits:
         assert isinstance(self.teacher, Teacher)
-        if not self._heads_known:
+        if not self._heads_checked:
             for model in (self.teacher.module, *self.members.values()):
                 check_headless(model, args, kwargs)
-            self._heads_known = True
-        return self._hidden(self.teacher.module, self.teacher, args, kwargs)
+            self._heads_checked = True
+        return self._factored(self.teacher.module, self.teacher, args, kwargs)
 
-    def _hidden(
-        self, model: nn.Module, ask: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> "_Hidden":
-        """Hidden states of a model at the positions that are scored, and its head over the vocabulary."""
+    def _factored(
+        self, model: nn.Module, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> FactoredLogits:
+        """Hidden states of ``model`` at the scored positions, from ``call``, and its head over the vocabulary."""
         assert isinstance(self.task, LanguageModelling)
         head: Any
         with headless(model) as head:
-            states = self.task.aligned(ask(*args, **kwargs))
+            hidden = self.task.aligned(call(*args, **kwargs))
         size = self.task.vocabulary
-        return _Hidden(states, _first(head.weight, size), None if head.bias is None else _first(head.bias, size))
-
-
-class _Hidden(NamedTuple):
-    """Hidden states [..., D], and the head that makes logits of them, [V, D] and [V]."""
-
-    states: Tensor
-    weight: Tensor
-    bias: Tensor | None
+        bias = None if head.bias is None else _first_rows(head.bias, size)
+        return FactoredLogits(hidden, _first_rows(head.weight, size), bias)
 
 
 def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
@@ -281,23 +265,23 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
     if not isinstance(task, LanguageModelling):
         raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it away")
     soft = terms["soft"].loss if "soft" in terms else None
-    own = terms["hard"].loss if "hard" in terms else None
-    if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize or own is not None:
-        said = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
-        raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {said}")
+    hard = terms["hard"].loss if "hard" in terms else None
+    if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize or hard is not None:
+        given = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
+        raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {given}")
     if task.label_smoothing:
         raise ValueError(f"chunked smooths no labels, and label_smoothing is {task.label_smoothing}: leave one away")
     if not isinstance(teacher, Teacher) or isinstance(teacher.module, nn.ModuleList):
         raise ValueError("chunked needs hidden states of one live teacher: leave chunked away with a cache or several")
 
 
-def _first(rows: Tensor, count: int) -> Tensor:
+def _first_rows(rows: Tensor, count: int) -> Tensor:
     """The first rows; a slice of all of them would copy them in backward."""
     return rows if len(rows) == count else rows[:count]
 
 
 def _split_batch(batch: Any) -> tuple[Any, Mapping[str, Tensor] | None]:
-    """The batch that the task knows, and what a cache added to it."""
+    """The batch as the task reads it, and its cached targets."""
     return (batch.batch, batch.cached_targets) if isinstance(batch, CachedBatch) else (batch, None)
 
 
@@ -325,10 +309,21 @@ def module_for(
                 "would not be used here: give its network, or fit it with distill.DistillationCallback in "
                 "trainer.callbacks"
             )
+    soft = SoftTargets(temperature, alpha)
+    objective: Losses | None = losses
+    if soft != SoftTargets():
+        if losses is not None:
+            raise ValueError("temperature and alpha are given beside losses: set them there, in the terms")
+        objective = soft
     source: Any = teacher
-    cached = open_teacher(source, precision=precision, weights=teacher_weights)
     return DistillModule(
-        model, cached, task_for(data, task), temperature, alpha, optimizer, lr_scheduler, losses, chunked
+        model,
+        open_teacher(source, precision=precision, weights=teacher_weights),
+        task_for(data, task),
+        objective,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        chunked=chunked,
     )
 
 
@@ -376,17 +371,17 @@ def distill(
         Metrics, history and size, for the record; of a family by student.
     """
     module = module_for(
-        model,
-        teacher,
-        data,
-        task,
-        temperature,
-        alpha,
-        losses,
-        chunked,
-        precision,
-        teacher_weights,
-        optimizer,
-        lr_scheduler,
+        model=model,
+        teacher=teacher,
+        data=data,
+        task=task,
+        temperature=temperature,
+        alpha=alpha,
+        losses=losses,
+        chunked=chunked,
+        precision=precision,
+        teacher_weights=teacher_weights,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
     )
-    return train_and_save(module, data, trainer, seed_everything, out, checkpoint)
+    return train_and_save(module, data, trainer, seed_everything, out=out, checkpoint=checkpoint)

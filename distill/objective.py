@@ -1,4 +1,4 @@
-"""What a student is trained on: named terms, each a loss with a weight that may warm up and decay."""
+"""What a student minimises: a weighted sum of named terms, whose weights may warm up and decay."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from workbench.randomness import same_random_state
 from workbench.tasks import Regression, Task
 
 Layers = str | list[str]
+Progress = Callable[[str], float]
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,17 @@ class Term:
 
     Args:
         loss: A loss on logits or on features; the task's own loss, on labels, if None.
-        weight: Its factor, at least 0. A term of weight 0 is not computed, the task's own loss is only logged.
-        student: For a loss on features: the student's submodules, by path or pattern as
-            :func:`distill.features.capture` takes them; of a family one for each of its members, by name.
-        teacher: The teacher's, as many; those of the student if None.
+        weight: Its factor, at least 0. A term of weight 0 is not computed, but the task's own loss is still logged.
+        student: For a loss on features: layers of the student, by path or pattern as :func:`distill.features.capture`
+            takes them; for a family of students, one entry for each member by name.
+        teacher: As many layers of the teacher; those of the student if None.
         warmup: How long the weight rises linearly from 0.
-        decay: How long it falls linearly to ``final`` times itself, from the start of training; it does not if None.
-        final: What is left of the weight then, in [0, 1].
+        decay: How long the weight falls linearly to ``final`` times itself, counted from the start of training; None
+            keeps it constant.
+        final: Share of the weight that is left after the decay, in [0, 1].
 
     Raises:
-        ValueError: If a number is out of range, or layers are given without a loss on features, or none with one.
+        ValueError: If a number is out of range, a loss on features has no layers, or another loss has some.
     """
 
     loss: LogitLoss | FeatureLoss | None = None
@@ -60,30 +62,60 @@ class Term:
             raise ValueError(f"final is {self.final}: the share of the weight that decay leaves is between 0 and 1")
         if self.decay is not None and self.decay.value < 1:
             raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it away")
-        layers = self.student is not None or self.teacher is not None
+        named = self.student is not None or self.teacher is not None
         if isinstance(self.loss, FeatureLoss) and self.student is None:
             raise ValueError(f"{type(self.loss).__name__} compares features: say which, student: layers.1")
-        if layers and not isinstance(self.loss, FeatureLoss):
+        if named and not isinstance(self.loss, FeatureLoss):
             kind = "the task's own loss" if self.loss is None else type(self.loss).__name__
             raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher away")
 
-    def at(self, elapsed: Callable[[str], float]) -> float:
-        """The weight now; ``elapsed("ep")`` and ``elapsed("it")`` say how many epochs and updates are done."""
-        factor = self.weight
+    def weight_at(self, progress: Progress) -> float:
+        """The weight now; ``progress("ep")`` is the number of epochs done and ``progress("it")`` that of updates."""
+        weight = self.weight
         if self.warmup.value:
-            factor *= min(1.0, elapsed(self.warmup.unit) / self.warmup.value)
+            weight *= min(1.0, progress(self.warmup.unit) / self.warmup.value)
         if self.decay is not None:
-            factor *= 1 - (1 - self.final) * min(1.0, elapsed(self.decay.unit) / self.decay.value)
-        return factor
+            weight *= 1 - (1 - self.final) * min(1.0, progress(self.decay.unit) / self.decay.value)
+        return weight
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The objective of Hinton et al. 2015: alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss.
+
+    Args:
+        temperature: T > 0, which softens both distributions.
+        alpha: Weight of the soft targets, from 0 (labels only) to 1 (teacher only).
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
+    """
+
+    temperature: float = 4.0
+    alpha: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        check_temperature(self.temperature)
+
+    def terms(self) -> dict[str, Term]:
+        """The same objective as terms: ``soft`` and ``hard``."""
+        return {"soft": Term(SoftTarget(self.temperature), self.alpha), "hard": Term(None, 1 - self.alpha)}
+
+
+Losses = SoftTargets | Mapping[str, Term]
 
 
 class Outputs(NamedTuple):
-    """What a network showed of itself in one forward pass.
+    """Outputs of a network for one batch.
 
     Args:
-        logits: What the task scores, [..., classes]; of a teacher None where only a sample of it is known.
-        features: By concrete name.
-        sample: ``ids``, ``weights`` and ``log_probs`` [..., K] of a teacher with a large vocabulary.
+        logits: The scored outputs, [..., classes]; None where they are not needed or only a sample is known.
+        features: Captured features by name.
+        sample: ``ids``, ``weights`` and ``log_probs`` [..., K] of a teacher with a large vocabulary, see
+            :mod:`distill.cache.sampling`.
     """
 
     logits: Tensor | None
@@ -91,39 +123,29 @@ class Outputs(NamedTuple):
     sample: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def soft_and_hard(temperature: float, alpha: float) -> dict[str, Term]:
-    """The objective of Hinton et al. 2015: alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss.
-
-    Raises:
-        ValueError: If alpha is outside [0, 1] or the temperature is not positive.
-    """
-    check_alpha(alpha)
-    check_temperature(temperature)
-    return {"soft": Term(SoftTarget(temperature), alpha), "hard": Term(None, 1 - alpha)}
-
-
 @final
 class Objective(nn.Module):
-    """A weighted sum of terms; its parameters are the projectors between unequal widths.
+    """A weighted sum of terms. Its parameters are the projectors between features of unequal widths.
 
-    Projectors are made by :meth:`prepare`, once the widths are known. They are trained beside the student and are no
-    part of it.
+    :meth:`prepare` makes the projectors once the widths are known. They train beside the student and are not part of
+    it. Projectors are named MEMBER-TERM-INDEX, without MEMBER for a single student.
 
     Args:
-        terms: By name.
-        members: The students of a family by name; one without a name if empty.
+        losses: Soft targets, or terms by name.
+        members: The names of a family of students; one student without a name by default.
 
     Raises:
-        ValueError: If there is no term of a weight above 0, or a term speaks of other members.
+        ValueError: If no term has a weight above 0, a term's name is reserved, or a term names other members.
     """
 
-    def __init__(self, terms: Mapping[str, Term], members: Sequence[str] = ("",)) -> None:
+    def __init__(self, losses: Losses, members: Sequence[str] = ("",)) -> None:
+        terms = losses.terms() if isinstance(losses, SoftTargets) else dict(losses)
         super().__init__()
         if not any(term.weight for term in terms.values()):
             raise ValueError(f"no term of {list(terms)} has a weight above 0: there is nothing to learn from")
-        if odd := [n for n in terms if n == "loss" or not n.isidentifier() or hasattr(nn.ModuleDict, n)]:
+        if reserved := [n for n in terms if n == "loss" or not n.isidentifier() or hasattr(nn.ModuleDict, n)]:
             raise ValueError(
-                f"a term is called {odd[0]!r}: give it a name of letters and digits that is none of torch's own; "
+                f"a term is called {reserved[0]!r}: give it a name of letters and digits that is none of torch's own; "
                 "'loss' is the sum of all"
             )
         for name, term in terms.items():
@@ -131,7 +153,7 @@ class Objective(nn.Module):
                 raise ValueError(
                     f"term {name!r} names the students {sorted(term.student)}: the family is {sorted(members)}"
                 )
-        self.terms = dict(terms)
+        self.terms = terms
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items() if term.loss is not None})
         self.projectors = nn.ModuleDict()
         self.register_load_state_dict_pre_hook(_without_projectors)
@@ -143,102 +165,104 @@ class Objective(nn.Module):
 
     def parameters_of(self, member: str) -> Iterator[nn.Parameter]:
         """Parameters of a student's projectors."""
-        mine = {_key(member, name) for name in self.terms}
+        prefixes = {_key(member, name) for name in self.terms}
         for key, projector in self.projectors.items():
-            if key.rpartition("-")[0] in mine:
+            if key.rpartition("-")[0] in prefixes:
                 yield from projector.parameters()
 
-    def weights(self, elapsed: Callable[[str], float]) -> dict[str, float]:
-        """Weight of each term now."""
-        return {name: term.at(elapsed) for name, term in self.terms.items()}
+    def weights(self, progress: Progress) -> dict[str, float]:
+        """Weight of each term now, see :meth:`Term.weight_at`."""
+        return {name: term.weight_at(progress) for name, term in self.terms.items()}
 
     def needs_teacher(self, weights: Mapping[str, float]) -> bool:
-        """Whether a term of some weight needs the teacher."""
+        """Whether a term with a weight above 0 needs the teacher."""
         losses = (self.terms[name].loss for name, weight in weights.items() if weight)
         return any(isinstance(loss, FeatureLoss) or (loss is not None and loss.needs_teacher) for loss in losses)
 
     def needs_logits(self, weights: Mapping[str, float]) -> bool:
-        """Whether a term of some weight needs the teacher's logits, not just its features."""
+        """Whether a term with a weight above 0 needs the teacher's logits, not just its features."""
         losses = (self.terms[name].loss for name, weight in weights.items() if weight)
         return any(isinstance(loss, LogitLoss) and loss.needs_teacher for loss in losses)
 
     def student_layers(self, member: str = "", weights: Mapping[str, float] | None = None) -> list[str]:
-        """What to capture of a student; of the terms with some weight now, or of all if None."""
-        return self._layers(lambda term: _of(term.student, member), weights)
+        """Layers of a student to capture: for the terms with a weight above 0, or for all terms if None."""
+        return self._layers(lambda term: _layers_of(term.student, member), weights)
 
     def teacher_layers(self, weights: Mapping[str, float] | None = None) -> list[str]:
-        """What to capture of the teacher."""
+        """Layers of the teacher to capture, see :meth:`student_layers`."""
         return self._layers(_teacher_layers, weights)
 
     def prepare(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], member: str = "") -> None:
-        """Make the projectors of a student whose features, and the teacher's, look like these.
+        """Make the projectors of a student from example features of the student and of the teacher.
 
         Raises:
-            ValueError: If a term finds another number of features here and there, or they cannot be compared.
+            ValueError: If a term matches unequal numbers of features, or their shapes cannot be compared.
         """
         for name, term in self.terms.items():
             if not (isinstance(term.loss, FeatureLoss) and term.loss.projects):
                 continue
-            for index, (mine, theirs) in enumerate(self._pairs(name, member, student, teacher)):
-                self.projectors[_key(member, name, str(index))] = make_projector(mine, theirs).to(mine.device)
+            for index, (fs, ft) in enumerate(self._pairs(name, member, student, teacher)):
+                self.projectors[_key(member, name, str(index))] = make_projector(fs, ft).to(fs.device)
 
     def forward(
         self,
         student: Outputs,
         teacher: Outputs,
         weights: Mapping[str, float],
-        own: Callable[[Tensor], Tensor],
+        task_loss: Callable[[Tensor], Tensor],
         valid: Tensor | None = None,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
         member: str = "",
     ) -> dict[str, Tensor]:
-        """Every term that counts now, and their weighted sum as ``"loss"``.
+        """Every term with a weight above 0, and their weighted sum as ``"loss"``.
 
         Args:
-            student: Its logits and features, with their graph.
-            teacher: The teacher's.
+            student: Logits and features of the student, with their graph.
+            teacher: Those of the teacher.
             weights: From :meth:`weights`.
-            own: Logits -> the task's own loss.
-            valid: Bool, of the logits' shape without the classes: the positions that count; all if None. Of their whole
-                shape, where they are numbers that count one by one, as of a regression.
-            labels: Targets at these positions, where a term needs them.
-            tokens: Bool [B, L], where features have a place for each token: those that are not padding; a prompt's too.
-            member: Which student of a family this is.
+            task_loss: Logits -> the task's own loss.
+            valid: Valid positions: bool, of the logits' shape without the classes; all if None. For a regression, whose
+                every number counts by itself, of the whole shape.
+            labels: Hard labels at these positions, for terms that need them.
+            tokens: Bool [B, L], True at tokens that are not padding, also those of a prompt; masks features that have
+                one position a token.
+            member: Name of the student in a family.
         """
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         total: Tensor | None = None
         idle: list[str] = []
         assert student.logits is not None
         for name, term in self.terms.items():
             weight = weights[name]
             if term.loss is None:
-                value = own(student.logits if weight else student.logits.detach())
+                value = task_loss(student.logits if weight else student.logits.detach())
             elif not weight:
                 idle += [name] if term.weight else []
                 continue
             elif isinstance(term.loss, FeatureLoss):
-                value = self._features(name, term.loss, student, teacher, valid, tokens, member)
+                value = self._feature_loss(name, student, teacher, (tokens, valid), member)
             elif teacher.sample is not None and term.loss.needs_teacher:
-                value = _sampled(term.loss, student.logits, teacher.sample, valid)
+                value = _sampled_loss(term.loss, student.logits, teacher.sample, valid)
             else:
                 if teacher.logits is None and term.loss.needs_teacher:
                     raise ValueError(f"term {name!r} compares logits, and the teacher gave none: cache them as well")
-                # A loss that needs no teacher still takes a tensor in its pattern.
+                # A loss that needs no teacher still takes a tensor in its place.
                 logits = student.logits if teacher.logits is None else teacher.logits
                 value = term.loss(*_with_classes(student.logits, logits, valid), valid, labels)
-            found[name] = value
+            values[name] = value
             if weight:
                 # A weight of 1 leaves the value as it is, bit for bit; and 0 * NaN is NaN.
                 part = value if weight == 1 else weight * value
                 total = part if total is None else total + part
         if total is None or idle:
-            # A term whose time has not come, or is over: data-parallel training wants every parameter to take part.
-            nothing = self._nothing(student.logits, idle, member)
-            total = nothing if total is None else total + nothing
-        return {"loss": total, **found}
+            # Before its warmup or after its decay a term adds nothing, but data-parallel training needs a gradient for
+            # every parameter in every step.
+            zero = self._zero(student.logits, idle, member)
+            total = zero if total is None else total + zero
+        return {"loss": total, **values}
 
-    def _nothing(self, logits: Tensor, idle: Sequence[str], member: str) -> Tensor:
+    def _zero(self, logits: Tensor, idle: Sequence[str], member: str) -> Tensor:
         """Zero, with a graph to the student's output and to the projectors of these terms."""
         # Not the logits' sum: 0 times infinity is NaN.
         total = logits.masked_fill(~logits.isfinite(), 0).sum()
@@ -248,80 +272,83 @@ class Objective(nn.Module):
                     total = sum((parameter.sum() for parameter in projector.parameters()), total)
         return 0.0 * total
 
-    def _features(
+    def _feature_loss(
         self,
         name: str,
-        loss: FeatureLoss,
         student: Outputs,
         teacher: Outputs,
-        valid: Tensor | None,
-        tokens: Tensor | None,
+        masks: tuple[Tensor | None, Tensor | None],
         member: str,
     ) -> Tensor:
-        values = []
-        for index, (mine, theirs) in enumerate(self._pairs(name, member, student.features, teacher.features)):
+        """The mean over the term's pairs of features; ``masks`` are those of the tokens and of the valid positions."""
+        loss, values = self.terms[name].loss, []
+        assert isinstance(loss, FeatureLoss)
+        for index, (fs, ft) in enumerate(self._pairs(name, member, student.features, teacher.features)):
             key = _key(member, name, str(index))
             if loss.projects:
                 if key not in self.projectors:
                     raise ValueError(
                         f"term {name!r} has no projector yet: call prepare first, before the optimizer is made"
                     )
-                mine = self.projectors[key](mine)
-            values.append(loss(mine, theirs.to(mine.dtype), _fitting(mine, valid, tokens)))
+                fs = self.projectors[key](fs)
+            values.append(loss(fs, ft.to(fs.dtype), _matching_mask(fs, masks)))
         return torch.stack(values).mean()
 
     def _pairs(
         self, name: str, member: str, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Features of one term, the student's beside the teacher's, in the order in which they were named."""
+        """Features of one term, the student's beside the teacher's, in the order of the term's layers."""
         term = self.terms[name]
-        mine, theirs = _matching(_of(term.student, member), student), _matching(_teacher_layers(term), teacher)
-        if len(mine) != len(theirs) or not mine:
+        of_student = _matching_names(_layers_of(term.student, member), student)
+        of_teacher = _matching_names(_teacher_layers(term), teacher)
+        if len(of_student) != len(of_teacher) or not of_student:
             raise ValueError(
-                f"term {name!r} compares {len(mine)} features of the student ({', '.join(mine) or 'none'}) with "
-                f"{len(theirs)} of the teacher ({', '.join(theirs) or 'none'}): name as many of each, in order"
+                f"term {name!r} compares {len(of_student)} features of the student ({', '.join(of_student) or 'none'}) "
+                f"with {len(of_teacher)} of the teacher ({', '.join(of_teacher) or 'none'}): name as many of each, in "
+                "order"
             )
-        return [(student[one], teacher[other]) for one, other in zip(mine, theirs)]
+        return [(student[one], teacher[other]) for one, other in zip(of_student, of_teacher)]
 
-    def _layers(self, of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
+    def _layers(self, layers_of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
         terms = (term for name, term in self.terms.items() if weights is None or weights[name])
-        return list(
-            dict.fromkeys(pattern for term in terms if isinstance(term.loss, FeatureLoss) for pattern in of(term))
-        )
+        return list(dict.fromkeys(x for term in terms if isinstance(term.loss, FeatureLoss) for x in layers_of(term)))
 
 
-def _of(layers: Layers | dict[str, Layers] | None, member: str) -> list[str]:
+def _layers_of(layers: Layers | dict[str, Layers] | None, member: str) -> list[str]:
     if isinstance(layers, dict):
-        return _of(layers[member], member)
+        return _layers_of(layers[member], member)
     return [layers] if isinstance(layers, str) else list(layers or ())
 
 
 def _teacher_layers(term: Term) -> list[str]:
     if term.teacher is None and isinstance(term.student, dict):
         raise ValueError("a term names its features by student: say the teacher's too, teacher: layers.3")
-    return _of(term.student if term.teacher is None else term.teacher, "")
+    return _layers_of(term.student if term.teacher is None else term.teacher, "")
 
 
-def _matching(layers: Iterable[str], features: Mapping[str, Tensor]) -> list[str]:
-    """Concrete names that the layers stand for, in the order of the layers, then of the modules."""
-    found = [name for pattern in layers for name in features if matches(name, pattern)]
-    return list(dict.fromkeys(found))
+def _matching_names(patterns: Iterable[str], features: Mapping[str, Tensor]) -> list[str]:
+    """Names of features that match, in the order of the patterns, then of the modules."""
+    return list(dict.fromkeys(name for pattern in patterns for name in features if matches(name, pattern)))
 
 
-def _fitting(feature: Tensor, valid: Tensor | None, tokens: Tensor | None) -> Tensor | None:
-    """The mask that fits a feature's leading axes: of its tokens, or of the positions that the task scores."""
-    masks = (mask for mask in (tokens, valid) if mask is not None)
-    return next((mask for mask in masks if feature.ndim > mask.ndim and feature.shape[: mask.ndim] == mask.shape), None)
+def _matching_mask(feature: Tensor, masks: Iterable[Tensor | None]) -> Tensor | None:
+    """The first mask whose shape is that of the feature's leading axes."""
+    for mask in masks:
+        if mask is not None and feature.ndim > mask.ndim and feature.shape[: mask.ndim] == mask.shape:
+            return mask
+    return None
 
 
 def _with_classes(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [..., classes]; numbers that count one by one are given a last axis of size 1."""
-    alone = valid is not None and valid.shape == student.shape
-    return (student.unsqueeze(-1), teacher.unsqueeze(-1)) if alone else (student, teacher)
+    """Logits [..., classes]; the outputs of a regression, which have no classes, get a last axis of size 1."""
+    regression = valid is not None and valid.shape == student.shape
+    return (student.unsqueeze(-1), teacher.unsqueeze(-1)) if regression else (student, teacher)
 
 
-def _sampled(loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tensor], valid: Tensor | None) -> Tensor:
-    # Drawn from the teacher's own probabilities, a sample says nothing of softened ones.
+def _sampled_loss(
+    loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tensor], valid: Tensor | None
+) -> Tensor:
+    # The ids were drawn from the teacher's probabilities at temperature 1: they estimate no other distribution.
     if not isinstance(loss, SoftTarget) or loss.temperature != 1 or loss.standardize:
         raise ValueError(
             f"{loss} needs all of the teacher's logits, and the cache holds a sample of them: use SoftTarget at "
@@ -331,7 +358,7 @@ def _sampled(loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tens
 
 
 def _without_projectors(objective: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Leave the projectors of a checkpoint alone where there are none yet: the student does not need them."""
+    """Ignore the projectors of a checkpoint where there are none yet: the student does not need them."""
     if not objective.projectors:
         for key in [key for key in state if key.startswith(f"{prefix}projectors.")]:
             del state[key]
@@ -341,26 +368,11 @@ def _key(*parts: str) -> str:
     return "-".join(part for part in parts if part)
 
 
-def objective_of(
-    temperature: float, alpha: float, losses: Mapping[str, Term] | None, members: Sequence[str] = ("",)
-) -> Objective:
-    """The objective of ``losses``, or of soft targets and own loss; ``members`` are the students' names.
-
-    Raises:
-        ValueError: If a number is out of range, or both are given.
-    """
-    if losses is None:
-        return Objective(soft_and_hard(temperature, alpha), members)
-    if (temperature, alpha) != (4.0, 0.9):
-        raise ValueError("temperature and alpha are given beside losses: say them there, in the terms")
-    return Objective(losses, members)
-
-
 def check_scored(objective: Objective, task: Task) -> None:
-    """Refuse losses between distributions over classes where a task has no classes.
+    """Refuse losses that compare distributions over classes for a task without classes.
 
     Raises:
-        ValueError: If the task is a regression and a term compares anything of the outputs but their numbers.
+        ValueError: If the task is a regression and a term is a loss on logits other than LogitMSE.
     """
     if not isinstance(task, Regression):
         return
@@ -373,7 +385,7 @@ def check_scored(objective: Objective, task: Task) -> None:
 
 
 def make_projectors(objective: Objective, student: Outputs, teacher: Outputs) -> None:
-    """Give an objective new projectors, the same on all ranks, which all call this. Nothing is drawn."""
+    """Make the projectors, equal on all ranks. Every rank calls this; the random state stays as it is."""
     with same_random_state(), torch.no_grad():
         objective.prepare(student.features, teacher.features)
     objective.projectors.requires_grad_(True).train()
@@ -383,7 +395,7 @@ def make_projectors(objective: Objective, student: Outputs, teacher: Outputs) ->
 
 
 def average_gradients(objective: Objective) -> None:
-    """Make the gradients of the projectors means over all ranks. Called on every rank, after the last backward pass."""
+    """Average the projectors' gradients over all ranks. Every rank calls this after its last backward pass."""
     if (ranks := world()) == 1:
         return
     for parameter in objective.projectors.parameters():

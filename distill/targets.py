@@ -1,4 +1,4 @@
-"""What trainers of all kinds share: asking a teacher about a batch, and the projectors of several ranks."""
+"""What every trainer shares: the teacher behind an argument, its outputs for a batch, and how far training is."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,55 +36,54 @@ def targets_of(
     logits: bool = True,
     score: Callable[[Tensor], Tensor] = lambda outputs: outputs,
 ) -> Outputs:
-    """What a teacher says of a batch.
+    """A teacher's outputs for a batch, live or cached.
 
     Args:
-        teacher: Live, or a cache.
+        teacher: A live teacher, or a cache.
         args: Positional arguments of the student.
-        kwargs: Keyword arguments; ``labels`` are kept from the teacher.
-        cached: What a cache said, see :class:`distill.cache.CachedBatch`; None if the teacher is to be asked.
-        layers: Its submodules whose features are wanted.
-        logits: Whether the answer must have logits.
-        score: Outputs of the model -> those that are scored, such as all but the last of a causal model.
+        kwargs: Keyword arguments of the student; the teacher gets them without ``labels``.
+        cached: Cached targets of the batch, see :class:`distill.cache.CachedBatch`; None to run the teacher.
+        layers: Layers of the teacher whose features are needed.
+        logits: Whether the teacher's logits are needed.
+        score: Selects the scored positions of the model's outputs, such as all but the last of a causal model.
 
     Raises:
-        ValueError: If the teacher is a cache and nothing of it came with the batch, or what came lacks the logits or
-            features that are wanted; or if a live teacher's answer has no logits.
+        ValueError: If the teacher is a cache and the batch has no cached targets, the cached targets lack logits or
+            features that are needed, or a live teacher returns no logits.
     """
     if cached is not None:
-        features = {
-            name.removeprefix("feature/"): value for name, value in cached.items() if name.startswith("feature/")
-        }
-        _check_kept(cached, features, layers, logits)
-        known = score(cached["logits"]) if "logits" in cached else None
+        prefix = "feature/"
+        features = {name.removeprefix(prefix): value for name, value in cached.items() if name.startswith(prefix)}
+        _check_cached(cached, features, layers, logits)
+        scores = score(cached["logits"]) if "logits" in cached else None
         if "ids" not in cached:
-            return Outputs(known, features)
-        return Outputs(known, features, (score(cached["ids"]), score(cached["weights"]), score(cached["log_probs"])))
+            return Outputs(scores, features)
+        return Outputs(scores, features, (score(cached["ids"]), score(cached["weights"]), score(cached["log_probs"])))
     if isinstance(teacher, CachedTeacher):
         raise ValueError(
-            "the teacher is a cache and the batch comes without what it says: train on a loader that attach returned"
+            "the teacher is a cache and the batch comes without cached targets: train on a loader that attach returned"
         )
-    named = {name: value for name, value in kwargs.items() if name != "labels"}
-    raw, features = teacher.outputs(args, named, layers)
+    inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+    raw, features = teacher.outputs(args, inputs, layers)
     return Outputs(score(logits_of(raw, "the teacher")) if logits else None, features)
 
 
-def _check_kept(cached: Mapping[str, Any], features: Mapping[str, Any], layers: Sequence[str], logits: bool) -> None:
-    """Raises: ValueError: if a cache has not what is wanted of it."""
+def _check_cached(cached: Mapping[str, Any], features: Mapping[str, Any], layers: Sequence[str], logits: bool) -> None:
+    """Raises: ValueError: if cached targets lack the logits or features that are needed."""
     if logits and not {"logits", "ids"} & set(cached):
         raise ValueError(
             f"the cache has no logits, which a term compares, only {', '.join(sorted(cached)) or 'nothing'}: cache a "
             "teacher that returns logits, or leave that term away"
         )
-    if lacking := [layer for layer in layers if not any(matches(name, layer) for name in features)]:
+    if missing := [layer for layer in layers if not any(matches(name, layer) for name in features)]:
         raise ValueError(
-            f"the cache has features of {', '.join(features) or 'nothing'} and not of '{lacking[0]}': cache again with "
+            f"the cache has features of {', '.join(features) or 'nothing'} and not of '{missing[0]}': cache again with "
             f"features: {list(layers)}"
         )
 
 
-def elapsed(trainer: Any, unit: str) -> float:
-    """Epochs ("ep") or updates ("it") that a Lightning trainer has done so far; 0 without one."""
+def training_progress(trainer: Any, unit: str) -> float:
+    """How many epochs ("ep") or updates ("it") a Lightning trainer has done; 0 without a trainer."""
     if trainer is None:
         return 0.0
     if unit == "it":

@@ -28,25 +28,25 @@ def chunked_soft_target(
               + (1 - \alpha) \bigl(-\log \sigma(W^s h^s)_y\bigr)
 
     The same in value and gradient as both heads followed by :func:`distill.losses.soft_target` and cross-entropy, but
-    no [tokens, vocabulary] is ever held: gradients are made in the forward pass, chunk by chunk, and tokens that do
-    not count are left out of the matrix products too. Softmax in at least fp32; gradients of half-precision weights
+    no tensor of [tokens, vocabulary] is ever held: the forward pass computes the gradients chunk by chunk and leaves
+    invalid tokens out of the matrix products. Softmax in at least fp32; gradients of half-precision weights
     are summed in fp32. The teacher gets no gradient, and a second derivative is refused.
 
     Args:
         student_hidden: [..., D]; already shifted for a causal model.
         student_weight: [V, D], of the lm head.
         teacher_hidden: [..., E].
-        teacher_weight: [V, E]. Heads padded to different lengths are cut to the vocabulary: ``weight[:vocabulary]``.
+        teacher_weight: [V, E]. Cut padded heads to the vocabulary: ``weight[:vocabulary]``.
         temperature: T > 0 of the soft targets; cross-entropy has none.
         labels: y, int64 [...]; needed for alpha < 1.
         alpha: Weight of the soft targets, in [0, 1]; at the ends the other term is not computed.
-        valid: Bool [...], True where a token counts; by default where the label is not -100, or everywhere.
+        valid: Bool [...], True at valid tokens; by default where the label is not -100, or everywhere.
         student_bias: [V]; -inf for a row that takes no probability.
         teacher_bias: [V].
         chunk: Tokens at a time. Memory beyond the weights' gradient is about 5 x chunk x V numbers.
 
     Returns:
-        A scalar in nats: mean over valid tokens; 0 with its graph if none is.
+        A scalar in nats: mean over valid tokens; 0 with its graph if there is none.
 
     Raises:
         ValueError: If shapes do not fit, labels are missing or out of range where they count, or a number is out of
@@ -57,79 +57,83 @@ def chunked_soft_target(
     """
     check_alpha(alpha)
     total, _, _ = chunked_terms(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        temperature,
-        labels,
+        FactoredLogits(student_hidden, student_weight, student_bias),
+        FactoredLogits(teacher_hidden, teacher_weight, teacher_bias),
         (alpha, 1 - alpha),
-        valid,
-        student_bias,
-        teacher_bias,
-        chunk,
+        temperature=temperature,
+        labels=labels,
+        valid=valid,
+        chunk=chunk,
     )
     return total
 
 
-def chunked_terms(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    temperature: float,
-    labels: Tensor | None,
-    weights: tuple[float, float],
-    valid: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    chunk: int = 256,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`chunked_soft_target`, for any two weights.
+class FactoredLogits(NamedTuple):
+    """Logits that are not computed yet: ``hidden @ weight.T + bias``.
 
     Args:
-        student_hidden: There.
-        student_weight: There.
-        teacher_hidden: There.
-        teacher_weight: There.
-        temperature: There.
-        labels: There.
-        weights: Of the soft targets and of cross-entropy, at least 0; a term of weight 0 is not computed.
-        valid: There.
-        student_bias: There.
-        teacher_bias: There.
-        chunk: There.
+        hidden: Hidden states [..., D].
+        weight: [V, D], of the lm head.
+        bias: [V]; -inf for a row that takes no probability.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def chunked_terms(
+    student: FactoredLogits,
+    teacher: FactoredLogits,
+    weights: tuple[float, float],
+    *,
+    temperature: float,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`chunked_soft_target` with any two weights.
+
+    Args:
+        student: Its hidden states [..., D] and lm head.
+        teacher: Its hidden states [..., E] and lm head over the same vocabulary.
+        weights: Of the soft targets and of the cross-entropy, at least 0; a term of weight 0 is not computed.
+        temperature: T > 0 of the soft targets.
+        labels: int64 [...]; needed for a cross-entropy of weight above 0.
+        valid: Bool [...], as for :func:`chunked_soft_target`.
+        chunk: Tokens at a time.
 
     Returns:
-        The weighted sum, with its graph; soft targets and cross-entropy by themselves, for logging, 0 if not computed.
+        The weighted sum, with its graph; the soft-target loss and the cross-entropy for logging, 0 if not computed.
 
     Raises:
-        ValueError: There.
+        ValueError: As :func:`chunked_soft_target`.
     """
     check_temperature(temperature)
     if not all(0 <= weight < float("inf") for weight in weights):
         raise ValueError(f"weights are {weights}: give finite numbers of at least 0")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: give at least 1 token at a time")
-    student, teacher = _Head(student_weight, student_bias), _Head(teacher_weight.detach(), teacher_bias)
-    _check(student_hidden, student, teacher_hidden, teacher, labels, weights, valid)
-    hard = labels if weights[1] else None
+    _check(student, teacher, labels, weights, valid)
+    hard_labels = labels if weights[1] else None
     if valid is None and labels is not None:
         valid = labels != IGNORED
-    hs, ht = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
-    y = None if hard is None else hard.flatten()
+    hs, ht = student.hidden.flatten(0, -2), teacher.hidden.detach().flatten(0, -2)
+    y = None if hard_labels is None else hard_labels.flatten()
     if valid is not None:
-        # Before the matrix products: it saves time, and what stands elsewhere, NaN included, reaches nothing.
+        # Invalid positions are dropped before the matrix products: this saves time, and a NaN there reaches nothing.
         kept = valid.flatten().nonzero().squeeze(1)
         hs, ht, y = hs[kept], ht[kept], None if y is None else y[kept]
-    if y is not None and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < len(student_weight):
+    if y is not None and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < len(student.weight):
         raise ValueError(
-            f"labels that count are {int(y.min())} to {int(y.max())}: give 0 to {len(student_weight) - 1}, "
+            f"labels that count are {int(y.min())} to {int(y.max())}: give 0 to {len(student.weight) - 1}, "
             f"or leave the others out by {IGNORED} or valid"
         )
     settings = _Settings(temperature, weights, chunk, torch.is_grad_enabled())
-    found: Any = _Chunked.apply(hs, *student, ht, *teacher, y, settings)
-    return found
+    terms: Any = _Chunked.apply(
+        hs, student.weight, student.bias, ht, teacher.weight.detach(), teacher.bias, y, settings
+    )
+    return terms
 
 
 class _Head(NamedTuple):
@@ -145,7 +149,7 @@ class _Settings(NamedTuple):
 
 
 class _Chunked(torch.autograd.Function):
-    """Mean loss of compacted tokens; the gradients are made on the way and only scaled in backward.
+    """Mean loss over the valid tokens. Forward also computes the gradients; backward only scales them.
 
     Shapes: hs [N, D], ws [V, D], bs [V], ht [N, E], wt [V, E], bt [V], y [N].
     """
@@ -178,7 +182,9 @@ class _Chunked(torch.autograd.Function):
                 h = hs[rows].to(dtype)
                 zs = nn.functional.linear(h, *student).to(wide)
                 zt = nn.functional.linear(ht[rows].to(teacher.weight.dtype), *teacher) if settings.weights[0] else None
-                gz = _scored(zs, None if zt is None else zt.to(wide), None if y is None else y[rows], settings, terms)
+                gz = _logit_gradient(
+                    zs, None if zt is None else zt.to(wide), None if y is None else y[rows], settings, terms
+                )
                 if gb is not None:
                     gb += gz.sum(0)
                 gz = gz.to(dtype)
@@ -215,8 +221,8 @@ def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Head:
     return _Head(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings, terms: Tensor) -> Tensor:
-    """The gradient of a chunk by ``zs`` [C, V]; adds its summed losses to ``terms``, and overwrites both logits."""
+def _logit_gradient(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings, terms: Tensor) -> Tensor:
+    """Gradient of a chunk's loss by ``zs`` [C, V]; adds its summed losses to ``terms``. Overwrites both logits."""
     t, (alpha, beta) = settings.temperature, settings.weights
     gradient = None
     if y is not None:
@@ -238,28 +244,28 @@ def _scored(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _Settings
 
 
 def _check(
-    student_hidden: Tensor,
-    student: _Head,
-    teacher_hidden: Tensor,
-    teacher: _Head,
+    student: FactoredLogits,
+    teacher: FactoredLogits,
     labels: Tensor | None,
     weights: tuple[float, float],
     valid: Tensor | None,
 ) -> None:
-    shape = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != shape:
+    shape = student.hidden.shape[:-1]
+    if teacher.hidden.shape[:-1] != shape:
         raise ValueError(
-            f"student hidden states are {list(student_hidden.shape)} and the teacher's {list(teacher_hidden.shape)}: "
-            "ask both about the same tokens"
+            f"student hidden states are {list(student.hidden.shape)} and the teacher's {list(teacher.hidden.shape)}: "
+            "run both on the same tokens"
         )
-    for whose, hidden, head in (("student", student_hidden, student), ("teacher", teacher_hidden, teacher)):
-        if head.weight.ndim != 2 or hidden.shape[-1] != head.weight.shape[1]:
+    for role, logits in (("student", student), ("teacher", teacher)):
+        if logits.weight.ndim != 2 or logits.hidden.shape[-1] != logits.weight.shape[1]:
             raise ValueError(
-                f"the {whose}'s hidden states are {list(hidden.shape)} and its weight {list(head.weight.shape)}: "
-                "give [..., D] and [V, D]"
+                f"the {role}'s hidden states are {list(logits.hidden.shape)} and its weight "
+                f"{list(logits.weight.shape)}: give [..., D] and [V, D]"
             )
-        if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
-            raise ValueError(f"{whose}_bias is {list(head.bias.shape)}: give [{len(head.weight)}], one number a token")
+        if logits.bias is not None and logits.bias.shape != logits.weight.shape[:1]:
+            raise ValueError(
+                f"{role}_bias is {list(logits.bias.shape)}: give [{len(logits.weight)}], one number a token"
+            )
     if len(student.weight) != len(teacher.weight):
         raise ValueError(
             f"the student's head has {len(student.weight)} rows and the teacher's {len(teacher.weight)}: compare their "

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from distill import DistillationCallback, DistillModule, Teacher
 from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import DKD, RKD, Hint, SoftTarget
-from distill.objective import Objective, Term
+from distill.objective import Objective, SoftTargets, Term
 from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
 from workbench.duration import Duration
@@ -107,7 +107,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def native(alpha: float = 0.9, **options: Any) -> list[Tensor]:
     """Weights that DistillModule ends with."""
-    module = DistillModule(network(), teacher(), Classification(3), 4.0, alpha, SGD)
+    module = DistillModule(network(), teacher(), Classification(3), SoftTargets(4.0, alpha), SGD)
     module.validation_step = None  # type: ignore[assignment, method-assign]
     fit(module, **options)
     return weights(module)
@@ -117,7 +117,7 @@ def native(alpha: float = 0.9, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_equals_the_module_that_was_written_for_it(namespace: Any, alpha: float) -> None:
     module = theirs(namespace)
-    fit(module, DistillationCallback(teacher(), alpha=alpha), namespace=namespace)
+    fit(module, DistillationCallback(teacher(), SoftTargets(alpha=alpha)), namespace=namespace)
     assert equal(weights(module), native(alpha))
 
 
@@ -296,7 +296,7 @@ def test_two_of_them_are_refused() -> None:
 @pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 4.0), (1.5, 4.0), (0.5, 0.0), (0.5, float("nan"))])
 def test_arguments_out_of_range(alpha: float, temperature: float) -> None:
     with pytest.raises(ValueError, match=r"alpha is|temperature is"):
-        DistillationCallback(teacher(), temperature, alpha)
+        DistillationCallback(teacher(), SoftTargets(temperature, alpha))
 
 
 def test_classes_of_another_number_are_named() -> None:
@@ -366,7 +366,7 @@ def test_logs_the_mean_soft_loss_and_resumes_it(namespace: Any, tmp_path: Path) 
         trainer = namespace.Trainer(
             **{**QUIET, "enable_checkpointing": bool(more)},
             max_epochs=1,
-            callbacks=[DistillationCallback(teacher(), alpha=0.5), *more],
+            callbacks=[DistillationCallback(teacher(), SoftTargets(alpha=0.5)), *more],
         )
         trainer.fit(module, train, ckpt_path=path)
         return trainer
@@ -494,7 +494,7 @@ def test_projectors_follow_the_learning_rate_and_the_defaults(monkeypatch: pytes
     fit(module, callback, max_epochs=3)
     optimizer = functools.partial(torch.optim.AdamW, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
     schedule = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-    expected = DistillModule(network(), teacher(), Classification(3), 4.0, 0.9, optimizer, schedule, HINTS)
+    expected = DistillModule(network(), teacher(), Classification(3), HINTS, optimizer, schedule)
     expected.validation_step = None  # type: ignore[assignment, method-assign]
     fit(expected, max_epochs=3)
     assert equal(weights(module), weights(expected.network))
@@ -615,7 +615,7 @@ def test_a_cached_teacher_equals_a_live_one(tmp_path: Path, precision: Any) -> N
         found.append(weights(module) + weights(callback.objective))
     assert equal(found[0], found[1])
     assert equal(found[0], found[2])
-    with pytest.raises(ValueError, match="the teacher is a cache and the batch comes without what it says"):
+    with pytest.raises(ValueError, match="the teacher is a cache and the batch comes without cached targets"):
         fit(theirs(), DistillationCallback(tmp_path))
 
 
@@ -685,17 +685,13 @@ def test_the_teacher_is_asked_only_when_a_term_needs_it() -> None:
     assert len(asked) == 2, "of five steps"
 
 
-def test_numbers_beside_terms_are_refused() -> None:
-    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
-        DistillationCallback(teacher(), 2.0, losses=HINTS)
-
-
 def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
     compact.save(MLP(6, [5], 3), tmp_path / "compact")
     for namespace in (lp, pl):
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)
-        given = {"class_path": "distill.DistillationCallback", "init_args": {"teacher": str(tmp_path), "alpha": 0.5}}
+        arguments = {"teacher": str(tmp_path), "losses": {"alpha": 0.5}}
+        given = {"class_path": "distill.DistillationCallback", "init_args": arguments}
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
         assert isinstance(made, DistillationCallback)
         assert made.objective.weights(lambda _: 0.0) == {"soft": 0.5, "hard": 0.5}

@@ -34,7 +34,7 @@ from distill import DistillationCallback, DistillationMixin, DistillationTrainer
 from distill.cache import CachedTeacher, cache_teacher
 from distill.hf_labels import label_spec, scored_positions
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
-from distill.objective import Objective, Term
+from distill.objective import Objective, SoftTargets, Term
 from tests.helpers.ranks import on_ranks
 from workbench.duration import Duration
 from workbench.tasks import Classification
@@ -134,7 +134,7 @@ def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> An
 
 def trained(folder: Path, student: Any, teacher: Any, rows: Any, cls: Any = DistillationTrainer, **options: Any) -> Any:
     """The Trainer after training; options that the distillation does not know are those of TrainingArguments."""
-    own = {"temperature", "alpha", "losses", "compute_loss_func", "eval_dataset", "data_collator"}
+    own = {"losses", "compute_loss_func", "eval_dataset", "data_collator"}
     given = {name: options.pop(name) for name in own & set(options)}
     trainer = cls(student, arguments(folder, **options), train_dataset=rows, teacher=teacher, **given)
     trainer.train()
@@ -429,7 +429,7 @@ def test_own_losses_of_the_trainer_are_kept(tmp_path: Path) -> None:
         raise AssertionError("the teacher was asked")
 
     for given in ({"compute_loss_func": mine}, {"label_smoothing_factor": 0.2}):
-        student = trained(tmp_path, classifier(), Recording(asked), sentences(), alpha=0.0, **given)
+        student = trained(tmp_path, classifier(), Recording(asked), sentences(), losses=SoftTargets(alpha=0.0), **given)
         own = {name: value for name, value in given.items() if name == "compute_loss_func"}
         rest = {name: value for name, value in given.items() if name not in own}
         plain = Trainer(classifier(), arguments(tmp_path, **rest), train_dataset=sentences(), **own)
@@ -557,7 +557,7 @@ def test_a_cached_teacher_equals_a_live_one(workers: int, tmp_path: Path) -> Non
         assert largest(weights(live.model), weights(cached.model)) == 0
         assert largest(weights(live.objective), weights(cached.objective)) == 0
     assert cached.accelerator.prepare.__self__ is cached.accelerator
-    with pytest.raises(ValueError, match="the batch comes without what it says"):
+    with pytest.raises(ValueError, match="the batch comes without cached targets"):
         cached.compute_loss(cached.model.train(), collated(sentences(4)))
 
 
@@ -570,7 +570,7 @@ def test_text_without_labels_is_enough_for_soft_targets(tmp_path: Path) -> None:
         for each in (rows, bare)
     )
     assert largest(weights(with_.model), weights(without.model)) < 1e-6
-    trained(tmp_path, bert(BertForMaskedLM, 4), bert(BertForMaskedLM, 8, seed=2), bare, alpha=1.0)
+    trained(tmp_path, bert(BertForMaskedLM, 4), bert(BertForMaskedLM, 8, seed=2), bare, losses=SoftTargets(alpha=1.0))
     with pytest.raises(ValueError, match="did not return a loss"):
         trained(tmp_path, gpt2(4), gpt2(8, seed=2), bare)
 
@@ -589,9 +589,7 @@ def test_losses_that_need_labels_get_shifted_ones(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     make = functools.partial(DistillationTrainer, train_dataset=sentences(), teacher=expert())
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
-        make(classifier(), arguments(tmp_path), alpha=1.5)
-    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
-        make(classifier(), arguments(tmp_path), alpha=0.5, losses=HINTS)
+        make(classifier(), arguments(tmp_path), losses=SoftTargets(alpha=1.5))
     with pytest.raises(ValueError, match="scores 3 classes and the teacher 4"):
         trained(tmp_path, classifier(), expert(num_labels=4), sentences())
     model = classifier()

@@ -386,7 +386,7 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary():
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels are \[3\]: give \[3, 5\]"),
         ({"valid": torch.ones(3, 5)}, r"valid is torch.float32 \[3, 5\]: bool \[3, 5\]"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, r"valid is torch.bool \[3\]"),
-        ({"teacher_hidden": torch.randn(3, 4, 6)}, "ask both about the same tokens"),
+        ({"teacher_hidden": torch.randn(3, 4, 6)}, "run both on the same tokens"),
         (
             {"student_weight": torch.randn(11, 5)},
             r"the student's hidden states are \[3, 5, 4\] and its weight \[11, 5\]",

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import Hint, LogitMSE, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
-from distill.module import DistillModule, distill
-from distill.objective import Term
-from distill.targets import elapsed
+from distill.module import DistillModule, distill, module_for
+from distill.objective import SoftTargets, Term
+from distill.targets import training_progress
 from distill.teacher import Teacher
 from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
@@ -62,7 +62,7 @@ def data() -> DataLoader:
 
 def distilled(alpha: float = 0.9, temperature: float = 4.0, taught_by: Any = None) -> DistillModule:
     taught_by = teacher() if taught_by is None else taught_by
-    return DistillModule(student(), taught_by, Classification(3), temperature, alpha, SGD)
+    return DistillModule(student(), taught_by, Classification(3), SoftTargets(temperature, alpha), SGD)
 
 
 def fit(module: lp.LightningModule, *callbacks: lp.Callback, **options: Any) -> lp.Trainer:
@@ -196,7 +196,7 @@ def test_dict_batches_and_valid_positions() -> None:
     batch = {"input_ids": torch.randint(0, 9, (2, 5)), "labels": torch.randint(0, 3, (2, 5))}
     valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     batch["attention_mask"], batch["labels"][~valid] = valid.long(), -100
-    module = DistillModule(network, expert, Classification(3, ignore_index=-100), 2.0, 0.5)
+    module = DistillModule(network, expert, Classification(3, ignore_index=-100), SoftTargets(2.0, 0.5))
     loss = module.training_step(batch, 0)
     loss.backward()
     mine = network.head(network.embedding(batch["input_ids"]))[valid]
@@ -365,7 +365,7 @@ def test_terms_warm_up_by_epochs_and_by_updates() -> None:
 
     class Look(lp.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            weights.append(pl_module.objective.weights(functools.partial(elapsed, trainer)))
+            weights.append(pl_module.objective.weights(functools.partial(training_progress, trainer)))
 
     fit(module, Look(), max_epochs=3)
     assert [row["soft"] for row in weights] == pytest.approx([0.5 * min(1, i / 8) for i in range(12)])
@@ -444,10 +444,9 @@ def test_embeddings_imitate_their_teacher() -> None:
         ({"student": {}}, "a family of 'nothing'"),
         ({"student": {"a.b": MLP(6, [4], 3)}}, r"a family of 'a\.b'"),
         ({"losses": {}}, "nothing to learn from"),
-        ({"losses": {"hard": Term()}, "alpha": 0.5}, "temperature and alpha are given beside losses"),
         ({"chunked": True}, "chunked is for language models, and the task is Classification"),
         ({"student": {"half": MLP(6, [4], 3)}}, "a family of 'half': .* not torch's"),
-        ({"task": Embedding(), "temperature": 2.0}, "but Embedding has neither classes nor labels"),
+        ({"task": Embedding(), "losses": SoftTargets(2.0)}, "but Embedding has neither classes nor labels"),
         ({"task": LanguageModelling(9, label_smoothing=0.1), "chunked": True}, "chunked smooths no labels"),
         ({"task": LanguageModelling(9), "chunked": True, "teacher": Teacher([MLP(), MLP()])}, "one live teacher"),
         (
@@ -466,9 +465,19 @@ def test_modules_that_make_no_sense(arguments: dict[str, Any], message: str) -> 
         DistillModule(**given)
 
 
+def test_a_job_refuses_temperature_and_alpha_beside_losses(tmp_path: Path) -> None:
+    compact.save(MLP(64, [4], 10), tmp_path / "compact")
+    job = functools.partial(module_for, MLP(64, [4], 10), Source(tmp_path / "compact"), Digits())
+    assert job(losses={"hard": Term()}).objective.terms.keys() == {"hard"}
+    soft = job(temperature=2.0, alpha=0.5).objective.terms["soft"]
+    assert (soft.loss.temperature, soft.weight) == (2.0, 0.5)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
+        job(losses={"hard": Term()}, alpha=0.5)
+
+
 def test_a_cache_cannot_be_asked_what_to_imitate(tmp_path: Path) -> None:
     path = cache_teacher(teacher(), data(), tmp_path / "cache")
-    with pytest.raises(ValueError, match="validation asks the teacher, which a cache cannot be"):
+    with pytest.raises(ValueError, match="validation runs the teacher, which a cache cannot do"):
         DistillModule(student(), CachedTeacher(path), Embedding())
 
 
@@ -556,7 +565,7 @@ def test_chunked_language_models_learn_the_same(temperature: float) -> None:
     found = []
     for chunked in (False, True):
         mine, expert = models()
-        module = DistillModule(mine, expert, LanguageModelling(19), temperature=temperature, alpha=0.6, chunked=chunked)
+        module = DistillModule(mine, expert, LanguageModelling(19), SoftTargets(temperature, 0.6), chunked=chunked)
         step = module.step(batch)
         step.loss.backward()
         found.append((step, [p.grad for p in mine.parameters()]))
@@ -581,7 +590,7 @@ def test_chunks_of_a_family_ask_the_teacher_once_and_not_at_weight_zero() -> Non
     batch = {"input_ids": torch.randint(0, 19, (3, 7))}
     for alpha in (0.5, 0.0):
         students: dict[str, nn.Module] = {"a": model(8), "b": model(4)}
-        module = DistillModule(students, expert, LanguageModelling(19), alpha=alpha, chunked=True)
+        module = DistillModule(students, expert, LanguageModelling(19), SoftTargets(alpha=alpha), chunked=True)
         module.step(batch)
         asked.clear()
         step = module.step(batch)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distill.losses import DKD, Hint, LabelSmoothing, SimilarityPreserving, SoftTarget, hint, soft_target
-from distill.objective import Objective, Outputs, Term, soft_and_hard
+from distill.objective import Objective, Outputs, SoftTargets, Term
 from workbench.duration import Duration
 
 
@@ -27,8 +27,8 @@ def seen(classes: int = 3, width: int = 5, names: tuple[str, ...] = ("a",)) -> O
     )
 
 
-def test_soft_and_hard_is_the_loss_of_hinton() -> None:
-    objective, student, teacher = Objective(soft_and_hard(4.0, 0.7)), seen(), seen()
+def test_soft_targets_are_the_loss_of_hinton() -> None:
+    objective, student, teacher = Objective(SoftTargets(4.0, 0.7)), seen(), seen()
     assert student.logits is not None
     assert teacher.logits is not None
     found = objective(student, teacher, objective.weights(never), own)
@@ -57,7 +57,7 @@ def test_terms_of_weight_zero_are_not_computed_and_the_own_one_is_logged() -> No
 @given(st.floats(0, 5), st.integers(0, 10), st.one_of(st.none(), st.integers(1, 10)), st.floats(0, 1), st.floats(0, 20))
 def test_the_weight_over_time(weight: float, warmup: int, decay: int | None, final: float, now: float) -> None:
     term = Term(SoftTarget(), weight, warmup=Duration(warmup, "ep"), decay=decay and Duration(decay, "it"), final=final)
-    found = term.at(lambda unit: now if unit == "ep" else 2 * now)
+    found = term.weight_at(lambda unit: now if unit == "ep" else 2 * now)
     up = 1.0 if warmup == 0 else min(1.0, now / warmup)
     down = 1.0 if not decay else 1 - (1 - final) * min(1.0, 2 * now / decay)
     assert math.isclose(found, weight * up * down, abs_tol=1e-12)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, Teacher, capture, losses
 from distill.losses import Hint, SoftTarget
-from distill.objective import Term, objective_of
+from distill.objective import Term
 from distill.targets import targets_of
 from distill.teacher import eval_mode
 from tests.helpers.ranks import on_ranks
@@ -178,8 +178,6 @@ def test_a_cache_without_what_is_wanted_is_told_from_one_with_it() -> None:
 def test_what_is_no_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="the teacher returned list without logits"):
         targets_of(Teacher(list), (), {})
-    with pytest.raises(ValueError, match="temperature and alpha are given beside losses"):
-        objective_of(2.0, 0.9, TERMS)
 
 
 def test_modes_of_all_parts_come_back_also_after_an_exception() -> None:

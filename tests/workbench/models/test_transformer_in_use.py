@@ -15,7 +15,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from distill import DistillModule, cut_student
+from distill import DistillModule, SoftTargets, cut_student
 from prune import Masks, Pruner, shrink
 from prune.pruner.scope import prunable
 from prune.structures import structure_named
@@ -161,7 +161,7 @@ def test_a_wider_teacher_is_imitated(kind: str) -> None:
     task = Classification(3) if kind == "classifier" else LanguageModelling(20)
     teacher = Transformer(**{**TINY, **KINDS[kind], "width": 24, "width_ffn": 48})
     student = Transformer(**{**TINY, **KINDS[kind], "width": 8, "heads": 2, "activation": "relu", "gated": False})
-    module = DistillModule(student, teacher, task, 2.0, 1.0, functools.partial(torch.optim.Adam, lr=1e-2))
+    module = DistillModule(student, teacher, task, SoftTargets(2.0, 1.0), functools.partial(torch.optim.Adam, lr=1e-2))
     data = batches(kind)
     with torch.no_grad():
         before = float(module.step(data[0]).loss)
