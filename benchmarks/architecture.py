@@ -1,10 +1,11 @@
-"""The arrows between files and folders, read from the sources: ``python -m benchmarks.architecture``.
+"""The arrows between files and folders, read from the sources: ``python -m benchmarks.architecture [PICTURE.svg]``.
 
 An arrow is an import, wherever in a file it stands, also inside a function. At every folder its children (files and
 subfolders) are rooms; a room's floor is one above the highest room that it imports.
 """
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,71 @@ def folders(root: Path = ROOT) -> list[str]:
     return ["", *sorted({".".join(path.relative_to(root).parent.parts) for path in modules(root).values()})]
 
 
+ROW, BOX, GAP, WIDTH = 74, 34, 12, 1120
+_STYLE = """
+text { font: 13px sans-serif; fill: #1a1a2e } .name { font-weight: 600; font-size: 15px }
+rect { fill: #e8eaf6; stroke: #5c6bc0; rx: 5 } path { fill: none; stroke: #9fa8da; stroke-width: 1; opacity: .6 }
+"""
+
+
+def svg(root: Path = ROOT) -> str:
+    """The rooms of each package on their floors as an SVG picture: a room imports only what stands below it."""
+    every, lines = list(arrows(root)), line_counts(root)
+    parts: list[str] = []
+    top = 0
+    for package in reversed(PACKAGES):
+        graph = rooms(package, every)
+        graph.pop("__main__", None)
+        levels = list(reversed(floors(graph)))
+        place = _places(package, levels, lines, top + 30)
+        parts.append(f'<text class="name" x="8" y="{top + 20}">{package}/</text>')
+        for room, others in graph.items():
+            parts += [_curve(place[room], place[other]) for other in sorted(others)]
+        for room, (x, y, width) in place.items():
+            size = lines[f"{package}.{room}"]
+            parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{BOX}"/>')
+            label = f'{room} <tspan opacity=".55">{size}</tspan>'
+            parts.append(f'<text x="{x + width / 2}" y="{y + 21}" text-anchor="middle">{label}</text>')
+        top += 30 + ROW * len(levels)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" role="img" style="background:#fff">'
+    return "\n".join([head, f"<style>{_STYLE}</style>", *parts, "</svg>", ""])
+
+
+def line_counts(root: Path = ROOT) -> dict[str, int]:
+    """Lines of every room of a package, by its dotted name: of a file, or of all files of a folder."""
+    counts: dict[str, int] = {}
+    for name, path in modules(root).items():
+        room = ".".join(name.split(".")[:2])
+        counts[room] = counts.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    return counts
+
+
+def _places(
+    package: str, levels: list[list[str]], lines: Mapping[str, int], top: int
+) -> dict[str, tuple[float, float, float]]:
+    """Left edge, top edge and width of each room's box; wider boxes hold more lines."""
+    place: dict[str, tuple[float, float, float]] = {}
+    for row, names in enumerate(levels):
+        widths = [max(9.5 * len(name) + 50, 3 * lines[f"{package}.{name}"] ** 0.5) for name in names]
+        x = (WIDTH - sum(widths) - GAP * (len(names) - 1)) / 2
+        for name, width in zip(names, widths, strict=True):
+            place[name] = (round(x, 1), top + ROW * row, round(width, 1))
+            x += width + GAP
+    return place
+
+
+def _curve(source: tuple[float, float, float], target: tuple[float, float, float]) -> str:
+    """From the bottom of one box to the top of another."""
+    x, y = source[0] + source[2] / 2, source[1] + BOX
+    u, v = target[0] + target[2] / 2, target[1]
+    middle = (y + v) / 2
+    return f'<path d="M{x:.1f} {y:.1f}C{x:.1f} {middle:.1f} {u:.1f} {middle:.1f} {u:.1f} {v:.1f}"/>'
+
+
 def main() -> None:
-    """Print rooms, arrows and floors of each package."""
+    """Print rooms, arrows and floors of each package; with a path, write the picture there."""
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(svg(), encoding="utf-8")
     every = list(arrows())
     for package in PACKAGES:
         graph = rooms(package, every)

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from docs import pages as site
 from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import check
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/"): path.read_text("utf-8") for path in FILES
+}
 README = PAGES["README"]
 QUIET = "Trainer(accelerator='cpu', enable_progress_bar=False, enable_checkpointing=False, logger=False, "
 
@@ -26,8 +30,19 @@ PYTHON, RECIPES = examples("python"), examples("yaml")
 
 
 def test_every_kind_of_example_is_there() -> None:
-    count = {name: [sum(key.startswith(name) for key in kind) for kind in (PYTHON, RECIPES)] for name in PAGES}
-    assert count == {"README": [3, 1], "distillation": [3, 1], "pruning": [4, 1], "tickets": [1, 3]}
+    count = {name: [sum(key.startswith(f"{name}-") for key in kind) for kind in (PYTHON, RECIPES)] for name in PAGES}
+    assert {name: kinds for name, kinds in count.items() if any(kinds)} == {
+        "README": [3, 1],
+        "distillation": [3, 1],
+        "extending": [5, 0],
+        "guides/ship": [0, 2],
+        "guides/trainer": [3, 0],
+        "guides/transformer": [1, 1],
+        "how/records": [1, 0],
+        "pruning": [4, 1],
+        "start": [1, 1],
+        "tickets": [1, 3],
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, code in PYTHON.items() if "runs/digits" not in code])
@@ -46,10 +61,12 @@ def test_a_recipe_is_one(name: str, tmp_path: Path) -> None:
 
 
 def test_every_path_named_exists() -> None:
+    generated = site.pages()
     for page, text in PAGES.items():
-        folder = ROOT if page == "README" else ROOT / "docs"
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert (folder / target).exists(), target
+        folder = ROOT if page == "README" else (ROOT / "docs" / page).parent
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            path = (folder / target).resolve()
+            assert path.exists() or path.relative_to(ROOT / "docs").as_posix() in generated, target
 
 
 def test_every_bundled_recipe_is_named_in_a_page() -> None:

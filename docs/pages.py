@@ -1,0 +1,276 @@
+"""Pages that the documentation makes from the code: recipes, jobs, tables of methods, records, the rooms as a picture."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks import architecture
+from workbench.launcher import recipe as recipes
+from workbench.launcher.help import metavar
+from workbench.launcher.jobs import REQUIRED, Job, find_jobs
+
+ROOT = Path(__file__).parent.parent
+
+API = {
+    "workbench": ("workbench", "What both crafts share: modules, checkpoints, activations."),
+    "models": ("workbench.models", "Networks with a pluggable activation."),
+    "activations": (
+        "workbench.models.activations",
+        "Activations, their gains and gates, and swapping one for another.",
+    ),
+    "data": ("workbench.data", "Lightning data modules of images, text, series and bundled digits."),
+    "tasks": ("workbench.tasks", "Loss, metrics and their direction."),
+    "diagnostics": ("workbench.diagnostics", "Dead units, gates, gradient flow."),
+    "distill": (
+        "distill",
+        "The teacher, the module that trains a student, the same as a callback and in transformers.",
+    ),
+    "losses": ("distill.losses", "Losses as functions and as modules."),
+    "language": ("distill.language", "Losses of language models that never hold [tokens, vocabulary]."),
+    "prune": ("prune", "Masks, what decides them, and the hunt for lottery tickets."),
+    "criteria": ("prune.criteria", "What a weight is worth."),
+    "structures": ("prune.structures", "Which weights are kept or pruned together."),
+    "allocation": ("prune.allocation", "How a density is divided among layers."),
+    "schedule": ("prune.schedule", "Density over time."),
+    "policies": ("prune.policies", "Sparse training in a loop of your own."),
+    "hf": ("prune.hf", "The same as callbacks of transformers' Trainer."),
+    "connectivity": ("prune.connectivity", "Error barriers between trainings."),
+    "accounting": ("prune.accounting", "Parameters, bytes, FLOPs and latency."),
+}
+"""Pages of the API: the module, and a line on it."""
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Every page made from the code, by its path below ``docs/``."""
+    made = {
+        "recipes/index.md": recipe_list(),
+        **{f"recipes/{name}.md": recipe_page(name) for name in recipes.recipes()},
+    }
+    made |= {
+        "reference/index.md": reference_index(),
+        "reference/jobs.md": jobs_page(),
+        "reference/methods.md": methods_page(),
+    }
+    made |= {f"reference/{name}.md": api_page(*row) for name, row in API.items()}
+    made |= {"how/rooms.svg": architecture.svg(), "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
+    return made
+
+
+# Recipes
+
+
+def recipe_list() -> str:
+    """The bundled recipes in a table."""
+    rows = [
+        f"| [`{name}`]({name}.md) | {recipes.headline(path)} | {needs(path)} |"
+        for name, path in recipes.recipes().items()
+    ]
+    return "\n".join(
+        ["# Recipes", "", "`lightning run NAME` runs one; `lightning run --copy NAME` gives you the file to edit.", "",
+         "| recipe | what it trains | data |", "| --- | --- | --- |", *rows, "",
+         "```{toctree}", ":hidden:", "", *recipes.recipes(), "```", ""]
+    )  # fmt: skip
+
+
+def needs(path: Path) -> str:
+    """Where a recipe's data comes from."""
+    return "yours: `DATA=/folder`" if "DATA=" in path.read_text(encoding="utf-8") else "bundled"
+
+
+def recipe_page(name: str) -> str:
+    """One recipe: what it says of itself, its stages, the file, and the page that a run of it makes."""
+    path = recipes.recipes()[name]
+    text = path.read_text(encoding="utf-8")
+    comment = [line.removeprefix("#").strip() for line in text.split("\n\n")[0].splitlines() if line.startswith("#")]
+    recipe = recipes.read(path)
+    stages = [
+        f"| `{stage.name}` | [{stage.job.name}](../reference/jobs.md#{stage.job.name}) | {stage.job.summary} |"
+        for stage in recipe.stages
+    ]
+    lines = [f"# {name}", "", *(f"{line}  " for line in comment), "", "```sh", f"lightning run {name}", "```", ""]
+    if (Path(__file__).parent / "_extra" / "pages" / f"{name}.html").exists():
+        lines += [f'<a href="../pages/{name}.html">The page that a run of it makes</a>', ""]
+    lines += ["| stage | job | |", "| --- | --- | --- |", *stages, "", "```yaml", text.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+# Reference
+
+
+def reference_index() -> str:
+    """What the reference holds."""
+    rows = [f"| [`{module}`]({name}.md) | {line} |" for name, (module, line) in API.items()]
+    toctree = ["```{toctree}", ":hidden:", "", "jobs", "methods", *API, "```", ""]
+    return "\n".join(
+        ["# Reference", "", "- [Jobs](jobs.md): every job of a recipe and its arguments.",
+         "- [Methods](methods.md): losses, criteria, structures, allocations, schedules, each with its source.",
+         "", "| module | |", "| --- | --- |", *rows, "", *toctree]
+    )  # fmt: skip
+
+
+def api_page(module: str, line: str) -> str:
+    """The public names of a module, each by its docstring."""
+    parts = [f"# `{module}`", "", line, "", "```{eval-rst}"]
+    for name, thing in public(import_module(module)).items():
+        if inspect.isclass(thing):
+            parts += [f".. autoclass:: {module}.{name}", "   :members:", ""]
+        elif inspect.isroutine(thing):
+            parts += [f".. autofunction:: {module}.{name}", ""]
+    return "\n".join([*parts, "```", ""])
+
+
+def public(module: Any) -> dict[str, Any]:
+    """The public names of a module: those of ``__all__``, else the functions and classes that it defines."""
+    defined = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
+    names = getattr(module, "__all__", None) or [name for name in defined if not name.startswith("_")]
+    return {name: getattr(module, name) for name in names if not inspect.ismodule(getattr(module, name))}
+
+
+def jobs_page() -> str:
+    """Every job with its arguments, from its signature and docstring."""
+    lines = [
+        "# Jobs",
+        "",
+        "A stage of a recipe names a job and gives its arguments. `lightning run RECIPE --help` shows the same.",
+        "",
+    ]
+    for job in sorted(ours(), key=lambda job: job.name):
+        lines += [
+            f"## {job.name}",
+            "",
+            *body_of(job),
+            "",
+            "| argument | type | default | |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| `{p.name}` | {code(metavar(p.annotation))} | {default_of(p.default)} | {cell(p.description)} |"
+            for p in job.parameters
+        ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def ours() -> list[Job]:
+    """The jobs that this project brings, not those of other packages installed beside it."""
+    return [job for job in find_jobs().values() if job.entry.module.split(".")[0] in architecture.PACKAGES]
+
+
+def body_of(job: Job) -> list[str]:
+    """A job's docstring above its arguments."""
+    text = inspect.cleandoc(job.function.__doc__ or "")
+    return [linked(text.partition("\nArgs:")[0].strip())]
+
+
+def methods_page() -> str:
+    """Tables of methods, a row each: what it is, its formula where its docstring has one, its source."""
+    from distill import losses
+    from prune import allocation, schedule
+    from prune.criteria import CRITERIA
+    from prune.structures import STRUCTURES
+
+    sourced = {name: thing for name, thing in public(losses).items() if "Source:" in (thing.__doc__ or "")}
+    functions = {name: thing for name, thing in sourced.items() if inspect.isfunction(thing)}
+    criteria = {name: criterion.score for name, criterion in CRITERIA.items()}
+    allocations = {name: thing for name, thing in public(allocation).items() if inspect.isclass(thing)}
+    schedules = {name: thing for name, thing in public(schedule).items() if not name.startswith("check")}
+    return "\n".join(
+        [
+            "# Methods",
+            *table("Losses", "`distill.losses`; any of them as a named term of a distillation.", functions),
+            *table("Criteria", "What a weight is worth; `criterion:` in a recipe.", criteria),
+            *table("Structures", "What is kept or pruned together; `structure:`, any `N:M`, `RxC`.", STRUCTURES),
+            *table("Allocations", "How a density is divided among layers; `allocation:` in a recipe.", allocations),
+            *table("Schedules", "Density over time.", schedules),
+        ]
+    )  # fmt: skip
+
+
+def table(title: str, about: str, methods: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """A table of methods: name, what it does, when to use it, source."""
+    rows = []
+    for name, method in methods.items():
+        text = inspect.cleandoc(method.__doc__ or "")
+        formula = re.search(r"^(?:Formula|formula):\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+        use = re.search(r"^Use (?:it )?(?:when|where|for|to)?.*?(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+        source = re.search(r"^Source[s]?:\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+        what = text.split("\n\n")[0].replace("\n", " ")
+        cells = [
+            f"`{name}`",
+            what + (f" {formula[1]}" if formula else ""),
+            use[0] if use else "",
+            source[1] if source else "",
+        ]
+        rows.append("| " + " | ".join(map(cell, cells)) + " |")
+    return [
+        "",
+        f"## {title}",
+        "",
+        about,
+        "",
+        "| name | what it does | when to use it | source |",
+        "| --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def cell(text: str) -> str:
+    """Text as one cell of a table."""
+    return linked(" ".join(text.split())).replace("|", "\\|")
+
+
+def linked(text: str) -> str:
+    """Docstring markup as Markdown: double backticks and roles as code, arXiv numbers as links."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text.replace("``", "`"))
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def code(text: str) -> str:
+    """Text as inline code that may stand in a table."""
+    return f"`{text}`".replace("|", "\\|")
+
+
+def default_of(text: str) -> str:
+    """A default as a recipe would write it."""
+    return "required" if text == REQUIRED else "" if text == "None" else code(text)
+
+
+# How it works
+
+
+def write() -> None:
+    """Write the pages beside those that are written by hand; unchanged ones are left alone, so that none is rebuilt."""
+    for name, content in pages().items():
+        path = Path(__file__).parent / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+
+
+def filled(markdown: str) -> str:
+    """Text with tables made from the code in place of its markers."""
+    return markdown.replace("<!-- floors -->", floors()).replace("<!-- schemas -->", schemas())
+
+
+@cache
+def floors() -> str:
+    """The floors of each package as tables, from the top down."""
+    every = list(architecture.arrows())
+    parts = []
+    for package in architecture.PACKAGES:
+        graph = architecture.rooms(package, every)
+        graph.pop("__main__", None)
+        rows = [" ".join(f"`{room}`" for room in floor) for floor in reversed(architecture.floors(graph))]
+        parts += [f"| `{package}/` |", "| --- |", *(f"| {row} |" for row in rows), ""]
+    return "\n".join(parts)
+
+
+@cache
+def schemas() -> str:
+    """The JSON Schema of every job's record."""
+    return ""
