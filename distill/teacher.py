@@ -44,9 +44,8 @@ class Teacher:
             transformers loads (also a hub name), as the class that its configuration names; or a function of the
             model's arguments, which is called as it is. Or a list of these.
         precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits
-        (:class:`workbench.checkpoints.int8.Int8Linear`),
-            both on a GPU and on CPU, and what it answers is float32. None leaves the network in its own precision,
-            also where the student is trained under autocast.
+            (:class:`workbench.checkpoints.int8.Int8Linear`), both on a GPU and on CPU, and what it answers is float32.
+            None leaves the network in its own precision, also where the student is trained under autocast.
         compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
         weights: Of several teachers, equal if None.
         average: What of several teachers is averaged.

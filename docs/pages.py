@@ -1,4 +1,4 @@
-"""Pages that the documentation makes from the code: recipes, jobs, tables of methods, records, the rooms as a picture."""
+"""Pages that the documentation makes from the code: recipes, jobs, tables of methods, records, and a picture."""
 
 import inspect
 import re

@@ -12,7 +12,7 @@ from workbench.models.forward import inputs_of, moved, undisturbed
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
-    """|w| * dR/d|w|, where R is the sum of the outputs for an input of ones with all parameters made positive.
+    """``|w| * dR/d|w|``, where R is the sum of the outputs for an input of ones with all parameters made positive.
 
     Layers one after the other that are linear, or whose activation is homogeneous of degree 1 (ReLU), all have scores
     of sum R. So none of them is pruned away as long as scores are taken anew in many small steps: the paper's 100

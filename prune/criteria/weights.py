@@ -11,7 +11,7 @@ from workbench.messages import some
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """|w|, any shape, on the weight's device.
+    """``|w|``, any shape, on the weight's device.
 
     Reference: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015,
         arXiv:1506.02626.

@@ -41,11 +41,11 @@ class Dynamic(Policy):
 
         n = floor(k * fraction * decay((t - begin) / (end - begin)))
 
-    of them, those of the smallest |w|, and grows n of the inactive ones, including those just dropped: of the largest
-    |gradient| (``"rigl"``) or at random (``"set"``). Every layer keeps exactly k; ties go by index. Grown weights start
-    at 0, and optimizer state of a dropped or grown weight is cleared; a weight dropped and grown again at once keeps
-    both, as in the authors' code (github.com/google-research/rigl). The masks change before an update, by its
-    gradients, and the update is then done under the new ones; that code skips the update. Where gradients are not
+    of them, those of the smallest ``|w|``, and grows n of the inactive ones, including those just dropped: of the
+    largest ``|gradient|`` (``"rigl"``) or at random (``"set"``). Every layer keeps exactly k; ties go by index. Grown
+    weights start at 0, and optimizer state of a dropped or grown weight is cleared; a weight dropped and grown again at
+    once keeps both, as in the authors' code (github.com/google-research/rigl). The masks change before an update, by
+    its gradients, and the update is then done under the new ones; that code skips the update. Where gradients are not
     finite, the change waits for the next update; a layer without gradients stays as it is. Gradients are those of the
     whole update, over micro-batches and ranks, before they are clipped.
 

@@ -64,14 +64,13 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """The residual network for small images; [B, in_channels, H, W] -> [B, classes], H and W from 8 on.
 
-    A 3x3 convolution, three stages of (depth - 2) / 6 `ResidualBlock`s with width, 2 width and 4 width channels, the
-    second and third at half the resolution of the one before, the mean over pixels, and a linear output. With 32x32
-    pixels, depth 20 and width 16 it has 272,474 weights. He et al. (2016), "Deep residual learning for image
+    A 3x3 convolution, three stages of (depth - 2) / 6 ``ResidualBlock`` modules with width, 2 width and 4 width
+    channels, the second and third at half the resolution of the one before, the mean over pixels, and a linear output.
+    With 32x32 pixels, depth 20 and width 16 it has 272,474 weights. He et al. (2016), "Deep residual learning for image
     recognition", arXiv:1512.03385, section 4.2, with projections as shortcuts (option B) and any activation.
 
     Initial weights are those of `workbench.models.activations.init_`. Without a norm the sums of branch and shortcut
-    would
-    grow with the number of blocks L, exponentially: the last convolution of every branch is then divided by sqrt L
+    would grow exponentially with the number of blocks L: the last convolution of every branch is then divided by sqrt L
     (Hayou et al. 2021, "Stable ResNet", arXiv:2010.12859). Even so, a GELU, SiLU or tanh that reads another one again
     and again shrinks its input: at depth 56 they need a norm.
 

@@ -46,8 +46,7 @@ class Transformer(nn.Module):
         heads: Attention heads of each, a divisor of ``width``.
         width_ffn: Width of a feed-forward net of two matrices.
         activation: A name from `workbench.models.activations`; or "swiglu", "geglu" or "reglu", which are "silu",
-        "gelu" and
-            "relu" with ``gated``.
+            "gelu" and "relu" with ``gated``.
         gated: Whether feed-forward nets are gated.
         norm: "layer" or "rms".
         pre_norm: Whether norms are in front of the branches.
