@@ -33,7 +33,7 @@ from workbench.data.parquet import ParquetImages
 from workbench.duration import Duration
 from workbench.evaluation.statistics import Mean, mean, paired
 from workbench.models import ResNet
-from workbench.training.resume import CPUThreads
+from workbench.training import CPUThreads
 
 DENSITIES = [0.475, 0.226, 0.107]
 WAYS = {

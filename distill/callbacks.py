@@ -18,7 +18,7 @@ from distill.targets import TeacherLike, as_teacher, targets_of, training_progre
 from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
 from workbench.training.means import GlobalMean, Means
-from workbench.training.module import Step, SupervisedModule
+from workbench.training.module import StepOutput, SupervisedModule
 
 
 class _Call(NamedTuple):
@@ -212,13 +212,13 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
                 result = original(*args, **kwargs)
             finally:
                 handle.remove()
-        own = result.loss if isinstance(result, Step) else result
+        own = result.loss if isinstance(result, StepOutput) else result
         own = result.get("loss") if isinstance(result, Mapping) else own
         if not isinstance(own, Tensor):
             return result  # None skips the step; Lightning reports anything else
         batch = _Batch(args[0] if args else kwargs.get("batch"), cached)
         loss = self._loss(module, own, calls, weights, batch, first)
-        if isinstance(result, Step):
+        if isinstance(result, StepOutput):
             if self.objective.projects:
                 # The module weights its own gradients by these counts; the projectors are not part of it.
                 self._global_mean.weigh(loss.detach(), result.positions, module.trainer)

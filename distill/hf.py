@@ -19,7 +19,7 @@ from distill.hf_labels import Positions, label_spec, scored_positions
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
 from distill.targets import TeacherLike, as_teacher, targets_of
 from distill.teacher import eval_mode
-from workbench.distributed.ranks import everyone
+from workbench.distributed.ranks import all_gather
 from workbench.files import atomic_file
 from workbench.models.positions import tokens_of
 from workbench.randomness import same_random_state
@@ -327,6 +327,6 @@ def _first_samples(dataset: Any, count: int) -> Any:
 
 def _over_ranks(means: Means) -> dict[str, float]:
     """Means over all ranks. Every rank calls this."""
-    rows = everyone(means.local())
+    rows = all_gather(means.local())
     sums = {name: [sum(part) for part in zip(*(row[name] for row in rows if name in row))] for name in rows[0]}
     return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}

@@ -24,7 +24,7 @@ from workbench.records.source import Source
 from workbench.tasks import Imitation, LanguageModelling, Task
 from workbench.training.fit import check_namespace, task_for, trains
 from workbench.training.loop import train_and_save
-from workbench.training.module import LRSchedulerCallable, OptimizerCallable, Step, SupervisedModule, named
+from workbench.training.module import LRSchedulerCallable, OptimizerCallable, StepOutput, SupervisedModule, metric_name
 
 
 @final
@@ -138,7 +138,7 @@ class DistillModule(SupervisedModule):
                 outputs = self._outputs(student, args, kwargs, self.objective.student_layers(member))
             self.objective.prepare(outputs.features, targets.features, member)
 
-    def step(self, batch: Any) -> Step:
+    def step(self, batch: Any) -> StepOutput:
         """One forward pass of the teacher, one of each student, and the terms of each student's objective."""
         batch, cached = _split_batch(batch)
         weights = self.objective.weights(functools.partial(training_progress, self._trainer))
@@ -173,10 +173,10 @@ class DistillModule(SupervisedModule):
                         tokens=tokens_of(batch),
                         member=member,
                     )
-            logged |= {named(member, name): value for name, value in terms.items()}
+            logged |= {metric_name(member, name): value for name, value in terms.items()}
             total = terms["loss"] if total is None else total + terms["loss"]
         assert total is not None
-        return Step(total, logged, valid.sum())
+        return StepOutput(total, logged, valid.sum())
 
     def _targets(
         self,

@@ -17,7 +17,7 @@ from distill.losses import (
     check_temperature,
     sampled_soft_target,
 )
-from workbench.distributed.ranks import world
+from workbench.distributed.ranks import world_size
 from workbench.duration import Duration
 from workbench.randomness import same_random_state
 from workbench.tasks import Regression, Task
@@ -389,14 +389,14 @@ def make_projectors(objective: Objective, student: Outputs, teacher: Outputs) ->
     with same_random_state(), torch.no_grad():
         objective.prepare(student.features, teacher.features)
     objective.projectors.requires_grad_(True).train()
-    if world() > 1:
+    if world_size() > 1:
         for value in objective.projectors.state_dict().values():
             torch.distributed.broadcast(value, 0)
 
 
 def average_gradients(objective: Objective) -> None:
     """Average the projectors' gradients over all ranks. Every rank calls this after its last backward pass."""
-    if (ranks := world()) == 1:
+    if (ranks := world_size()) == 1:
         return
     for parameter in objective.projectors.parameters():
         if parameter.grad is not None:

@@ -21,7 +21,7 @@ FLOORS = {
         "training data export",
         "tasks checkpoints",
         "models records",
-        "distributed randomness duration paths files yaml_io messages progress",
+        "distributed randomness duration paths files yaml_io messages progress lazy",
     ),
     "prune": (
         "tickets",
@@ -51,7 +51,7 @@ TORCH_ONLY = {
 }
 TORCH_ONLY_GROUND = (
     *("models.anatomy", "models.forward", "models.positions", "checkpoints", "duration"),
-    *("randomness", "distributed.ranks", "messages", "files"),
+    *("randomness", "distributed.ranks", "messages", "files", "lazy"),
 )
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
 

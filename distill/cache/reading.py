@@ -80,8 +80,8 @@ class CachedTeacher:
 
         Args:
             loader: A DataLoader over the data set that the teacher was asked about. Its order and the size of its
-                batches are free; an index may be a :class:`workbench.training.order.At`, which knows its epoch and so
-                its view.
+                batches are free; an index may be a :class:`workbench.training.EpochIndex`, which knows its epoch and
+                so its view.
             split: Of the cache.
 
         Raises:

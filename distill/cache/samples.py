@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from workbench.randomness import same_random_state
-from workbench.training.order import At
+from workbench.training.order import EpochIndex
 
 DIGEST = 8
 _TRIED, _BLOCK = 16, 2**17
@@ -123,7 +123,7 @@ def digest(value: Any) -> bytes:
 
 def probe(dataset: Any, collate: Callable[[Any], Any]) -> dict[str, str]:
     """What the first samples look like, and the batch that is made of them: digests in hexadecimal digits."""
-    indices = [At(index, 0) for index in range(min(len(dataset), _TRIED))]
+    indices = [EpochIndex(index, 0) for index in range(min(len(dataset), _TRIED))]
     data = fetch(dataset, indices)
     items = digest(digests(data, len(indices))).hex()
     return {"items": items, "batch": digest(collate(data)).hex()}
@@ -142,7 +142,7 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
             "come again: give it a number of views, e.g. views=4"
         )
     step = max(len(dataset) // _TRIED, 1)
-    indices = [At(index, view % views) for view, index in enumerate(range(0, len(dataset), step))][:_TRIED]
+    indices = [EpochIndex(index, view % views) for view, index in enumerate(range(0, len(dataset), step))][:_TRIED]
     made: list[tuple[Tensor, bytes]] = []
     for seed in (1, 2):
         with same_random_state(seed):
@@ -157,7 +157,7 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
         raise ValueError(
             f"{name} gives another sample {odd[0]} each time, as random augmentation does, and a cache would hold "
             "answers to inputs that never come again: let it draw from (index, index.epoch), see "
-            "workbench.training.order.At, "
+            "workbench.training.order.EpochIndex, "
             "and say in an attribute 'views' how many there are; or take the augmentation away"
         )
     if batch != again:

@@ -31,7 +31,7 @@ from distill.cache.samples import (
 from distill.teacher import Teacher, TeacherSource
 from workbench import progress
 from workbench.tasks import Task
-from workbench.training.order import At, options_of
+from workbench.training.order import EpochIndex, options_of
 
 Store = Literal["full", "sampled"]
 _SHARD_BYTES = 64 * 2**20
@@ -255,7 +255,7 @@ class _Source:
     def _batches(self, part: disk.Part) -> Iterator[tuple[list[int], list[int]]]:
         """The indices of a batch, and these filled up to a whole batch from the front."""
         for start in range(part.start, part.stop, self.batch_size):
-            chosen = [At(i, part.view) for i in range(start, min(start + self.batch_size, part.stop))]
+            chosen = [EpochIndex(i, part.view) for i in range(start, min(start + self.batch_size, part.stop))]
             yield list(chosen), [chosen[i % len(chosen)] for i in range(self.batch_size)]
 
 
@@ -378,7 +378,7 @@ def _check_unchanged(folder: Path, source: _Source, parts: Sequence[disk.Part], 
     for part in parts[:: max(len(parts) // _TRIED, 1)]:
         stored = disk.Shard(folder, part, entries).tensors["digest"]
         for place in sorted({0, len(part) // 2, len(part) - 1}):
-            index = At(part.start + place, part.view)
+            index = EpochIndex(part.start + place, part.view)
             if not torch.equal(source.digests([index])[0], stored[place]):
                 raise ValueError(
                     f"{folder} holds a cache made with another sample {int(index)}: choose another folder, or remove it"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.models.forward import moved, undisturbed
+from workbench.models.forward import preserve_state, to_device
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def ready(model: nn.Module, example_inputs: Any) -> Iterator[Callable[[], Any]]:
     Inputs are a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
     """
     first = next(chain(model.parameters(), model.buffers()), None)
-    inputs = moved(example_inputs, torch.device("cpu") if first is None else first.device)
+    inputs = to_device(example_inputs, torch.device("cpu") if first is None else first.device)
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    with undisturbed(model, training=False), torch.no_grad():
+    with preserve_state(model, training=False), torch.no_grad():
         yield lambda: model(*listed, **named)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prune.criteria import Criterion
-from workbench.training.calibration import FirstBatches, Loss
+from workbench.training.calibration import FirstBatches, TrainingLoss
 
 
 def calibration(
@@ -42,7 +42,7 @@ def calibration(
             f"{type(module).__name__} steps its optimizers in training_step, which criterion '{criterion.name}' would "
             "call for its loss: prune once before, with Pruner(...)(model, density, loader=..., loss=...)"
         )
-    loss = {"loss": Loss(module, precision)} if criterion.needs_loss else {}
+    loss = {"loss": TrainingLoss(module, precision)} if criterion.needs_loss else {}
     if not criterion.needs_loss and (family := getattr(module, "family", ())):
         raise ValueError(f"criterion '{criterion.name}' runs one network, and this is a family of {len(family)}")
     few = FirstBatches(loader(), batches, module, data, precision, inputs=not criterion.needs_loss)

@@ -52,7 +52,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from workbench.distributed.ranks import everyone
+from workbench.distributed.ranks import all_gather
 from workbench.randomness import random_state, set_random_state
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
@@ -199,7 +199,7 @@ class LoopRewind:
             # trainer.callback_metrics and its like are computed from these, and have no setter.
             "metrics": {name: _to_cpu(getattr(connector, name)) for name in _METRICS},
             "callbacks": {c.state_key: copy.deepcopy(held) for c in others if (held := c.state_dict())},
-            "ranks": everyone(state),
+            "ranks": all_gather(state),
         }
 
     def restore(self, position: dict[str, Any]) -> None:

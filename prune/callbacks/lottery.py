@@ -11,7 +11,7 @@ from prune.callbacks.loop_rewind import LoopRewind
 from prune.policies.iterative import REWINDS, Iterative
 from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
-from workbench.training.resume import Continuation
+from workbench.training.resume import ResumeState
 
 _ALWAYS = ("counters", "random state", "other callbacks")
 _UNSUITED = {
@@ -47,7 +47,7 @@ class LotteryTicket(PolicyCallback):
     ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
     and is part of the trainer's checkpoints: what is stopped in the middle of a level and resumed with ``ckpt_path``
     goes on there. As Lightning leaves random state out of its checkpoints, resume with
-    ``workbench.training.resume.Continuation`` for the same bits.
+    ``workbench.training.resume.ResumeState`` for the same bits.
 
     A second ``fit`` of the network that was found trains on under the last masks; any other starts a hunt anew.
 
@@ -167,7 +167,7 @@ class LotteryTicket(PolicyCallback):
             self._owed = True
             self._rewinder().restore(policy.position)
             for callback in trainer.callbacks:
-                if isinstance(callback, Continuation):
+                if isinstance(callback, ResumeState):
                     callback.forget()
 
     def _due(self, trainer: Any) -> bool:

@@ -15,9 +15,9 @@ from workbench.messages import some
 from workbench.models.forward import forward
 from workbench.randomness import random_state, same_random_state, set_random_state
 from workbench.tasks import Task
-from workbench.training.calibration import FirstBatches, runs
+from workbench.training.calibration import FirstBatches, batch_runner
 from workbench.training.fit import check_namespace
-from workbench.training.loop import make_trainer, quiet, training_loader
+from workbench.training.loop import make_trainer, quiet_lightning, training_loader
 from workbench.training.module import network_of
 
 Split = Literal["val", "test"]
@@ -86,10 +86,10 @@ def between(
     network, attached, home = network_of(module), module._trainer, module.device
     seen: list[_Measured] = []
     normed = bool(batch_norms(network))
-    with same_random_state(), quiet(True):
+    with same_random_state(), quiet_lightning(True):
         made = make_trainer({**(trainer or {}), **_ALONE}, (), Path())
         shown = _shown(refresh, module, data, seed, made) if normed else None
-        run = forward if shown is None else runs(module, made.precision_plugin)
+        run = forward if shown is None else batch_runner(module, made.precision_plugin)
         state = random_state()
 
         def height(at: Mapping[str, Tensor]) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from workbench.models.forward import batches, everywhere, forward, total
+from workbench.models.forward import all_reduce_sum, batches, forward, total_batches
 from workbench.randomness import same_random_state
 
 Run = Callable[[nn.Module, Any], Any]
@@ -100,11 +100,11 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-    everyone = total(count, home)
+    everyone = total_batches(count, home)
     if everyone != count:
         statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
         sums = [statistic.mul_(count / everyone) for statistic in statistics if statistic is not None]
-        everywhere(sums)
+        all_reduce_sum(sums)
     return len(norms)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune.criteria.weights import check, precise
 from workbench.messages import some
-from workbench.models.forward import batches, call, everywhere, inputs_of, total, undisturbed
+from workbench.models.forward import all_reduce_sum, batches, call, inputs_of, preserve_state, total_batches
 from workbench.models.positions import tokens_of
 
 
@@ -53,7 +53,7 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
         squares[name] += _unfolded(layer, seen) if isinstance(layer, _ConvNd) else _flat(layer, seen, tokens)
         calls[places[name]] += 1
 
-    with undisturbed(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with preserve_state(model, training=False), torch.no_grad(), ExitStack() as hooks:
         squares, calls = _nothing_yet(weights, layers), torch.zeros(len(weights), dtype=torch.int64, device=home)
         for name, layer in layers:
             hook = layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
@@ -62,8 +62,8 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
             tokens = tokens_of(batch)
             call(model, inputs_of(batch))
             count += 1
-    total(count, home)
-    everywhere([calls, *squares.values()])
+    total_batches(count, home)
+    all_reduce_sum([calls, *squares.values()])
     missed = [name for name, place in places.items() if not calls[place]]
     if missed:
         raise ValueError(

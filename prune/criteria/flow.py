@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prune.criteria.weights import check
-from workbench.models.forward import inputs_of, moved, undisturbed
+from workbench.models.forward import inputs_of, preserve_state, to_device
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
     """
     check(model, weights)
     device = next(iter(weights.values())).device
-    with undisturbed(model, training=False):
+    with preserve_state(model, training=False):
         batch = next(iter(loader), None)
         if batch is None:
             raise ValueError("the loader is empty: SynFlow needs one batch, for the shape of the inputs")
@@ -46,7 +46,7 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
         state |= {name: _positive(name, value, False, dtype) for name, value in model.named_buffers()}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         leaves = {name: state[names[id(weight)]].requires_grad_() for name, weight in weights.items()}
-        ones = moved(_ones(inputs_of(batch), dtype), device)
+        ones = to_device(_ones(inputs_of(batch), dtype), device)
         args, kwargs = ((), dict(ones)) if isinstance(ones, Mapping) else ((ones,), {})
         flow = _first(functional_call(model, state, args, kwargs)).sum()
         if not flow.isfinite() or flow == 0:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prune.criteria.weights import check, precise
 from workbench.messages import some
-from workbench.models.forward import batches, everywhere, scalar, total, undisturbed
+from workbench.models.forward import all_reduce_sum, batches, preserve_state, scalar, total_batches
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]
@@ -135,7 +135,7 @@ def _mean(
             f"{some(frozen)} are frozen, so the loss has no gradient there: set requires_grad, or exclude them"
         )
     home, count = next(iter(weights.values())).device, 0
-    with undisturbed(model, training=True):
+    with preserve_state(model, training=True):
         sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
         for batch in batches(loader, home):
             value = scalar(loss(model, batch))
@@ -144,8 +144,8 @@ def _mean(
                 if grad is not None:
                     sums[name] += addend(weight, grad)
             count += 1
-        everyone = total(count, home)
-        everywhere(sums.values())
+        everyone = total_batches(count, home)
+        all_reduce_sum(sums.values())
         return {name: each / everyone for name, each in sums.items()}
 
 

@@ -38,7 +38,7 @@ from prune.policies.optimizers import first_holding, step_was_skipped
 from prune.policies.ownership import claim, release
 from prune.policies.timestamp import START, Timestamp
 from prune.pruner import Pruner
-from workbench.distributed.ranks import everyone, world
+from workbench.distributed.ranks import all_gather, world_size
 from workbench.duration import Duration
 from workbench.messages import some
 
@@ -403,8 +403,8 @@ def densities(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
 
 
 def _check_same_on_ranks(masks: Masks) -> None:
-    if world() == 1:
+    if world_size() == 1:
         return
-    hashes = everyone(masks.hash())
+    hashes = all_gather(masks.hash())
     if len(set(hashes)) > 1:
         raise ValueError(f"ranks hold different masks, by rank {[each[:12] for each in hashes]}: share one mask")

@@ -25,7 +25,7 @@ from prune.pruner.scope import (
 )
 from prune.schedule import check_density, exponential
 from prune.structures import STRUCTURES, Layout, Structure, structure_named
-from workbench.distributed.ranks import everyone, world
+from workbench.distributed.ranks import all_gather, world_size
 from workbench.messages import nearest
 
 Scores = Mapping[str, Tensor]
@@ -258,9 +258,9 @@ class _Untraced:
 
 def _agreed(masks: Masks) -> Masks:
     """The masks of rank 0, on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return masks
-    shapes = everyone([(name, tuple(mask.shape)) for name, mask in masks.items()])
+    shapes = all_gather([(name, tuple(mask.shape)) for name, mask in masks.items()])
     if any(each != shapes[0] for each in shapes):
         raise RuntimeError("ranks hold masks of different parameters: give all of them the same model")
     sent = [masks.state_dict()]

@@ -16,8 +16,9 @@ from prune.masks.enforce import bare, unwrapped
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.start import Start
 from workbench.duration import Duration
+from workbench.training.callbacks import History
 from workbench.training.module import network_of
-from workbench.training.resume import History, save_checkpoint
+from workbench.training.resume import save_checkpoint
 
 _NEVER = 2**62
 
@@ -26,7 +27,7 @@ class RewindPoint(Checkpoint):
     """Writes Lightning's checkpoint at one moment of training: the point that every later level starts from.
 
     The file holds weights, buffers, optimizer, schedulers, loop counters, callbacks and, through
-    :class:`workbench.training.resume.Continuation`, the random state; the data order follows from seed and epoch.
+    :class:`workbench.training.resume.ResumeState`, the random state; the data order follows from seed and epoch.
     "After
     k steps" means after k optimizer updates, whatever the gradient accumulation. A point at the end of an epoch is
     taken after its validation. A ``Checkpoint``, so that other callbacks have seen the end of the epoch before it.
@@ -168,13 +169,13 @@ class Return(Callback):
         if not self._begins(trainer):
             return
         if not self.start.random:
-            checkpoint["continuation"]["random"] = []
+            checkpoint["resume"]["random"] = []
         if self.start.at == "end":
             # As at the end of an epoch, for the loop goes on with the next one from there.
             progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"] - 1
-            checkpoint["continuation"]["plateau"] = []
+            checkpoint["resume"]["plateau"] = []
             known = checkpoint["callbacks"]
             checkpoint["callbacks"] = {key: known[key] for key in known if key == History.__qualname__}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from workbench.models.anatomy import layers_of
 from workbench.models.architecture import build, describe
-from workbench.models.resize import NEW_BIAS, Resized, axes, note, sizes
+from workbench.models.resize import NEW_BIAS, Resized, axes, set_resized, sizes
 
 
 def record_sizes(model: nn.Module, touched: Iterable[str]) -> None:
@@ -25,7 +25,7 @@ def record_sizes(model: nn.Module, touched: Iterable[str]) -> None:
     """
     paths = sorted({*touched, *getattr(model, "resized", {})})
     _update_configs(model, paths)
-    note(model, {})
+    set_resized(model, {})
     original = _as_constructed(model)
     resized: Resized = {}
     for path in paths:
@@ -38,7 +38,7 @@ def record_sizes(model: nn.Module, touched: Iterable[str]) -> None:
                 changed[NEW_BIAS] = 1
         if changed:
             resized[path] = changed
-    note(model, resized)
+    set_resized(model, resized)
 
 
 def enclosing_config(model: nn.Module, path: str) -> Any:

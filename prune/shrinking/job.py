@@ -11,12 +11,12 @@ from prune.masks import Masks
 from prune.shrinking.equivalence import example_call
 from prune.shrinking.shrink import shrink as shrink_network
 from workbench.checkpoints import compact
-from workbench.export.inputs import chosen, kept_inputs
+from workbench.export.inputs import load_example_inputs, select_level
 from workbench.files import atomic_file
 from workbench.records.source import Source
 from workbench.tasks import Task
 from workbench.training.fit import module_for
-from workbench.training.loop import evaluated
+from workbench.training.loop import evaluate
 from workbench.training.save import example_inputs, save_network
 
 
@@ -46,10 +46,10 @@ def shrink(
     Raises:
         ValueError: If there is no network, no example input to trace it with, or it cannot be traced.
     """
-    folder, record = chosen(Path(of), level)
+    folder, record = select_level(Path(of), level)
     source = compact.find(folder)
     network, kept = compact.load(source), compact.masks(source)
-    inputs = kept_inputs(folder, Path(of), source.parent)
+    inputs = load_example_inputs(folder, Path(of), source.parent)
     if not inputs and data is not None:
         inputs = example_inputs(module_for(network, data, task), data)
     if not inputs:
@@ -59,7 +59,7 @@ def shrink(
     smaller = shrink_network(network, call, masks)
     result: dict[str, Any] = {"metrics": record.get("metrics", {}), "monitor": record.get("monitor", ["loss", "min"])}
     if data is not None:
-        result["metrics"] = evaluated(module_for(smaller.model, data, task), data, out)
+        result["metrics"] = evaluate(module_for(smaller.model, data, task), data, out)
     smaller.model.eval()
     one = example_call(network, {name: value[:1] for name, value in inputs.items()})
     before, after = account(network, one, masks), account(smaller.model, one, smaller.masks)

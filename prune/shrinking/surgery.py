@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.shrinking.units import Group, Selection, Side, Slot
-from workbench.models.resize import axes, settle
+from workbench.models.resize import axes, sync_sizes
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def remove(model: nn.Module, selections: Sequence[Selection], masks: dict[str, T
             smaller = tensor.detach().index_select(dim, kept)
             is_parameter = isinstance(tensor, nn.Parameter)
             setattr(module, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller)
-        settle(module)
+        sync_sizes(module)
 
 
 def keep_one(selections: Sequence[Selection]) -> list[Selection]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from workbench.diagnostics import dead_units, gradient_flow
-from workbench.distributed.ranks import world
-from workbench.training.calibration import FirstBatches, Loss, runs
+from workbench.distributed.ranks import world_size
+from workbench.training.calibration import FirstBatches, TrainingLoss, batch_runner
 from workbench.training.loop import training_loader
 from workbench.training.module import network_of
 
@@ -35,10 +35,10 @@ def studied(
         return {}
     try:
         shown = FirstBatches(training_loader(module, data, seed), BATCHES, module, data)
-        units = dead_units(network, shown, runs(module)).values()
-        flow = gradient_flow(network, shown, Loss(module), masks)
+        units = dead_units(network, shown, batch_runner(module)).values()
+        flow = gradient_flow(network, shown, TrainingLoss(module), masks)
     except Exception as error:  # of a module or data of one's own: what was trained is kept all the same
-        if world() > 1:
+        if world_size() > 1:
             raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(f"dead units and gradient flow are not in the record, {said}", stacklevel=2)

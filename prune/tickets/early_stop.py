@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from prune.masks.memory import local, shard
-from workbench.distributed.ranks import whole
+from workbench.distributed.ranks import full_tensor
 from workbench.duration import Duration
 
 
@@ -19,7 +19,7 @@ def best_of(history: Sequence[Mapping[str, float]], after: int = 0) -> dict[str,
     """The first step with the lowest validation loss: how soon a network learns.
 
     Args:
-        history: A row an epoch, as :class:`workbench.training.resume.History` keeps them.
+        history: A row an epoch, as :class:`workbench.training.callbacks.History` keeps them.
         after: Only rows of later steps count: those of this training, where others came before.
 
     Returns:
@@ -92,7 +92,7 @@ class EarlyStop(Checkpoint):
         score = self.sign * float(trainer.strategy.reduce(found.float(), reduce_op="mean"))
         if math.isfinite(score) and (self._best is None or score > self._best[0]):
             self._best, self._waited = (score, trainer.global_step), 0
-            self._weights = {name: whole(t).detach().to("cpu", copy=True) for name, t in _held(pl_module)}
+            self._weights = {name: full_tensor(t).detach().to("cpu", copy=True) for name, t in _held(pl_module)}
         else:
             self._waited += 1
             self._stop(trainer)

@@ -19,7 +19,7 @@ from prune.tickets.store import Store
 from prune.tickets.trainee import Arm, Trainee
 from workbench import records
 from workbench.checkpoints import compact
-from workbench.distributed.ranks import barrier, check_ranks_agree, rank, world
+from workbench.distributed.ranks import barrier, check_ranks_agree, rank, world_size
 from workbench.duration import Duration
 from workbench.files import sha256
 from workbench.randomness import same_random_state
@@ -193,7 +193,7 @@ class FunctionTrainee(Trainee):
             "metrics": metrics,
             "history": [],
             "monitor": list(self.monitor),
-            "world_size": world(),
+            "world_size": world_size(),
             "steps": list(steps),
         }
 

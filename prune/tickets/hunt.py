@@ -28,12 +28,12 @@ from prune.tickets.store import Store
 from prune.tickets.subject import coupled, subject
 from workbench import records
 from workbench.checkpoints import compact
-from workbench.distributed.sharding import load_whole
+from workbench.distributed.sharding import load_full_state_dict
 from workbench.duration import Duration
 from workbench.records.lock import locked
 from workbench.records.source import Source
 from workbench.tasks import Task
-from workbench.training.calibration import runs
+from workbench.training.calibration import batch_runner
 from workbench.training.module import LRSchedulerCallable, OptimizerCallable, network_of
 from workbench.training.save import save_network
 
@@ -138,7 +138,7 @@ def hunt(
     pruner.check(network, *densities)
     check_criterion(pruner, trainer)
     if connectivity and batch_norms(network):
-        runs(module)  # refuses a module that steps by hand
+        batch_runner(module)  # refuses a module that steps by hand
     given_here = {"rate": rate, "densities": densities, "rewind": str(rewind), "rewinding": rewinding, "order": order}
     given_here |= {"early_stop": early_stop, "criterion": criterion, "structure": structure, "allocation": allocation}
     given_here |= {"include": include, "exclude": exclude, "batches": batches, "seed": seed}
@@ -176,7 +176,7 @@ def hunt(
     )
     with locked(out):
         done = search(searched)
-        load_whole(network, compact.tensors(out / f"level_{len(done) - 1:02d}"))
+        load_full_state_dict(network, compact.tensors(out / f"level_{len(done) - 1:02d}"))
         last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
         save_network(module, data, out, last, Masks(compact.masks(out / f"level_{len(done) - 1:02d}")))
     seconds = round(sum(record["seconds"] for record in done), 3)

@@ -11,10 +11,10 @@ from prune.masks.enforce import Handle, unwrapped
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.snapshot import Snapshot, several
 from prune.tickets.trainee import Arm
-from workbench.distributed.ranks import barrier, everyone, rank, world
+from workbench.distributed.ranks import all_gather, barrier, rank, world_size
 from workbench.files import atomic_file
 from workbench.randomness import random_state, set_random_state
-from workbench.training.order import OrderedLoader, ordered
+from workbench.training.order import OrderedLoader, with_epoch_order
 from workbench.training.resume import check_checkpoint
 
 _WEIGHTS, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
@@ -141,7 +141,7 @@ class Level:
         Raises:
             ValueError: If the loader has a sampler of its own, or no batch.
         """
-        made = ordered(loader, self.seed, rank(), world())
+        made = with_epoch_order(loader, self.seed, rank(), world_size())
         if not isinstance(made, OrderedLoader) or not len(made):
             raise ValueError(
                 "the order of this loader cannot be gone back to: give a DataLoader with batch_size and shuffle over a "
@@ -203,7 +203,7 @@ class Level:
         for optimizer in self._objects["optimizers"] if not (self._start.optimizer or self._resumed) else ():
             unwrapped(optimizer).state.clear()
         random = self._here["random"]
-        if (self._start.random or self._resumed) and len(random) == world():
+        if (self._start.random or self._resumed) and len(random) == world_size():
             set_random_state(random[rank()])
 
     def _hook(self) -> None:
@@ -245,7 +245,7 @@ class Level:
         scaler = self._objects["scaler"][0] if "scaler" in self._objects else None
         taken = Snapshot.take(self._model, self._objects["optimizers"], schedulers, scaler, rng=False)
         content = {"step": self.step, "began": self._began, "snapshot": taken.state_dict(), "groups": self._groups}
-        content["random"] = everyone(random_state())
+        content["random"] = all_gather(random_state())
         if rank() == 0:
             with atomic_file(path) as temporary:
                 torch.save(content, temporary)

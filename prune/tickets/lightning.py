@@ -21,12 +21,19 @@ from prune.rewinding.lightning import LastUpdate, Return, RewindPoint
 from prune.tickets.early_stop import EarlyStop, best_of
 from prune.tickets.trainee import Arm, Trainee
 from workbench import progress
-from workbench.distributed.ranks import barrier, rank, whole
-from workbench.distributed.sharding import load_whole
+from workbench.distributed.ranks import barrier, full_tensor, rank
+from workbench.distributed.sharding import load_full_state_dict
 from workbench.duration import Duration
 from workbench.files import atomic_file, sha256
 from workbench.randomness import same_random_state
-from workbench.training.loop import make_trainer, meet, monitor_of, quiet, train, training_loader
+from workbench.training.loop import (
+    init_process_group,
+    make_trainer,
+    monitor_of,
+    quiet_lightning,
+    train,
+    training_loader,
+)
 from workbench.training.module import network_of
 from workbench.training.resume import check_checkpoint
 from workbench.training.save import save_network
@@ -70,8 +77,8 @@ class LightningTrainee(Trainee):
         watched: Callable[[Path], list[Callback]] = lambda _: [],
     ) -> None:
         apart = {name: value for name, value in (trainer or {}).items() if name not in ("callbacks", "logger")}
-        with quiet(progress.current() is not None):
-            meet(make_trainer(apart, (), folder))
+        with quiet_lightning(progress.current() is not None):
+            init_process_group(make_trainer(apart, (), folder))
         self.module, self.data, self.trainer, self.seed = module, data, trainer, seed
         self.network = network_of(module)
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
@@ -84,7 +91,7 @@ class LightningTrainee(Trainee):
         """See :class:`Trainee`."""
         start = {"first": None, "point": self.point, "end": self._end}[arm.start.at]
         if start is None:
-            load_whole(self.module, self._untouched)
+            load_full_state_dict(self.module, self._untouched)
             if arm.start.weights is not None:
                 self.load(arm.start.weights)
         callbacks, early = self._callbacks(arm, start)
@@ -159,7 +166,7 @@ class LightningTrainee(Trainee):
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """See :class:`Trainee`."""
-        load_whole(self.network, weights)
+        load_full_state_dict(self.network, weights)
 
     def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
@@ -182,7 +189,7 @@ class LightningTrainee(Trainee):
 
 def _copied(value: Any) -> Any:
     """A copy on the CPU, of all of a tensor."""
-    return whole(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+    return full_tensor(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def check_criterion(pruner: Pruner, trainer: Mapping[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ from prune.tickets.trainee import Arm
 from workbench import records
 from workbench.checkpoints import compact
 from workbench.duration import Duration
-from workbench.export.inputs import chosen
+from workbench.export.inputs import select_level
 from workbench.files import sha256
 from workbench.launcher.arguments import arguments_of
 from workbench.records.lock import locked
@@ -168,7 +168,7 @@ def _ticket(hunt: Path, level: int | str) -> tuple[Path, list[dict[str, Any]]]:
     record = records.read(hunt) or {}
     if not record.get("levels"):
         raise ValueError(f"{hunt} is no finished hunt: name a stage of job hunt that is finished")
-    place, found = chosen(hunt, "last" if level == "winning" and not record.get("winning") else level)
+    place, found = select_level(hunt, "last" if level == "winning" and not record.get("winning") else level)
     if not found["level"]:
         raise ValueError(f"level 0 of {hunt} is dense: name one from 1 to {len(record['levels']) - 1}")
     return place, record["levels"][: found["level"] + 1]
@@ -209,4 +209,5 @@ def _subject_now(
             optimizer, lr_scheduler = theirs.optimizer, theirs.lr_scheduler
         if task is None and data is None and theirs is not None:
             task = theirs.task
-    return module_for(model, data or hunted, task, optimizer, lr_scheduler), data or hunted, settings or {}, seed
+    module = module_for(model, data or hunted, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler)
+    return module, data or hunted, settings or {}, seed

@@ -30,7 +30,7 @@ from workbench.launcher.jobs import find_jobs
 from workbench.models import MLP
 from workbench.records.source import Source
 from workbench.tasks import LanguageModelling
-from workbench.training.order import At, ordered
+from workbench.training.order import EpochIndex, with_epoch_order
 
 N, WIDTH, CLASSES = 22, 6, 3
 
@@ -162,8 +162,8 @@ def test_batches_and_order_are_the_loaders_own(tmp_path: Path) -> None:
 def test_composes_with_the_order_of_seed_and_epoch(tmp_path: Path) -> None:
     teacher = Teacher(RowByRow())
     cache_teacher(teacher, loader(), tmp_path)
-    plain = ordered(loader(shuffle=True, drop_last=True), seed=3)
-    attached = ordered(CachedTeacher(tmp_path).attach(loader(shuffle=True, drop_last=True)), seed=3)
+    plain = with_epoch_order(loader(shuffle=True, drop_last=True), seed=3)
+    attached = with_epoch_order(CachedTeacher(tmp_path).attach(loader(shuffle=True, drop_last=True)), seed=3)
     assert type(attached) is not DataLoader
     for (x, _), made in zip(plain, attached, strict=True):
         assert torch.equal(x, made.batch[0])
@@ -301,7 +301,7 @@ def test_each_view_has_answers_of_its_own(tmp_path: Path) -> None:
     cache_teacher(teacher, loader(data, 11), tmp_path, shard_size=11)
     cached = CachedTeacher(tmp_path)
     assert len(cached.describe()["shards"]) == 6
-    attached = ordered(cached.attach(loader(data, 11, shuffle=True)), seed=0)
+    attached = with_epoch_order(cached.attach(loader(data, 11, shuffle=True)), seed=0)
     seen = set()
     for epoch in (0, 1, 2, 4):
         attached.batch_sampler.sampler.set_epoch(epoch)
@@ -766,7 +766,7 @@ def test_a_sample_or_a_length_that_the_cache_does_not_have(made: Path) -> None:
         next(iter(cached.attach(loader(Words(), 2, collate_fn=longer))))
     with pytest.raises(ValueError, match="samples of several lengths: the batch needs an attention_mask"):
         next(iter(cached.attach(loader(Words(), 2, collate_fn=lambda items: items))))
-    beyond = DataLoader(Words(), batch_sampler=[[At(-1, 0)]], collate_fn=pad)  # type: ignore[arg-type]
+    beyond = DataLoader(Words(), batch_sampler=[[EpochIndex(-1, 0)]], collate_fn=pad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no sample -1: it has 0 to 6"):
         next(iter(cached.attach(beyond)))
 
@@ -828,7 +828,7 @@ def test_outputs_that_cannot_be_kept(tmp_path: Path) -> None:
 def test_a_loader_of_another_class_is_not_guessed_at(tmp_path: Path) -> None:
     cache_teacher(nn.Linear(WIDTH, 2), loader(), tmp_path)
     with pytest.raises(ValueError, match="the loader is a OrderedLoader, which cannot be made again"):
-        CachedTeacher(tmp_path).attach(ordered(loader(), 0))
+        CachedTeacher(tmp_path).attach(with_epoch_order(loader(), 0))
 
 
 def test_can_be_copied_and_sent(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from workbench.models import MLP
 from workbench.records.source import Source
 from workbench.tasks import Classification, Embedding, LanguageModelling, Regression
 from workbench.training.module import TaskModule
-from workbench.training.order import ordered
+from workbench.training.order import with_epoch_order
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -243,7 +243,7 @@ def members() -> dict[str, nn.Module]:
 
 def ordered_data() -> Any:
     """A loader that draws nothing from the global generator, as recipes have it."""
-    return ordered(DataLoader(data().dataset, 4, shuffle=True), seed=3)
+    return with_epoch_order(DataLoader(data().dataset, 4, shuffle=True), seed=3)
 
 
 def quiet_data() -> DataLoader:

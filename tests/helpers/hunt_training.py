@@ -91,7 +91,7 @@ class Watch(lp.Callback):
 def module(optimizer: Any = SGD, scheduler: Any = None, net: Callable[[], nn.Module] = Net) -> lp.LightningModule:
     """A seeded module."""
     torch.manual_seed(1)
-    task_module = module_for(net(), Blobs(), Classification(3), optimizer, None)
+    task_module = module_for(net(), Blobs(), task=Classification(3), optimizer=optimizer)
     if scheduler is not None:
         interval, make = scheduler
 

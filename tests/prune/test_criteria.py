@@ -111,9 +111,9 @@ def test_batches_of_every_form(name: str, form: Callable[[Tensor, Tensor], Any])
     ],
 )
 def test_batches_are_moved_whole(batch: Any):
-    from workbench.models.forward import moved
+    from workbench.models.forward import to_device
 
-    found = moved(batch, torch.device("meta"))
+    found = to_device(batch, torch.device("meta"))
     assert isinstance(found, type(batch))
     values = torch.utils._pytree.tree_leaves(list(found.values()) if isinstance(found, dict) else list(found))
     assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}

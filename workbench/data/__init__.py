@@ -1,7 +1,8 @@
-"""Data sets as Lightning data modules, imported when they are first touched."""
+"""Data sets as Lightning data modules. Names are imported on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench import lazy
 
 if TYPE_CHECKING:
     from workbench.data.augment import Augment
@@ -28,25 +29,18 @@ __all__ = [
     "TextStream",
 ]
 
-_HOME = {
-    "Augment": "workbench.data.augment",
-    "Digits": "workbench.data.digits",
-    "IDXImages": "workbench.data.idx",
-    "ParquetImages": "workbench.data.parquet",
-    "Sentences": "workbench.data.text.sentences",
-    "SeriesClassification": "workbench.data.series.classification",
-    "SeriesForecast": "workbench.data.series.forecast",
-    "TextClassification": "workbench.data.text.classification",
-    "TextSequences": "workbench.data.text.sequences",
-    "TextStream": "workbench.data.text.stream",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "Augment": "workbench.data.augment",
+        "Digits": "workbench.data.digits",
+        "IDXImages": "workbench.data.idx",
+        "ParquetImages": "workbench.data.parquet",
+        "Sentences": "workbench.data.text.sentences",
+        "SeriesClassification": "workbench.data.series.classification",
+        "SeriesForecast": "workbench.data.series.forecast",
+        "TextClassification": "workbench.data.text.classification",
+        "TextSequences": "workbench.data.text.sequences",
+        "TextStream": "workbench.data.text.stream",
+    },
+)

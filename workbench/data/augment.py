@@ -40,9 +40,9 @@ class Augment:
 def random_bits(indices: Sequence[int], views: int, seed: int, count: int) -> np.ndarray:
     """64 random bits for each of ``count`` decisions about each sample, uint64 [count, B].
 
-    A hash of (seed, view, index, decision), so that it does not matter what else was drawn. The view is
-    ``epoch % views`` of a `workbench.training.order.At`, or the epoch where views is 0. For indices without an epoch
-    the bits come from torch's global generator.
+    A hash of (seed, view, index, decision), independent of all other draws. The view is ``epoch % views`` of a
+    `workbench.training.EpochIndex`, or the epoch where views is 0. For indices without an epoch the bits come from
+    torch's global generator.
 
     Source: splitmix64, Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
 

@@ -6,12 +6,12 @@ from typing import Any
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
-def named_so(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Whether a data set of the hub may have this name: ``owner/name``, or ``owner/name:configuration``."""
     return _NAME.fullmatch(name) is not None
 
 
-def from_hub(name: str, otherwise: str = "") -> Any:
+def load_from_hub(name: str, otherwise: str = "") -> Any:
     """All splits of a data set of the hub.
 
     Args:

@@ -65,7 +65,7 @@ class LabelledImages(Dataset[Batch]):
         mean: Mean to subtract; a number, or one for each channel, [C, 1, 1].
         std: Standard deviation to divide by; the same.
         augment: What is done to an image at random, if anything; a function of (seed, view, index) when asked by
-            `workbench.training.order.At`, otherwise drawn from torch's global generator.
+            `workbench.training.order.EpochIndex`, otherwise drawn from torch's global generator.
         views: Number of different views of an image, the view of an epoch being ``epoch % views``; 0 for a new one
             every epoch. Without augmentation there is 1, and the attribute says so.
         seed: Of the augmentation.

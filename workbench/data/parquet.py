@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.data.augment import Augment
-from workbench.data.hub import from_hub, named_so
+from workbench.data.hub import is_hub_name, load_from_hub
 from workbench.data.images import ImageModule
 from workbench.paths import expand_variables
 
@@ -202,7 +202,7 @@ class ParquetImages(ImageModule):
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Decode the rows of both splits."""
         folder = Path(self.root)
-        if not folder.is_dir() and (folder.exists() or not named_so(self.root)):
+        if not folder.is_dir() and (folder.exists() or not is_hub_name(self.root)):
             raise ValueError(
                 f"{self.root}: no such folder; set root to the folder that holds train.parquet and test.parquet, or to "
                 "the name of a data set of the hub."
@@ -234,7 +234,7 @@ class ParquetImages(ImageModule):
     def _hub(self, name: str) -> list[tuple[Tensor, Tensor]]:
         import datasets
 
-        found = from_hub(name, "; set root to the folder that holds train.parquet and test.parquet")
+        found = load_from_hub(name, "; set root to the folder that holds train.parquet and test.parquet")
         parts = []
         for part in ("train", "test"):
             if part not in found:

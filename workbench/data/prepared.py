@@ -27,7 +27,7 @@ class Prepared(Protocol):
 PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 
-class PreparedModule(pl.LightningDataModule, ABC, Generic[PreparedT]):
+class InMemoryDataModule(pl.LightningDataModule, ABC, Generic[PreparedT]):
     """A data module over samples in memory; subclasses say how to read them.
 
     Args:
@@ -45,13 +45,13 @@ class PreparedModule(pl.LightningDataModule, ABC, Generic[PreparedT]):
         self._prepared: PreparedT | None = None
 
     @abstractmethod
-    def prepared(self) -> PreparedT:
+    def read(self) -> PreparedT:
         """Read and prepare everything; parts are train, val and test."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read and prepare, once."""
         if self._prepared is None:
-            self._prepared = self.prepared()
+            self._prepared = self.read()
 
     @property
     def parts(self) -> dict[str, Dataset[Any]]:

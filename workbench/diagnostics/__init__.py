@@ -1,22 +1,30 @@
-"""What is going on inside a network: units that say nothing, gates, gradient flow; and a callback that logs them.
+"""What happens inside a network: dead units, gates, gradient flow; and a callback that logs them.
 
-The functions leave the network as it was; the callback is loaded on first use.
+Names are imported on first use. The functions leave the network as it was.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from workbench.diagnostics.gradients import gradient_flow
-from workbench.diagnostics.units import dead_units, gate_statistics
+from workbench import lazy
 
 if TYPE_CHECKING:
     from workbench.diagnostics.callback import Diagnose
+    from workbench.diagnostics.gradients import gradient_flow
+    from workbench.diagnostics.units import dead_units, gate_statistics
 
-__all__ = ["Diagnose", "dead_units", "gate_statistics", "gradient_flow"]
+__all__ = [
+    "Diagnose",
+    "dead_units",
+    "gate_statistics",
+    "gradient_flow",
+]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "Diagnose":
-        raise AttributeError(f"module 'workbench.diagnostics' has no attribute {name!r}")
-    from workbench.diagnostics.callback import Diagnose
-
-    return Diagnose
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "Diagnose": "workbench.diagnostics.callback",
+        "dead_units": "workbench.diagnostics.units",
+        "gate_statistics": "workbench.diagnostics.units",
+        "gradient_flow": "workbench.diagnostics.gradients",
+    },
+)

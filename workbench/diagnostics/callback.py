@@ -8,7 +8,7 @@ from pytorch_lightning import Callback as OtherCallback
 from workbench.diagnostics.gradients import gradient_flow
 from workbench.diagnostics.units import dead_units, gate_statistics
 from workbench.duration import Duration
-from workbench.training.calibration import FirstBatches, Loss, runs
+from workbench.training.calibration import FirstBatches, TrainingLoss, batch_runner
 from workbench.training.module import network_of
 
 
@@ -50,7 +50,7 @@ class Diagnose(Callback, OtherCallback):  # type: ignore[misc] - twins; a Traine
         """Check that the module can be looked at."""
         self._seen = trainer.global_step
         self._shown(trainer, pl_module)
-        Loss(pl_module)
+        TrainingLoss(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look, if it is time."""
@@ -69,13 +69,13 @@ class Diagnose(Callback, OtherCallback):  # type: ignore[misc] - twins; a Traine
 
     def _look(self, trainer: Any, pl_module: Any) -> None:
         network, precision = network_of(pl_module), trainer.precision_plugin
-        shown, run = self._shown(trainer, pl_module), runs(pl_module, precision)
+        shown, run = self._shown(trainer, pl_module), batch_runner(pl_module, precision)
         held = [masks for each in trainer.callbacks if (masks := getattr(each, "masks", None)) is not None]
         masks = {name: mask for each in held for name, mask in each.items()}
         self.last = {
             "units": dead_units(network, shown, run),
             "gates": gate_statistics(network, shown, run),
-            "gradients": gradient_flow(network, shown, Loss(pl_module, precision), masks),
+            "gradients": gradient_flow(network, shown, TrainingLoss(pl_module, precision), masks),
         }
 
     def _numbers(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from workbench.models.forward import batches, everywhere, scalar, total, undisturbed
+from workbench.models.forward import all_reduce_sum, batches, preserve_state, scalar, total_batches
 
 
 def gradient_flow(
@@ -47,7 +47,7 @@ def gradient_flow(
         raise ValueError(f"'{sharded[0]}' is sharded (DTensor): look at the network before fully_shard")
     kept = _fitting(masks or {}, dict(network.named_parameters()))
     home, count = next(iter(weights.values())).device, 0
-    with undisturbed(network, training=True):
+    with preserve_state(network, training=True):
         sums = {name: torch.zeros_like(weight, dtype=_precise(weight)) for name, weight in weights.items()}
         for batch in batches(loader, home):
             value = scalar(loss(network, batch))
@@ -55,8 +55,8 @@ def gradient_flow(
                 if grad is not None:
                     total_ += grad
             count += 1
-    everyone = total(count, home)
-    everywhere(sums.values())
+    everyone = total_batches(count, home)
+    all_reduce_sum(sums.values())
     norms = {name: _squared(grad, kept.get(name)) / everyone**2 for name, grad in sums.items()}
     found = [norms[name] for name in _layers(network) if name in norms]
     ratio = found[0] / found[-1] if found and found[-1] else None

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from workbench.distributed.ranks import world
+from workbench.distributed.ranks import world_size
 from workbench.models.activations import kind_of
-from workbench.models.forward import batches, everywhere, forward, total, undisturbed
+from workbench.models.forward import all_reduce_sum, batches, forward, preserve_state, total_batches
 from workbench.models.positions import tokens_of
 
 Run = Callable[[nn.Module, Any], Any]
@@ -71,7 +71,7 @@ def dead_units(
         if old is not None and old is not new:
             seen[site] = None if len(old[0]) != len(new[0]) else _joined(old, new)
 
-    _watch(network, loader, run, look, outputs=True)
+    _observe(network, loader, run, look, outputs=True)
     found = {}
     for site, of in _named({site: _shared(of) for site, of in seen.items() if of is not None}).items():
         low, high, squares, positions = of
@@ -108,8 +108,8 @@ def gate_statistics(network: nn.Module, loader: Iterable[Any], run: Run = forwar
         sums[site] = sums.get(site, torch.zeros_like(row)) + row
         kinds[site] = kind_of(module)
 
-    _watch(network, loader, run, look, outputs=False)
-    everywhere(sums.values())
+    _observe(network, loader, run, look, outputs=False)
+    all_reduce_sum(sums.values())
     return _named({site: _moments(kinds[site], row) for site, row in sums.items()})
 
 
@@ -119,7 +119,7 @@ def _moments(kind: str | None, row: Tensor) -> dict[str, Any]:
     return {"kind": kind, "mean": mean, "std": deviation, "slope": slope, "slope_squared": slope_squared}
 
 
-def _watch(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outputs: bool) -> None:
+def _observe(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outputs: bool) -> None:
     """Let ``look`` see what every activation is given, or gives, [P, U], on all batches."""
     home, count, tokens, behind = next(network.parameters(), torch.empty(0)).device, 0, None, ("", -1)
 
@@ -134,7 +134,7 @@ def _watch(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outp
         if (rows := _rows(value.detach(), behind[1], tokens)).numel():
             look((name, behind[0]), module, rows)
 
-    with undisturbed(network, training=False), torch.no_grad(), ExitStack() as stack:
+    with preserve_state(network, training=False), torch.no_grad(), ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which calls no activation
         if "torch._dynamo" in sys.modules:
@@ -150,7 +150,7 @@ def _watch(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, outp
             tokens, behind = tokens_of(batch.batch if hasattr(batch, "cached_targets") else batch), ("", -1)
             run(network, batch)
             count += 1
-    total(count, home)
+    total_batches(count, home)
 
 
 def _dims(layer: nn.Module) -> int | None:
@@ -183,10 +183,10 @@ def _joined(one: list[Tensor], two: list[Tensor]) -> list[Tensor]:
 
 def _shared(of: list[Tensor]) -> list[Tensor]:
     """The same, of all ranks together."""
-    if world() > 1:
+    if world_size() > 1:
         torch.distributed.all_reduce(of[0], torch.distributed.ReduceOp.MIN)
         torch.distributed.all_reduce(of[1], torch.distributed.ReduceOp.MAX)
-        everywhere(of[2:])
+        all_reduce_sum(of[2:])
     return of
 
 

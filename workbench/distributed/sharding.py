@@ -1,4 +1,4 @@
-"""Networks divided among ranks by FSDP2: how they are divided, and how whole weights get in and out."""
+"""Networks sharded over ranks by FSDP2: sharding, and full state dicts in and out."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workbench.distributed.ranks import rank, whole
+from workbench.distributed.ranks import full_tensor, rank
 
 
-def divide(network: nn.Module, mesh: Any) -> None:
-    """Let the ranks of the mesh's ``data_parallel`` dimension share the weights of ``network`` by FSDP2, in place.
+def shard(network: nn.Module, mesh: Any) -> None:
+    """Shard the weights of ``network`` over the mesh's ``data_parallel`` dimension by FSDP2, in place.
 
-    Blocks, the members of every ``Sequential`` and ``ModuleList``, are gathered one at a time while training; what is
-    outside of them, or shared, together. A network that is divided already stays as it is.
+    Blocks, the members of every ``Sequential`` and ``ModuleList``, are gathered one at a time while training; weights
+    outside of blocks, or shared between them, together. A network that is already sharded stays as it is.
 
     Args:
         network: The network.
-        mesh: A LightningModule's ``device_mesh``; None, as other strategies have it, divides nothing.
+        mesh: A LightningModule's ``device_mesh``; None, as with other strategies, shards nothing.
 
     Raises:
         ValueError: As :func:`check_mesh`.
@@ -33,11 +33,11 @@ def divide(network: nn.Module, mesh: Any) -> None:
     check_mesh(mesh)
     if isinstance(network, FSDPModule):
         return
-    several = [module for module in network.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    named = dict(network.named_parameters(remove_duplicate=False))
-    uses = Counter(map(id, named.values()))
-    shared = {id(parameter): parameter for parameter in named.values() if uses[id(parameter)] > 1}
-    for block in (block for module in reversed(several) for block in module):
+    containers = [module for module in network.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
+    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    shared = {parameter for parameter, count in uses.items() if count > 1}
+    # Inner blocks first: fully_shard leaves out parameters that a submodule has sharded.
+    for block in (block for container in reversed(containers) for block in container):
         own = list(block.parameters())
         if own and not isinstance(block, nn.ModuleList) and not any(id(parameter) in shared for parameter in own):
             fully_shard(block, mesh=mesh["data_parallel"])
@@ -45,7 +45,7 @@ def divide(network: nn.Module, mesh: Any) -> None:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Refuse processes that share the work on each batch, as by default all of a machine do: here each has its own.
+    """Refuse tensor parallelism, the strategy's default within a machine: here every process has its own batches.
 
     Raises:
         ValueError: If the mesh has a ``tensor_parallel`` dimension of more than one process.
@@ -57,12 +57,12 @@ def check_mesh(mesh: Any) -> None:
         )
 
 
-def whole_checkpoints(trainer: Trainer) -> None:
-    """Let the checkpoints of FSDP2 be one file of whole tensors each, as those of other strategies are.
+def use_full_checkpoints(trainer: Trainer) -> None:
+    """Make FSDP2 write each checkpoint as one file of full tensors, as other strategies do.
 
-    It can be replaced at once, is the same whatever the number of ranks, and can be looked into. Lightning 2.6 writes
-    such files too, but reads none in which an optimizer has no state; and to ask an optimizer for its state before its
-    first step, torch 2.13 makes it take one, which Adam counts.
+    One file can be replaced atomically and does not depend on the number of ranks. Parts of the strategy are
+    replaced, because Lightning 2.6 fails to read such a file if an optimizer has no state yet, and because torch 2.13
+    lets an optimizer take an empty step before it returns the state, which Adam counts.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
@@ -70,56 +70,59 @@ def whole_checkpoints(trainer: Trainer) -> None:
 
     def load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
-        load_whole(trainer.lightning_module, checkpoint["state_dict"])
+        load_full_state_dict(trainer.lightning_module, checkpoint["state_dict"])
         for optimizer, state in zip(strategy.optimizers, checkpoint["optimizer_states"]):
-            load_optimizer(optimizer, state)
+            load_full_optimizer_state(optimizer, state)
         return checkpoint
 
+    # Private: the constructor argument save_distributed_checkpoint, but on the user's strategy.
     strategy._save_distributed_checkpoint = False
-    strategy.lightning_module_state_dict = lambda: whole_state(trainer.lightning_module)
-    strategy.optimizer_state = optimizer_state
+    strategy.lightning_module_state_dict = lambda: full_state_dict(trainer.lightning_module)
+    strategy.optimizer_state = full_optimizer_state
     strategy.load_checkpoint = load
 
 
-def release(module: nn.Module) -> None:
-    """Let go of weights that were gathered for the last forward pass, so that those seen are those of each rank."""
+def reshard(module: nn.Module) -> None:
+    """Free weights gathered for the last forward pass: parameters are each rank's shards again."""
     for each in module.modules():
         if hasattr(each, "unshard"):
             each.reshard()  # type: ignore[operator]
 
 
-def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict of whole tensors, of which a divided module takes each rank's part, without communication."""
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of full tensors; of a sharded module every rank takes its shard, without communication."""
     own, strict = module.state_dict(), getattr(module, "strict_loading", True)
-    module.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()}, strict=strict)
+    module.load_state_dict({name: _local_shard(value, own.get(name)) for name, value in state.items()}, strict=strict)
 
 
-def whole_state(network: nn.Module) -> dict[str, Any]:
-    """The state dict with whole tensors, on the CPU where they were divided; empty on ranks above zero.
+def full_state_dict(network: nn.Module) -> dict[str, Any]:
+    """The state dict with full tensors, sharded ones on the CPU; empty on ranks above zero.
 
     Tied weights stay one tensor. Called on every rank.
     """
-    found: dict[int, Any] = {}
+    gathered: dict[int, Any] = {}
     state = network.state_dict(keep_vars=True)
     for value in state.values():
-        if id(value) not in found:
-            found[id(value)] = _gathered(value)
-    return {} if rank() else {name: found[id(value)] for name, value in state.items()}
+        if id(value) not in gathered:
+            gathered[id(value)] = _gather(value)
+    return {} if rank() else {name: gathered[id(value)] for name, value in state.items()}
 
 
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state dict with whole tensors; empty on ranks above zero. Called on every rank."""
-    found = optimizer.state_dict()
-    state = {i: {key: _gathered(item) for key, item in each.items()} for i, each in found["state"].items()}
-    return {} if rank() else {**found, "state": state}
+def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """An optimizer's state dict with full tensors; empty on ranks above zero. Called on every rank."""
+    local = optimizer.state_dict()
+    state = {i: {key: _gather(item) for key, item in each.items()} for i, each in local["state"].items()}
+    return {} if rank() else {**local, "state": state}
 
 
-def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load what :func:`optimizer_state` gave on rank zero: what has a parameter's shape is divided as that is."""
+def load_full_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load a state of :func:`full_optimizer_state`; tensors of a parameter's shape are sharded as the parameter is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
-            key: _part(item, parameters[index]) if key != "step" and _shaped(item, parameters[index]) else item
+            key: _local_shard(item, parameters[index])
+            if key != "step" and _has_shape_of(item, parameters[index])
+            else item
             for key, item in each.items()
         }
         for index, each in saved["state"].items()
@@ -127,20 +130,20 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({**saved, "state": state})
 
 
-def _shaped(item: Any, like: Tensor) -> bool:
+def _has_shape_of(item: Any, like: Tensor) -> bool:
     return isinstance(item, Tensor) and item.shape == like.shape
 
 
-def _gathered(value: Any) -> Any:
-    """``value`` without its history, all of it and on the CPU if it was divided; None then on ranks above zero."""
+def _gather(value: Any) -> Any:
+    """``value`` detached; if it was sharded, the full tensor on the CPU, and None on ranks above zero."""
     if not isinstance(value, Tensor):
         return value
-    full = whole(value.detach())
+    full = full_tensor(value.detach())
     return full if not hasattr(value, "device_mesh") else None if rank() else full.cpu()
 
 
-def _part(value: Tensor, like: Any) -> Tensor:
-    """What of the whole tensor ``value`` this rank holds if it lies as ``like`` does."""
+def _local_shard(value: Tensor, like: Any) -> Tensor:
+    """This rank's shard of the full tensor ``value``, placed as ``like`` is."""
     if not hasattr(like, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor

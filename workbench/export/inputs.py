@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainedNetwork:
     """What is exported.
 
     Args:
@@ -32,7 +32,7 @@ class Subject:
     inputs: Mapping[str, Tensor]
 
 
-def chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
+def select_level(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
     """The folder of a finished stage's network and its record: the stage's own, or one of its levels'.
 
     Raises:
@@ -55,7 +55,7 @@ def chosen(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
     return stage / f"level_{number:02d}", levels[number]
 
 
-def kept_inputs(*folders: Path) -> dict[str, Tensor]:
+def load_example_inputs(*folders: Path) -> dict[str, Tensor]:
     """The example inputs by name in the first of ``folders`` that has some; empty if none has.
 
     Raises:
@@ -81,10 +81,10 @@ def arguments_of(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict
 def arguments_for(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """As :func:`arguments_of`, floating ones in the network's own type."""
     own = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return arguments_of(typed(inputs, next(own, torch.float32)))
+    return arguments_of(cast_inputs(inputs, next(own, torch.float32)))
 
 
-def typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_inputs(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The inputs with floating-point ones in ``dtype``."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.checkpoints import compact
-from workbench.export.inputs import DTYPES, Subject, chosen, kept_inputs, outputs
+from workbench.export.inputs import DTYPES, TrainedNetwork, load_example_inputs, outputs, select_level
 from workbench.export.onnx import require_onnx, write_onnx
 from workbench.export.torch import write_torch
 from workbench.records.source import Source
@@ -53,12 +53,12 @@ def export(
         raise ValueError(f"values is {values!r}: choose from {', '.join(DTYPES)}")
     if "onnx" in wanted:
         require_onnx()
-    folder, record = chosen(Path(of), level)
+    folder, record = select_level(Path(of), level)
     source = compact.find(folder)
-    inputs = kept_inputs(folder, Path(of), source.parent)
+    inputs = load_example_inputs(folder, Path(of), source.parent)
     if not inputs and wanted != ["compact"]:
         raise ValueError(f"{of} kept no example inputs, which torch and onnx are traced with: export compact only")
-    subject = Subject(compact.load(source), compact.masks(source), compact.read_index(source), inputs)
+    subject = TrainedNetwork(compact.load(source), compact.masks(source), compact.read_index(source), inputs)
     try:
         expected = outputs(subject.network, inputs)
     except NotImplementedError as error:
@@ -98,7 +98,7 @@ def _compared(expected: Tensor | None, found: Tensor | None, path: Path) -> dict
     return {"largest_difference": float(difference), "same_predictions": same}
 
 
-def _compact(subject: Subject, values: str, folder: Path) -> tuple[Tensor | None, int]:
+def _compact(subject: TrainedNetwork, values: str, folder: Path) -> tuple[Tensor | None, int]:
     dtype = None if values == "float32" else DTYPES[values]
     index = subject.index
     compact.save(subject.network, folder, subject.masks, dtype, index["architecture"], index["provenance"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.export.inputs import Subject, arguments_of, folder_bytes, typed
+from workbench.export.inputs import TrainedNetwork, arguments_of, cast_inputs, folder_bytes
 from workbench.export.tracing import tracing
 from workbench.files import atomic_files
 
@@ -26,12 +26,12 @@ def require_onnx() -> None:
         raise ValueError(f"format onnx needs {error.name}: pip install 'distill-prune[onnx]'") from error
 
 
-def write_onnx(subject: Subject, folder: Path) -> tuple[Tensor | None, int]:
+def write_onnx(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, int]:
     """Write ``model.onnx`` into ``folder``; what ONNX Runtime answers with it, and its size in bytes."""
     import onnxruntime
 
     wide = copy.deepcopy(subject.network).float()
-    inputs = typed(subject.inputs, torch.float32)
+    inputs = cast_inputs(subject.inputs, torch.float32)
     args, kwargs = arguments_of(inputs)
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
     with atomic_files(folder) as part:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workbench.export.inputs import Subject, folder_bytes, outputs, typed
+from workbench.export.inputs import TrainedNetwork, cast_inputs, folder_bytes, outputs
 from workbench.export.tracing import tracing
 from workbench.files import atomic_files
 
@@ -35,7 +35,7 @@ def load(folder=Path(__file__).parent):
 '''
 
 
-def write_torch(subject: Subject, folder: Path) -> tuple[Tensor | None, int]:
+def write_torch(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, int]:
     """Write the dense folder; what the network loaded from it answers, and its size in bytes."""
     half = _halved(subject.network)
     with atomic_files(folder) as part:
@@ -47,7 +47,7 @@ def write_torch(subject: Subject, folder: Path) -> tuple[Tensor | None, int]:
         else:
             wide = copy.deepcopy(subject.network).float()
             save_file({name: value.clone() for name, value in half.state_dict().items()}, part / "weights.safetensors")
-            _save_graph(wide, typed(subject.inputs, torch.float32), part / "graph.pt2")
+            _save_graph(wide, cast_inputs(subject.inputs, torch.float32), part / "graph.pt2")
             (part / "load.py").write_text(_LOADER, encoding="utf-8")
             # The very file, as its user runs it.
             found = outputs(runpy.run_path(str(part / "load.py"))["load"](part), subject.inputs)

@@ -25,7 +25,7 @@ from workbench.launcher import errors
 from workbench.launcher.jobs import find_jobs
 from workbench.launcher.recipe import OVER, RUN, Recipe, Stage
 from workbench.messages import flatten
-from workbench.models.architecture import remembered
+from workbench.models.architecture import argument_to_json
 from workbench.randomness import same_random_state
 from workbench.records.source import Source
 
@@ -276,7 +276,7 @@ def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> Modul
     if not hasattr(made, "init_args") and not args:
         # An argument that is an object cannot be remembered: the checkpoint will need the module to fill.
         with suppress(TypeError):
-            given = {name: remembered(value) for name, value in kwargs.items()}
+            given = {name: argument_to_json(value) for name, value in kwargs.items()}
             setattr(made, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
     return made
 

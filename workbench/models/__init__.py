@@ -1,12 +1,14 @@
 """Models with a pluggable activation; each records in ``init_args`` what it was built with.
 
-Names are loaded on first use: reading a checkpoint imports the parts below and no model.
+Names are imported on first use: reading a checkpoint imports the parts below and no model.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench import lazy
 
 if TYPE_CHECKING:
+    from workbench.models import activations
     from workbench.models.conv import Conv, Conv2, Conv4, Conv6
     from workbench.models.densenet import DenseNet, DenseNetBC
     from workbench.models.encoder import SentenceEncoder
@@ -32,32 +34,27 @@ __all__ = [
     "ResNet",
     "SentenceEncoder",
     "Transformer",
+    "activations",
 ]
 
-_HOME = {
-    "Conv": "workbench.models.conv",
-    "Conv2": "workbench.models.conv",
-    "Conv4": "workbench.models.conv",
-    "Conv6": "workbench.models.conv",
-    "DenseNet": "workbench.models.densenet",
-    "DenseNetBC": "workbench.models.densenet",
-    "SentenceEncoder": "workbench.models.encoder",
-    "LeNet5": "workbench.models.lenet",
-    "MLP": "workbench.models.mlp",
-    "LeNet300": "workbench.models.mlp",
-    "Recurrent": "workbench.models.recurrent",
-    "RecurrentStack": "workbench.models.recurrent",
-    "RecurrentTokens": "workbench.models.recurrent",
-    "ResNet": "workbench.models.resnet",
-    "Transformer": "workbench.models.transformer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'workbench.models' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "MLP": "workbench.models.mlp",
+        "Conv": "workbench.models.conv",
+        "Conv2": "workbench.models.conv",
+        "Conv4": "workbench.models.conv",
+        "Conv6": "workbench.models.conv",
+        "DenseNet": "workbench.models.densenet",
+        "DenseNetBC": "workbench.models.densenet",
+        "LeNet300": "workbench.models.mlp",
+        "LeNet5": "workbench.models.lenet",
+        "Recurrent": "workbench.models.recurrent",
+        "RecurrentStack": "workbench.models.recurrent",
+        "RecurrentTokens": "workbench.models.recurrent",
+        "ResNet": "workbench.models.resnet",
+        "SentenceEncoder": "workbench.models.encoder",
+        "Transformer": "workbench.models.transformer",
+        "activations": "workbench.models.activations",
+    },
+)

@@ -65,7 +65,7 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
             options = {} if architecture.get("pooler", True) else {_POOLER: False}
             model = cls(cls.config_class.from_dict(dict(architecture["config"])), **options)  # type: ignore[attr-defined]
         else:
-            model = cls(**{name: _made(value, path) for name, value in architecture["init_args"].items()})
+            model = cls(**{name: _argument_from_json(value, path) for name, value in architecture["init_args"].items()})
         if "activation" in architecture:
             from workbench.models.activations import swap_activation
 
@@ -93,7 +93,7 @@ def _module_class(name: str, path: Path) -> type[nn.Module]:
     return cls
 
 
-def remembered(argument: Any) -> Any:
+def argument_to_json(argument: Any) -> Any:
     """A constructor's argument as JSON has it: a module as its architecture, a class as its path."""
     if isinstance(argument, nn.Module):
         return {_MODULE: describe(argument)}
@@ -102,8 +102,8 @@ def remembered(argument: Any) -> Any:
     return argument
 
 
-def _made(argument: Any, path: Path) -> Any:
-    """What :func:`remembered` was given, made again."""
+def _argument_from_json(argument: Any, path: Path) -> Any:
+    """What :func:`argument_to_json` was given, made again."""
     if isinstance(argument, dict) and len(argument) == 1:
         if _MODULE in argument:
             return build(argument[_MODULE], path)

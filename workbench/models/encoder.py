@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.models.architecture import describe, is_architecture, remembered
+from workbench.models.architecture import argument_to_json, describe, is_architecture
 from workbench.models.hub import pretrained
 from workbench.paths import resolve_path
 
@@ -80,7 +80,7 @@ class SentenceEncoder(nn.Module):
         """What it is built again from, as JSON: the encoder by its configuration as that is now."""
         if describe(self.encoder) is None:
             raise AttributeError(f"{type(self.encoder).__name__} does not say what it was built with")
-        return {"encoder": remembered(self.encoder), "pooling": self.pooling, "normalize": self.normalize}
+        return {"encoder": argument_to_json(self.encoder), "pooling": self.pooling, "normalize": self.normalize}
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.distributed.ranks import world
+from workbench.distributed.ranks import world_size
 
 LABELS = ("label", "labels", "label_ids")
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+def preserve_state(model: nn.Module, training: bool) -> Iterator[None]:
     """Inside, gradients are on and ``model`` is in the mode asked for.
 
     Afterwards its modes, its buffers and torch's random state are as they were, also after an exception.
@@ -46,19 +46,19 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
 def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """The batches of ``loader`` on ``device``, one at a time."""
     for batch in loader:
-        yield moved(batch, device)
+        yield to_device(batch, device)
 
 
-def moved(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` on ``device``: tensors and whatever has a ``to``, in mappings, lists and tuples."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: moved(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(value, device) for value in batch))
+        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
@@ -116,21 +116,21 @@ def scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def everywhere(sums: Iterable[Tensor]) -> None:
+def all_reduce_sum(sums: Iterable[Tensor]) -> None:
     """Add up tensors over all ranks, in place; called on every rank."""
-    if world() > 1:
-        for total in sums:
-            torch.distributed.all_reduce(total)
+    if world_size() > 1:
+        for tensor in sums:
+            torch.distributed.all_reduce(tensor)
 
 
-def total(count: int, device: torch.device) -> int:
+def total_batches(count: int, device: torch.device) -> int:
     """How many batches all ranks had; called on every rank.
 
     Raises:
         ValueError: if none had any.
     """
     counted = torch.tensor(count, device=device)
-    everywhere([counted])
+    all_reduce_sum([counted])
     if not counted:
         raise ValueError(
             "the loader is empty: give at least one batch (an iterator that was read before has none left)"

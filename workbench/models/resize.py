@@ -63,7 +63,7 @@ def sizes(module: nn.Module) -> Sizes:
     return {name: int(getattr(module, name)) for name in _names(module)}
 
 
-def note(model: nn.Module, resized: Mapping[str, Mapping[str, int]]) -> None:
+def set_resized(model: nn.Module, resized: Mapping[str, Mapping[str, int]]) -> None:
     """Keep in ``model.resized`` what differs from its constructor, or nothing if nothing does."""
     if resized:
         setattr(model, "resized", {path: dict(found) for path, found in resized.items()})  # noqa: B010
@@ -71,7 +71,7 @@ def note(model: nn.Module, resized: Mapping[str, Mapping[str, int]]) -> None:
         delattr(model, "resized")
 
 
-def settle(module: nn.Module) -> None:
+def sync_sizes(module: nn.Module) -> None:
     """Set the attributes of a layer to what its tensors say, after channels of them were taken out."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -134,7 +134,7 @@ def resize(model: nn.Module, resized: Mapping[str, Any]) -> None:
     after = _entries(model)
     if before > _RATIO * after + _FREE:
         raise ResizeError(f"{type(model).__name__} has {before} weights as built and {after} resized: is it damaged?")
-    note(model, resized)
+    set_resized(model, resized)
 
 
 def is_resized(value: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from workbench.tasks.base import Task, inputs_of, labels_of, logits_of
-from workbench.tasks.metrics import NLL, Accuracy, counted, cross_entropy
+from workbench.tasks.metrics import NLL, Accuracy, cross_entropy, valid_mask
 
 
 @final
@@ -57,7 +57,7 @@ class Classification(Task):
 
     def valid(self, batch: Any) -> Tensor:
         """[B] or [B, L]: the label is not ``ignore_index``."""
-        return counted(self.targets(batch), self.ignore_index)
+        return valid_mask(self.targets(batch), self.ignore_index)
 
     def output(self, raw: Any) -> Tensor:
         """Logits: the tensor itself, or ``logits`` of a mapping or of a transformers output."""

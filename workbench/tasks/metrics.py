@@ -11,7 +11,7 @@ from torchmetrics import Metric
 _NOTHING = torch.iinfo(torch.int64).min  # an ignore_index that no target has
 
 
-def counted(targets: Tensor, ignore_index: int | None) -> Tensor:
+def valid_mask(targets: Tensor, ignore_index: int | None) -> Tensor:
     """Bool, True where the target is not ``ignore_index``."""
     return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
 
@@ -52,7 +52,7 @@ def cross_entropy(
             f"labels go from {int(known.min())} to {int(known.max())} and logits score {logits.shape[-1]} classes: "
             "give the model as many outputs as there are classes"
         ) from error
-    return total / counted(targets, ignore_index).sum().clamp(min=1)
+    return total / valid_mask(targets, ignore_index).sum().clamp(min=1)
 
 
 @final
@@ -79,7 +79,7 @@ class Accuracy(Metric):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
-        valid = counted(targets, self.ignore_index)
+        valid = valid_mask(targets, self.ignore_index)
         # Not in place: a metric reset in inference mode holds tensors that may not be updated outside of it.
         self.correct = self.correct + ((logits.argmax(-1) == targets) & valid).sum()
         self.count = self.count + valid.sum()
@@ -89,7 +89,7 @@ class Accuracy(Metric):
         return self.correct / self.count
 
 
-class _Likelihood(Metric, ABC):
+class _LikelihoodMetric(Metric, ABC):
     """Sum of the negative log-likelihood over valid positions, and their number.
 
     Args:
@@ -110,13 +110,13 @@ class _Likelihood(Metric, ABC):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch."""
-        valid = counted(targets, self.ignore_index).sum()
+        valid = valid_mask(targets, self.ignore_index).sum()
         self.total = self.total + cross_entropy(logits, targets, ignore_index=self.ignore_index) * valid
         self.count = self.count + valid
 
 
 @final
-class NLL(_Likelihood):
+class NLL(_LikelihoodMetric):
     """Mean negative log-likelihood in nats over valid positions, without smoothing; NaN over none.
 
     Logits [..., C], targets [...].
@@ -128,7 +128,7 @@ class NLL(_Likelihood):
 
 
 @final
-class Perplexity(_Likelihood):
+class Perplexity(_LikelihoodMetric):
     """Exponential of the mean negative log-likelihood over valid positions, at least 1; NaN over none.
 
     Logits [..., C], targets [...].

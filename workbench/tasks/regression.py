@@ -79,7 +79,7 @@ class Regression(Task):
 
     def loss(self, output: Tensor, batch: Any) -> Tensor:
         """Mean over valid elements; 0, with its graph, if there is none. Half precision is scored in float32."""
-        output, targets, valid = compared(output, self.targets(batch))
+        output, targets, valid = masked_pair(output, self.targets(batch))
         if self.kind == "huber":
             total = F.huber_loss(output, targets, reduction="sum", delta=self.delta)
         else:
@@ -93,7 +93,7 @@ class Regression(Task):
         )
 
 
-def compared(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def masked_pair(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both in the wider of their precisions, at least float32, 0 where the target is NaN; and bool, where it is not.
 
     Raises:
@@ -132,7 +132,7 @@ class MeanError(Metric):
 
     def update(self, output: Tensor, targets: Tensor) -> None:
         """Add a batch."""
-        output, targets, valid = compared(output, targets)
+        output, targets, valid = masked_pair(output, targets)
         error = output - targets
         # Not in place: a metric reset in inference mode holds tensors that may not be updated outside of it.
         self.total = self.total + (error.square() if self.kind == "mse" else error.abs()).sum()
@@ -167,22 +167,22 @@ class R2(Metric):
 
     def update(self, output: Tensor, targets: Tensor) -> None:
         """Add a batch."""
-        output, targets, valid = compared(output, targets)
+        output, targets, valid = masked_pair(output, targets)
         count = valid.sum()
         mean = targets.sum() / count.clamp(min=1)
         spread = (targets - mean).masked_fill(~valid, 0.0).square().sum()
         counts, means = torch.stack((self.count, count)), torch.stack((self.mean, mean))
         spreads = torch.stack((self.spread, spread))
-        self.count, self.mean, self.spread = _merged(counts, means, spreads)
+        self.count, self.mean, self.spread = _merge_moments(counts, means, spreads)
         self.missed = self.missed + (output - targets).square().sum()
 
     def compute(self) -> Tensor:
         """The share so far."""
-        _, _, spread = _merged(self.count.view(-1), self.mean.view(-1), self.spread.view(-1))
+        _, _, spread = _merge_moments(self.count.view(-1), self.mean.view(-1), self.spread.view(-1))
         return torch.where(spread > 0, 1 - self.missed.sum() / spread, torch.nan)
 
 
-def _merged(counts: Tensor, means: Tensor, spreads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_moments(counts: Tensor, means: Tensor, spreads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squared deviations of several samples together.
 
     Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".

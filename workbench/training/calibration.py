@@ -1,6 +1,6 @@
-"""What a LightningModule is looked at with: a few batches as its ``training_step`` gets them, and the loss it gives.
+"""Calibration data of a LightningModule: a few batches as its ``training_step`` gets them, and their loss.
 
-Neither the random state nor an epoch that is under way is touched, and nothing is logged or counted.
+Used while training goes on: the random state, the running epoch, logs and metrics are not changed.
 """
 
 import copy
@@ -18,22 +18,23 @@ from torchmetrics import Metric
 from workbench.randomness import random_state, same_random_state, set_random_state
 from workbench.training.module import SupervisedModule, network_of
 
-_FIXED = {*vars(nn.Module()), "update", "compute", "_update_signature"}  # of a metric: what no batch changes
+# Attributes of a Metric that no batch changes.
+_METRIC_CONSTANTS = {*vars(nn.Module()), "update", "compute", "_update_signature"}
 
 
 @final
 class FirstBatches:
-    """The first batches of a loader, as ``training_step`` gets them; drawn anew, and the same, at every reading.
+    """The first batches of a loader, as ``training_step`` gets them; the same in every iteration.
 
-    They are drawn in this process, one at a time, in the loader's own order.
+    They are loaded in this process, one at a time, in the loader's own order.
 
     Args:
         loader: A DataLoader, or any iterable of batches.
-        batches: How many at most.
+        batches: Number of batches at most.
         module: A LightningModule of either namespace.
         data: The data module, for its hooks around the transfer of a batch.
         precision: The Trainer's precision plugin.
-        inputs: Give what the network is called with, where the module says what that is.
+        inputs: Yield the arguments of the network, if the module is a SupervisedModule, instead of whole batches.
 
     Raises:
         ValueError: If there are several loaders.
@@ -43,36 +44,35 @@ class FirstBatches:
         self, loader: Any, batches: int, module: Any, data: Any = None, precision: Any = None, inputs: bool = False
     ) -> None:
         if isinstance(loader, (Mapping, list, tuple)):
-            several = list(loader.values() if isinstance(loader, Mapping) else loader)
-            if any(isinstance(each, DataLoader) for each in several):
+            loaders = list(loader.values() if isinstance(loader, Mapping) else loader)
+            if any(isinstance(each, DataLoader) for each in loaders):
                 raise ValueError(
-                    f"there are {len(several)} training loaders, and one is looked at: do it by hand, with batches of "
-                    "your own"
+                    f"there are {len(loaders)} training loaders, and calibration uses one: pass batches yourself"
                 )
         self.loader, self.batches, self.inputs = loader, batches, inputs
         self.module, self.data, self.precision = module, data, precision
 
     def __iter__(self) -> Iterator[Any]:
-        running, inside = None, None
+        iterator, random = None, None
         for _ in range(self.batches):
             with same_random_state():
-                if inside is not None:
-                    set_random_state(inside)
-                if running is None:
-                    running = iter(_plain(self.loader))
+                if random is not None:
+                    set_random_state(random)
+                if iterator is None:
+                    iterator = iter(_without_workers(self.loader))
                 try:
-                    batch = self._shown(next(running))
+                    batch = self._transferred(next(iterator))
                 except StopIteration:
                     return
-                inside = random_state()
+                random = random_state()
             yield batch
 
-    def _shown(self, batch: Any) -> Any:
+    def _transferred(self, batch: Any) -> Any:
         if self.precision is not None:
             batch = self.precision.convert_input(batch)
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-            theirs = self.data is not None and is_overridden(hook, self.data, LightningDataModule)
-            batch = getattr(self.data if theirs else self.module, hook)(batch, 0)
+            of_data = self.data is not None and is_overridden(hook, self.data, LightningDataModule)
+            batch = getattr(self.data if of_data else self.module, hook)(batch, 0)
         if not self.inputs or not isinstance(self.module, SupervisedModule):
             return batch
         args, kwargs = _inputs(self.module, batch)
@@ -80,12 +80,12 @@ class FirstBatches:
 
 
 def _inputs(module: SupervisedModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the network in ``batch``, which may lie beside its teacher's cached answers."""
+    """Arguments of the network in ``batch``, which may be paired with its teacher's cached outputs."""
     return module.task.inputs(batch.batch if hasattr(batch, "cached_targets") else batch)
 
 
-def _plain(loader: Any) -> Iterable[Any]:
-    """``loader`` without workers, whose epoch would end, and with samplers and streams of its own."""
+def _without_workers(loader: Any) -> Iterable[Any]:
+    """``loader`` without its workers, whose running epoch would end, and with copies of its samplers and streams."""
     if not isinstance(loader, DataLoader):
         return loader
     if isinstance(loader.dataset, IterableDataset):
@@ -99,11 +99,11 @@ def _plain(loader: Any) -> Iterable[Any]:
 
 
 @final
-class Loss:
-    """``loss(network, batch)`` that a LightningModule's ``training_step`` gives, for a batch as that gets it.
+class TrainingLoss:
+    """``loss(network, batch)``: the loss that a LightningModule's ``training_step`` returns for a batch.
 
     Args:
-        module: Of either namespace.
+        module: A LightningModule of either namespace.
         precision: The Trainer's precision plugin.
 
     Raises:
@@ -114,8 +114,8 @@ class Loss:
     def __init__(self, module: Any, precision: Any = None) -> None:
         if not getattr(module, "automatic_optimization", True):
             raise ValueError(
-                f"{type(module).__name__} steps its optimizers in training_step, which would be called for its loss: "
-                "do it by hand, with batches and a loss of your own"
+                f"{type(module).__name__} steps its optimizers in training_step, so it cannot give the loss alone: "
+                "pass batches and a loss yourself"
             )
         self.module, self.precision = module, precision
 
@@ -123,10 +123,13 @@ class Loss:
         """The loss of ``network``, the module's own, on ``batch``."""
         if network is not network_of(self.module):
             raise ValueError(f"the loss of {type(self.module).__name__} is that of its own network, not of another")
-        with _unseen(self.module), nullcontext() if self.precision is None else self.precision.forward_context():
-            return self._given(batch)
+        with (
+            _without_logging(self.module),
+            nullcontext() if self.precision is None else self.precision.forward_context(),
+        ):
+            return self._loss(batch)
 
-    def _given(self, batch: Any) -> Tensor:
+    def _loss(self, batch: Any) -> Tensor:
         module = self.module
         if isinstance(module, SupervisedModule):
             return module.step(batch).loss
@@ -142,13 +145,13 @@ class Loss:
         return loss
 
 
-def runs(module: Any, precision: Any = None) -> Callable[[nn.Module, Any], Any]:
-    """``run(network, batch)`` that passes a batch, as ``training_step`` gets it, through the module's network.
+def batch_runner(module: Any, precision: Any = None) -> Callable[[nn.Module, Any], Any]:
+    """``run(network, batch)``: the module's forward pass on a batch as ``training_step`` gets it.
 
-    Where the module does not say what of a batch its network takes, it is :class:`Loss`.
+    For a module that is no SupervisedModule, whose network's arguments are unknown, it is :class:`TrainingLoss`.
     """
     if not isinstance(module, SupervisedModule):
-        return Loss(module, precision)
+        return TrainingLoss(module, precision)
 
     def run(network: nn.Module, batch: Any) -> Any:
         args, kwargs = _inputs(module, batch)
@@ -163,11 +166,14 @@ def _takes_index(module: Any) -> bool:
 
 
 @contextmanager
-def _unseen(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` logs nothing; its metrics, and what a family draws from, are afterwards what they were."""
-    streams = dict(module.streams.states) if isinstance(module, SupervisedModule) else {}
+def _without_logging(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` logs nothing; afterwards its metrics and the random states of a family are restored."""
+    states = dict(module.random_states.states) if isinstance(module, SupervisedModule) else {}
     metrics = [vars(each) for each in module.modules() if isinstance(each, Metric)]
-    before = [{name: copy.deepcopy(value) for name, value in each.items() if name not in _FIXED} for each in metrics]
+    before = [
+        {name: copy.deepcopy(value) for name, value in each.items() if name not in _METRIC_CONSTANTS}
+        for each in metrics
+    ]
     silent: Any = module
     silent.log = silent.log_dict = lambda *_, **__: None
     try:
@@ -175,6 +181,6 @@ def _unseen(module: nn.Module) -> Iterator[None]:
     finally:
         del silent.log, silent.log_dict
         if isinstance(module, SupervisedModule):
-            module.streams.states = streams
+            module.random_states.states = states
         for each, state in zip(metrics, before):
             each.update(state)  # __setstate__ would wrap update and compute once more, which cannot sync twice

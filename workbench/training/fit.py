@@ -1,4 +1,4 @@
-"""Training one module to the end, resumably, and the ``fit`` job."""
+"""The ``fit`` and ``pretrained`` jobs, and the module that a model, data and task make."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 
 from workbench.duration import Duration
 from workbench.tasks import Classification, Task
-from workbench.training.loop import evaluated, monitor_of, train_and_save
+from workbench.training.loop import evaluate, monitor_of, train_and_save
 from workbench.training.module import LRSchedulerCallable, OptimizerCallable, TaskModule, with_optimizer
 from workbench.training.save import save_network
 
@@ -17,9 +17,9 @@ JobT = TypeVar("JobT", bound=Callable[..., Any])
 
 
 def trains(build: Callable[..., LightningModule]) -> Callable[[JobT], JobT]:
-    """Mark a job as one that trains the module that ``build`` makes of the job's arguments of the same names.
+    """Mark a job as training the module that ``build`` makes of the job's arguments of the same names.
 
-    Other jobs find it there: a hunt that starts from a stage trains what the stage trained.
+    Other jobs use it: a hunt that starts from a stage trains the module that the stage trained.
     """
 
     def mark(job: JobT) -> JobT:
@@ -30,10 +30,10 @@ def trains(build: Callable[..., LightningModule]) -> Callable[[JobT], JobT]:
 
 
 def task_for(data: LightningDataModule, task: Task | None) -> Task:
-    """The task given, else the data module's own ``task``, else classification over its ``classes``.
+    """``task``, else the data module's ``task``, else classification over its ``classes``.
 
     Raises:
-        ValueError: If there is none of them.
+        ValueError: If the data module has neither.
     """
     own = getattr(data, "task", None) if task is None else task
     if isinstance(own, Task):
@@ -50,6 +50,7 @@ def task_for(data: LightningDataModule, task: Task | None) -> Task:
 def module_for(
     model: nn.Module,
     data: LightningDataModule,
+    *,
     task: Task | None = None,
     optimizer: OptimizerCallable | None = None,
     lr_scheduler: LRSchedulerCallable | None = None,
@@ -107,9 +108,16 @@ def fit(
     Returns:
         Metrics, history and size, for the record.
     """
-    module = module_for(model, data, task, optimizer, lr_scheduler)
-    start = None if ckpt_path is None else Path(ckpt_path)
-    return train_and_save(module, data, trainer, seed_everything, out, checkpoint, start)
+    module = module_for(model, data, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler)
+    return train_and_save(
+        module,
+        data,
+        out,
+        trainer=trainer,
+        seed=seed_everything,
+        checkpoint=checkpoint,
+        start=None if ckpt_path is None else Path(ckpt_path),
+    )
 
 
 def pretrained(
@@ -118,7 +126,7 @@ def pretrained(
     task: Task | None = None,
     out: Path = Path("runs/pretrained"),
 ) -> dict[str, Any]:
-    """Take a network that is trained already as a stage, which others can name as their teacher or cut a student from.
+    """Make a trained network a stage, which other stages name as their teacher or cut a student from.
 
     Args:
         model: The network with its weights, e.g. of `workbench.models.hub.pretrained`.
@@ -130,9 +138,9 @@ def pretrained(
         Metrics and size, for the record.
     """
     module: LightningModule = (
-        TaskModule(model, task or Classification(2)) if data is None else module_for(model, data, task)
+        TaskModule(model, task or Classification(2)) if data is None else module_for(model, data, task=task)
     )
-    metrics = {} if data is None else evaluated(module, data, out)
+    metrics = {} if data is None else evaluate(module, data, out)
     result: dict[str, Any] = {"metrics": metrics, "monitor": list(monitor_of(module))}
     save_network(module, data, out, result)
     return result

@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader
 
 from workbench import progress
 from workbench.distributed.ranks import check_world_size
-from workbench.distributed.sharding import check_mesh, release, whole_checkpoints
+from workbench.distributed.sharding import check_mesh, reshard, use_full_checkpoints
 from workbench.duration import Duration
 from workbench.randomness import same_random_state
 from workbench.tasks import Imitation, Task
+from workbench.training.callbacks import History, ShowProgress
 from workbench.training.module import (
     SupervisedModule,
 )
-from workbench.training.order import ordered
-from workbench.training.resume import Continuation, History, Resumable, ShowProgress, check_checkpoint, restore_ended
+from workbench.training.order import with_epoch_order
+from workbench.training.resume import ResumeCheckpoint, ResumeState, check_checkpoint, restore_finished
 from workbench.training.save import save_family, save_network
 
 _DEFAULTS: dict[str, Any] = {
@@ -38,28 +39,20 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-# Importing pytorch_lightning beside lightning.pytorch makes it the speaker of both.
+# Once pytorch_lightning is imported too, messages of both come from its loggers.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
-_NOISE = (
+_IGNORED_WARNINGS = (
     "does not have many workers",
     "smaller than the logging interval",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
 
-def train_and_save(
-    module: LightningModule,
-    data: LightningDataModule,
-    trainer: Mapping[str, Any] | None,
-    seed: int,
-    out: Path,
-    checkpoint: Duration,
-    start: Path | None = None,
-) -> dict[str, Any]:
-    """Train ``module``, then write its network, or those of its family, into ``out``; the result for the record."""
-    result = train(module, data, trainer=trainer, seed=seed, out=out, checkpoint=checkpoint, start=start)
+def train_and_save(module: LightningModule, data: LightningDataModule, out: Path, **options: Any) -> dict[str, Any]:
+    """Train ``module`` with the ``options`` of :func:`train`, then write its network, or its family's, into ``out``."""
+    result = train(module, data, out=out, **options)
     masks = result.pop("masks")
     if isinstance(module, SupervisedModule) and module.family:
         save_family(module, data, out, result, masks)
@@ -68,12 +61,12 @@ def train_and_save(
     return result
 
 
-def evaluated(module: LightningModule, data: LightningDataModule, out: Path) -> dict[str, float]:
-    """Metrics of a module that is trained already, on the splits that ``data`` has; none if it imitates a teacher."""
+def evaluate(module: LightningModule, data: LightningDataModule, out: Path) -> dict[str, float]:
+    """Metrics of a trained module on the splits that ``data`` has; empty if its task imitates a teacher."""
     if isinstance(getattr(module, "task", None), Imitation):
         return {}
-    with quiet(progress.current() is not None):
-        return _evaluate(make_trainer({"max_epochs": 1}, (), out), module, data)
+    with quiet_lightning(progress.current() is not None):
+        return _metrics(make_trainer({"max_epochs": 1}, (), out), module, data)
 
 
 def train(
@@ -88,26 +81,27 @@ def train(
     callbacks: Sequence[Callback] = (),
     part: tuple[int, int, str] = (0, 1, ""),
 ) -> dict[str, Any]:
-    """Train ``module`` to the end of ``trainer``'s budget, from where an earlier call with ``out`` was stopped.
+    """Train ``module`` to the end of ``trainer``'s budget, resuming what an earlier call with ``out`` began.
 
-    On CPU the result is the same, bit for bit, however often it was stopped: the order of the data is a function of
-    seed and epoch, and checkpoints hold the random state of every rank. Two things are not restored in the middle of an
-    epoch, only at its end: random numbers drawn in loader workers, and the place of a loader with a sampler of its own.
+    On CPU the result is the same, bit for bit, however often training was stopped: the order of the data is a function
+    of seed and epoch, and checkpoints hold the random state of every rank. Two things are restored at the end of an
+    epoch only: random numbers drawn in loader workers, and the position of a loader with a custom sampler.
 
     Args:
-        module: What is trained, in place.
+        module: Trained in place.
         data: Its data module.
         trainer: Arguments of Lightning's Trainer.
-        seed: Of the data order and everything random in training.
-        out: The folder of ``checkpoints/last.ckpt``.
-        checkpoint: How often that is written.
-        start: A Lightning checkpoint to start from, if there is none in ``out`` yet.
-        callbacks: More of them.
-        part: Which of how many trainings of the stage this is, and its label, for the progress bar.
+        seed: Of the data order and of every random draw in training.
+        out: Folder of ``checkpoints/last.ckpt``.
+        checkpoint: Interval between writes of that file.
+        start: A Lightning checkpoint to start from, unless ``out`` has one.
+        callbacks: Additional callbacks.
+        part: Index and number of the stage's trainings, and a label, for the progress bar.
 
     Returns:
         ``metrics`` of the last epoch's weights on the validation and test splits, ``history`` (a row an epoch),
-        ``monitor`` (the main metric and its direction), ``seconds``; and ``masks``, those a callback kept, or None.
+        ``monitor`` (the main metric and its direction), ``world_size``, ``seconds``; and ``masks`` of a
+        callback, or None.
 
     Raises:
         ValueError: If the trainer has no budget, or its world size is not the launcher's.
@@ -118,35 +112,37 @@ def train(
     last = out / "checkpoints" / "last.ckpt"
     history = History()
     ended = out / "checkpoints" / "ended.ckpt"
-    own = [*callbacks, Continuation(), history, ShowProgress(*part), Resumable(last, ended, checkpoint)]
-    with quiet(progress.current() is not None):
+    own = [*callbacks, ResumeState(), history, ShowProgress(*part), ResumeCheckpoint(last, ended, checkpoint)]
+    with quiet_lightning(progress.current() is not None):
         seed_everything(seed, workers=True, verbose=False)
-        made = make_trainer(trainer, own, out)
-        meet(made)
+        lightning_trainer = make_trainer(trainer, own, out)
+        init_process_group(lightning_trainer)
         module.train()
-        every: list[Callback] = made.callbacks  # type: ignore[attr-defined]
-        for found in (ended, last):
-            if found.is_file():
-                check_checkpoint(found, "remove it to train this from the start; what is finished is kept")
+        all_callbacks: list[Callback] = lightning_trainer.callbacks  # type: ignore[attr-defined]
+        for file in (ended, last):
+            if file.is_file():
+                check_checkpoint(file, "remove it to train this from the start; what is finished is kept")
                 break
         if ended.is_file():
-            restore_ended(ended, module, every)
+            restore_finished(ended, module, all_callbacks)
         else:
-            with _ordered(module, data, seed, made):
-                made.fit(module, datamodule=data, ckpt_path=last if last.is_file() else start, weights_only=False)
-            if made.interrupted:
+            with _epoch_ordered(module, data, seed, lightning_trainer):
+                lightning_trainer.fit(
+                    module, datamodule=data, ckpt_path=last if last.is_file() else start, weights_only=False
+                )
+            if lightning_trainer.interrupted:
                 raise KeyboardInterrupt
-            if made.global_step == 0:
+            if lightning_trainer.global_step == 0:
                 raise ValueError("training took no step: give max_epochs or max_steps, and batches, above 0")
-        metrics = _evaluate(made, module, data)
-        release(module)
+        metrics = _metrics(lightning_trainer, module, data)
+        reshard(module)
     return {
         "metrics": metrics,
         "history": history.rows,
         "monitor": list(monitor_of(module)),
-        "world_size": made.world_size,
+        "world_size": lightning_trainer.world_size,
         "seconds": round(time.monotonic() - began, 3),
-        "masks": next((found for callback in every if (found := getattr(callback, "masks", None))), None),
+        "masks": next((masks for callback in all_callbacks if (masks := getattr(callback, "masks", None))), None),
     }
 
 
@@ -155,26 +151,26 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
     arguments = dict(arguments or {})
     if arguments.get("max_epochs") is None and arguments.get("max_steps", -1) in (-1, None):
         raise ValueError("trainer has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}")
-    # One Trainer is made per level of a hunt: each gets callbacks and loggers of its own.
-    theirs = copy.deepcopy(arguments.pop("callbacks", None) or [])
+    # A hunt makes one Trainer per level from the same arguments: each needs its own callbacks and loggers.
+    user_callbacks = copy.deepcopy(arguments.pop("callbacks", None) or [])
     given = {name: copy.deepcopy(value) for name, value in arguments.items() if value is not None}
     defaults = {**_DEFAULTS, "default_root_dir": str(out), "enable_progress_bar": progress.current() is None}
-    # Always so: the stage keeps its resume point, and its order is split over the ranks already.
+    # Not the user's to set: ResumeCheckpoint writes checkpoints, and the data order is split over ranks already.
     for name in ("enable_checkpointing", "use_distributed_sampler"):
         given.pop(name, None)
     if isinstance(given.get("strategy"), ModelParallelStrategy):
-        given["inference_mode"] = False  # what FSDP2 gathers in it, training could not use
-    made = Trainer(**{**defaults, **given}, callbacks=[*_as_list(theirs), *callbacks])
-    check_world_size(made.world_size)
-    whole_checkpoints(made)
-    return made
+        given["inference_mode"] = False  # tensors that FSDP2 gathers in inference mode cannot be trained afterwards
+    lightning_trainer = Trainer(**{**defaults, **given}, callbacks=[*_as_list(user_callbacks), *callbacks])
+    check_world_size(lightning_trainer.world_size)
+    use_full_checkpoints(lightning_trainer)
+    return lightning_trainer
 
 
-def meet(trainer: Trainer) -> None:
-    """Let the ranks that a launcher such as torchrun has started form their group now, and not at their first fit.
+def init_process_group(trainer: Trainer) -> None:
+    """Initialise the process group of ranks that a launcher such as torchrun started now, not at their first fit.
 
-    Before that they would know nothing of each other, and not wait for what rank zero writes. Those that Lightning
-    starts itself come to life inside a fit.
+    Until then ranks could not wait for files that rank zero writes. Ranks that Lightning starts itself exist only
+    inside a fit.
     """
     strategy: Any = trainer.strategy
     environment = getattr(strategy, "cluster_environment", None)
@@ -183,11 +179,12 @@ def meet(trainer: Trainer) -> None:
     if isinstance(strategy, (DDPStrategy, FSDPStrategy)):
         strategy.setup_environment()
     elif isinstance(strategy, ModelParallelStrategy):
-        strategy._setup_distributed()  # the rest of its setup asks for the module
+        # Private: the public setup_environment goes on to set up the module, which does not exist yet.
+        strategy._setup_distributed()
 
 
 def monitor_of(module: nn.Module) -> tuple[str, Literal["min", "max"]]:
-    """The main metric, by its name without prefix, and its better direction."""
+    """Name of the main metric, without prefix, and the direction that is better."""
     task = getattr(module, "task", None)
     return task.monitor if isinstance(task, Task) else ("loss", "min")
 
@@ -196,8 +193,8 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Metrics of the weights as they are now, on the splits that the data module and the module both have."""
+def _metrics(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Metrics of the current weights on the splits that the data module and the module both have."""
     metrics: dict[str, float] = {}
     for split, run in (("val", trainer.validate), ("test", trainer.test)):
         step = "validation_step" if split == "val" else "test_step"
@@ -210,38 +207,37 @@ def _evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 
 
 def training_loader(module: LightningModule, data: LightningDataModule, seed: int) -> Any:
-    """The loader that :func:`train` would train ``module`` on, at its first epoch, for other uses of its batches.
+    """The loader of the first epoch that :func:`train` would train ``module`` on, for other uses of its batches.
 
-    All ranks have the same batches: what comes of them depends neither on how many ranks there are, nor on whether they
-    have met yet.
+    Every rank gets the same batches, so results depend neither on the number of ranks nor on the process group.
     """
     data.prepare_data()
     data.setup("fit")
     with same_random_state(seed):
         loader = data.train_dataloader()
         attached = module.attach(loader) if isinstance(module, SupervisedModule) else loader
-        return ordered(attached, seed)
+        return with_epoch_order(attached, seed)
 
 
 @contextmanager
-def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
-    """Inside, the data module's training loader is as the module wants it, in an order of (seed, epoch) alone.
+def _epoch_ordered(module: LightningModule, data: LightningDataModule, seed: int, trainer: Trainer) -> Iterator[None]:
+    """Inside, the training loader is attached to the module and ordered by (seed, epoch) alone.
 
-    Validation draws nothing from torch's generator, so that training is the same whether and how often there is any.
+    Validation draws nothing from torch's global generator, so that training does not depend on how often it runs.
     """
     original = data.train_dataloader
     attach = module.attach if isinstance(module, SupervisedModule) else (lambda loader: loader)
 
     def train_dataloader() -> Any:
         check_mesh(module.device_mesh)
-        if trainer.overfit_batches:  # type: ignore[attr-defined] - the same few batches every epoch, by Lightning
+        if trainer.overfit_batches:  # type: ignore[attr-defined] - Lightning repeats the same few batches
             return attach(original())
-        return ordered(attach(original()), seed, trainer.global_rank, trainer.world_size)
+        return with_epoch_order(attach(original()), seed, trainer.global_rank, trainer.world_size)
 
     validate = data.val_dataloader
     data.train_dataloader = train_dataloader  # type: ignore[method-assign]
     if is_overridden("val_dataloader", data, LightningDataModule):
-        data.val_dataloader = lambda: _apart(validate())  # type: ignore[method-assign]
+        data.val_dataloader = lambda: _with_own_generator(validate())  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -249,20 +245,20 @@ def _ordered(module: LightningModule, data: LightningDataModule, seed: int, trai
         vars(data).pop("val_dataloader", None)
 
 
-def _apart(loader: Any) -> Any:
-    """``loader`` with a generator of its own, where it is a plain one without."""
+def _with_own_generator(loader: Any) -> Any:
+    """``loader``, if it is a plain DataLoader without a generator, with a new one."""
     if type(loader) is DataLoader and loader.generator is None:
         loader.generator = torch.Generator()
     return loader
 
 
 @contextmanager
-def quiet(loggers_too: bool) -> Iterator[None]:
-    """Inside, Lightning says only what matters: not, for every level of a hunt, which devices it did not find."""
+def quiet_lightning(loggers_too: bool) -> Iterator[None]:
+    """Inside, Lightning's routine warnings are ignored, and if ``loggers_too`` its info messages, e.g. of devices."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        for message in _NOISE:
+        for message in _IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", f".*{message}")
         try:
             for logger in loggers if loggers_too else ():

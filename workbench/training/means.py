@@ -1,4 +1,4 @@
-"""Means over everything that counts: of logged numbers over batches, of gradients over micro-batches and ranks."""
+"""Weighted means over valid positions: of logged values over batches, of gradients over micro-batches and ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
@@ -6,14 +6,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from workbench.distributed.ranks import everyone, world
+from workbench.distributed.ranks import all_gather, world_size
 
 
 @final
 class Means:
-    """Weighted means of named numbers over many batches, summed in fp64 without waiting for the device.
+    """Weighted means of named values over many batches, summed in fp64 without synchronising the device.
 
-    Logging every batch through Lightning took a quarter of a small network's step, and forgot what came before a
+    Logging total batch through Lightning takes a quarter of a small network's step, and loses the batches before a
     checkpoint in the middle of an epoch.
     """
 
@@ -24,12 +24,12 @@ class Means:
         return bool(self._sums)
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Count ``values``, scalars that are means over ``weight`` positions, a scalar."""
+        """Add ``values``, scalars that are means over ``weight`` positions, a scalar."""
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         weight = weight.to(dtype)
         for name, value in values.items():
             row = torch.stack((value.detach().to(dtype) * weight, weight))
-            # Not in place: validation makes tensors in inference mode, which may not be updated outside of it.
+            # Not in place: tensors made in inference mode, as in validation, cannot be updated outside of it.
             self._sums[name] = self._sums[name] + row if name in self._sums else row
 
     def log(self, module: Any, prefix: str = "") -> None:
@@ -40,7 +40,7 @@ class Means:
             module.log(f"{prefix}{name}", mean, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def reset(self) -> None:
-        """Start anew."""
+        """Remove all sums."""
         self._sums = {}
 
     def local(self) -> dict[str, list[float]]:
@@ -48,14 +48,14 @@ class Means:
         return {name: row.tolist() for name, row in self._sums.items()}
 
     def state(self) -> list[dict[str, list[float]]]:
-        """What every rank has, for a checkpoint. Called on every rank."""
-        return everyone(self.local())
+        """The sums of total rank, for a checkpoint. Called on every rank."""
+        return all_gather(self.local())
 
-    def restore(self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, world: int) -> None:
-        """Go on from a checkpoint's ``state``; with another number of ranks, rank 0 takes it all."""
-        mine = [states[rank]] if len(states) == world else states if rank == 0 else []
+    def restore(self, states: Sequence[Mapping[str, Sequence[float]]], rank: int, world_size: int) -> None:
+        """Restore a checkpoint's ``state``; with another number of ranks, rank 0 takes all sums."""
+        own = [states[rank]] if len(states) == world_size else states if rank == 0 else []
         self.reset()
-        for state in mine:
+        for state in own:
             for name, row in state.items():
                 before = self._sums.get(name, torch.zeros(2, dtype=torch.float64))
                 self._sums[name] = before + torch.tensor(row, dtype=torch.float64)
@@ -65,40 +65,40 @@ class Means:
 class GlobalMean:
     """Makes the gradient of an update the mean over all valid positions of its micro-batches and ranks.
 
-    Lightning averages the gradients of micro-batches, and data-parallel strategies those of ranks, whatever each of
-    them held. Here a loss is weighed by its share of positions. How many an update will have in all is only known at
-    its last micro-batch, so each is weighed against some number, and the gradient is set right once before the update.
+    Lightning averages the gradients of micro-batches, and data-parallel strategies those of ranks, with equal weights.
+    Here a loss is weighted by its share of positions. The total of an update is only known at its last micro-batch: so
+    each loss is scaled by a provisional divisor, and the gradient is corrected once before the update.
     """
 
     def __init__(self) -> None:
-        self._unit: Tensor | None = None
+        self._divisor: Tensor | None = None
         self._total: Tensor | None = None
         self._largest = torch.ones(())
 
-    def weigh(self, loss: Tensor, count: Tensor, trainer: Any) -> Tensor:
-        """``loss``, a mean over ``count`` positions, by its share of the update so far. Called on every rank."""
-        ranks = world()
+    def scale_loss(self, loss: Tensor, count: Tensor, trainer: Any) -> Tensor:
+        """``loss``, a mean over ``count`` positions, times its share of the update. Called on every rank."""
+        ranks = world_size()
         if ranks == 1 and trainer.accumulate_grad_batches == 1:
             return loss
-        mine = count.to(torch.float32)
-        every = mine.clone()
+        local = count.to(torch.float32)
+        total = local.clone()
         if ranks > 1:
-            torch.distributed.all_reduce(every)
-        if self._unit is None or self._total is None:
-            # Of several, against the largest so far: after a first one with hardly any, half precision would overflow.
-            self._largest = torch.maximum(self._largest.to(every.device), every)
-            self._unit = self._largest if trainer.accumulate_grad_batches > 1 else every.clamp(min=1)
-            self._total = every
+            torch.distributed.all_reduce(total)
+        if self._divisor is None or self._total is None:
+            # The largest count so far: with a small divisor the later losses would overflow half precision.
+            self._largest = torch.maximum(self._largest.to(total.device), total)
+            self._divisor = self._largest if trainer.accumulate_grad_batches > 1 else total.clamp(min=1)
+            self._total = total
         else:
-            self._total = self._total + every
-        return loss * (ranks * mine / self._unit)
+            self._total = self._total + total
+        return loss * (ranks * local / self._divisor)
 
-    def settle(self, parameters: Iterable[nn.Parameter], trainer: Any) -> None:
-        """Set the gradients right before they are clipped and used; the next micro-batch starts anew."""
-        unit, total, self._unit, self._total = self._unit, self._total, None, None
-        if unit is None or total is None or trainer.accumulate_grad_batches == 1:
+    def scale_gradients(self, parameters: Iterable[nn.Parameter], trainer: Any) -> None:
+        """Correct the gradients of an update, before clipping; the next micro-batch starts another update."""
+        divisor, total, self._divisor, self._total = self._divisor, self._total, None, None
+        if divisor is None or total is None or trainer.accumulate_grad_batches == 1:
             return
-        factor = trainer.accumulate_grad_batches * unit / total.clamp(min=1)
+        factor = trainer.accumulate_grad_batches * divisor / total.clamp(min=1)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))

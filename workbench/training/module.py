@@ -1,4 +1,4 @@
-"""TaskModule: a network and a task as a LightningModule; what every supervised module here shares."""
+"""TaskModule, a network and a task as a LightningModule, and the base of all supervised modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workbench.distributed.ranks import everyone
-from workbench.distributed.sharding import divide
+from workbench.distributed.ranks import all_gather
+from workbench.distributed.sharding import shard
 from workbench.tasks import Imitation, Task
 from workbench.training.means import GlobalMean, Means
 
@@ -21,37 +21,37 @@ OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRSchedulerTypeUnion]
 
 
-def configured(
+def make_optimizers(
     parameters: Iterable[nn.Parameter],
     optimizer: OptimizerCallable | None,
     lr_scheduler: LRSchedulerCallable | None,
 ) -> Any:
-    """What ``configure_optimizers`` returns: AdamW at 1e-3 unless told otherwise, scheduler stepped per epoch."""
-    made = torch.optim.AdamW(parameters, lr=1e-3) if optimizer is None else optimizer(parameters)
+    """The value of ``configure_optimizers``: AdamW at 1e-3 by default, the scheduler stepped once an epoch."""
+    built = torch.optim.AdamW(parameters, lr=1e-3) if optimizer is None else optimizer(parameters)
     if lr_scheduler is None:
-        return made
-    scheduler = lr_scheduler(made)
+        return built
+    scheduler = lr_scheduler(built)
     if isinstance(scheduler, ReduceLROnPlateau):
-        return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-    return [made], [scheduler]
+        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+    return [built], [scheduler]
 
 
 @final
-class Streams:
-    """A stream of random numbers for each network of a family, so that one's dropout does not depend on the others'.
+class RandomStates:
+    """A random state for each network of a family, so that its dropout does not depend on the other networks.
 
-    All begin with the state that torch's generators have at their first use.
+    All start from the state of torch's generators at their first use.
 
     Attributes:
-        states: By name, that of the CPU and, where there is one, of the device.
+        states: Name -> states of the CPU generator and, on CUDA, of the device's.
     """
 
     def __init__(self) -> None:
         self.states: dict[str, list[Tensor]] = {}
 
     @contextmanager
-    def of(self, member: str, device: torch.device) -> Iterator[None]:
-        """Inside, numbers are drawn from the stream of ``member``; the generators are then as they were."""
+    def fork(self, member: str, device: torch.device) -> Iterator[None]:
+        """Inside, torch draws from the random state of ``member``; afterwards its generators are restored."""
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if (state := self.states.get(member)) is not None:
@@ -62,13 +62,13 @@ class Streams:
             self.states[member] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(where) for where in devices)]
 
 
-class Step(NamedTuple):
-    """What a batch has to say to an update.
+class StepOutput(NamedTuple):
+    """Loss of a training batch, and values to log.
 
     Args:
         loss: A scalar to minimise, a mean over ``positions``.
-        logged: Scalars worth logging, means over as many.
-        positions: How many of the batch count, a scalar.
+        logged: Name -> scalar, means over as many.
+        positions: Number of valid positions in the batch, a scalar.
     """
 
     loss: Tensor
@@ -77,11 +77,11 @@ class Step(NamedTuple):
 
 
 class SupervisedModule(LightningModule, ABC):
-    """A network trained on a task, or a family of them side by side; subclasses say only what its loss is made of.
+    """A network trained on a task, or a family of networks trained side by side; subclasses define the loss.
 
     Logs ``train/*`` at the end of every epoch, and ``val/*`` and ``test/*``: means over all valid positions of the
     split and of all ranks; for a family ``train/NAME/*`` and so on. An epoch that was resumed in its middle counts as a
-    whole. The gradient of an update is a mean over all valid positions, however they are shared out among
+    whole. The gradient of an update is a mean over all valid positions, however they are distributed over
     micro-batches and ranks.
 
     Args:
@@ -89,10 +89,10 @@ class SupervisedModule(LightningModule, ABC):
         task: Loss and metrics.
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
-        target: Arguments of a network -> what a task without labels compares its output with.
+        target: Arguments of a network -> targets of a task without labels.
 
     Raises:
-        ValueError: If a family has no member or one whose name is no name.
+        ValueError: If a family is empty or a name is no identifier or an attribute of ``nn.ModuleDict``.
     """
 
     network: nn.Module
@@ -108,21 +108,22 @@ class SupervisedModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            taken = [name for name in network if not name.isidentifier() or hasattr(nn.ModuleDict, name)]
-            if odd := taken or ([] if network else ["nothing"]):
+            invalid = [repr(name) for name in network if not name.isidentifier() or hasattr(nn.ModuleDict, name)]
+            if invalid or not network:
                 raise ValueError(
-                    f"a family of {odd[0]!r}: give one network or more, each by a name of its own, not torch's"
+                    f"a family of {', '.join(invalid) or 'nothing'}: give one network or more, named by identifiers "
+                    "that are no attributes of torch.nn.ModuleDict"
                 )
             self.family = tuple(network)
             network = nn.ModuleDict(network)
         else:
             self.family = ()
-        # A transformers model comes from from_pretrained in eval mode, and nobody else wakes it up.
+        # from_pretrained returns eval mode, and Lightning does not call train().
         self.network = network.train()
         self.task = task
         self.metrics = nn.ModuleDict(
             {
-                named(split, member): task.metrics(f"{named(split, member)}/")
+                metric_name(split, member): task.metrics(f"{metric_name(split, member)}/")
                 for split in ("val", "test")
                 for member in self.members
             }
@@ -133,7 +134,7 @@ class SupervisedModule(LightningModule, ABC):
         self.target = target
         self._epoch, self._logged = 0, False
         self._global_mean = GlobalMean()
-        self.streams = Streams()
+        self.random_states = RandomStates()
 
     @property
     def members(self) -> dict[str, nn.Module]:
@@ -146,33 +147,33 @@ class SupervisedModule(LightningModule, ABC):
         return outputs if self.family else outputs[""]
 
     @abstractmethod
-    def step(self, batch: Any) -> Step:
+    def step(self, batch: Any) -> StepOutput:
         """The forward pass of a training batch and its loss."""
 
     def attach(self, loader: Any) -> Any:
-        """The training loader as this module wants it; recipes call this, with a Trainer of your own you do."""
+        """The training loader adapted to this module. Jobs call this; with your own Trainer, call it yourself."""
         return loader
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One forward pass and its loss."""
         if self._epoch != self.current_epoch:
-            # Lightning skips on_train_epoch_start after resuming from the last batch of the epoch before.
+            # Lightning skips on_train_epoch_start after resuming from the last batch of the previous epoch.
             self._start(self.current_epoch)
         step = self.step(batch)
         self.means["train"].add(step.logged, step.positions)
-        return self.weighed(step.loss, step.positions)
+        return self.scale_loss(step.loss, step.positions)
 
-    def weighed(self, loss: Tensor, positions: Tensor) -> Tensor:
-        """A micro-batch's mean over ``positions`` by its share of the update; as it is where it is all of that."""
-        return loss if self._trainer is None else self._global_mean.weigh(loss, positions, self.trainer)
+    def scale_loss(self, loss: Tensor, positions: Tensor) -> Tensor:
+        """A micro-batch's mean over ``positions`` times its share of the update; unchanged if it is the only one."""
+        return loss if self._trainer is None else self._global_mean.scale_loss(loss, positions, self.trainer)
 
     def on_train_start(self) -> None:
-        """Forget the micro-batches of an update that was broken off."""
+        """Discard the micro-batches of an interrupted update."""
         self._global_mean = GlobalMean()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient the mean over all positions of the update."""
-        self._global_mean.settle(self.parameters(), self.trainer)
+        self._global_mean.scale_gradients(self.parameters(), self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's means."""
@@ -184,7 +185,7 @@ class SupervisedModule(LightningModule, ABC):
             self._log_epoch()
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of an epoch that was broken off, or resumed after its last batch."""
+        """Log the means of an epoch that was interrupted, or resumed after its last batch."""
         self._log_epoch()
         self.means["train"].reset()
 
@@ -216,43 +217,43 @@ class SupervisedModule(LightningModule, ABC):
         """Add the epoch's sums so far."""
         checkpoint["train_means"] = {"epoch": self._epoch, "ranks": self.means["train"].state()}
         if self.family:
-            checkpoint["streams"] = everyone(self.streams.states)
+            checkpoint["random_states"] = all_gather(self.random_states.states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's sums."""
+        """Restore the checkpoint's sums."""
         if (stored := checkpoint.get("train_means")) is not None and self._trainer is not None:
             self._epoch, self._logged = stored["epoch"], False
             self.means["train"].restore(stored["ranks"], self.trainer.global_rank, self.trainer.world_size)
-            ranks = checkpoint.get("streams", [])
-            self.streams.states = ranks[self.trainer.global_rank] if len(ranks) == self.trainer.world_size else {}
+            ranks = checkpoint.get("random_states", [])
+            self.random_states.states = ranks[self.trainer.global_rank] if len(ranks) == self.trainer.world_size else {}
 
     def configure_model(self) -> None:
-        """Divide the network among the ranks, once, if the Trainer's strategy is ModelParallelStrategy (FSDP2).
+        """Shard the network over the ranks, once, if the Trainer's strategy is ModelParallelStrategy (FSDP2).
 
         Raises:
-            ValueError: If something beside the network is trained, whose gradients nobody would average.
+            ValueError: If parameters outside the network are trained, whose gradients would not be averaged.
         """
-        beside = [
+        outside = [
             name for name, each in self.named_parameters() if each.requires_grad and not name.startswith("network.")
         ]
-        if beside and self.device_mesh is not None:
+        if outside and self.device_mesh is not None:
             raise ValueError(
-                f"{beside[0]!r} is trained beside the network, and ModelParallelStrategy averages only gradients of "
+                f"{outside[0]!r} is trained outside the network, and ModelParallelStrategy averages only gradients of "
                 "what it divides: train with strategy: ddp"
             )
         for network in self.members.values():
-            divide(network, self.device_mesh)
+            shard(network, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its scheduler."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        made = configured(parameters, self.optimizer, self.lr_scheduler)
-        if self.family and isinstance(made, dict):
+        optimizers = make_optimizers(parameters, self.optimizer, self.lr_scheduler)
+        if self.family and isinstance(optimizers, dict):
             raise ValueError(
-                "the learning rate of a family is one, and ReduceLROnPlateau would follow one metric for all of them: "
-                "use a scheduler of time alone, or a stage for each student"
+                "the students of a family share one learning rate, and ReduceLROnPlateau would follow one metric: "
+                "use a scheduler that needs no metric, or a stage for each student"
             )
-        return made
+        return optimizers
 
     def _start(self, epoch: int) -> None:
         self._epoch, self._logged = epoch, False
@@ -270,15 +271,15 @@ class SupervisedModule(LightningModule, ABC):
         losses: dict[str, Tensor] = {}
         for member, network in self.members.items():
             output = self.task.output(network(*args, **kwargs))
-            metrics: Any = self.metrics[named(split, member)]
+            metrics: Any = self.metrics[metric_name(split, member)]
             metrics.update(output, self.task.targets(batch))
-            losses[named(member, "loss")] = self.task.loss(output, batch)
+            losses[metric_name(member, "loss")] = self.task.loss(output, batch)
         self.means[split].add(losses, self.task.valid(batch).sum())
 
     def _log(self, split: str) -> None:
         self.means[split].log(self, f"{split}/")
         for member in self.members:
-            self.log_dict(self.metrics[named(split, member)])  # type: ignore[arg-type] - Lightning computes and resets them
+            self.log_dict(self.metrics[metric_name(split, member)])  # type: ignore[arg-type] - Lightning computes and resets them
 
 
 @final
@@ -292,20 +293,20 @@ class TaskModule(SupervisedModule):
         >>> module = TaskModule(MLP(64, [100, 100], 10), Classification(10))
     """
 
-    def step(self, batch: Any) -> Step:
+    def step(self, batch: Any) -> StepOutput:
         """The task's loss."""
         args, kwargs = self.task.inputs(batch)
         loss = self.task.loss(self.task.output(self.network(*args, **kwargs)), batch)
-        return Step(loss, {"loss": loss}, self.task.valid(batch).sum())
+        return StepOutput(loss, {"loss": loss}, self.task.valid(batch).sum())
 
 
-def named(*parts: str) -> str:
-    """A metric's name of those parts that are not empty: ``val/small/accuracy``."""
+def metric_name(*parts: str) -> str:
+    """The parts that are not empty, joined by slashes: ``val/small/accuracy``."""
     return "/".join(part for part in parts if part)
 
 
 def network_of(module: nn.Module) -> nn.Module:
-    """What of ``module`` is shipped and pruned: its ``network`` if it has one, else all of it."""
+    """The part of ``module`` that is shipped and pruned: its ``network`` if it has one, else the module."""
     network = getattr(module, "network", None)
     return network if isinstance(network, nn.Module) else module
 
@@ -326,7 +327,7 @@ def with_optimizer(
         raise ValueError("lr_scheduler is given without optimizer: give both, or neither to keep the module's own")
 
     def configure_optimizers(self: LightningModule) -> Any:
-        return configured(self.parameters(), optimizer, lr_scheduler)
+        return make_optimizers(self.parameters(), optimizer, lr_scheduler)
 
     module.configure_optimizers = MethodType(configure_optimizers, module)
     return module

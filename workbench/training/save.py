@@ -1,4 +1,4 @@
-"""A trained network as a stage leaves it: the compact checkpoint, a few inputs to try it on, its size."""
+"""The files of a trained network in a stage's folder: compact checkpoint, example inputs; and its size."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from workbench import records
 from workbench.checkpoints import compact
-from workbench.distributed.ranks import barrier, check_ranks_agree, rank, whole
-from workbench.distributed.sharding import whole_state
+from workbench.distributed.ranks import barrier, check_ranks_agree, full_tensor, rank
+from workbench.distributed.sharding import full_state_dict
 from workbench.files import atomic_file
 from workbench.tasks import Task
 from workbench.training.module import SupervisedModule, network_of
@@ -30,19 +30,19 @@ def save_network(
     example: bool = True,
     member: str = "",
 ) -> None:
-    """Write the shipped network to ``out/compact`` and inputs to try it on to ``out/example.safetensors``.
+    """Write the network to ``out/compact`` and example inputs to ``out/example.safetensors``.
 
-    Of a family it is the network called ``member``. Adds ``size`` to ``result``. On ranks above zero only that.
+    Adds ``size`` to ``result``. Of a family it is the network called ``member``. Ranks above zero write no files.
     """
     network = network_of(module).get_submodule(member)
     folder = out / "compact"
     check_ranks_agree(network)
-    state = whole_state(network)
+    state = full_state_dict(network)
     if rank() == 0:
         if compact.describe(network) is None:
             warnings.warn(
-                f"{type(network).__name__} does not say what it was built with, so its checkpoint loads only into a "
-                "given module: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
+                f"{type(network).__name__} does not record its constructor's arguments, so its checkpoint loads only "
+                "into a given module: load(path, model=...). Let it keep its arguments, as JSON, in self.init_args, or "
                 "call save_hyperparameters() in a LightningModule",
                 stacklevel=2,
             )
@@ -55,7 +55,7 @@ def save_network(
 
 
 def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path) -> dict[str, int]:
-    """Counts of weights under each of their names, and bytes: dense in fp32, and of the checkpoint in ``folder``.
+    """Numbers of parameters, prunable, kept and nonzero weights; bytes in dense fp32 and of the checkpoint's files.
 
     Called on every rank.
     """
@@ -71,7 +71,7 @@ def size_of(network: nn.Module, masks: Mapping[str, Tensor] | None, folder: Path
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         **pruned,
-        "nonzero": sum(int(whole(parameter.detach()).count_nonzero()) for parameter in parameters),
+        "nonzero": sum(int(full_tensor(parameter.detach()).count_nonzero()) for parameter in parameters),
         "dense_fp32_bytes": 4 * sum(parameter.numel() for parameter in parameters),
         "checkpoint_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
     }
@@ -93,10 +93,10 @@ def example_inputs(module: nn.Module, data: LightningDataModule) -> dict[str, Te
         args, kwargs = (), {name: value for name, value in batch.items() if name not in ("label", "labels")}
     else:
         args, kwargs = (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
-    named = {**{f"input_{i}": value for i, value in enumerate(args)}, **kwargs}
-    if not all(isinstance(value, Tensor) for value in named.values()):
+    inputs = {**{f"input_{i}": value for i, value in enumerate(args)}, **kwargs}
+    if not all(isinstance(value, Tensor) for value in inputs.values()):
         return {}
-    return {name: value[:_SAMPLES].detach().cpu().contiguous() for name, value in named.items()}
+    return {name: value[:_SAMPLES].detach().cpu().contiguous() for name, value in inputs.items()}
 
 
 def save_family(
@@ -109,21 +109,21 @@ def save_family(
     """Write each network of a family as ``out/NAME/compact`` beside a record of its own; adds ``students``."""
     result["students"] = {}
     for name in module.family:
-        mine = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}
-        mine["history"] = [_of_member(row, name) for row in result["history"]]
+        member = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}
+        member["history"] = [_of_member(row, name) for row in result["history"]]
         kept = {key.removeprefix(f"{name}."): mask for key, mask in (masks or {}).items() if key.startswith(f"{name}.")}
-        save_network(module, data, out / name, mine, kept or None, member=name)
+        save_network(module, data, out / name, member, kept or None, member=name)
         if rank() == 0:
-            records.write(out / name, {"stage": f"{out.name}/{name}", "status": "finished", **mine})
-        result["students"][name] = mine
+            records.write(out / name, {"stage": f"{out.name}/{name}", "status": "finished", **member})
+        result["students"][name] = member
 
 
 def _of_member(row: Mapping[str, float], member: str) -> dict[str, float]:
-    """Those numbers of a row that are of one student, and those that are of none."""
-    found: dict[str, float] = {}
+    """The values of a row that belong to one student or to the whole family, by names without the student's."""
+    values: dict[str, float] = {}
     for name, value in row.items():
         split, _, rest = name.partition("/")
-        whose, _, metric = rest.partition("/")
-        if not metric or whose == member:
-            found[f"{split}/{metric}" if metric else name] = value
-    return found
+        owner, _, metric = rest.partition("/")
+        if not metric or owner == member:
+            values[f"{split}/{metric}" if metric else name] = value
+    return values

@@ -19,8 +19,8 @@ from prune.masks import Masks
 from prune.schedule import geometric, kept
 from tests.helpers.lightning_training import ADAMW, BOTH, QUIET, SGD, TOTAL
 from tests.helpers.ranks import on_ranks
-from workbench.training.order import ordered
-from workbench.training.resume import Continuation
+from workbench.training.order import with_epoch_order
+from workbench.training.resume import ResumeState
 
 BATCHES = 6
 
@@ -211,7 +211,7 @@ def test_the_order_of_the_data_goes_back(kind: str, rewind: str) -> None:
 
     loader: Any = {
         "generator": shuffled(generator=torch.Generator().manual_seed(3)),
-        "stateful": ordered(shuffled(), 7),
+        "stateful": with_epoch_order(shuffled(), 7),
         "two": [shuffled(), shuffled(generator=torch.Generator())],
     }[kind]
     ticket = LotteryTicket(levels=2, rate=0.0, rewind=rewind)
@@ -360,7 +360,9 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(
     def run(*more: Any, path: Path | None = None) -> tuple[Any, ...]:
         ticket, module = LotteryTicket(levels=2, rate=0.3, rewind=rewind), make(optimizer=ADAMW)
         keep = [Keep(tmp_path, ticket)] if path is None else []
-        watch = fit(module, ticket, Continuation(), *keep, loader=ordered(shuffled(), 7), ckpt_path=path, **options)
+        watch = fit(
+            module, ticket, ResumeState(), *keep, loader=with_epoch_order(shuffled(), 7), ckpt_path=path, **options
+        )
         return watch, ticket, [value.clone() for value in module.state_dict().values()]
 
     watch, whole, bits = run()
@@ -679,7 +681,7 @@ def hunted(folder: Path) -> Any:
         module, ticket = theirs(), LotteryTicket(levels=2, rate=0.3, rewind="2it")
         keep = [Keep(folder, ticket)] if path is None else []
         options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
-        watch = fit(module, ticket, Continuation(), *keep, loader=shuffled(), ckpt_path=path, **options)
+        watch = fit(module, ticket, ResumeState(), *keep, loader=shuffled(), ckpt_path=path, **options)
         bits = [p.tolist() for p in module.network.parameters()]
         inputs = [[record[3].tolist() for record in batches.values()] for batches in watch.batches]
         return [row["mask_hash"] for row in ticket.levels], bits, inputs

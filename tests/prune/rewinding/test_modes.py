@@ -111,7 +111,7 @@ def test_learning_rate_rewinding_is_a_continuation_by_hand(tmp_path: Path) -> No
     optimizer = SGD(model.parameters())
     optimizer.load_state_dict(point["optimizer_states"][0])
     before = torch.get_rng_state()
-    set_random_state(point["continuation"]["random"][0])
+    set_random_state(point["resume"]["random"][0])
     everything, labels = Blobs().held[0].tensors
     for inputs, rate in zip(watch.seen[1], watch.rates[0][8:], strict=True):
         optimizer.param_groups[0]["lr"] = rate

@@ -28,7 +28,7 @@ from workbench.data.digits import digits
 from workbench.data.idx import read_idx
 from workbench.data.images import SPLIT_SEED, LabelledImages, channel_scale, stratified_split
 from workbench.data.parquet import decode_image, find_parquet
-from workbench.training.order import At, ordered
+from workbench.training.order import EpochIndex, with_epoch_order
 
 # --- splitting
 
@@ -378,7 +378,7 @@ def splitmix64(state):
 @given(st.integers(-(2**70), 2**70), st.integers(0, 9), st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 500))))
 @settings(deadline=None, max_examples=50)
 def test_random_bits_are_a_function_of_seed_view_and_index(seed, views, samples):
-    bits = random_bits([At(index, epoch) for index, epoch in samples], views, seed, 3)
+    bits = random_bits([EpochIndex(index, epoch) for index, epoch in samples], views, seed, 3)
     assert bits.shape == (3, len(samples))
     for column, (index, epoch) in enumerate(samples):
         view = epoch % views if views else epoch
@@ -403,9 +403,9 @@ def test_random_bits_are_evenly_distributed():
     """Over indices, views and seeds alike; 9 places and a coin, chi squared below its 1 - 1e-6 quantile."""
     many = 9000
     for bits in (
-        random_bits([At(i, 0) for i in range(many)], 0, 0, 3),
-        random_bits([At(5, epoch) for epoch in range(many)], 0, 0, 3),
-        np.concatenate([random_bits([At(5, 0)], 0, seed, 3) for seed in range(many)], 1),
+        random_bits([EpochIndex(i, 0) for i in range(many)], 0, 0, 3),
+        random_bits([EpochIndex(5, epoch) for epoch in range(many)], 0, 0, 3),
+        np.concatenate([random_bits([EpochIndex(5, 0)], 0, seed, 3) for seed in range(many)], 1),
     ):
         places = np.bincount((bits[0] >> np.uint64(32)) * np.uint64(9) >> np.uint64(32), minlength=9)
         assert ((places - many / 9) ** 2 / (many / 9)).sum() < 42.7
@@ -432,7 +432,7 @@ def crop(image, padding, row, column, mirrored):
 def test_augmented_by_the_book(augment, dtype):
     images = torch.randint(1, 256, (12, 2, 5, 6)).to(dtype)
     before = images.clone()
-    bits = random_bits([At(i, 3) for i in range(12)], 0, 1, 3)
+    bits = random_bits([EpochIndex(i, 3) for i in range(12)], 0, 1, 3)
     found = augmented(images, augment, bits)
     assert torch.equal(images, before)
     assert (found.dtype, found.shape) == (dtype, images.shape)
@@ -445,7 +445,9 @@ def test_augmented_by_the_book(augment, dtype):
 def test_augmentation_reaches_every_place():
     image = torch.zeros(1, 1, 3, 3, dtype=torch.uint8)
     image[0, 0, 1, 1] = 1
-    found = augmented(image.expand(500, -1, -1, -1), Augment(1), random_bits([At(i, 0) for i in range(500)], 0, 0, 3))
+    found = augmented(
+        image.expand(500, -1, -1, -1), Augment(1), random_bits([EpochIndex(i, 0) for i in range(500)], 0, 0, 3)
+    )
     assert found.flatten(1).sum(1).tolist() == [1] * 500, "the middle is never lost"
     assert (found.sum(0) > 30).all(), "and seen everywhere"
 
@@ -458,7 +460,7 @@ def varied():
 
 def test_views_repeat_and_differ(varied):
     def at(epoch, data=varied):
-        return data.__getitems__([At(i, epoch) for i in range(40)])[0]
+        return data.__getitems__([EpochIndex(i, epoch) for i in range(40)])[0]
 
     assert varied.views == 4
     assert torch.equal(at(1), at(5)), "view = epoch % views"
@@ -476,16 +478,16 @@ def test_views_repeat_and_differ(varied):
 
 
 def test_an_augmented_sample_is_the_same_alone_in_any_batch_and_elsewhere(varied):
-    whole = varied.__getitems__([At(i, 2) for i in range(40)])[0]
+    whole = varied.__getitems__([EpochIndex(i, 2) for i in range(40)])[0]
     elsewhere = pickle.loads(pickle.dumps(varied))
     order = torch.randperm(40).tolist()
     torch.rand(7)
     for found in (
-        varied.__getitems__([At(i, 2) for i in order])[0],
-        elsewhere.__getitems__([At(i, 2) for i in order])[0],
+        varied.__getitems__([EpochIndex(i, 2) for i in order])[0],
+        elsewhere.__getitems__([EpochIndex(i, 2) for i in order])[0],
     ):
         assert torch.equal(found, whole[order])
-    assert torch.equal(torch.stack([varied[At(i, 2)][0] for i in range(40)]), whole)
+    assert torch.equal(torch.stack([varied[EpochIndex(i, 2)][0] for i in range(40)]), whole)
 
 
 def test_without_an_epoch_the_global_generator_decides(varied):
@@ -495,7 +497,7 @@ def test_without_an_epoch_the_global_generator_decides(varied):
     torch.manual_seed(1)
     assert torch.equal(varied.__getitems__([0, 1, 2])[0], one)
     state = torch.get_rng_state()
-    varied.__getitems__([At(0, 1)])
+    varied.__getitems__([EpochIndex(0, 1)])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -506,7 +508,7 @@ def test_views_of_a_module(folder):
         data = module.train_dataloader().dataset
         assert data.images is module.parts["train"].images, "not copied"
         assert module.parts["val"].augment is module.parts["test"].augment is None
-        return [data.__getitems__([At(i, epoch) for i in range(100)])[0] for epoch in range(4)]
+        return [data.__getitems__([EpochIndex(i, epoch) for i in range(100)])[0] for epoch in range(4)]
 
     bounded, again = epochs(1, augment=True, views=2), epochs(2, augment=True, views=2)
     assert all(torch.equal(a, b) for a, b in zip(bounded, again)), "kept outputs of a teacher fit any run"
@@ -529,7 +531,7 @@ def test_resumed_in_the_middle_of_an_epoch_augmentation_goes_on(folder, workers)
     def made():
         torch.manual_seed(3)
         module = IDXImages(folder, batch_size=16, validation=20, classes=4, num_workers=workers, augment=True)
-        found = ordered(module.train_dataloader(), 7)
+        found = with_epoch_order(module.train_dataloader(), 7)
         found.batch_sampler.sampler.set_epoch(2)
         return found
 
@@ -548,7 +550,7 @@ def test_ranks_see_the_same_views_as_one(folder):
     def batches(rank, world, size):
         torch.manual_seed(3)
         module = IDXImages(folder, batch_size=size, validation=20, classes=4, augment=True)
-        found = ordered(module.train_dataloader(), 7, rank, world)
+        found = with_epoch_order(module.train_dataloader(), 7, rank, world)
         found.batch_sampler.sampler.set_epoch(1)
         return torch.cat([x for x, _ in found])
 

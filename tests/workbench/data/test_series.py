@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from workbench.data import SeriesClassification, SeriesForecast
 from workbench.data.series.batches import Windows
 from workbench.data.series.ts import read_ts
-from workbench.data.series.values import measured, number
+from workbench.data.series.values import fit_scale, parse_number
 from workbench.models import Recurrent, Transformer
 from workbench.tasks import Classification, Regression
 from workbench.training.fit import fit
 from workbench.training.module import TaskModule
-from workbench.training.order import ordered
+from workbench.training.order import with_epoch_order
 
 PARTS = ("train", "val", "test")
 HEADER = "# a comment\n@problemName Made\n@missing true\n@univariate false\n@dimensions 2\n@equalLength false\n"
@@ -349,8 +349,8 @@ def test_loaders_are_plain_and_follow_the_seed(pair):
     assert type(module.train_dataloader()) is DataLoader
     assert type(module.train_dataloader().sampler) is RandomSampler
     assert type(module.val_dataloader().sampler) is SequentialSampler
-    order = [batch["labels"].tolist() for batch in ordered(module.train_dataloader(), 3)]
-    assert order == [batch["labels"].tolist() for batch in ordered(module.train_dataloader(), 3)]
+    order = [batch["labels"].tolist() for batch in with_epoch_order(module.train_dataloader(), 3)]
+    assert order == [batch["labels"].tolist() for batch in with_epoch_order(module.train_dataloader(), 3)]
     state = torch.get_rng_state()
     list(module.train_dataloader())
     assert torch.equal(state, torch.get_rng_state())
@@ -547,15 +547,15 @@ def test_broken_forecasts_are_named(tmp_path):
 
 
 def test_numbers():
-    assert [number(value) for value in ("1.5", " -2 ", 3, np.float32(0.5), "1e3")] == [1.5, -2, 3, 0.5, 1000]
-    assert all(math.isnan(number(value)) for value in (None, "", " ? ", "NaN", "na", float("nan")))
+    assert [parse_number(value) for value in ("1.5", " -2 ", 3, np.float32(0.5), "1e3")] == [1.5, -2, 3, 0.5, 1000]
+    assert all(math.isnan(parse_number(value)) for value in (None, "", " ? ", "NaN", "na", float("nan")))
     for beyond in ("1e39", -1e308, "inf"):
         with pytest.raises(ValueError, match="no finite number"):
-            number(beyond)
+            parse_number(beyond)
 
 
 def test_a_constant_channel_is_not_blown_up():
-    scale = measured([np.full((7, 1), 0.1), np.full((3, 1), 0.1)], "x")
+    scale = fit_scale([np.full((7, 1), 0.1), np.full((3, 1), 0.1)], "x")
     assert scale.std.tolist() == [1]
     assert np.abs(scale(np.full((2, 1), 0.1))).max() < 1e-12
 

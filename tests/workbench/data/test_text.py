@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from workbench.data import Sentences, TextClassification, TextSequences, TextStream
 from workbench.data.text.batches import Padding, TokenLists
 from workbench.data.text.reading import read_labelled, read_rows, read_text
-from workbench.data.text.stream import Blocks
+from workbench.data.text.stream import TokenBlocks
 from workbench.data.text.tokens import learn
 from workbench.tasks import Classification, LanguageModelling
 
@@ -344,7 +344,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path, lines):
 @pytest.mark.parametrize(("size", "length"), [(10, 4), (11, 4), (12, 4), (4, 4), (5, 2), (9, 9), (10, 9)])
 def test_every_token_of_a_stream_is_predicted_once(size, length):
     stream = torch.arange(size, dtype=torch.int32)
-    blocks = Blocks(stream, length)
+    blocks = TokenBlocks(stream, length)
     task = LanguageModelling(size)
     seen = []
     for i in range(len(blocks)):
@@ -355,7 +355,7 @@ def test_every_token_of_a_stream_is_predicted_once(size, length):
     with pytest.raises(IndexError):
         blocks[len(blocks)]
     with pytest.raises(ValueError, match=f"{length - 1} tokens, fewer than length={length}"):
-        Blocks(stream[: length - 1], length)
+        TokenBlocks(stream[: length - 1], length)
 
 
 def test_characters(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.helpers.ranks import on_ranks
-from workbench.distributed.ranks import barrier, check_ranks_agree, check_world_size, everyone, rank, world
+from workbench.distributed.ranks import all_gather, barrier, check_ranks_agree, check_world_size, rank, world_size
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_launcher_and_trainer_must_agree(
 
 def test_ranks_with_different_parameters_are_refused() -> None:
     def compared() -> tuple[Any, str]:
-        assert world() == 1
+        assert world_size() == 1
         torch.distributed.init_process_group("gloo")
         torch.manual_seed(0)
         network = nn.Linear(3, 2)
@@ -46,7 +46,7 @@ def test_ranks_with_different_parameters_are_refused() -> None:
         try:
             check_ranks_agree(network)
         except RuntimeError as error:
-            return [*everyone(rank()), world()], str(error)
+            return [*all_gather(rank()), world_size()], str(error)
         return None, ""
 
     for found, said in on_ranks(compared):
@@ -57,7 +57,7 @@ def test_ranks_with_different_parameters_are_refused() -> None:
 def test_alone_there_is_nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert (rank(), world(), everyone("a")) == (0, 1, ["a"])
+    assert (rank(), world_size(), all_gather("a")) == (0, 1, ["a"])
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert rank() == 3, "as the launcher says"
     check_ranks_agree(nn.Linear(2, 2))

@@ -18,12 +18,12 @@ from workbench.checkpoints import compact
 from workbench.distributed.ranks import check_ranks_agree, digest, rank
 from workbench.distributed.sharding import (
     check_mesh,
-    divide,
-    load_optimizer,
-    load_whole,
-    optimizer_state,
-    release,
-    whole_state,
+    full_optimizer_state,
+    full_state_dict,
+    load_full_optimizer_state,
+    load_full_state_dict,
+    reshard,
+    shard,
 )
 from workbench.models import MLP
 from workbench.tasks import Classification
@@ -89,20 +89,20 @@ def divided(folder: Path) -> list[str]:
     checks: dict[str, bool] = {}
     for optimizer in (adam, plain):
         network, _ = made(optimizer)
-        divide(network, mesh)
-        divide(network, mesh)
+        shard(network, mesh)
+        shard(network, mesh)
         own = optimizer(network.parameters())
         single, alone = made(optimizer)
         checks["blocks"] = [isinstance(block, FSDPModule) for block in network.blocks] == [True, False, False]  # type: ignore[union-attr]
         checks["divided"] = all(isinstance(parameter, DTensor) for parameter in network.parameters())
-        checks[f"no state, {optimizer.__name__}"] = optimizer_state(own).get("state", {}) == {} and not own.state
+        checks[f"no state, {optimizer.__name__}"] = full_optimizer_state(own).get("state", {}) == {} and not own.state
         trained(network, own)
         trained(single, alone)
         with torch.no_grad():
             network(torch.zeros(1, 1, dtype=torch.int64))
-        release(network)
+        reshard(network)
         checks["released"] = all(isinstance(parameter, DTensor) for parameter in network.parameters())
-        state, moments = whole_state(network), optimizer_state(own)
+        state, moments = full_state_dict(network), full_optimizer_state(own)
         if rank() == 0:
             checks["tied"] = state["embed.weight"] is state["head.weight"]
             checks[f"as one process, {optimizer.__name__}"] = near(state, single.state_dict())
@@ -116,16 +116,16 @@ def divided(folder: Path) -> list[str]:
         torch.distributed.barrier()
         state, moments = torch.load(folder / "whole.pt")
         again, _ = made(optimizer)
-        divide(again, mesh)
+        shard(again, mesh)
         fresh = optimizer(again.parameters())
-        load_whole(again, state)
-        load_optimizer(fresh, moments)
+        load_full_state_dict(again, state)
+        load_full_optimizer_state(fresh, moments)
         trained(network, own)
         trained(again, fresh)
         checks[f"goes on, {optimizer.__name__}"] = digest(again.state_dict()) == digest(network.state_dict())
         check_ranks_agree(again)
-        release(network)
-        state, counts = whole_state(network), size_of(network, None, folder)
+        reshard(network)
+        state, counts = full_state_dict(network), size_of(network, None, folder)
         if rank() == 0:
             compact.save(network, folder / "compact", state=state)
             back = compact.load(folder / "compact")
@@ -145,14 +145,14 @@ def test_whole_weights_come_out_and_go_in(tmp_path: Path) -> None:
 
 def test_without_a_mesh_nothing_is_divided() -> None:
     network = MLP(4, [3], 2)
-    divide(network, None)
+    shard(network, None)
     check_mesh(None)
-    release(network)
+    reshard(network)
     assert type(network) is MLP
-    state = whole_state(network)
+    state = full_state_dict(network)
     assert equal(state, dict(network.state_dict()))
     assert not any(value.requires_grad for value in state.values())
-    load_whole(network, {name: value + 1 for name, value in state.items()})
+    load_full_state_dict(network, {name: value + 1 for name, value in state.items()})
     assert not equal(network.state_dict(), {name: value * 0 for name, value in state.items()})
 
 
@@ -161,5 +161,5 @@ def test_what_is_trained_beside_the_network_is_refused() -> None:
     module.projector = nn.Linear(2, 2)
     module.configure_model()
     module._device_mesh = SimpleNamespace()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"'projector.weight' is trained beside the network.*strategy: ddp"):
+    with pytest.raises(ValueError, match=r"'projector.weight' is trained outside the network.*strategy: ddp"):
         module.configure_model()

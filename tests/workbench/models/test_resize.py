@@ -13,7 +13,16 @@ from workbench import load, save
 from workbench.checkpoints import compact
 from workbench.models import MLP, ResNet
 from workbench.models.architecture import build, describe, is_architecture
-from workbench.models.resize import ResizeError, axes, is_channelwise, is_resized, note, resize, settle, sizes
+from workbench.models.resize import (
+    ResizeError,
+    axes,
+    is_channelwise,
+    is_resized,
+    record_sizes,
+    resize,
+    sizes,
+    sync_sizes,
+)
 
 LAYERS = [
     (nn.Linear(6, 8), {"out_features": 3, "in_features": 2}, (3, 2)),
@@ -54,14 +63,14 @@ def test_attributes_follow_tensors(layer: nn.Module, wanted: dict, shape: tuple)
     expected = copy.deepcopy(nn.Sequential(layer))
     resize(expected, {"0": wanted})
     layer.weight = nn.Parameter(torch.zeros(shape))
-    settle(layer)
+    sync_sizes(layer)
     assert sizes(layer) == sizes(expected[0])
 
 
 def test_a_norm_without_weights_goes_by_its_statistics() -> None:
     norm = nn.BatchNorm1d(6, affine=False)
     norm.running_mean = torch.zeros(4)
-    settle(norm)
+    sync_sizes(norm)
     assert sizes(norm) == {"num_features": 4}
 
 
@@ -157,9 +166,9 @@ def test_a_checkpoint_of_other_sizes_comes_back_bit_for_bit(tmp_path: Path) -> N
 
 def test_a_network_of_its_own_sizes_notes_nothing() -> None:
     model = resized_mlp()
-    note(model, {})
+    record_sizes(model, {})
     assert "resized" not in (describe(model) or {})
-    note(model, {})
+    record_sizes(model, {})
 
 
 def test_a_file_that_would_take_much_memory_to_shrink_is_refused_before_it_is_built(tmp_path: Path) -> None:
@@ -185,10 +194,10 @@ def test_sizes_in_a_file_are_checked_where_they_are_read(tmp_path: Path) -> None
 
 def test_resized_layers_within_a_wrapped_network(tmp_path: Path) -> None:
     """What a nested architecture notes is applied to the module that it is of."""
-    from workbench.models.architecture import _made, remembered
+    from workbench.models.architecture import _argument_from_json, argument_to_json
 
     inner = resized_mlp()
-    made = _made(json.loads(json.dumps(remembered(inner))), tmp_path)
+    made = _argument_from_json(json.loads(json.dumps(argument_to_json(inner))), tmp_path)
     assert sizes(made.layers[0]) == {"out_features": 5, "in_features": 6}
 
 

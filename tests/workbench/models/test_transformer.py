@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from tests.helpers.tiny_transformers import KINDS, SEQUENCES, TINY, built, inputs_for
 from workbench.models import Transformer
 from workbench.models.activations import GLU, gain, make, names
-from workbench.models.transformer.layers import Attention, TransformerLayer, reach, turned, turns_at
+from workbench.models.transformer.layers import (
+    Attention,
+    TransformerLayer,
+    apply_rotary_embedding,
+    pairwise_attention_mask,
+    rotary_embedding,
+)
 
 
 def size(model: nn.Module) -> int:
@@ -57,8 +63,8 @@ def test_attention_is_the_formula(causal: bool, rotary: bool, masked: bool) -> N
     if causal:
         seen = seen.tril()
     places = torch.tensor([[0, 1, 1, 2, 2], [0, 0, 1, 2, 3]])
-    turns = turns_at(places, 4, torch.float64) if rotary else None
-    found = attention(x, reach(real, causal) if masked else None, turns)
+    turns = rotary_embedding(places, 4, torch.float64) if rotary else None
+    found = attention(x, pairwise_attention_mask(real, causal) if masked else None, turns)
     torch.testing.assert_close(found, naive(attention, x, seen, places if rotary else None))
 
 
@@ -66,7 +72,7 @@ def test_attention_is_the_formula(causal: bool, rotary: bool, masked: bool) -> N
 @settings(max_examples=30, deadline=None)
 def test_every_query_has_a_key_and_padding_reaches_nobody(length: int, causal: bool, seed: int) -> None:
     real = torch.rand(3, length, generator=torch.Generator().manual_seed(seed)) < 0.5
-    allowed = reach(real, causal)[:, 0]
+    allowed = pairwise_attention_mask(real, causal)[:, 0]
     for b in range(3):
         for i in range(length):
             for j in range(length):
@@ -77,8 +83,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64)
 
     def score(i: int, j: int) -> Tensor:
-        turns = turns_at(torch.tensor([[i, j]]), 6, torch.float64)
-        both = torch.cat([turned(x.expand(1, 1, 2, 6), turns) for x in (q, k)])
+        turns = rotary_embedding(torch.tensor([[i, j]]), 6, torch.float64)
+        both = torch.cat([apply_rotary_embedding(x.expand(1, 1, 2, 6), turns) for x in (q, k)])
         return both[0, 0, 0] @ both[1, 0, 1]
 
     torch.testing.assert_close(score(7, 3), score(104, 100))
@@ -90,9 +96,9 @@ def test_far_places_are_told_apart_in_half_precision(dtype: torch.dtype) -> None
     """bfloat16 knows no odd number beyond 256: the angles must not be of that type."""
     places = torch.arange(2000)[None]
     x = torch.randn(1, 1, 2000, 8).to(dtype)
-    found = turned(x, turns_at(places, 8, dtype))
+    found = apply_rotary_embedding(x, rotary_embedding(places, 8, dtype))
     assert found.dtype == dtype
-    exact = turned(x.double(), turns_at(places, 8, torch.float64))
+    exact = apply_rotary_embedding(x.double(), rotary_embedding(places, 8, torch.float64))
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -122,7 +128,7 @@ def test_layer_is_that_of_torch(pre_norm: bool, causal: bool) -> None:
     later = torch.ones(6, 6, dtype=torch.bool).triu(1) if causal else None
     torch.testing.assert_close(mine(x), peer(x, later))
     expected = peer(x, later, src_key_padding_mask=~real)
-    torch.testing.assert_close(mine(x, reach(real, causal))[real], expected[real])
+    torch.testing.assert_close(mine(x, pairwise_attention_mask(real, causal))[real], expected[real])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +139,7 @@ def test_model_is_its_parts(kind: str) -> None:
     h = model.embedding(x) * (4 if given["vocabulary"] else 1)
     if model.positions is not None:
         h = h + 4 * model.positions.weight[:7]
-    turns = turns_at(torch.arange(7)[None], 4, torch.float64) if model.positions is None else None
+    turns = rotary_embedding(torch.arange(7)[None], 4, torch.float64) if model.positions is None else None
     for layer in model.layers:
         h = layer(h, None, turns)
     if given["pre_norm"]:

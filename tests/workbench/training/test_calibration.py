@@ -10,7 +10,7 @@ from distill import DistillModule
 from tests.helpers.ranks import on_ranks
 from workbench import TaskModule
 from workbench.tasks import Classification
-from workbench.training.calibration import Loss, runs
+from workbench.training.calibration import TrainingLoss, batch_runner
 
 X, Y = torch.linspace(-1, 1, 48).reshape(8, 6), torch.arange(8) % 3
 
@@ -32,7 +32,7 @@ class Counting(lp.LightningModule):
 
 def test_a_metric_counts_each_of_its_own_batches_once_however_often_the_loss_was_asked() -> None:
     module = Counting()
-    loss = Loss(module)
+    loss = TrainingLoss(module)
     module.seen.update(2.0)
     for _ in range(3):
         loss(module.network, (X[:1], Y[:1]))
@@ -44,7 +44,7 @@ def test_a_metric_counts_each_of_its_own_batches_once_however_often_the_loss_was
 def averaged() -> float:
     torch.distributed.init_process_group("gloo")
     module = Counting()
-    Loss(module)(module.network, (X, Y))
+    TrainingLoss(module)(module.network, (X, Y))
     module.seen.update(float(torch.distributed.get_rank()))
     return float(module.seen.compute())
 
@@ -62,7 +62,7 @@ def test_what_a_family_draws_does_not_depend_on_being_looked_at() -> None:
             found.append(module.step((X, Y)).loss.item())
             state = torch.get_rng_state()
             for _ in range(looks):
-                Loss(module)(module.network, (X, Y))
+                TrainingLoss(module)(module.network, (X, Y))
             torch.set_rng_state(state)
         return found
 
@@ -72,13 +72,13 @@ def test_what_a_family_draws_does_not_depend_on_being_looked_at() -> None:
 
 def test_what_runs_is_what_the_network_takes() -> None:
     module = TaskModule(net(), Classification(3)).eval()
-    assert torch.equal(runs(module)(module.network, (X, Y)), module.network(X))
+    assert torch.equal(batch_runner(module)(module.network, (X, Y)), module.network(X))
     family = TaskModule({"a": net(1), "b": net(2)}, Classification(3)).eval()
-    assert {name: value.shape for name, value in runs(family)(family.network, (X, Y)).items()} == {
+    assert {name: value.shape for name, value in batch_runner(family)(family.network, (X, Y)).items()} == {
         "a": (8, 3),
         "b": (8, 3),
     }
     theirs = Counting().eval()
-    assert runs(theirs)(theirs.network, (X, Y)).item() == pytest.approx(
+    assert batch_runner(theirs)(theirs.network, (X, Y)).item() == pytest.approx(
         nn.functional.cross_entropy(theirs.network(X), Y).item()
     )

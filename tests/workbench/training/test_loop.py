@@ -19,9 +19,9 @@ from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
 from workbench.randomness import random_state, set_random_state
+from workbench.training import CPUThreads
 from workbench.training.fit import fit, module_for, pretrained
 from workbench.training.loop import make_trainer, train
-from workbench.training.resume import CPUThreads
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -59,7 +59,7 @@ def run(out: Path, stops: tuple[int, ...], checkpoint: str, scheduler: Any, trai
     """Train; stop after those batches and start again each time, in a module built anew."""
     for stop in (*stops, None):
         lp.seed_everything(5, verbose=False)
-        module = module_for(Noisy(), data := Digits(batch_size=128), None, SGD, scheduler)
+        module = module_for(Noisy(), data := Digits(batch_size=128), optimizer=SGD, lr_scheduler=scheduler)
         try:
             result = train(
                 module,
@@ -325,7 +325,7 @@ def test_a_training_that_ended_early_does_not_go_on(tmp_path: Path, monkeypatch:
     def weights(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         lp.seed_everything(5, verbose=False)
         stopper = lp.callbacks.EarlyStopping("val/loss", patience=0, min_delta=0.2)
-        module = module_for(Noisy(), data := Digits(batch_size=256), None, SGD)
+        module = module_for(Noisy(), data := Digits(batch_size=256), optimizer=SGD)
         result = train(module, data, trainer={**CPU, "max_epochs": 30, "callbacks": [stopper]}, seed=5, out=out)
         return module.state_dict(), result
 
@@ -336,7 +336,7 @@ def test_a_training_that_ended_early_does_not_go_on(tmp_path: Path, monkeypatch:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("workbench.training.loop._evaluate", killed)
+        patch.setattr("workbench.training.loop._metrics", killed)
         with pytest.raises(Stop):
             weights(tmp_path / "pieces")
     pieces, found = weights(tmp_path / "pieces")

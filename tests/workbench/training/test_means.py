@@ -123,10 +123,10 @@ def test_a_first_piece_with_hardly_any_does_not_blow_up_the_others() -> None:
     trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
     weight = nn.Parameter(torch.zeros(2))
     for first, second in ((4096, 1), (0, 4096), (1, 4096), (0, 0)):
-        factors = [float(mean.weigh(loss, torch.tensor(count), trainer)) for count in (first, second)]
+        factors = [float(mean.scale_loss(loss, torch.tensor(count), trainer)) for count in (first, second)]
         assert max(factors) <= 1
         weight.grad = torch.ones(2) * sum(factors) / 2
-        mean.settle([weight], trainer)
+        mean.scale_gradients([weight], trainer)
         assert weight.grad.tolist() == pytest.approx([1.0 if first + second else 0.0] * 2, rel=1e-5)
 
 

@@ -32,7 +32,7 @@ from workbench.duration import Duration
 from workbench.models import MLP
 from workbench.training.fit import module_for
 from workbench.training.loop import train
-from workbench.training.order import At, EpochOrder, OrderedLoader, ordered
+from workbench.training.order import EpochIndex, EpochOrder, OrderedLoader, with_epoch_order
 
 SIZES = st.integers(1, 40)
 WORLDS = st.integers(1, 5)
@@ -71,7 +71,7 @@ def indices(size: int, seed: int, epoch: int = 0, **options: Any) -> list[int]:
 def loader(
     size: int = 23, batch: int = 4, shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1, **options: Any
 ) -> Any:
-    return ordered(DataLoader(Numbers(size), batch, shuffle=shuffle, **options), seed, rank, world)
+    return with_epoch_order(DataLoader(Numbers(size), batch, shuffle=shuffle, **options), seed, rank, world)
 
 
 def batches(made: Any, epoch: int = 0) -> list[list[int]]:
@@ -81,19 +81,19 @@ def batches(made: Any, epoch: int = 0) -> list[list[int]]:
 
 @given(st.integers(0, 2**62), st.integers(0, 10**6))
 def test_an_index_with_its_epoch_is_an_int(index: int, epoch: int) -> None:
-    at = At(index, epoch)
+    at = EpochIndex(index, epoch)
     assert at == index
     assert hash(at) == hash(index)
     assert (str(at), json.dumps(at), f"{at:04d}") == (str(index), str(index), f"{index:04d}")
     for again in (pickle.loads(pickle.dumps(at)), copy.copy(at), copy.deepcopy(at)):
-        assert (type(again), int(again), again.epoch) == (At, index, epoch)
+        assert (type(again), int(again), again.epoch) == (EpochIndex, index, epoch)
     assert type(at + 1) is int, "what is computed from it is another sample's, or none's"
 
 
 def test_every_kind_of_data_set_takes_it() -> None:
     import datasets
 
-    at = [At(3, 1), At(0, 1)]
+    at = [EpochIndex(3, 1), EpochIndex(0, 1)]
     assert [torch.arange(5)[each].item() for each in at] == [3, 0]
     assert torch.arange(5)[at].tolist() == torch.as_tensor(at).tolist() == [3, 0]
     assert np.arange(5)[at].tolist() == [3, 0]
@@ -112,7 +112,7 @@ class Epochs(Numbers):
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 2, "persistent_workers": True}])
 def test_the_data_set_knows_the_epoch(options: dict[str, Any]) -> None:
-    made = ordered(DataLoader(Epochs(6), 2, shuffle=True, **options), 0)
+    made = with_epoch_order(DataLoader(Epochs(6), 2, shuffle=True, **options), 0)
     for epoch in (0, 3):
         made.batch_sampler.sampler.set_epoch(epoch)
         found = torch.cat(list(made))
@@ -246,7 +246,7 @@ def test_no_global_generator_moves(workers: int) -> None:
 
 def test_workers_draw_by_seed_and_epoch() -> None:
     def noise(seed: int, epoch: int) -> list[float]:
-        made = ordered(DataLoader(Noise(4), 2, shuffle=True, num_workers=2), seed)
+        made = with_epoch_order(DataLoader(Noise(4), 2, shuffle=True, num_workers=2), seed)
         made.batch_sampler.sampler.set_epoch(epoch)
         return torch.cat(list(made)).tolist()
 
@@ -277,13 +277,13 @@ def test_every_option_is_kept() -> None:
         "in_order": False,
     }
     plain = DataLoader(Numbers(9), 4, shuffle=True, drop_last=True, **given)
-    made = ordered(plain, 0)
+    made = with_epoch_order(plain, 0)
     assert type(made) is OrderedLoader
     assert made.dataset is plain.dataset
     for name in [*given, "pin_memory", "pin_memory_device"]:
         assert getattr(made, name) == getattr(plain, name), name
     assert len(made) == len(plain) == 2
-    assert ordered(DataLoader(Numbers(9), 4, pin_memory=True), 0).pin_memory
+    assert with_epoch_order(DataLoader(Numbers(9), 4, pin_memory=True), 0).pin_memory
 
 
 def test_options_of_the_loader_that_are_neither_kept_nor_replaced_do_not_exist() -> None:
@@ -327,12 +327,12 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("case", LEFT_ALONE)
 def test_what_the_user_made_is_left_alone(case: str) -> None:
     given = LEFT_ALONE[case]()
-    assert ordered(given, 0) is given
+    assert with_epoch_order(given, 0) is given
 
 
 def test_tensors_come_out_as_from_the_plain_loader() -> None:
     data = TensorDataset(torch.arange(6.0), torch.arange(6))
-    made = ordered(DataLoader(data, 4, shuffle=True), 5)
+    made = with_epoch_order(DataLoader(data, 4, shuffle=True), 5)
     order = indices(6, 5)
     (x, y), (tail, _) = list(made)
     assert y.tolist() == order[:4]
@@ -342,19 +342,19 @@ def test_tensors_come_out_as_from_the_plain_loader() -> None:
 
 def test_several_loaders_are_all_ordered() -> None:
     loader = DataLoader(TensorDataset(torch.arange(10)), batch_size=2, shuffle=True)
-    assert isinstance(ordered({"a": loader}, 0)["a"], OrderedLoader)
-    assert all(isinstance(each, OrderedLoader) for each in ordered([loader, loader], 0))
+    assert isinstance(with_epoch_order({"a": loader}, 0)["a"], OrderedLoader)
+    assert all(isinstance(each, OrderedLoader) for each in with_epoch_order([loader, loader], 0))
 
 
 def test_a_sampler_that_knows_no_ranks_is_refused_where_there_are_some() -> None:
     """Lightning would split it; left as it is, every rank would train on the same samples in silence."""
     data = TensorDataset(torch.arange(10))
     weighted = DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(torch.ones(10), 10))
-    assert ordered(weighted, 0) is weighted
+    assert with_epoch_order(weighted, 0) is weighted
     with pytest.raises(ValueError, match="WeightedRandomSampler knows nothing of the 2 processes"):
-        ordered(weighted, 0, rank=1, world=2)
+        with_epoch_order(weighted, 0, rank=1, world=2)
     split = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1))
-    assert ordered(split, 0, rank=1, world=2) is split
+    assert with_epoch_order(split, 0, rank=1, world=2) is split
 
 
 class Stop(RuntimeError):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from workbench.data.prepared import PreparedModule
+from workbench.data.prepared import InMemoryDataModule
 from workbench.data.series.values import Scale
 
 Item = dict[str, Tensor]
@@ -116,7 +116,7 @@ class Prepared(NamedTuple):
     scale: Scale
 
 
-class SeriesModule(PreparedModule[Prepared]):
+class SeriesModule(InMemoryDataModule[Prepared]):
     """A data module over series in memory; subclasses say how to read them. Arguments as of its base."""
 
     @property

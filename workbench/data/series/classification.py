@@ -8,8 +8,8 @@ from typing import Any, final
 import numpy as np
 
 from workbench.data.series.batches import LabelledSeries, Prepared, SeriesModule, SeriesPadding
-from workbench.data.series.ts import Row, beside, find_ts, read_ts
-from workbench.data.series.values import measured, number, unscaled
+from workbench.data.series.ts import Row, find_ts, read_ts, test_file_of
+from workbench.data.series.values import fit_scale, identity_scale, parse_number
 from workbench.data.text.batches import check_fractions, split_rows
 from workbench.data.text.reading import read_rows
 from workbench.paths import resolve_path
@@ -87,7 +87,7 @@ class SeriesClassification(SeriesModule):
         """Number of classes; read now if that was not done yet."""
         return len(self.names)
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split and standardise by the training part."""
         found, names = self._read()
         _check_channels(found, self.path)
@@ -102,7 +102,7 @@ class SeriesClassification(SeriesModule):
             if unknown := sorted({label for _, label in rows} - set(numbers)):
                 raise ValueError(f"{self.path}: {part} has the class {unknown[0]!r}, which training never saw.")
         training = [values for values, _ in parts["train"]]
-        scale = measured(training, self.path) if self.normalize else unscaled(training[0].shape[1])
+        scale = fit_scale(training, self.path) if self.normalize else identity_scale(training[0].shape[1])
         made = {
             part: LabelledSeries([values for values, _ in rows], [numbers[label] for _, label in rows], scale)
             for part, rows in parts.items()
@@ -115,7 +115,7 @@ class SeriesClassification(SeriesModule):
         if path.is_dir() and self.test is None:
             pair = find_ts(path)
         elif path.suffix == ".ts" or self.test is not None:
-            pair = (path, beside(path) if self.test is None else Path(resolve_path(self.test)))
+            pair = (path, test_file_of(path) if self.test is None else Path(resolve_path(self.test)))
         else:
             pair = None
         if pair is None:
@@ -145,7 +145,7 @@ def _array(series: Any, channels_first: bool) -> np.ndarray:
     rows = [list(step) if isinstance(step, list | tuple | np.ndarray) else [step] for step in series]
     if len({len(row) for row in rows}) > 1 or not rows[0]:
         raise ValueError(f"a series has lists of {sorted({len(row) for row in rows})} numbers: give each as many")
-    values = np.array([[number(value) for value in row] for row in rows])
+    values = np.array([[parse_number(value) for value in row] for row in rows])
     return values.T if channels_first and isinstance(series[0], list | tuple | np.ndarray) else values
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from workbench.data.series.batches import Prepared, SeriesModule, Windows
-from workbench.data.series.values import measured, number, unscaled
+from workbench.data.series.values import fit_scale, identity_scale, parse_number
 from workbench.data.text.reading import WHOLE, read_rows
 from workbench.tasks import Regression
 
@@ -78,7 +78,7 @@ class SeriesForecast(SeriesModule):
         """What a recipe trains for unless it names a task: mean squared error of [B, horizon, targets]."""
         return Regression(shape=[self.horizon, len(self.targets)])
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split in the order of time, standardise by the training part and cut into windows."""
         found = {
             name: _array(rows, self.columns, f"{self.path}, {name!r}")
@@ -96,7 +96,7 @@ class SeriesForecast(SeriesModule):
             raise ValueError(
                 f"{self.path}: has the parts {', '.join(found)}, where one table is needed, or train, val and test."
             )
-        scale = measured([training], self.path) if self.normalize else unscaled(len(self.columns))
+        scale = fit_scale([training], self.path) if self.normalize else identity_scale(len(self.columns))
         chosen = [self.columns.index(name) for name in self.targets]
         made: dict[str, Dataset[Any]] = {}
         for name, values in parts.items():
@@ -132,7 +132,7 @@ def _array(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], where: str) 
     made = []
     for row_number, row in enumerate(rows, 1):
         try:
-            made.append([number(value) for value in row])
+            made.append([parse_number(value) for value in row])
         except ValueError as error:
             raise ValueError(f"{where}, row {row_number}: {error}: choose from {', '.join(columns)}.") from error
     return np.array(made)

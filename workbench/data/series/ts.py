@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workbench.data.series.values import number
+from workbench.data.series.values import parse_number
 from workbench.data.text.reading import read_lines
 
 Row = tuple[np.ndarray, str]
@@ -83,13 +83,13 @@ def find_ts(folder: Path) -> tuple[Path, Path] | None:
     if len(trains) != 1:
         said = ", ".join(file.name for file in files)
         raise ValueError(f"{folder}: has {said}, not one NAME{_TRAIN}: give the path of the training file itself.")
-    test = beside(trains[0])
+    test = test_file_of(trains[0])
     if test is None:
         raise ValueError(f"{folder}: has {trains[0].name} without its {_TEST}: put it there, or give the file itself.")
     return trains[0], test
 
 
-def beside(train: Path) -> Path | None:
+def test_file_of(train: Path) -> Path | None:
     """NAME_TEST.ts beside a file NAME_TRAIN.ts, where it is there."""
     test = train.with_name(train.name.removesuffix(_TRAIN) + _TEST)
     return test if train.name.endswith(_TRAIN) and test.is_file() else None
@@ -107,7 +107,7 @@ def _header(path: Path, lines: Iterator[tuple[int, str]]) -> _Header:
         if not key.startswith("@"):
             raise ValueError(f"{where}: {line[:40]!r} stands before @data; this is another kind of file.")
         if name == "data":
-            return _promised(path, found)
+            return _check_header(path, found)
         if name not in _KEYS or name in found:
             what = "a second time" if name in found else f"which is none of {', '.join(_KEYS)}"
             raise ValueError(f"{where}: the header has {key}, {what}: mend it.")
@@ -117,7 +117,7 @@ def _header(path: Path, lines: Iterator[tuple[int, str]]) -> _Header:
     raise ValueError(f"{path}: has no line @data, so it is no .ts file, or ends inside its header; fetch it again.")
 
 
-def _promised(path: Path, found: dict[str, list[str]]) -> _Header:
+def _check_header(path: Path, found: dict[str, list[str]]) -> _Header:
     if _flag(path, found, "timestamps"):
         raise ValueError(f"{path}: has time stamps, @timeStamps true, which are not read: give series at even steps.")
     if not _flag(path, found, "classlabel"):
@@ -173,7 +173,7 @@ def _row(line: str, header: _Header, where: str) -> Row:
     if header.length is not None and lengths[0] != header.length:
         raise ValueError(f"{where}: has {lengths[0]} steps, and by the header all have {header.length}: mend either.")
     try:
-        values = np.array([[number(text) for text in each] for each in texts]).T
+        values = np.array([[parse_number(text) for text in each] for each in texts]).T
     except ValueError as error:
         raise ValueError(f"{where}: {error}; mend that line.") from error
     if not header.missing and np.isnan(values).any():

@@ -11,7 +11,7 @@ MISSING = ("", "?", "nan", "na")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def number(value: Any) -> float:
+def parse_number(value: Any) -> float:
     """A number, or a text of one; NaN for a missing one.
 
     Raises:
@@ -39,7 +39,7 @@ class Scale(NamedTuple):
         return ((values - self.mean) / self.std).astype(np.float32)
 
 
-def measured(series: Iterable[np.ndarray], where: object) -> Scale:
+def fit_scale(series: Iterable[np.ndarray], where: object) -> Scale:
     """The scale of all steps of several series together; missing values do not count.
 
     A channel that never varies has the deviation 1.
@@ -62,6 +62,6 @@ def measured(series: Iterable[np.ndarray], where: object) -> Scale:
     return Scale(mean, np.where(std > 1e-12 * np.abs(mean), std, 1.0))
 
 
-def unscaled(features: int) -> Scale:
+def identity_scale(features: int) -> Scale:
     """The scale that leaves values as they are."""
     return Scale(np.zeros(features), np.ones(features))

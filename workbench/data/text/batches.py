@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from workbench.data.images import SPLIT_SEED, stratified_split
-from workbench.data.prepared import PreparedModule
+from workbench.data.prepared import InMemoryDataModule
 from workbench.data.text.reading import WHOLE, Rows
 
 Item = dict[str, Tensor]
@@ -82,7 +82,7 @@ class Prepared(NamedTuple):
     fingerprint: str
 
 
-class TextModule(PreparedModule[Prepared]):
+class TextModule(InMemoryDataModule[Prepared]):
     """A data module over text in memory; subclasses say how to read it. Arguments as of its base."""
 
     @property

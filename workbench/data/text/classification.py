@@ -70,7 +70,7 @@ class TextClassification(TextModule):
         """Number of classes; read now if that was not done yet."""
         return len(self.names)
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split, learn the tokenizer from the training part if so chosen, and tokenize."""
         found = _labelled(read_rows(self.path, (self.text, self.label)), self.path, self.out_of_scope)
         everything = sorted({label for rows in found.values() for _, label in rows})

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench.data.hub import from_hub, named_so
+from workbench.data.hub import is_hub_name, load_from_hub
 from workbench.paths import resolve_path
 
 Rows = list[tuple[Any, ...]]
@@ -88,8 +88,8 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
         found = _file(path, columns)
     elif path.is_dir():
         found = _folder(path, columns)
-    elif not path.exists() and named_so(str(source)):
-        found = _splits(from_hub(str(source)), columns, str(source))
+    elif not path.exists() and is_hub_name(str(source)):
+        found = _splits(load_from_hub(str(source)), columns, str(source))
     else:
         raise ValueError(f"{path}: no such file or folder, and no name of a data set of the hub.")
     return {_SPLITS.get(name, name): rows for name, rows in found.items()}
@@ -99,17 +99,17 @@ def _file(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
     if path.suffix == ".json":
         return _json(path, columns)
     if path.suffix == ".jsonl":
-        return {WHOLE: _taken(_json_lines(path), columns, path)}
+        return {WHOLE: _select_columns(_json_lines(path), columns, path)}
     if path.suffix in (".csv", ".tsv"):
         table = csv.DictReader(
             io.StringIO(read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
         )
         try:
-            return {WHOLE: _taken(table, columns, path)}
+            return {WHOLE: _select_columns(table, columns, path)}
         except csv.Error as error:
             raise ValueError(f"{path}: cannot be read as a table ({error}).") from error
     if path.suffix == ".parquet":
-        return {WHOLE: _taken(_parquet(path, columns), columns, path)}
+        return {WHOLE: _select_columns(_parquet(path, columns), columns, path)}
     if path.suffix in _LINES and len(columns) == 2:
         return {WHOLE: read_labelled(path)}
     raise ValueError(f"{path}: a file of unknown kind; known are {', '.join(_ENDINGS)}.")
@@ -123,7 +123,7 @@ def _json(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
     splits = content if isinstance(content, dict) else {WHOLE: content}
     if odd := [name for name, rows in splits.items() if not isinstance(rows, list)]:
         raise ValueError(f"{path}: {odd[0]!r} is not a list of rows.")
-    return {name: _taken(rows, columns, f"{path}, {name!r}") for name, rows in splits.items()}
+    return {name: _select_columns(rows, columns, f"{path}, {name!r}") for name, rows in splits.items()}
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -148,7 +148,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
         raise ValueError(f"{path}: cannot be read as parquet ({error}); fetch the file again.") from error
 
 
-def _taken(rows: Iterable[Any], columns: Sequence[str], where: object) -> Rows:
+def _select_columns(rows: Iterable[Any], columns: Sequence[str], where: object) -> Rows:
     found: Rows = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
@@ -195,5 +195,5 @@ def _splits(loaded: Any, columns: Sequence[str], where: str) -> dict[str, Rows]:
     made: dict[str, Rows] = {}
     for name, split in splits.items():
         present = [column for column in columns if column in split.column_names]
-        made[str(name)] = _taken(iter(split.select_columns(present)), columns, f"{where}, {name!r}")
+        made[str(name)] = _select_columns(iter(split.select_columns(present)), columns, f"{where}, {name!r}")
     return made

@@ -58,7 +58,7 @@ class Sentences(TextModule):
         self.tokens = tokens_for(tokenizer, vocabulary, length)
         self.validation, self.test = validation, test
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split, learn the tokenizer from the training part if so chosen, and tokenize."""
         rows: Rows = []
         files: list[int] = []

@@ -59,7 +59,7 @@ class TextSequences(TextModule):
         self.loaded_from = tokenizer
         self.validation, self.test = validation, test
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split and, if need be, tokenize."""
         found = read_rows(self.path, [self.column, *([self.prompt] if self.prompt else [])])
         strata = {name: [0] * len(rows) for name, rows in found.items()}

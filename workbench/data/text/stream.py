@@ -26,7 +26,7 @@ _PIECE = 1 << 16  # characters given to a tokenizer at a time, at least
 
 
 @final
-class Blocks(Dataset[Item]):
+class TokenBlocks(Dataset[Item]):
     """A stream of tokens in blocks of one length: ``{"input_ids": int64 [L], "labels": int64 [L]}``.
 
     A block begins with the last token of the one before, so that every token but the stream's first is predicted
@@ -67,7 +67,7 @@ class TextStream(TextModule):
     """Running text for a causal language model: characters, words, or a tokenizer's tokens, in blocks of one length.
 
     Batches: ``input_ids`` and ``labels`` int64 [B, length], labels unshifted, -100 where a token was predicted before;
-    see `Blocks` and `workbench.tasks.LanguageModelling`. Characters and words are numbered from the training part
+    see `TokenBlocks` and `workbench.tasks.LanguageModelling`. Characters and words are numbered from the training part
     alone: ``<unk>`` is 0, words also have ``<eos>``, 1, at the end of every line; characters follow in their own order,
     words by falling frequency.
 
@@ -122,20 +122,20 @@ class TextStream(TextModule):
         """What a recipe trains for unless it names a task: the next token; the text is read for their number."""
         return LanguageModelling(len(self.vocabulary))
 
-    def prepared(self) -> Prepared:
+    def read(self) -> Prepared:
         """Read, split, number what occurs in the training part, and cut into blocks."""
         texts = self._texts()
         symbols = {name: _words(text) if self.tokens == "word" else text for name, text in texts.items()}
-        symbols = _cut(symbols, self.cuts)
+        symbols = _split(symbols, self.cuts)
         if self.tokens in ("char", "word"):
             special = [UNKNOWN, END] if self.tokens == "word" else [UNKNOWN]
-            coder = _Coder(_numbered(symbols["train"], special, self.size, self.min_count))
+            coder = _SymbolTokenizer(_vocabulary(symbols["train"], special, self.size, self.min_count))
         else:
-            coder = _Loaded(load(resolve_path(self.tokens), sys.maxsize))
+            coder = _LoadedTokenizer(load(resolve_path(self.tokens), sys.maxsize))
         parts: dict[str, Dataset[Item]] = {}
         for name, part in symbols.items():
             try:
-                parts[name] = Blocks(coder.encode(part), self.length)
+                parts[name] = TokenBlocks(coder.encode(part), self.length)
             except ValueError as error:
                 raise ValueError(f"{self.sources[name] or self.sources['train']}, {name}: {error}") from error
         return Prepared(parts, default_collate, coder.vocabulary, coder.fingerprint)
@@ -168,7 +168,7 @@ class TextStream(TextModule):
 
 
 @final
-class _Coder:
+class _SymbolTokenizer:
     """Characters or words to numbers."""
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
@@ -181,7 +181,7 @@ class _Coder:
 
 
 @final
-class _Loaded:
+class _LoadedTokenizer:
     """A text to the numbers of a loaded tokenizer, without its special tokens."""
 
     def __init__(self, tokens: Tokens) -> None:
@@ -205,7 +205,7 @@ def _words(text: str) -> list[str]:
     return list(chain.from_iterable([*line.split(), END] for line in text.removesuffix("\n").split("\n")))
 
 
-def _cut(parts: Mapping[str, Sequence[str]], cuts: Mapping[str, float]) -> dict[str, Sequence[str]]:
+def _split(parts: Mapping[str, Sequence[str]], cuts: Mapping[str, float]) -> dict[str, Sequence[str]]:
     """Train, val and test: those missing are the end of the training part."""
     whole = parts["train"]
     sizes = {name: round(fraction * len(whole)) for name, fraction in cuts.items() if name not in parts}
@@ -217,7 +217,7 @@ def _cut(parts: Mapping[str, Sequence[str]], cuts: Mapping[str, float]) -> dict[
     return {name: made[name] for name in ("train", "val", "test")}
 
 
-def _numbered(symbols: Sequence[str], special: Sequence[str], size: int | None, min_count: int) -> dict[str, int]:
+def _vocabulary(symbols: Sequence[str], special: Sequence[str], size: int | None, min_count: int) -> dict[str, int]:
     """The special symbols, then those frequent enough: characters in order, words by falling frequency."""
     counts = Counter(symbols)
     for symbol in special:

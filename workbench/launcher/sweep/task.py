@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from workbench import progress
-from workbench.distributed.ranks import world
+from workbench.distributed.ranks import world_size
 from workbench.files import write_json
 from workbench.launcher.arguments import Arguments
 from workbench.launcher.jobs import find_jobs
@@ -80,7 +80,7 @@ def tidy(folder: Path) -> None:
 
 def launched() -> bool:
     """Whether this process is one of several that a launcher started for one training, or has a process group."""
-    return world() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
+    return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
 
 
 def _names(runs: Runs) -> set[str]:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from workbench.models.activations import Init, gain
 from workbench.models.encoder import Pooling, pool
-from workbench.models.transformer.layers import Norm, TransformerLayer, make_norm, reach, turns_at
+from workbench.models.transformer.layers import (
+    Norm,
+    TransformerLayer,
+    make_norm,
+    pairwise_attention_mask,
+    rotary_embedding,
+)
 
 Positions = Literal["learned", "rotary"]
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
@@ -146,11 +152,11 @@ class Transformer(nn.Module):
         x = self._embedded(input_ids, real)
         turns = None
         if self.positions is None:
-            turns = turns_at(places, self.head_dim, x.dtype)
+            turns = rotary_embedding(places, self.head_dim, x.dtype)
         else:
             x = x + self.positions(places) * self.scale
         x = self.dropout(x)
-        allowed = None if real is None else reach(real, self.causal)
+        allowed = None if real is None else pairwise_attention_mask(real, self.causal)
         for layer in self.layers:
             x = layer(x, allowed, turns)
         x = self.norm(x)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from workbench.models.activations import GLU, glu_width, make
 
 Norm = Literal["layer", "rms"]
-Turns = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, Tensor]
 _EPS = 1e-5
 
 
-def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0) -> Turns:
+def rotary_embedding(
+    places: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
+) -> Rotary:
     r"""Cosines and sines of the angles :math:`p\,\text{base}^{-2i/d}` of places p and pairs i of a head's dimensions.
 
     Args:
@@ -33,13 +35,13 @@ def turns_at(places: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, 
     return angles.cos(), angles.sin()
 
 
-def turned(x: Tensor, turns: Turns) -> Tensor:
+def apply_rotary_embedding(x: Tensor, turns: Rotary) -> Tensor:
     """Queries or keys [B, heads, L, d], every pair (i, i + d / 2) of a head's dimensions turned by its angle."""
     (cos, sin), (a, b) = turns, x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def reach(real: Tensor, causal: bool) -> Tensor:
+def pairwise_attention_mask(real: Tensor, causal: bool) -> Tensor:
     """Which keys a query may attend to: those of real tokens, if causal not of later ones, and always its own.
 
     So what stands at padding reaches no real token, and no row of attention is without a key.
@@ -79,19 +81,19 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias)
         self.output = nn.Linear(width, width, bias)
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Turns | None = None) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Rotary | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D].
 
         Args:
             x: Hidden states.
-            allowed: As from `reach`; None if nothing is padding.
-            turns: As from `turns_at`, to turn queries and keys by.
+            allowed: As from `pairwise_attention_mask`; None if nothing is padding.
+            turns: As from `rotary_embedding`, to turn queries and keys by.
         """
         q, k, v = (
             part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
         if turns is not None:
-            q, k = turned(q, turns), turned(k, turns)
+            q, k = apply_rotary_embedding(q, turns), apply_rotary_embedding(k, turns)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout, self.causal and allowed is None)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -169,7 +171,7 @@ class TransformerLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Turns | None = None) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Rotary | None = None) -> Tensor:
         """Hidden states [B, L, width] -> [B, L, width]; see `Attention` for the others."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.norm1(x), allowed, turns))
