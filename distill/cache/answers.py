@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from distill.cache.sampling import SampledIds, draw, generator_for
 from distill.cache.store import Entry, dtype_name
 from distill.teacher import Teacher
+from workbench.models.forward import inputs_of
 from workbench.models.positions import tokens_of
 from workbench.tasks import Task, find_logits
 
@@ -147,15 +148,6 @@ def join(packed: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if lengths in joined:
             joined[cuts] = torch.cat([torch.zeros(1, dtype=torch.int64), joined.pop(lengths).cumsum(0)])
     return joined
-
-
-def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments for a model out of a batch, where no task says: all of a mapping but labels, all of a tuple but y."""
-    if isinstance(batch, Mapping):
-        return (), {str(name): value for name, value in batch.items() if name not in ("label", "labels")}
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch[:-1] if len(batch) > 1 else batch), {}
-    return (batch,), {}
 
 
 def _narrowed(name: str, value: Tensor, dtype: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune.criteria.weights import check, precise
 from workbench.messages import some
-from workbench.models.forward import all_reduce_sum, batches, call, inputs_of, preserve_state, total_batches
+from workbench.models.forward import all_reduce_sum, batches, forward, preserve_state, total_batches
 from workbench.models.positions import tokens_of
 
 
@@ -60,7 +60,7 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
             hooks.callback(hook.remove)
         for batch in batches(loader, home):
             tokens = tokens_of(batch)
-            call(model, inputs_of(batch))
+            forward(model, batch)
             count += 1
     total_batches(count, home)
     all_reduce_sum([calls, *squares.values()])

@@ -46,8 +46,8 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
         state |= {name: _positive(name, value, False, dtype) for name, value in model.named_buffers()}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         leaves = {name: state[names[id(weight)]].requires_grad_() for name, weight in weights.items()}
-        ones = to_device(_ones(inputs_of(batch), dtype), device)
-        args, kwargs = ((), dict(ones)) if isinstance(ones, Mapping) else ((ones,), {})
+        args, kwargs = inputs_of(batch)
+        args, kwargs = to_device((tuple(_ones(value, dtype) for value in args), _ones(kwargs, dtype)), device)
         flow = _first(functional_call(model, state, args, kwargs)).sum()
         if not flow.isfinite() or flow == 0:
             raise ValueError(

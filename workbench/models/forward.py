@@ -1,6 +1,6 @@
 """How a model is looked at through batches: it is left as it was, and every rank has a part of them. Torch only."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -62,42 +62,43 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def inputs_of(batch: Any) -> Any:
-    """What a model is given of a batch: a mapping without its labels, the first of a sequence, or a tensor.
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model: a batch without its labels.
+
+    A mapping is passed by keyword, without the entries ``label``, ``labels`` and ``label_ids``; a tuple or list by
+    position, without its last entry if it has several; a tensor as the only argument.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: If the batch is none of these.
     """
     if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name not in LABELS}
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
-        return batch[0]
+        return (), {str(name): value for name, value in batch.items() if name not in LABELS}
+    if isinstance(batch, (tuple, list)) and batch:
+        return tuple(batch[:-1] if len(batch) > 1 else batch), {}
     if isinstance(batch, Tensor):
-        return batch
+        return (batch,), {}
     raise ValueError(
-        f"a batch is {type(batch).__name__}: give a mapping, a tuple or list whose first is the input, or a tensor"
+        f"a batch is {type(batch).__name__}: give a mapping, a tuple or list of inputs and last the labels, or a tensor"
     )
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """``model`` on what ``inputs_of`` gave.
+def forward(model: nn.Module, batch: Any) -> Any:
+    """``model`` on the inputs of a batch, see :func:`inputs_of`.
 
     Raises:
-        ValueError: if it does not take that.
+        ValueError: If the model does not take them.
     """
+    args, kwargs = inputs_of(batch)
     try:
-        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return model(*args, **kwargs)
     except TypeError as error:
-        given = f"arguments {list(inputs)}" if isinstance(inputs, Mapping) else "one argument"
+        given = (
+            f"arguments {list(kwargs)}" if kwargs else "one argument" if len(args) == 1 else f"{len(args)} arguments"
+        )
         raise ValueError(
             f"{type(model).__name__} cannot be called with {given} of a batch ({error}): give a loader of mappings of "
-            "its arguments, or of tuples whose first is its input"
+            "its arguments, or of tuples of its inputs and last the labels"
         ) from error
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    """``model`` on a batch: on a mapping without its labels, the first of a sequence, or a tensor."""
-    return call(model, inputs_of(batch))
 
 
 def scalar(value: Any) -> Tensor:

@@ -86,15 +86,3 @@ def labels_of(batch: Any) -> Tensor:
     if isinstance(labels, Tensor):
         return labels
     raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
-
-
-def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments for a model: ((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
-    labels_of(batch)
-    if isinstance(batch, Mapping):
-        return (), {str(key): value for key, value in batch.items() if key != "labels"}
-    return tuple(batch[:-1]), {}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from workbench.tasks.base import Task, inputs_of, labels_of, logits_of
+from workbench.models.forward import inputs_of
+from workbench.tasks.base import Task, labels_of, logits_of
 from workbench.tasks.metrics import NLL, Accuracy, cross_entropy, valid_mask
 
 
@@ -44,7 +45,7 @@ class Classification(Task):
         return "accuracy", "max"
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping."""
+        """((x,), {}) of a tuple (x, y), ((), everything but label, labels and label_ids) of a mapping."""
         self.targets(batch)
         return inputs_of(batch)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from workbench.tasks.base import Task, inputs_of, labels_of, logits_of
+from workbench.models.forward import inputs_of
+from workbench.tasks.base import Task, labels_of, logits_of
 
 Kind = Literal["mse", "mae", "huber"]
 
@@ -51,7 +52,8 @@ class Regression(Task):
         return "mse", "min"
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """((x,), {}) of a tuple (x, y), ((), everything but labels) of a mapping."""
+        """((x,), {}) of a tuple (x, y), ((), everything but label, labels and label_ids) of a mapping."""
+        labels_of(batch)
         return inputs_of(batch)
 
     def targets(self, batch: Any) -> Tensor:
