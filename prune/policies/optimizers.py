@@ -28,8 +28,8 @@ def first_holding(optimizers: Iterable[Optimizer], weights: Mapping[str, nn.Para
     )
 
 
-def step_was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler made the step of a fused optimizer do nothing."""
+def skips_step(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler makes the step of a fused optimizer do nothing; known from its beginning."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 

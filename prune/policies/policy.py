@@ -34,7 +34,7 @@ from prune.masks import Masks
 from prune.masks.enforce import Handle, bare, multiplying, unwrapped
 from prune.masks.memory import local, owners, shard, summed
 from prune.policies.calibration import Calibration, calibrated, check_frozen
-from prune.policies.optimizers import first_holding, step_was_skipped
+from prune.policies.optimizers import first_holding, skips_step
 from prune.policies.ownership import claim, release
 from prune.policies.timestamp import START, Timestamp
 from prune.pruner import Pruner
@@ -274,17 +274,18 @@ class Policy(ABC):
         def time() -> Timestamp:
             return Timestamp(done, done / steps_per_epoch if steps_per_epoch else math.nan)
 
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.reads_gradients and any(callable(argument) for argument in (*args, *kwargs.values())):
                 raise ValueError(
                     f"the optimizer is given a closure, and this {type(self).__name__} looks at gradients before the "
                     "step: call backward() first and step() without one"
                 )
-            self.before_step(time(), clip=False)
+            if not skips_step(optimizer):
+                self.before_step(time(), clip=False)
 
         def after(optimizer: Any, *_: Any) -> None:
             nonlocal done
-            if not step_was_skipped(optimizer):
+            if not skips_step(optimizer):
                 done += 1
                 self.after_step(time())
 

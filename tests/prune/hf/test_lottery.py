@@ -1,5 +1,3 @@
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,7 @@ from prune.hf import LotteryTicket
 from prune.hf.lottery import level_length, schedule_levels
 from prune.schedule import kept
 from tests.helpers.ranks import on_ranks
-from tests.prune.hf.test_masking import (
+from tests.helpers.transformers_training import (
     ADAMW,
     SGD,
     TOTAL,
@@ -31,15 +29,6 @@ from tests.prune.hf.test_masking import (
 
 UNIFORM = Pruner(allocation="uniform")
 LINEAR = {"lr_scheduler_type": "linear", "warmup_steps": 2, "train_sampling_strategy": "sequential"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Every Trainer collects garbage, which takes longer than its training where so much is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class States(TrainerCallback):

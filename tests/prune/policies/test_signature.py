@@ -1,7 +1,6 @@
 """A callback takes the arguments of its policy, in every framework, and its help describes them."""
 
 import inspect
-import pickle
 import pydoc
 import re
 from typing import Any, get_type_hints
@@ -15,25 +14,11 @@ import prune
 import prune.callbacks
 import prune.hf
 import prune.policies
-from prune.policies import Dynamic, Fixed, Gradual, Iterative, Policy
+from prune.policies import Policy
+from tests.helpers.policy_cases import CASES
 
-TWINS: dict[str, type[Policy]] = {
-    "KeepMasked": Fixed,
-    "GradualPruning": Gradual,
-    "DynamicSparsity": Dynamic,
-    "LotteryTicket": Iterative,
-}
+TWINS: dict[str, type[Policy]] = {case.callback: case.policy for case in CASES.values()}
 EVERY = pytest.mark.parametrize("name", TWINS)
-
-
-def test_every_policy_has_a_callback_in_every_framework() -> None:
-    policies = {getattr(prune.policies, name) for name in prune.policies.__all__}
-    concrete = {each for each in policies if issubclass(each, Policy) and not inspect.isabstract(each)}
-    assert concrete == set(TWINS.values())
-    for namespace in (prune.callbacks, prune.hf):
-        named = {name: getattr(namespace, name) for name in namespace.__all__}
-        base = named.pop("PolicyCallback")
-        assert {name for name, each in named.items() if isinstance(each, type) and issubclass(each, base)} == set(TWINS)
 
 
 @EVERY
@@ -78,16 +63,6 @@ def test_a_parser_reads_and_explains_them(name: str, namespace: Any, capsys: pyt
     with pytest.raises(SystemExit):
         parser.parse_args([f"--callback.help=prune.{name}"])
     assert "Share of the prunable weights" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("namespace", [prune, prune.hf], ids=["lightning", "transformers"])
-def test_a_pickled_callback_is_the_same(name: str, namespace: Any) -> None:
-    callback = getattr(namespace, name)(**ARGUMENTS[name])
-    again = pickle.loads(pickle.dumps(callback))
-    assert type(again) is type(callback)
-    assert {**vars(again.policy), "pruner": None} == {**vars(callback.policy), "pruner": None}
-    assert getattr(again, "state_key", None) == getattr(callback, "state_key", None)
 
 
 def test_a_missing_argument_is_named() -> None:
