@@ -1,6 +1,8 @@
-"""A job's arguments: checked against its signature, built into objects, and built again from a record.
+"""A job's arguments: checked against its signature, built into objects, and rebuilt from a record.
 
-jsonargparse derives the schema from the signature; an argument ``trainer`` has the schema of Lightning's Trainer.
+jsonargparse derives the schema from the signature; an argument ``trainer`` has the schema of Lightning's Trainer. The
+arguments exist in four forms: *given* by the recipe (`Stage.arguments`), *parsed* (`Arguments`, with all defaults),
+*resolved* (parsed, as JSON, for ``--print`` and the record), and *built* (objects, for the job).
 """
 
 import copy
@@ -29,10 +31,22 @@ from workbench.models.architecture import argument_to_json
 from workbench.randomness import same_random_state
 from workbench.records.source import Source
 
-register_type(Source, str, Source)
-register_type(Duration, str, Duration.parse)
 
-# What a run shows or how often it saves does not change what comes out: not part of the fingerprint.
+def _writer(kind: type) -> Callable[[Any], str]:
+    """A serializer of jsonargparse. It refuses other types: of a union, jsonargparse takes the first that succeeds."""
+
+    def write(value: Any) -> str:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r} is no {kind.__name__}")
+        return str(value)
+
+    return write
+
+
+register_type(Source, _writer(Source), Source)
+register_type(Duration, _writer(Duration), Duration.parse)
+
+# Logging and the frequency of checkpoints do not change a result: not part of the fingerprint.
 SHOWN = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger", "profiler", "default_root_dir")
 _COSMETIC = ("checkpoint", *(f"trainer.{name}" for name in SHOWN))
 _SEEDS = range(2**32)
@@ -47,7 +61,7 @@ class Arguments:
     """The checked arguments of one stage.
 
     Args:
-        recipe: Where the stage stands, for messages.
+        recipe: Its recipe, for error messages.
         stage: The stage.
 
     Raises:
@@ -63,33 +77,36 @@ class Arguments:
         parameters = {parameter.name: parameter for parameter in stage.job.parameters}
         self.trains = "trainer" in parameters
         self.runs = tuple(Arguments(recipe, run) for run in stage.runs)
-        # What a sweep repeats is checked run by run.
+        # The stage that a sweep repeats is checked run by run.
         self._grid = {name: stage.arguments[name] for name in (RUN, OVER) if stage.runs}
         given = copy.deepcopy({name: value for name, value in stage.arguments.items() if name not in self._grid})
         if isinstance(given.get("seed_everything"), bool):
-            del given["seed_everything"]  # LightningCLI's "seed, or not": here there is always one
+            del given["seed_everything"]  # LightningCLI takes true for "a random seed"; here a stage always has one
         if self.trains and given.setdefault("trainer", {}) is None:
             given["trainer"] = {}
         if self.trains and not isinstance(given["trainer"], Mapping):
             what = f"is {given['trainer']!r}: arguments of Lightning's Trainer are expected, e.g. {{max_epochs: 10}}"
             raise recipe.error(what, stage.name, "trainer")
+        if wrong := errors.dataclass_error(function, given):
+            key, message = wrong
+            raise recipe.error(message, stage.name, key)
         self._parser = _parser(function, self.trains, self._grid)
         try:
-            self._values = self._parser.parse_object(copy.deepcopy(given))  # it makes objects inside what it parses
-        except Exception as error:  # also whatever a module does that a class_path makes it import
-            key, message = errors.explain(str(error), given, function)
+            self._values = self._parser.parse_object(copy.deepcopy(given))  # it replaces parts of its input by objects
+        except Exception as error:  # parsing imports the module of a class_path, which may raise anything
+            key, message = errors.describe_error(str(error), given, function)
             raise recipe.error(message, stage.name, key) from error
         for name in given:
-            if errors.wrongly_null(parameters[name], given):
-                expected = errors.types_said(parameters[name].annotation)
+            if errors.is_wrongly_null(parameters[name], given):
+                expected = errors.readable_types(parameters[name].annotation)
                 raise recipe.error(f"is null: expected {expected}", stage.name, name)
         for name, value in vars(self._values).items():
-            for key, setting in _settings(name, value):
+            for key, setting in _plain_settings(name, value):
                 try:
-                    # Settings, such as the terms of a loss, check themselves when they are made, which costs nothing.
+                    # Dataclasses, such as the terms of a loss, check their values when they are made, which is cheap.
                     self._parser.instantiate(Namespace({name: setting}))
                 except ValueError as error:
-                    raise recipe.error(errors.innermost(str(error)), stage.name, key) from error
+                    raise recipe.error(errors.constructor_message(str(error)), stage.name, key) from error
         if check := getattr(function, "check", None):
             try:
                 check(**{name: self._values[name] for name in inspect.signature(check).parameters})
@@ -100,12 +117,12 @@ class Arguments:
                 self._parser.instantiate(Namespace(trainer=Namespace(callbacks=[callback])))
             except ValueError as error:
                 key = f"trainer.callbacks[{index}]"
-                raise recipe.error(errors.innermost(str(error)), stage.name, key) from error
+                raise recipe.error(errors.constructor_message(str(error)), stage.name, key) from error
         if self.seed is not None and self.seed not in _SEEDS:
             what = f"is {self.seed}: a seed is between 0 and {_SEEDS[-1]}"
             raise recipe.error(what, stage.name, "seed_everything")
-        # A job that trains another stage's module takes that stage's trainer for what it is not given. There, giving
-        # one of Lightning's defaults means something; elsewhere it is as if it were not given.
+        # A job that trains another stage's module inherits that stage's trainer arguments. There, giving one of
+        # Lightning's defaults overrides the inherited value; elsewhere it changes nothing and is left out.
         self._inherits = self.trains and not hasattr(function, "build")
         self._trainer = [name for name in given.get("trainer", ()) if self._inherits or not self._is_default(name)]
         if self.trains and not self._inherits and not set(_BUDGETS) & set(self._trainer):
@@ -113,11 +130,11 @@ class Arguments:
             raise recipe.error(what, stage.name, "trainer")
 
     def _callbacks(self) -> Iterator[Any]:
-        """Those of the trainer's callbacks that are mere settings, so that they can be made to see whether they can."""
+        """The trainer's callbacks that are cheap to make, so that making them now can check their arguments."""
         given = self._values["trainer"]["callbacks"] if self.trains else None
         for callback in given if isinstance(given, list) else [given]:
             path = callback.get("class_path") if isinstance(callback, Namespace) else None
-            if path and getattr(errors.resolved(path), "made_of_settings", False):
+            if path and getattr(errors.import_object(path), "made_of_settings", False):
                 yield callback
 
     @property
@@ -137,17 +154,17 @@ class Arguments:
         yield from _sources(self._values, "")
 
     def resolved(self) -> dict[str, Any]:
-        """All arguments with their defaults, as JSON; without what is inherited from another stage's trainer."""
-        arguments = {**self._grid, **self._dumped()}
+        """All arguments with their defaults, as JSON; without trainer arguments inherited from another stage."""
+        arguments = {**self._grid, **self._as_json()}
         if self._inherits:
             arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
         return arguments
 
     def fingerprint(self, parents: Mapping[str, str]) -> str:
         """SHA-256 of the job, the arguments that can change its result, and its parents' fingerprints."""
-        arguments = self._dumped()
+        arguments = self._as_json()
         if self.trains:
-            # Without the defaults: another version's must not make a finished stage look foreign.
+            # Without defaults: a new version's new defaults must not change the fingerprint of a finished stage.
             arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
         return records.fingerprint([self.stage.job.name, essential(arguments), dict(parents)])
 
@@ -157,26 +174,26 @@ class Arguments:
             (_build_module, nn.Module, True),
             (functools.partial(_build_data, self.seed or 0), LightningDataModule, True),
         ]
-        values = _replaced(self._values, folder_of)
+        values = _replace_sources(self._values, folder_of)
         families = {name: value for name, value in vars(values).items() if _is_family(value)}
         for name in families:
             values[name] = None
-        made = self._parser.instantiate(values, instantiators=builders).as_dict()
+        built = self._parser.instantiate(values, instantiators=builders).as_dict()
         for name, family in families.items():
-            made[name] = {}
+            built[name] = {}
             for member, value in family.items():
-                # Each as if it were alone: its weights must not depend on who was made before it.
+                # Each under the stage's seed: its weights must not depend on the members made before it.
                 seed_everything(self.seed or 0, workers=True, verbose=False)
-                alone = self._parser.instantiate(Namespace({name: {member: value}}), instantiators=builders)
-                made[name] |= alone[name]
+                one = self._parser.instantiate(Namespace({name: {member: value}}), instantiators=builders)
+                built[name] |= one[name]
         if self.trains:
-            made["trainer"] = {name: made["trainer"][name] for name in self._trainer}
-        return {**made, **self._grid}
+            built["trainer"] = {name: built["trainer"][name] for name in self._trainer}
+        return {**built, **self._grid}
 
-    def _dumped(self) -> dict[str, Any]:
+    def _as_json(self) -> dict[str, Any]:
         try:
             return json.loads(self._parser.dump(self._values, format="json", skip_unset=False))
-        except Exception:  # the parser gives up on a default that is an object, as Timer's Interval
+        except Exception:  # the parser cannot dump a default that is an object, such as Timer's Interval
             return _plain(self._values)
 
     def _is_default(self, name: str) -> bool:
@@ -184,9 +201,9 @@ class Arguments:
 
 
 def checked(check: Callable[..., None]) -> Callable[[JobT], JobT]:
-    """Marks a job whose recipe is refused, before any stage runs, where ``check`` raises ValueError.
+    """Decorator of a job: before any stage runs, a recipe is refused if ``check`` raises ValueError.
 
-    ``check`` takes some of the job's arguments, by their names, as they are before objects are made of them.
+    ``check`` takes some of the job's arguments by name, as parsed, before objects are built from them.
     """
 
     def mark(job: JobT) -> JobT:
@@ -197,8 +214,8 @@ def checked(check: Callable[..., None]) -> Callable[[JobT], JobT]:
 
 
 def essential(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a stage's resolved arguments that can change what comes out, by dotted key."""
-    # In a job that trains nothing, "checkpoint" may be anything.
+    """The resolved arguments that can change a stage's result, by dotted key."""
+    # In a job without a trainer, an argument called "checkpoint" is another thing.
     cosmetic = tuple(f"{name}." for name in _COSMETIC if "trainer" in arguments)
     return {key: value for key, value in flatten(arguments).items() if not f"{key}.".startswith(cosmetic)}
 
@@ -224,13 +241,13 @@ def rebuild(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Lig
         raise ValueError(
             f"{folder} is of job {record.get('job')!r}, which trains no module: name a fit or distill stage"
         )
-    made = arguments_of(folder, changes)
-    module = build(**{name: made[name] for name in inspect.signature(build).parameters})
-    return module, made
+    arguments = arguments_of(folder, changes)
+    module = build(**{name: arguments[name] for name in inspect.signature(build).parameters})
+    return module, arguments
 
 
 def arguments_of(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the stage in ``folder`` was given, built again under its seed.
+    """The arguments of the stage in ``folder``, built again under its seed.
 
     Args:
         folder: A stage's folder.
@@ -246,7 +263,7 @@ def arguments_of(folder: Path, changes: Mapping[str, Any] | None = None) -> dict
     stage = Stage(folder.name, job, {**record["given"], **(changes or {})})
     arguments = Arguments(Recipe(folder / "record.json", ()), stage)
     seed_everything(arguments.seed or 0, workers=True, verbose=False)
-    return arguments.build(lambda source: _beside(folder, source))
+    return arguments.build(lambda source: _stage_beside(folder, source))
 
 
 def _parser(function: Callable[..., Any], trains: bool, grid: Iterable[str]) -> ArgumentParser:
@@ -257,32 +274,32 @@ def _parser(function: Callable[..., Any], trains: bool, grid: Iterable[str]) -> 
     return parser
 
 
-def _beside(folder: Path, source: Source) -> Source:
-    """The stage's folder if ``source`` is one: beside ``folder``, or beside the sweep that ``folder`` is a run of."""
-    stages = (place / source for place in (folder.parent, folder.parent.parent))
+def _stage_beside(folder: Path, source: Source) -> Source:
+    """The folder of the stage ``source``, beside ``folder`` or beside the sweep that ``folder`` is a run of."""
+    stages = (parent / source for parent in (folder.parent, folder.parent.parent))
     return next((Source(stage) for stage in stages if (stage / "record.json").is_file()), source)
 
 
 def _build_data(seed: int, class_type: type[DataT], *args: Any, **kwargs: Any) -> DataT:
-    """Make a data module from the stage's seed alone: a split drawn here must not depend on the model made before."""
+    """Make a data module under the stage's seed: a random split must not depend on the model that was made before."""
     with same_random_state():
         seed_everything(seed, workers=True, verbose=False)
         return class_type(*args, **kwargs)
 
 
 def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
-    """Make a module and let it remember what it was made of, so that a checkpoint can say so."""
-    made = class_type(*args, **kwargs)
-    if not hasattr(made, "init_args") and not args:
-        # An argument that is an object cannot be remembered: the checkpoint will need the module to fill.
+    """Make a module with the attribute ``init_args``, by which a checkpoint can describe how to build it."""
+    module = class_type(*args, **kwargs)
+    if not hasattr(module, "init_args") and not args:
+        # An argument that is an object cannot be described: loading the checkpoint will need a module to fill.
         with suppress(TypeError):
             given = {name: argument_to_json(value) for name, value in kwargs.items()}
-            setattr(made, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
-    return made
+            setattr(module, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
+    return module
 
 
-def _settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of the plain settings in an argument: a dataclass's, or those of several by name."""
+def _plain_settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each dataclass in an argument: the argument itself, or its entries by name."""
     if isinstance(value, Namespace) and "class_path" not in value and name != "trainer":
         yield name, value
     elif isinstance(value, dict) and not _is_family(value):
@@ -290,7 +307,7 @@ def _settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_family(value: Any) -> bool:
-    """Whether an argument is several objects by name, each with a class of its own."""
+    """Whether an argument is a family: several objects by name, each with its own class."""
     members = list(value.values()) if isinstance(value, dict) else []
     return bool(members) and all(isinstance(member, Namespace) and "class_path" in member for member in members)
 
@@ -306,23 +323,23 @@ def _sources(value: Any, key: str) -> Iterator[tuple[str, Source]]:
             yield from _sources(item, f"{key}[{index}]")
 
 
-def _replaced(value: Any, folder_of: Callable[[Source], Source]) -> Any:
+def _replace_sources(value: Any, folder_of: Callable[[Source], Source]) -> Any:
     if isinstance(value, Source):
         return folder_of(value)
     if isinstance(value, Namespace):
-        return Namespace(**{name: _replaced(item, folder_of) for name, item in vars(value).items()})
+        return Namespace(**{name: _replace_sources(item, folder_of) for name, item in vars(value).items()})
     if isinstance(value, dict):
-        return {name: _replaced(item, folder_of) for name, item in value.items()}
+        return {name: _replace_sources(item, folder_of) for name, item in value.items()}
     if isinstance(value, list):
-        return [_replaced(item, folder_of) for item in value]
+        return [_replace_sources(item, folder_of) for item in value]
     return value
 
 
 def _plain(value: Any) -> Any:
-    """Parsed values as JSON. A default that cannot be written is left out, which means the same."""
+    """Parsed values as JSON. A default that is no JSON value is left out: it is the default again when it is read."""
     if isinstance(value, (Namespace, Mapping)):
         items = vars(value) if isinstance(value, Namespace) else value
-        return {str(name): made for name, item in items.items() if (made := _plain(item)) is not _UNWRITABLE}
+        return {str(name): plain for name, item in items.items() if (plain := _plain(item)) is not _UNWRITABLE}
     if isinstance(value, Enum):
         return value.value if isinstance(value, str) else value.name
     if isinstance(value, (str, Duration, Path, timedelta)):

@@ -1,6 +1,6 @@
-"""The ``lightning`` command: ``run`` is ours, anything else goes to the command line it would have gone to.
+"""The ``lightning`` command: ``run`` runs a recipe, any other command is forwarded to Lightning's own command line.
 
-Help and listing read recipes and job sources only; they import no torch.
+Listing, help and copying read recipes and the sources of jobs only; they import no torch.
 """
 
 import sys
@@ -39,7 +39,7 @@ _FLAGS = ("--print", "--replace", "--copy")
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     recipe: str | None = None
     overrides: list[tuple[str, str]] = field(default_factory=list)
@@ -52,21 +52,21 @@ class Options:
 
 
 def main(program: str = "lightning", argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 2 on a mistake of the user's, 1 if a stage fails."""
+    """Entry point. Exits with 2 on a mistake in the command or the recipe, 1 if a stage fails, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] != ["run"]:
         if program == "lightning":
-            sys.exit(_hand_over())
-        asked = arguments in ([], ["--help"], ["-h"])
-        _say(_usage(program), error=not asked)
-        sys.exit(0 if asked else 2)
+            sys.exit(_forward())
+        wants_help = arguments in ([], ["--help"], ["-h"])
+        _write(_usage(program), error=not wants_help)
+        sys.exit(0 if wants_help else 2)
     try:
         sys.exit(_run(program, parse(arguments[1:])))
     except RecipeError as error:
-        _say(f"error: {error}", error=True)
+        _write(f"error: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here", error=True)
+        _write("stopped; the same command goes on from here", error=True)
         sys.exit(130)
 
 
@@ -113,34 +113,34 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def _run(program: str, options: Options) -> int:
     if options.recipe is None:
-        _say(_usage(program) if options.help else help.listing(program_name(program)))
+        _write(_usage(program) if options.help else help.listing(program_name(program)))
         return 0
     if options.copy and not options.help:
-        _say(copy_recipe(options.recipe, options.target, program_name(program)))
+        _write(copy_recipe(options.recipe, options.target, program_name(program)))
         return 0
     path = recipes.find(options.recipe)
     recipe = recipes.read(path, options.overrides)
     if options.help:
-        _say(help.explained(recipe))
+        _write(help.describe(recipe))
         return 0
     from workbench.launcher.runner import StageError, check, run
-    from workbench.launcher.terminal import ending, resolved
+    from workbench.launcher.terminal import format_resolved, print_summary
 
     if options.print:
-        _say(resolved(recipe, check(recipe)))
+        _write(format_resolved(recipe, check(recipe)))
         return 0
     out = Path(options.out or Path("runs") / path.stem)
     try:
         records = run(recipe, out, options.replace)
     except StageError as error:
-        _say(f"error: {error}", error=True)
+        _write(f"error: {error}", error=True)
         return 1
-    ending(records, out)
+    print_summary(records, out)
     return 0
 
 
 def program_name(program: str) -> str:
-    """What a person types to get here."""
+    """What the user types to start this program."""
     return program if program == "lightning" else f"python -m {program}"
 
 
@@ -148,22 +148,22 @@ def _usage(program: str) -> str:
     return _USAGE.format(program=program_name(program))
 
 
-def _hand_over() -> Any:
-    """Call lightning-sdk's command line if it is installed, else fabric's; what it returns is the exit status."""
+def _forward() -> Any:
+    """Call lightning-sdk's command line if it is installed, else fabric's; returns the exit status."""
     try:
         scripts = distribution("lightning-sdk").entry_points.select(group="console_scripts")
     except PackageNotFoundError:
         from lightning.fabric import cli as fabric
 
         if not hasattr(fabric, "_main"):  # what the package's own `fabric` script calls
-            _say("error: fabric's command line needs the package click: pip install click", error=True)
+            _write("error: fabric's command line needs the package click: pip install click", error=True)
             return 1
         return fabric._main()
-    # It calls its script `lightning`, as this project does, and `lightning-sdk`.
+    # It installs a script `lightning`, as this project does, and the same one as `lightning-sdk`.
     names = ("lightning", "lightning-sdk")
     return next(script for script in scripts if script.name in names).load()()
 
 
-def _say(text: str, error: bool = False) -> None:
+def _write(text: str, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     stream.write(text if text.endswith("\n") else f"{text}\n")

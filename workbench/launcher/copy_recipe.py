@@ -68,9 +68,9 @@ def _with_fragments(path: Path, content: Mapping[str, Any], text: str) -> str:
     indents = [""]  # of the keys whose values may be fragments: of the file's own, and of the last stage's
     arguments: Mapping[str, Any] = {}  # of that stage
     for line in text.splitlines():
-        if not line.startswith((" ", "#")):
+        if line.strip() and not line.startswith((" ", "#")):
             stage = content.get(line.partition(":")[0])
-            arguments, indents = (stage, [""]) if is_stage(stage) else ({}, ["", ""])
+            arguments, indents = (stage or {}, [""]) if is_stage(stage) else ({}, ["", ""])
         entry = _ENTRY.fullmatch(line)
         if entry and len(indents) == 1 and entry["indent"]:
             indents.append(entry["indent"])

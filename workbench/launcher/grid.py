@@ -1,4 +1,4 @@
-"""The settings of a grid and their names. Light, as recipes are."""
+"""The grid of a sweep: its points and their names, which are folders too. Light: no torch."""
 
 import hashlib
 import itertools
@@ -22,8 +22,8 @@ class Setting:
     """One point of a grid.
 
     Args:
-        name: Of its run, and of the run's folder.
-        values: By dotted key.
+        name: Name of the run and of its folder, e.g. ``activation-relu_seed-0``.
+        values: Values by dotted key.
     """
 
     name: str
@@ -31,22 +31,25 @@ class Setting:
 
 
 def settings(over: Any) -> list[Setting]:
-    """The points of a grid, in order, each with a name that depends on nothing but its keys and its values.
+    """The points of a grid, in order.
+
+    A point's name depends on nothing but the grid's keys and the point's values, so that a run keeps its folder when
+    values are added to the grid.
 
     Args:
-        over: Lists of values by dotted key, of which every combination is meant, the last key's values changing
-            fastest; or a list of settings, each with values by dotted key.
+        over: Lists of values by dotted key, of which every combination is a point, the last key varying fastest; or
+            a list of points, each with values by dotted key.
 
     Raises:
         ValueError: If it is neither, has no value, or the same point twice.
     """
     points = list(_points(over))
-    labels = _labels(list(dict.fromkeys(key for point in points for key in point)))
-    found = [Setting(_name(point, labels), point) for point in points]
-    names = [setting.name for setting in found]
+    labels = _key_labels(list(dict.fromkeys(key for point in points for key in point)))
+    named = [Setting(_name(point, labels), point) for point in points]
+    names = [setting.name for setting in named]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"has '{twice[0]}' twice: give every combination of values once")
-    return found
+    return named
 
 
 def _points(over: Any) -> Iterator[dict[str, Any]]:
@@ -69,27 +72,27 @@ def _points(over: Any) -> Iterator[dict[str, Any]]:
     raise ValueError(f"is {yaml_io.inline(over)}: give lists of values by key, e.g. {_EXAMPLE}, or a list of settings")
 
 
-def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Each key by its last part, or by as many as tell it from the others."""
-    found: dict[str, str] = {}
+def _key_labels(keys: Sequence[str]) -> dict[str, str]:
+    """A short label for each key: its last part, or as many of its last parts as distinguish it from the others."""
+    labels: dict[str, str] = {}
     for key in keys:
         parts = ["seed" if part == "seed_everything" else part for part in key.split(".")]
-        size = next(n for n in range(1, len(parts) + 1) if n == len(parts) or _alone(parts[-n:], key, keys))
-        found[key] = _slug("-".join(parts[-size:]))
-    return found
+        size = next(n for n in range(1, len(parts) + 1) if n == len(parts) or _is_unique(parts[-n:], key, keys))
+        labels[key] = _slug("-".join(parts[-size:]))
+    return labels
 
 
-def _alone(parts: Sequence[str], key: str, keys: Sequence[str]) -> bool:
+def _is_unique(parts: Sequence[str], key: str, keys: Sequence[str]) -> bool:
     return not any(other != key and other.split(".")[-len(parts) :] == list(parts) for other in keys)
 
 
 def _name(point: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    name = "_".join(f"{labels[key]}-{_said(value)}" for key, value in point.items())
+    name = "_".join(f"{labels[key]}-{_value_label(value)}" for key, value in point.items())
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}-{_digest(point)}"
 
 
-def _said(value: Any) -> str:
-    """The value itself if a folder can be called so, else what there is to read of it and a digest that tells it."""
+def _value_label(value: Any) -> str:
+    """The value itself if it can be part of a folder's name, else a readable part of it and a digest."""
     text = yaml_io.inline(value)
     slug = _slug(text)
     if slug == text and len(slug) <= _LONGEST_VALUE:

@@ -1,13 +1,15 @@
-"""Help and listing as text, from recipes and the sources of jobs; light, like what it reads."""
+"""The text of ``--help`` and of the listing, from recipes and the sources of jobs. Light: no torch."""
 
 import ast
+import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from workbench import yaml_io
-from workbench.launcher.jobs import REQUIRED, Parameter
-from workbench.launcher.recipe import Recipe, Stage, headline, recipes
+from workbench.launcher.recipe import Recipe, headline, recipes
+from workbench.launcher.signatures import REQUIRED, Parameter
 
 _WIDEST = 100
 
@@ -16,20 +18,20 @@ def listing(program: str) -> str:
     """The bundled recipes, a line or two each."""
     known = recipes()
     width = max((len(name) for name in known), default=0)
-    lines = [_wrapped(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in known.items()]
+    lines = [_wrap(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in known.items()]
     head = "Bundled recipes:" if lines else "There are no bundled recipes."
     ways = {"Run one:": "NAME", "Its arguments:": "NAME --help", "Edit a copy:": "--copy NAME"}
     return "\n".join([head, "", *lines, "", *(f"{what:<16}{program} run {words}" for what, words in ways.items())])
 
 
-def explained(recipe: Recipe) -> str:
+def describe(recipe: Recipe) -> str:
     """The stages of a recipe and their arguments: type, value, description."""
     lines = [str(recipe.path)]
-    if said := headline(recipe.path):
-        lines += [_wrapped(said)]
+    if title := headline(recipe.path):
+        lines += [_wrap(title)]
     for stage in recipe.stages:
-        lines += ["", _wrapped(f"{stage.name}: {stage.job.name}. {stage.job.summary}", later="  ")]
-        lines += ["", *_arguments(stage)]
+        lines += ["", _wrap(f"{stage.name}: {stage.job.name}. {stage.job.summary}", later="  ")]
+        lines += ["", *_arguments(stage.name, stage.job.parameters, stage.arguments)]
     return "\n".join(lines)
 
 
@@ -41,24 +43,31 @@ def metavar(annotation: str) -> str:
     return "|".join(words)
 
 
-def _arguments(stage: Stage) -> Iterator[str]:
-    for parameter in stage.job.parameters:
-        head = f"  --{stage.name}.{parameter.name} {metavar(parameter.annotation)}"
-        value = _value(stage, parameter)
+def _arguments(
+    prefix: str, parameters: Sequence[Parameter], given: Mapping[str, Any], indent: str = "  "
+) -> Iterator[str]:
+    for parameter in parameters:
+        head = f"{indent}--{prefix}.{parameter.name} {metavar(parameter.annotation)}"
+        value = _value(given, parameter)
         line = f"{head}  ({value})" if value else head
-        yield line if len(line) <= _width() else _wrapped(line.replace(",", ", "), "  ", " " * 8)
+        yield line if len(line) <= _width() else _wrap(line.replace(",", ", "), indent, f"{indent}      ")
         if parameter.description:
-            yield _wrapped(parameter.description, " " * 6, " " * 6)
+            yield _wrap(parameter.description, f"{indent}    ", f"{indent}    ")
+        fields = given.get(parameter.name)
+        if isinstance(fields, Mapping):
+            fields = fields.get("init_args") if "class_path" in fields else fields
+        nested = fields if isinstance(fields, Mapping) else {}
+        yield from _arguments(f"{prefix}.{parameter.name}", parameter.fields, nested, f"{indent}  ")
 
 
-def _value(stage: Stage, parameter: Parameter) -> str:
-    """What the argument is: what the recipe gives, else its default; empty if that is None."""
-    if parameter.name in stage.arguments:
-        given = stage.arguments[parameter.name]
-        if isinstance(given, dict) and "class_path" in given:
-            path = str(given["class_path"])
+def _value(given: Mapping[str, Any], parameter: Parameter) -> str:
+    """The argument's value: what the recipe gives, else its default; empty if that is None."""
+    if parameter.name in given:
+        value = given[parameter.name]
+        if isinstance(value, Mapping) and "class_path" in value:
+            path = str(value["class_path"])
             return path if len(path) <= 36 else f"...{path[-33:]}"
-        text = yaml_io.inline(given)
+        text = yaml_io.inline(value)
         return text if len(text) <= 40 else f"{text[:37]}..."
     if parameter.default == REQUIRED:
         return REQUIRED
@@ -104,10 +113,15 @@ def _name(node: ast.expr) -> str:
     )
 
 
+def _without_markup(text: str) -> str:
+    """The text of a docstring as a terminal shows it: ``:func:`a.b` `` is a.b."""
+    return re.sub(r":[a-z]+:`~?([^`]+)`", r"\1", text).replace("``", "`")
+
+
 def _width() -> int:
     return max(min(shutil.get_terminal_size().columns, _WIDEST), 40)
 
 
-def _wrapped(text: str, first: str = "", later: str = "") -> str:
-    words = " ".join(text.split())
+def _wrap(text: str, first: str = "", later: str = "") -> str:
+    words = " ".join(_without_markup(text).split())
     return textwrap.fill(words, _width(), initial_indent=first, subsequent_indent=later, break_long_words=False)

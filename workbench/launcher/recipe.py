@@ -1,10 +1,18 @@
 """Recipe files: finding, reading, including, overriding. Light: no torch, no job is imported.
 
-A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other entry is an argument shared by every stage
-whose job takes it and does not set it (mappings without a ``class_path``, such as ``trainer``, are merged key by key).
-A stage, or an argument of one, that is text ending in ``.yaml`` is replaced by the contents of that file.
+A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other entry is an argument that stages share.
+:func:`read` makes a `Recipe` of it, in this order:
 
-A job may repeat another one over a grid: it takes ``run: Runs``, the stage to repeat, and ``over``, the grid.
+1. **file**: the YAML is read as plain data; a key given twice is an error.
+2. **include**: an entry that is text ending in ``.yaml`` is replaced by the content of that file, a fragment.
+3. **override**: ``--student.temperature 2`` of the command line sets a dotted key. What it sets may be a fragment too.
+4. **share**: each stage gets the shared arguments that its job takes and that it does not give itself. Mappings without
+   a ``class_path``, such as ``trainer``, are merged key by key. A stage with ``start`` gets none: it inherits the
+   arguments of the stage it starts from.
+5. **grid**: a job with the arguments ``run: Runs`` and ``over`` is a sweep: the stage under ``run`` is repeated for
+   each point of the grid ``over``, each a `Stage` of its own.
+6. **check**: stages, jobs and the names of their arguments exist. Values are checked later, by `arguments`, because the
+   types of a job's arguments are known only when the job is imported, and with it torch.
 """
 
 import copy
@@ -16,16 +24,18 @@ from typing import Any
 
 from workbench import yaml_io
 from workbench.launcher.grid import Setting, settings
-from workbench.launcher.jobs import REQUIRED, Job, find_jobs
+from workbench.launcher.jobs import Job, find_jobs
+from workbench.launcher.signatures import REQUIRED
 from workbench.messages import nearest
 
 _SHARE = Path(__file__).parents[1] / "share"
 _ROOTS = (_SHARE, Path(__file__).parents[2])
 ENDINGS = (".yaml", ".yml")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Lightning 2.6's LightningCLI writes it into every config, as null: "as usual".
-_CLI_ONLY = "weights_only"
-_LOOKS_AROUND = "report"
+# Lightning 2.6's LightningCLI writes this entry, as null, into every config: no job needs to take it.
+_LIGHTNING_CLI_ONLY = "weights_only"
+# A job that reads the records of all stages above it, so that repeating it makes no sense.
+_READS_ALL_STAGES = "report"
 
 RUN, OVER = "run", "over"
 """The arguments that make a stage a sweep: the stage to repeat, and the grid."""
@@ -43,11 +53,11 @@ class Stage:
     """One step of a recipe: a job and the arguments it was given, before they are checked against types.
 
     Args:
-        name: Its own; of a run of a sweep ``sweep/run``.
-        job: What it does.
-        arguments: As given, shared ones filled in.
-        runs: Of a sweep, its runs.
-        over: Of a run, the values that tell it from the others.
+        name: Its key in the recipe; ``sweep/run`` for a run of a sweep.
+        job: The job.
+        arguments: Its arguments as given, with those that stages share.
+        runs: The runs of a sweep; empty for any other stage.
+        over: The point of the grid that a run stands for: values by dotted key.
     """
 
     name: str
@@ -96,17 +106,18 @@ def find(name: str) -> Path:
         )
     if name.endswith(".py"):
         raise RecipeError(f"{name}: a recipe is a YAML file; 'fabric run' starts scripts")
-    raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, [*known, *_beside(Path(name))])}")
+    candidates = [*known, *_yaml_files_beside(Path(name))]
+    raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, candidates)}")
 
 
 def headline(path: Path) -> str:
-    """What the recipe says of itself in the comment that it begins with: its first line."""
+    """The first line of a recipe if it is a comment, which describes the recipe."""
     first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Read a recipe, include its fragments, apply overrides, share shared arguments, check names.
+    """Read a recipe: include its fragments, apply overrides, share arguments, expand grids, check names.
 
     Args:
         path: The file.
@@ -115,11 +126,11 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     Raises:
         RecipeError: On anything that is wrong with the file, its stages, jobs or their arguments' names.
     """
-    blank = Recipe(path, ())
-    content = {key: _included(blank, value, key=key) for key, value in load_mapping(path).items()}
+    blank = Recipe(path, ())  # for its error messages
+    content = {key: _include(blank, value, key=key) for key, value in load_mapping(path).items()}
     for key, text in overrides:
         _override(blank, content, key, text)
-    content = {key: _included(blank, value, key=key) for key, value in content.items()}
+    content = {key: _include(blank, value, key=key) for key, value in content.items()}  # what overrides name
     shared = {key: value for key, value in content.items() if not is_stage(value)}
     stages = [_stage(blank, name, body, shared) for name, body in content.items() if is_stage(body)]
     if not stages:
@@ -127,7 +138,7 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     jobs = [part.job for stage in stages for part in (stage, *stage.runs[:1])]
     taken = dict.fromkeys(parameter.name for job in jobs for parameter in job.parameters)
     for key, value in shared.items():
-        # An argument's name may also be a stage's: a `teacher` that has arguments and no job is a stage without one.
+        # `teacher` is an argument of distill and a likely stage. If all its keys are arguments, a job was forgotten.
         lacks_job = isinstance(value, Mapping) and bool(value) and taken.keys() >= set(value)
         if key not in taken or lacks_job:
             names = dict.fromkeys([*(stage.name for stage in stages), *taken])
@@ -137,45 +148,59 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
 
 
 def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any]) -> Stage:
-    """The stage ``body``: its job found, its keys checked, fragments included, shared arguments filled in."""
+    """The stage called ``name``: its job found, its keys checked, fragments included, shared arguments added."""
     if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
         raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
-    job, given = _filled(recipe, name, body, shared)
-    return _sweep(recipe, Stage(name, job, given), shared) if _sweeps(job) else Stage(name, job, given)
+    job, given = _read_stage_body(recipe, name, body, shared)
+    return _with_runs(recipe, Stage(name, job, given), shared) if _is_sweep(job) else Stage(name, job, given)
 
 
-def _filled(
-    recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any], above: str = "", starts: bool = False
+def _read_stage_body(
+    recipe: Recipe,
+    name: str,
+    body: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    prefix: str = "",
+    inherits: bool = False,
 ) -> tuple[Job, dict[str, Any]]:
-    """The job of a stage's ``body``, which stands under the key ``above``, and its arguments with the shared ones."""
+    """The job of a stage's ``body`` and its arguments with the shared ones.
+
+    Args:
+        recipe: For error messages.
+        name: The stage's name.
+        body: The job and the arguments that the stage gives.
+        shared: The recipe's shared arguments.
+        prefix: ``run.`` if the body is the stage that a sweep repeats.
+        inherits: The stage takes no shared arguments, as its grid gives it a ``start``.
+    """
     jobs = find_jobs()
     job = jobs.get(str(body["job"]))
     if job is None:
-        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, f"{above}job")
+        raise recipe.error(f"unknown job {body['job']!r}{nearest(body['job'], jobs)}", name, f"{prefix}job")
     try:
         names = [parameter.name for parameter in job.parameters]
     except ValueError as error:
-        raise recipe.error(str(error), name, f"{above}job") from error
-    own = {str(key): _included(recipe, value, name, f"{above}{key}") for key, value in body.items() if key != "job"}
-    if own.get(_CLI_ONLY, 0) is None and _CLI_ONLY not in names:
-        del own[_CLI_ONLY]
+        raise recipe.error(str(error), name, f"{prefix}job") from error
+    own = {str(key): _include(recipe, value, name, f"{prefix}{key}") for key, value in body.items() if key != "job"}
+    if own.get(_LIGHTNING_CLI_ONLY, 0) is None and _LIGHTNING_CLI_ONLY not in names:
+        del own[_LIGHTNING_CLI_ONLY]
     for key in own:
         if key == "out":
-            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, f"{above}{key}")
+            raise recipe.error("the stage's folder is set for all stages at once, by --out", name, f"{prefix}{key}")
         if key not in names:
-            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, f"{above}{key}")
-    # A stage that starts from another one takes what that one has; only what it says itself comes instead.
-    starts = starts or "start" in own
-    given = {key: value for key, value in shared.items() if key in names and not starts}
-    merged = {**given, **{key: _merged(given.get(key), value) for key, value in own.items()}}
+            raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, f"{prefix}{key}")
+    # A stage that starts from another one inherits that one's arguments: a shared trainer must not replace its trainer.
+    inherits = inherits or "start" in own
+    given = {key: value for key, value in shared.items() if key in names and not inherits}
+    merged = {**given, **{key: _merge(given.get(key), value) for key, value in own.items()}}
     return job, copy.deepcopy(merged)
 
 
-def _sweeps(job: Job) -> bool:
+def _is_sweep(job: Job) -> bool:
     return {RUN: "Runs"}.items() <= {parameter.name: parameter.annotation for parameter in job.parameters}.items()
 
 
-def _sweep(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
+def _with_runs(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
     """The stage with its runs: the one under ``run``, repeated over the grid."""
     for key in (RUN, OVER):
         if key not in stage.arguments:
@@ -187,17 +212,18 @@ def _sweep(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage:
         points = settings(stage.arguments[OVER])
     except ValueError as error:
         raise recipe.error(str(error), stage.name, OVER) from error
-    starts = any("start" in point.values for point in points)
-    job, given = _filled(recipe, stage.name, body, shared, f"{RUN}.", starts)
-    if _sweeps(job) or job.name == _LOOKS_AROUND:
-        why = "a sweep in a sweep: name all keys in one" if _sweeps(job) else "it looks at all stages: give it its own"
-        raise recipe.error(f"job '{job.name}' cannot be repeated, {why}", stage.name, f"{RUN}.job")
-    runs = tuple(_run(recipe, stage.name, job, given, point) for point in points)
+    inherits = any("start" in point.values for point in points)
+    job, given = _read_stage_body(recipe, stage.name, body, shared, f"{RUN}.", inherits)
+    if _is_sweep(job) or job.name == _READS_ALL_STAGES:
+        nested, reader = "a sweep in a sweep: name all keys in one", "it looks at all stages: give it its own"
+        reason = nested if _is_sweep(job) else reader
+        raise recipe.error(f"job '{job.name}' cannot be repeated, {reason}", stage.name, f"{RUN}.job")
+    runs = tuple(_run_at(recipe, stage.name, job, given, point) for point in points)
     return Stage(stage.name, stage.job, {**stage.arguments, RUN: {"job": job.name, **given}}, runs)
 
 
-def _run(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: Setting) -> Stage:
-    """The run of a sweep at one point of its grid."""
+def _run_at(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: Setting) -> Stage:
+    """The run of the stage ``sweep`` at one point of its grid."""
     arguments = copy.deepcopy(dict(given))
     names = [parameter.name for parameter in job.parameters]
     for key, value in point.values.items():
@@ -209,10 +235,10 @@ def _run(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: 
             hint = nearest(path[0], names)
             raise recipe.error(f"job '{job.name}' has no such argument{hint}", sweep, where)
 
-        def fault(message: str, where: str = where) -> RecipeError:
+        def error(message: str, where: str = where) -> RecipeError:
             return recipe.error(message, sweep, where)
 
-        _set(recipe, arguments, path, copy.deepcopy(_included(recipe, value, sweep, where)), fault)
+        _set_value(recipe, arguments, path, copy.deepcopy(_include(recipe, value, sweep, where)), error)
     return Stage(f"{sweep}/{point.name}", job, arguments, over=point.values)
 
 
@@ -221,7 +247,7 @@ def is_stage(value: Any) -> bool:
     return isinstance(value, Mapping) and "job" in value
 
 
-def _merged(shared: Any, own: Any) -> Any:
+def _merge(shared: Any, own: Any) -> Any:
     plain = all(isinstance(value, Mapping) and "class_path" not in value for value in (shared, own))
     return {**shared, **own} if plain else own
 
@@ -247,13 +273,13 @@ def load_mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _included(recipe: Recipe, value: Any, stage: str | None = None, key: str | None = None) -> Any:
+def _include(recipe: Recipe, value: Any, stage: str | None = None, key: str | None = None) -> Any:
     """``value``, or the contents of the file that it names."""
     if not (isinstance(value, str) and value.endswith(ENDINGS)):
         return value
     path = find_fragment(recipe.path, value)
     if path is None:
-        names = [name for candidate in _candidates(recipe.path, value) for name in _beside(candidate)]
+        names = [name for candidate in _candidates(recipe.path, value) for name in _yaml_files_beside(candidate)]
         hint = nearest(Path(value).name, dict.fromkeys(Path(name).name for name in names))
         raise recipe.error(f"no file '{value}' beside the recipe, above it or in {Path.cwd()}{hint}", stage, key)
     try:
@@ -273,7 +299,7 @@ def _candidates(recipe: Path, value: str) -> Iterator[Path]:
     return (parent / value for parent in (folder, *folder.parents[:2], Path.cwd(), *_ROOTS))
 
 
-def _beside(path: Path) -> list[str]:
+def _yaml_files_beside(path: Path) -> list[str]:
     """YAML files in the folder of ``path``."""
     folder = path.parent
     return [str(file) for file in sorted(folder.glob("*.y*ml"))] if _is_folder(folder) else []
@@ -294,7 +320,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _override(recipe: Recipe, content: dict[str, Any], key: str, text: str) -> None:
-    """Set a dotted key; inside a ``class_path`` mapping a name means one of its ``init_args``."""
+    """Set the dotted ``key``; inside a mapping with a ``class_path`` a name is that of an entry of ``init_args``."""
     *path, last = key.split(".")
     if not all([*path, last]):
         raise RecipeError(f"--{key}: write --stage.argument value")
@@ -304,28 +330,32 @@ def _override(recipe: Recipe, content: dict[str, Any], key: str, text: str) -> N
         raise RecipeError(f"--{key}: {text!r} is {error}") from error
     if path and path[0] not in content and path[0] != "trainer":
         raise recipe.error(f"--{key}: no such stage or shared argument{nearest(path[0], content)}")
-    _set(recipe, content, [*path, last], value, lambda message: recipe.error(f"--{key}: {message}"), content)
+    _set_value(recipe, content, [*path, last], value, lambda message: recipe.error(f"--{key}: {message}"), content)
 
 
-def _set(
+def _set_value(
     recipe: Recipe,
     node: Any,
     keys: Sequence[str],
     value: Any,
-    fault: Callable[[str], RecipeError],
+    error: Callable[[str], RecipeError],
     shared: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set the value at ``keys`` inside ``node``; a stage has its own copy of what it takes from the shared ones."""
+    """Set the value at ``keys`` inside ``node``. A stage first gets its own copy of the shared argument in question."""
     *path, last = keys
     for depth, part in enumerate(path):
         node = _arguments_of(node, part)
         if part not in node and shared and part in shared and is_stage(node) and not is_stage(shared[part]):
             node[part] = copy.deepcopy(shared[part])
-        node[part] = _included(recipe, node.get(part), key=".".join(keys))
+        node[part] = _include(recipe, node.get(part), key=".".join(keys))
         if node[part] is None:
             node[part] = {}
         if not isinstance(node[part], dict):
-            raise fault(f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}, which has no keys")
+            inside = ".".join([*path[depth + 1 :], last])
+            raise error(
+                f"{'.'.join(path[: depth + 1])} is {yaml_io.inline(node[part])}, which has no keys: "
+                f"give a mapping, {{{inside}: ...}}, instead"
+            )
         node = node[part]
     _arguments_of(node, last)[last] = value
 

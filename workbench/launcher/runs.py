@@ -1,4 +1,4 @@
-"""The runs of a sweep, as its job is given them."""
+"""The runs of a sweep, as the sweep job receives them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from workbench.launcher.arguments import Arguments
 @final
 @dataclass(frozen=True)
 class Runs:
-    """The stage that stands under a sweep's ``run``, once for every point of its grid, checked.
+    """The stage under a sweep's ``run``, once for each point of its grid, checked.
 
     Args:
-        plan: The runs.
+        plan: The checked arguments of each run.
         out: The folder of the recipe's run; a run of the sweep is in ``<out>/<sweep>/<run>``.
-        lineage: Of every stage above and of every run, the fingerprint and the parents.
+        lineage: Fingerprint and parents of every run and of every stage above the sweep.
     """
 
     plan: tuple[Arguments, ...]
@@ -25,7 +25,7 @@ class Runs:
     lineage: Mapping[str, tuple[str, Any]]
 
     def folder(self, run: Arguments) -> Path:
-        """Where the run is."""
+        """The run's folder."""
         return self.out / run.stage.name
 
     def finished(self, run: Arguments) -> dict[str, Any] | None:
@@ -35,4 +35,4 @@ class Runs:
 
 
 LOG = "log.txt"
-"""What a run in a process of its own says, in its folder."""
+"""The file in a run's folder with the output of the run's process."""

@@ -1,4 +1,4 @@
-"""What a run says in the terminal: the resolved recipe, and how it ended."""
+"""What a run prints: the resolved recipe, and the summary at its end."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from workbench.report.job import summary
 _WIDE = 120
 
 
-def resolved(recipe: Recipe, plan: Sequence[Arguments]) -> str:
+def format_resolved(recipe: Recipe, plan: Sequence[Arguments]) -> str:
     """The recipe as YAML with every default written out: itself a recipe, of the same stages."""
     stages = {a.stage.name: {"job": a.stage.job.name, **a.resolved()} for a in plan}
-    said = headline(recipe.path)
-    return (f"# {said}\n" if said else "") + yaml_io.dump(stages)
+    title = headline(recipe.path)
+    return (f"# {title}\n" if title else "") + yaml_io.dump(stages)
 
 
-def ending(records: Sequence[Mapping[str, Any]], out: Path) -> None:
+def print_summary(records: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Print the summary table and where the checkpoints and the page are. Silent on ranks above zero."""
     if rank() != 0:
         return
@@ -33,7 +33,7 @@ def ending(records: Sequence[Mapping[str, Any]], out: Path) -> None:
         # The run is over and its records are whole: a folder that cannot be read must not make it a failure.
         sys.stdout.write(f"no summary: {error}\n")
     else:
-        # A file or a pipe has no width to keep to.
+        # A file or a pipe has no width that lines must fit.
         Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     for record in records:
         folder = out / record["stage"]

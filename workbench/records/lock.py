@@ -1,8 +1,8 @@
-"""At most one process works in a folder.
+"""A lock on a folder: at most one process works in it.
 
-The lock is the operating system's, `flock` on ``<folder>/.lock``: it ends with the process that holds it, however that
-dies, so there is no stale lock to judge by its age. A forked child, as a loader's worker, shares its parent's lock and
-would keep it beyond the parent's death; it lets go of it as soon as it is born.
+The lock is the operating system's, `flock` on ``<folder>/.lock``. It is released when its process ends, even by
+SIGKILL, so there are no stale locks. A forked child, such as a loader's worker, shares its parent's lock and would hold
+it after the parent's death; so a child closes it right after the fork.
 """
 
 import json
@@ -27,35 +27,35 @@ _held: dict[Path, int] = {}
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process works in ``folder``, which is made if it is not there.
 
-    Inside itself, in the same process, it does nothing. Of the ranks of one training only rank zero locks.
+    Reentrant: a second lock of the same folder by the same process does nothing. Only rank zero of a training locks.
 
     Raises:
         ValueError: At once, if another process works there, with its number, host and start; or if the folder cannot
             be written to.
     """
-    place = folder.resolve()
-    if rank() != 0 or place in _held or fcntl is None:
+    resolved = folder.resolve()
+    if rank() != 0 or resolved in _held or fcntl is None:
         yield
         return
-    path = place / ".lock"
+    path = resolved / ".lock"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        handle = _taken(path, folder)
+        resolved.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, folder)
     except OSError as error:
-        why = f"{folder}: cannot be locked: {error.strerror}"
-        raise ValueError(f"{why}; make it a folder that can be written to, or choose another") from error
-    _held[place] = handle
+        problem = f"{folder}: cannot be locked: {error.strerror}"
+        raise ValueError(f"{problem}; make it a folder that can be written to, or choose another") from error
+    _held[resolved] = handle
     try:
         yield
     finally:
-        if _held.get(place) == handle:  # else this is a forked child, which holds nothing
-            del _held[place]
+        if _held.get(resolved) == handle:  # else this is a forked child, which released it
+            del _held[resolved]
             with suppress(OSError):
                 path.unlink()
             os.close(handle)
 
 
-def _taken(path: Path, folder: Path) -> int:
+def _acquire(path: Path, folder: Path) -> int:
     """The open, locked file at ``path``.
 
     Raises:
@@ -71,11 +71,11 @@ def _taken(path: Path, folder: Path) -> int:
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, json.dumps(owner).encode(), 0)
                 return handle
-            os.close(handle)  # its holder was about to remove it: there is, or will be, another
+            os.close(handle)  # the holder removed the file between open and flock: lock the new one
         except BlockingIOError:
             text = os.pread(handle, 4096, 0)
             os.close(handle)
-            raise ValueError(_said(folder, text)) from None
+            raise ValueError(_in_use(folder, text)) from None
         except OSError:
             os.close(handle)
             raise
@@ -88,8 +88,8 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _said(folder: Path, text: bytes) -> str:
-    """Who works in the folder, and what to do about it."""
+def _in_use(folder: Path, text: bytes) -> str:
+    """The message that names the process that holds the lock, and what to do."""
     try:
         owner = json.loads(text)
         pid, host, since = owner["pid"], owner["host"], owner["since"]
@@ -102,11 +102,11 @@ def _said(folder: Path, text: bytes) -> str:
     )
 
 
-def _let_go() -> None:
+def _release_in_child() -> None:
     for handle in _held.values():
         os.close(handle)
     _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release_in_child)

@@ -1,4 +1,4 @@
-"""Source: where a stage gets a network from."""
+"""The type of a job's argument that names another stage."""
 
 
 class Source(str):

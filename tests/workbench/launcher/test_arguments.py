@@ -17,7 +17,7 @@ from workbench.launcher import recipe
 from workbench.launcher.arguments import Arguments, essential, rebuild
 from workbench.launcher.recipe import Recipe
 from workbench.launcher.runner import check, run
-from workbench.launcher.terminal import resolved
+from workbench.launcher.terminal import format_resolved
 from workbench.models import MLP
 from workbench.records.source import Source
 
@@ -129,10 +129,10 @@ def test_a_lightningcli_config_pasted_under_a_name_trains(
 
 def test_what_is_printed_is_a_recipe_of_the_same_stages(tmp_path: Path) -> None:
     before = planned(tmp_path / "r.yaml", "# A headline\n" + DISTILLED)
-    text = resolved(Recipe(tmp_path / "r.yaml", ()), list(before.values()))
+    text = format_resolved(Recipe(tmp_path / "r.yaml", ()), list(before.values()))
     assert text.startswith("# A headline\n")
     after = planned(tmp_path / "printed.yaml", text)
-    assert resolved(Recipe(tmp_path / "printed.yaml", ()), list(after.values())) == text
+    assert format_resolved(Recipe(tmp_path / "printed.yaml", ()), list(after.values())) == text
     assert list(after) == list(before)
     for name, arguments in before.items():
         assert after[name].fingerprint({"p": "x"}) == arguments.fingerprint({"p": "x"}), name
@@ -324,3 +324,39 @@ bought: {{job: compare, teacher: teacher, students: [family/tiny, {source}]}}
     with pytest.raises(recipe.RecipeError) as caught:
         check(recipe.read(tmp_path / "r.yaml"))
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.usefixtures("pruning")
+@pytest.mark.parametrize(
+    ("text", "overrides", "built"),
+    [
+        ("levels: 8", [], "8, 1ep"),
+        ("levels: 8, rewind: 2ep", [("levels", "{count: 3}")], "Steps(count=3, rate=0.2, names=[], total=0), 2ep"),
+        ("rewind: {at: 2ep}", [("levels.rate", "0.3")], "Steps(count=None, rate=0.3, names=[], total=0), 2ep/all"),
+        ("levels: {count: 8}", [("levels.count", "3")], "Steps(count=3, rate=0.2, names=[], total=0), 1ep"),
+        ("levels: {count: 1}", [("rewind.at", "5it"), ("rewind.mode", "weights")], "Steps(count=1"),
+    ],
+)
+def test_a_dataclass_may_be_given_bare_or_by_field_and_is_printed_so(
+    tmp_path: Path, text: str, overrides: list[tuple[str, str]], built: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"one: {{job: prune_in_steps, {text}}}\n")
+    first = recipe.read(path, [(f"one.{key}", value) for key, value in overrides])
+    (plan,) = check(first)
+    made = plan.build(lambda source: source)
+    rewind = getattr(made["rewind"], "at", made["rewind"])
+    mode = f"/{made['rewind'].mode}" if hasattr(made["rewind"], "mode") else ""
+    assert f"{made['levels']!r}, {rewind}{mode}".startswith(built)
+    printed = format_resolved(first, [plan])
+    path.write_text(printed)
+    (again,) = check(recipe.read(path))
+    assert again.build(lambda source: source) == made, "a Rewind is not written as if it were the Duration beside it"
+    assert (again.resolved(), again.fingerprint({})) == (plan.resolved(), plan.fingerprint({}))
+
+
+@pytest.mark.usefixtures("pruning")
+def test_a_field_cannot_be_set_inside_a_bare_value(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("one: {job: prune_in_steps, levels: 8}\n")
+    with pytest.raises(recipe.RecipeError, match=r"one\.levels is 8, which has no keys: give a mapping, \{count: "):
+        recipe.read(tmp_path / "r.yaml", [("one.levels.count", "3")])

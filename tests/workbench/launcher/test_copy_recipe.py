@@ -28,13 +28,13 @@ def test_fragments_are_written_out_where_a_recipe_includes_them(tmp_path: Path) 
     (tmp_path / "data.yaml").write_text("# The data\nclass_path: a.B\ninit_args:\n  size: 1  # small\n")
     (tmp_path / "stage.yaml").write_text("job: fit\ndata: data.yaml\n")
     (tmp_path / "r.yaml").write_text(
-        "# Head\n\nteacher: stage.yaml\nother:\n    job: fit\n    data: data.yaml  # mine\n"
+        "# Head\n\nteacher: stage.yaml\nother:\n    job: fit\n\n    data: data.yaml  # mine\n"
         "    model:\n        data: data.yaml\nnot_a_stage:\n  data: data.yaml\nmissing: missing.yaml\n"
     )
     assert standalone(tmp_path / "r.yaml") == (
         "# Head\n\nteacher:  # stage.yaml\n  job: fit\n  data:  # data.yaml\n"
         "    # The data\n    class_path: a.B\n    init_args:\n      size: 1  # small\n"
-        "other:\n    job: fit\n    data:  # data.yaml\n"
+        "other:\n    job: fit\n\n    data:  # data.yaml\n"
         "      # The data\n      class_path: a.B\n      init_args:\n        size: 1  # small\n"
         "    model:\n        data: data.yaml\nnot_a_stage:\n  data: data.yaml\nmissing: missing.yaml\n"
     ), "an argument of a class and what no job takes stay text, and what is missing is said when it is run"

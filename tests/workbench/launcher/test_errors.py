@@ -342,3 +342,32 @@ def test_a_fault_in_a_fit_is_named_where_it_is(wrong: dict[str, Any], key: str, 
 def test_a_fault_in_another_job(job: str, wrong: dict[str, Any], key: str, said: str) -> None:
     given = {"model": net(), "teacher": "x", "data": DATA, "trainer": {"max_steps": 1}} if job == "distill" else {}
     assert message(job, {**given, **wrong}) == f"r.yaml, stage 's', key '{key}': {said}"
+
+
+FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"levels": {"coutn": 8}}, "levels.coutn", "Steps has no such argument; did you mean 'count'?"),
+    ({"levels": {"count": "many"}}, "levels.count", "is 'many': expected int or null"),
+    ({"levels": {"total": 1}}, "levels.total", "Steps has no such argument"),
+    ({"levels": "many"}, "levels", "is 'many': expected int or Steps {count, rate, names} or null"),
+    ({"levels": {"rate": 2}}, "levels", "rate is 2.0: give a share in (0, 1)"),
+    ({"levels": {"rate": None}}, "levels.rate", "is null: expected float"),
+    ({"rewind": {"mode": "all"}}, "rewind.at", "is required by Rewind and not given"),
+    ({"rewind": {"at": "2ep", "mode": "al"}}, "rewind.mode", "is 'al': expected 'all' or 'weights'; did you"),
+    ({"rewind": {"at": "2xp"}}, "rewind.at", "duration '2xp': write epochs as '3ep' or optimizer steps as '500it'"),
+    ({"rewind": {"at": "2ep", "inner": {"rat": 1}}}, "rewind.inner.rat", "Steps has no such argument; did you mean"),
+    ({"exact": {"rat": 1}}, "exact.rat", "Steps has no such argument; did you mean 'rate'?"),
+    ({"exact": {"rate": 3}}, "exact", "rate is 3.0: give a share in (0, 1)"),
+    ({"exact": 3}, "exact", "is 3: expected Steps {count, rate, names}"),
+    ({"terms": {"a": {"rate": "x"}}}, "terms.a.rate", "is 'x': expected float"),
+    ({"modes": ["al"]}, "modes", "list['all' or 'weights'] or Rewind {at, mode, inner} or null; did you mean 'all'"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("pruning")
+@pytest.mark.parametrize(("given", "key", "message"), FIELDS)
+def test_a_wrong_field_is_named_by_its_dotted_key(given: dict[str, Any], key: str, message: str) -> None:
+    job = find_jobs()["prune_in_steps"]
+    with pytest.raises(RecipeError) as caught:
+        Arguments(Recipe(Path("r.yaml"), ()), Stage("one", job, given))
+    assert str(caught.value).startswith(f"r.yaml, stage 'one', key '{key}': ")
+    assert message in str(caught.value)

@@ -43,7 +43,7 @@ def test_the_recipes_values_beat_the_defaults(tmp_path: Path) -> None:
         "one: {job: fit, model: {class_path: a.B}}\n"
         "two: {job: distill, teacher: one, temperature: 2, trainer: {accelerator: cpu}}\n"
     )
-    text = help.explained(recipe.read(path))
+    text = help.describe(recipe.read(path))
     lines = text.splitlines()
     assert lines[:2] == [str(path), "What it is for"]
     assert "  --one.model MODULE  (a.B)" in lines
@@ -61,7 +61,7 @@ def test_the_recipes_values_beat_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("narrow")
 def test_eighty_columns_are_enough() -> None:
     for name, path in recipe.recipes().items():
-        text = help.explained(recipe.read(path)).partition("\n")[2]
+        text = help.describe(recipe.read(path)).partition("\n")[2]
         assert max(map(len, (text + "\n" + help.listing("lightning")).splitlines())) <= 80, name
 
 
@@ -69,3 +69,23 @@ def test_the_listing_has_every_recipe_with_its_headline() -> None:
     text = " ".join(help.listing("lightning").split())
     for name, path in recipe.recipes().items():
         assert f"{name} {recipe.headline(path)}" in text
+
+
+@pytest.mark.usefixtures("narrow", "pruning")
+def test_the_fields_of_a_dataclass_stand_below_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("one: {job: prune_in_steps, levels: {count: 3}, rewind: 2ep}\n")
+    lines = help.describe(recipe.read(path)).splitlines()
+    start = lines.index("  --one.levels INT|STEPS  ({count: 3})")
+    assert lines[start + 1 : start + 6] == [
+        "      How far.",
+        "    --one.levels.count INT  (3)",
+        "        How many, see a.b and `c`.",
+        "    --one.levels.rate FLOAT  (0.2)",
+        "        Share of each.",
+    ]
+    assert "  --one.rewind DURATION|REWIND  (2ep)" in lines
+    assert "    --one.rewind.at DURATION  (required)" in lines
+    assert "    --one.rewind.mode {all,weights}  (all)" in lines
+    assert "      --one.rewind.inner.rate FLOAT  (0.2)" in lines
+    assert "    --one.terms.NAME.count INT" in lines

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from workbench.launcher.jobs import REQUIRED, Job, find_jobs
+from workbench.launcher.jobs import Job, find_jobs
+from workbench.launcher.signatures import REQUIRED
 
 SOURCE = '''
 raise ImportError("reading a job must not import it")

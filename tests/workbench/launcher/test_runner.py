@@ -350,10 +350,10 @@ def test_a_failure_is_passed_on_unless_it_is_from_an_earlier_run(out: Path, monk
     monkeypatch.setattr(running, "_POLL", 0.001)
     records.write(out, {"status": "failed", "ended": records.now(), "fingerprint": "f"})
     with pytest.raises(StageError, match="rank 0 failed in"):
-        running._awaited(out, "f")
+        running._wait_for_rank_zero(out, "f")
     records.write(out, {"status": "failed", "ended": "2001-01-01T00:00:00+00:00", "fingerprint": "f"})
     threading.Timer(0.05, lambda: records.write(out, {"status": "finished", "fingerprint": "f"})).start()
-    assert running._awaited(out, "f")["status"] == "finished"
+    assert running._wait_for_rank_zero(out, "f")["status"] == "finished"
 
 
 def test_an_orphan_does_not_wait_for_ever(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_an_orphan_does_not_wait_for_ever(out: Path, monkeypatch: pytest.MonkeyP
     parents = iter([1, 1, 2])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     with pytest.raises(StageError, match="rank 0 is gone before"):
-        running._awaited(out, "f")
+        running._wait_for_rank_zero(out, "f")
 
 
 FIT = """

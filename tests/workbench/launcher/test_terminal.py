@@ -37,7 +37,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pipe_gets_whole_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.ending([written(tmp_path)], tmp_path)
+    terminal.print_summary([written(tmp_path)], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert any(LONG in line and "90.0" in line for line in lines)
     assert max(map(len, lines)) <= 120
@@ -45,7 +45,7 @@ def test_a_pipe_gets_whole_words(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_checkpoints_and_the_page_are_named_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = written(tmp_path, exports=[{"format": "compact", "path": "compact"}], page="index.html")
-    terminal.ending([record], tmp_path)
+    terminal.print_summary([record], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert f"checkpoint  {tmp_path / LONG / 'compact'}" in lines
     assert f"page        {tmp_path / LONG / 'index.html'}" in lines
@@ -53,7 +53,7 @@ def test_checkpoints_and_the_page_are_named_in_full(tmp_path: Path, capsys: pyte
 
 def test_names_are_not_taken_for_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = written(tmp_path, page="[red]:smile:.html")
-    terminal.ending([record], tmp_path)
+    terminal.print_summary([record], tmp_path)
     assert "[red]:smile:.html" in capsys.readouterr().out
 
 
@@ -61,7 +61,7 @@ def test_names_are_not_taken_for_markup(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_run_without_numbers_does_not_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], record: dict[str, Any]
 ) -> None:
-    terminal.ending([written(tmp_path, **record)], tmp_path)
+    terminal.print_summary([written(tmp_path, **record)], tmp_path)
     assert capsys.readouterr().out
 
 
@@ -71,7 +71,7 @@ def test_a_foreign_folder_among_the_stages_does_not_fail_the_run(
     record = written(tmp_path, page="index.html")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "record.json").write_text("not JSON")
-    terminal.ending([record], tmp_path)
+    terminal.print_summary([record], tmp_path)
     out = capsys.readouterr().out
     assert out.startswith("no summary: ")
     assert "index.html" in out
@@ -81,7 +81,7 @@ def test_other_ranks_say_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    terminal.ending([written(tmp_path)], tmp_path)
+    terminal.print_summary([written(tmp_path)], tmp_path)
     assert capsys.readouterr().out == ""
 
 
@@ -93,5 +93,5 @@ def test_a_terminal_keeps_its_width(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")
-    terminal.ending([written(tmp_path)], tmp_path)
+    terminal.print_summary([written(tmp_path)], tmp_path)
     assert max(map(len, screen.getvalue().splitlines())) <= 100

@@ -133,12 +133,12 @@ def test_a_lock_removed_by_its_holder_at_the_last_moment_is_taken_anew(
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"pid": 1}'])
 def test_an_owner_that_has_not_signed_is_just_another_process(text: bytes) -> None:
-    assert "run is in use by another process" in lock._said(Path("run"), text)
+    assert "run is in use by another process" in lock._in_use(Path("run"), text)
 
 
 def test_an_owner_elsewhere_is_named_with_its_host() -> None:
     text = json.dumps({"pid": 7, "host": "far", "since": "2026-01-01"}).encode()
-    assert "stop it there (kill 7 on far)" in lock._said(Path("run"), text)
+    assert "stop it there (kill 7 on far)" in lock._in_use(Path("run"), text)
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])

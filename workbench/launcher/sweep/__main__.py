@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def main(task: Path) -> None:
-    """Perform the task. Exits with 3 if it fails, as its record says, with 2 if it cannot be begun."""
+    """Execute the task file. Exits with 3 if the run failed and its record has the error, with 2 if it cannot start."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from workbench.launcher.runner import StageError
     from workbench.launcher.sweep.process import FAILED
-    from workbench.launcher.sweep.task import perform_task
+    from workbench.launcher.sweep.task import execute_task
 
     try:
-        perform_task(task)
+        execute_task(task)
     except StageError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(FAILED)
@@ -25,10 +25,10 @@ def main(task: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until the process that holds the other end of standard input is gone, then end all that this one started."""
+    """Wait until the driver, which holds the other end of standard input, is gone; then kill this whole session."""
     while os.read(0, 1):
         pass
-    if os.getpgrp() == os.getsid(0):  # a session that was begun for this task
+    if os.getpgrp() == os.getsid(0):  # else somebody started this by hand, and the session is his terminal
         os.killpg(0, signal.SIGKILL)
 
 

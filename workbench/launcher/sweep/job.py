@@ -14,9 +14,9 @@ from workbench.launcher.runs import Runs
 from workbench.launcher.sweep.in_place import in_place
 from workbench.launcher.sweep.on_ray import Ray, on_ray
 from workbench.launcher.sweep.pool import in_processes
-from workbench.launcher.sweep.progress import Watch
+from workbench.launcher.sweep.progress import ProgressDisplay
 from workbench.launcher.sweep.summary import over_seeds, row
-from workbench.launcher.sweep.task import Done, launched
+from workbench.launcher.sweep.task import RunResult, is_distributed
 
 
 def _check(workers: int, ray: object, retries: int) -> None:
@@ -55,20 +55,20 @@ def sweep(
 
     Raises:
         StageError: If runs failed, when all others are finished; which and why. The same command tries those again.
-        ValueError: If workers or retries are out of range, or Ray is not there.
+        ValueError: If workers or retries are out of range, or Ray is not installed or cannot be reached.
     """
     _check(workers, ray, retries)
-    before = {each.stage.name: run.finished(each) for each in run.plan}
-    todo = [each for each in run.plan if before[each.stage.name] is None]
-    watch = Watch(run, todo)
+    todo = [each for each in run.plan if run.finished(each) is None]
+    display = ProgressDisplay(run, todo)
     attempts: dict[str, int] = {}
     failures: dict[str, str] = {}
-    with closing(_performed(run, todo, workers, ray, retries, watch)) as ended:
-        for done in ended:
-            name = done.run.stage.name
-            attempts[name] = watch.ended(done)
-            if done.failure is not None:
-                failures[name] = done.failure
+    # Closing the generator also when this loop is interrupted stops the processes that it started.
+    with closing(_execute(run, todo, workers, ray, retries, display)) as results:
+        for result in results:
+            name = result.run.stage.name
+            attempts[name] = display.run_ended(result)
+            if result.failure is not None:
+                failures[name] = result.failure
     rows = [
         row(
             name.rpartition("/")[2],
@@ -81,33 +81,38 @@ def sweep(
         for each in run.plan
         for name in [each.stage.name]
     ]
-    found = {"runs": rows, "summary": over_seeds(rows)}
+    record = {"runs": rows, "summary": over_seeds(rows)}
     if failures:
-        told = [f"  {name}: {failure}" for name, failure in failures.items()]
-        raise StageError("\n".join([f"{len(failures)} of {len(rows)} runs failed, the others are kept", *told]), found)
-    return found
+        head = f"{len(failures)} of {len(rows)} runs failed, the others are kept"
+        lines = [f"  {name}: {failure}" for name, failure in failures.items()]
+        raise StageError("\n".join([head, *lines]), record)
+    return record
 
 
-def _performed(
-    runs: Runs, todo: Sequence[Arguments], workers: int, ray: Ray | None, retries: int, watch: Watch
-) -> Generator[Done]:
-    """The runs as they end, wherever they are performed."""
+def _execute(
+    runs: Runs, todo: Sequence[Arguments], workers: int, ray: Ray | None, retries: int, display: ProgressDisplay
+) -> Generator[RunResult]:
+    """Run the sweep where its arguments say; yields each run's result as it ends."""
     if ray is not None:
-        yield from on_ray(runs, todo, ray, retries, watch)
-    elif workers > 1 or launched() or any(_of_several_devices(runs, each) for each in todo):
-        yield from in_processes(runs, todo, workers, retries, watch)
+        yield from on_ray(runs, todo, ray, retries, display)
+    elif workers > 1 or is_distributed() or any(_uses_several_devices(runs, each) for each in todo):
+        yield from in_processes(runs, todo, workers, retries, display)
     else:
-        yield from in_place(runs, todo, retries, watch)
+        yield from in_place(runs, todo, retries, display)
 
 
-def _of_several_devices(runs: Runs, run: Arguments) -> bool:
-    """Whether Lightning may start the run's command again for its other devices: that has to be the run's own."""
+def _uses_several_devices(runs: Runs, run: Arguments) -> bool:
+    """Whether a run trains on several devices.
+
+    Lightning then starts this process's command again for each other device. Only a run in a process of its own has a
+    command that starts the run and not the whole recipe.
+    """
     if not run.trains:
         return False
     trainer: dict[str, Any] = {}
-    for _, source in run.sources():  # a run that starts from a stage has what it is not given from there
-        above = records.read(runs.out / source) or {}
-        trainer |= (above.get("arguments") or {}).get("trainer") or {}
+    for _, source in run.sources():  # a run that starts from a stage inherits its trainer
+        parent = records.read(runs.out / source) or {}
+        trainer |= (parent.get("arguments") or {}).get("trainer") or {}
     trainer |= {name: value for name, value in run.resolved()["trainer"].items() if value is not None}
     if (trainer.get("num_nodes") or 1) > 1:
         return True

@@ -1,4 +1,8 @@
-"""Runs on Ray, which places them, tries them again and knows the machines."""
+"""Runs on Ray, which places them on its machines and retries them.
+
+A Ray task is only a supervisor: it starts the run's process (`process.run_process`) and waits for it, so that a run is
+the same process on Ray and off it.
+"""
 
 import logging
 import os
@@ -12,9 +16,9 @@ from typing import Any, final
 
 from workbench.launcher.arguments import Arguments
 from workbench.launcher.runs import Runs
-from workbench.launcher.sweep.process import attempt, interruptible
-from workbench.launcher.sweep.progress import Watch
-from workbench.launcher.sweep.task import Done, write_task
+from workbench.launcher.sweep.process import run_process, sigterm_as_interrupt
+from workbench.launcher.sweep.progress import ProgressDisplay
+from workbench.launcher.sweep.task import RunResult, write_task
 from workbench.messages import printable
 
 _POLL = 0.5
@@ -23,7 +27,7 @@ _POLL = 0.5
 @final
 @dataclass(frozen=True)
 class Ray:
-    """Where Ray is and what it sets aside for each run.
+    """Where Ray is and what it reserves for each run.
 
     Args:
         address: A cluster's, whose machines see the run's folder; one is started on this machine if not given.
@@ -43,10 +47,12 @@ class Ray:
             raise ValueError("ray is not installed: pip install 'distill-prune[ray]', or give workers")
 
 
-def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch: Watch) -> Iterator[Done]:
-    """Perform the runs on Ray, each until it is finished or has failed or lost its worker ``1 + retries`` times.
+def on_ray(
+    runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, display: ProgressDisplay
+) -> Iterator[RunResult]:
+    """Run ``todo`` on Ray, each until it is finished or has failed or lost its worker ``1 + retries`` times.
 
-    A run that is tried again goes on from what it left in its folder, on whichever machine.
+    A retried run resumes from what it left in its folder, on any machine.
 
     Raises:
         ValueError: If Ray cannot be reached or started, or this machine has less than one run needs.
@@ -54,31 +60,31 @@ def on_ray(runs: Runs, todo: Sequence[Arguments], ray: Ray, retries: int, watch:
     import ray as core  # pyright: ignore[reportMissingImports] - an extra
     from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
-    with _running(ray), interruptible():  # in this order: Ray has a handler of its own
+    with _connected(ray), sigterm_as_interrupt():  # in this order: Ray installs a handler for SIGTERM when it starts
         resources: dict[str, Any] = {"num_cpus": ray.cpus, "num_gpus": ray.gpus}
-        remote = core.remote(attempt).options(max_retries=retries, retry_exceptions=True, **resources)
+        remote = core.remote(run_process).options(max_retries=retries, retry_exceptions=True, **resources)
         share = max(1, min(int(ray.cpus), int(os.environ.get("OMP_NUM_THREADS") or ray.cpus)))
         waiting = {remote.remote(str(write_task(runs, run)), share, str(Path.cwd())): run for run in todo}
         try:
             while waiting:
                 ready, _ = core.wait(list(waiting), timeout=_POLL)
-                watch.look()
+                display.refresh()
                 for reference in ready:
                     run = waiting.pop(reference)
                     try:
                         core.get(reference)
                     except RayError as error:
-                        yield Done(run, _said(error))
+                        yield RunResult(run, _error_message(error))
                     else:
-                        yield Done(run)
+                        yield RunResult(run)
         finally:
             for reference in waiting:
                 core.cancel(reference, force=True)
 
 
 @contextmanager
-def _running(ray: Ray) -> Iterator[None]:
-    """Inside, this process is connected to Ray: to the cluster asked for, to one it is connected to, or to its own."""
+def _connected(ray: Ray) -> Iterator[None]:
+    """Inside, this process is connected to Ray: as before, else to ``ray.address``, else to one on this machine."""
     import ray as core  # pyright: ignore[reportMissingImports] - an extra
 
     if core.is_initialized():
@@ -92,20 +98,20 @@ def _running(ray: Ray) -> Iterator[None]:
         quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "runtime_env": environment}
     try:
         core.init(address=ray.address or "local", **quiet)
-    except Exception as error:  # whatever a cluster that is not there makes it raise
+    except Exception as error:  # a cluster that cannot be reached makes it raise many types
         where = f"at {ray.address}" if ray.address else "on this machine"
         raise ValueError(f"there is no Ray {where}: {type(error).__name__}: {printable(str(error))}") from error
     try:
-        have = core.cluster_resources()
+        resources = core.cluster_resources()
         for name, wanted in (("CPU", ray.cpus), ("GPU", ray.gpus)):
-            if ray.address is None and wanted > have.get(name, 0):
-                raise ValueError(f"each run wants {wanted:g} {name}, this machine has {have.get(name, 0):g}")
+            if ray.address is None and wanted > resources.get(name, 0):
+                raise ValueError(f"each run wants {wanted:g} {name}, this machine has {resources.get(name, 0):g}")
         yield
     finally:
         core.shutdown()
 
 
-def _said(error: Any) -> str:
-    """What a failed task of Ray says, without Ray's own account of it."""
+def _error_message(error: Any) -> str:
+    """The message of the exception that failed a Ray task, without Ray's traceback around it."""
     cause = getattr(error, "cause", None)
     return str(cause) if cause is not None else f"{type(error).__name__}: {printable(str(error).partition('.')[0])}"

@@ -1,4 +1,4 @@
-"""How far a sweep and its runs are: a line for each that is over, a bar for each at work, read from what they tell."""
+"""The progress of a sweep: a line for each run that has ended, a bar for each that is running."""
 
 from collections.abc import Sequence
 from typing import final
@@ -7,15 +7,16 @@ from workbench import progress
 from workbench.launcher.arguments import Arguments
 from workbench.launcher.runner import score
 from workbench.launcher.runs import Runs
-from workbench.launcher.sweep.task import PROGRESS, Done, tidy
+from workbench.launcher.sweep.task import PROGRESS, RunResult, remove_temporary_files
+from workbench.messages import elapsed
 
 
 @final
-class Watch:
-    """Draws into the bars that are open when it is made.
+class ProgressDisplay:
+    """Draws the runs of a sweep from their progress files, into the bars that are open when it is made.
 
     Args:
-        runs: Of the sweep.
+        runs: The sweep's runs.
         todo: Those that are not finished yet.
     """
 
@@ -27,32 +28,33 @@ class Watch:
         self._failed = 0
         self._width = max(len(run.stage.name) for run in runs.plan)
         for path in self._open.values():
-            tidy(path.parent)
-        self.look()
+            remove_temporary_files(path.parent)
+        self.refresh()
 
-    def look(self) -> None:
-        """Draw what the runs have told by now."""
+    def refresh(self) -> None:
+        """Read the progress files and draw them."""
         if self._bars is None:
             return
-        told = {name: told for name, path in self._open.items() if (told := progress.read_progress(path)) is not None}
-        counts = {"running": len(told), "failed": self._failed}
+        files = {name: progress.read_progress(path) for name, path in self._open.items()}
+        running = {name: run for name, run in files.items() if run is not None}
+        counts = {"running": len(running), "failed": self._failed}
         message = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         self._bars.update(self._total - len(self._open) - self._failed, self._total, message)
-        self._bars.show_runs(told)
+        self._bars.show_runs(running)
 
-    def ended(self, done: Done) -> int:
-        """Say how the run ended; the number of attempts that it took."""
-        name = done.run.stage.name
+    def run_ended(self, result: RunResult) -> int:
+        """Print the line of a run that has ended; returns the number of attempts that it took."""
+        name = result.run.stage.name
         path = self._open.pop(name)
         attempts = progress.count_attempts(path)
-        tidy(path.parent)
-        self._failed += done.failure is not None
+        remove_temporary_files(path.parent)
+        self._failed += result.failure is not None
         if self._bars is not None:
             tried = f"after {attempts} attempts" if attempts > 1 else ""
-            record = self._runs.finished(done.run) or {}
-            seconds = progress.elapsed(record["seconds"]) if "seconds" in record else ""
-            failure = (done.failure or "").partition("\n")[0]
-            said = ("failed", tried, failure) if done.failure else (seconds, score(record), tried)
-            self._bars.line(name.ljust(self._width), *said)
-        self.look()
+            record = self._runs.finished(result.run) or {}
+            seconds = elapsed(record["seconds"]) if "seconds" in record else ""
+            failure = (result.failure or "").partition("\n")[0]
+            words = ("failed", tried, failure) if result.failure else (seconds, score(record), tried)
+            self._bars.line(name.ljust(self._width), *words)
+        self.refresh()
         return attempts

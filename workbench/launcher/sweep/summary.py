@@ -1,4 +1,4 @@
-"""What the runs of a sweep come to: a row for each run, and means over its seeds."""
+"""The record of a sweep: a row for each run, and means with intervals over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,24 @@ def row(
     attempts: int,
     failure: str | None,
 ) -> dict[str, Any]:
-    """One run, for the sweep's record; everything else is in the run's own, in its folder.
+    """One run in the sweep's record; the rest is in the run's own record, in its folder.
 
     Args:
-        name: Of the run, which is its folder's.
-        over: The values that make it this run, by key.
-        fingerprint: Of the run.
-        record: The run's, if it is finished.
-        attempts: That it took this time; none if it was finished before.
+        name: The run's name and folder.
+        over: Its point of the grid: values by dotted key.
+        fingerprint: The run's fingerprint.
+        record: The run's record if it is finished.
+        attempts: How many attempts this sweep made; 0 if the run was finished before.
         failure: Why it is not finished.
     """
-    told = {key: record[key] for key in ("seconds", "metrics", "monitor") if key in record} if record else {}
+    results = {key: record[key] for key in ("seconds", "metrics", "monitor") if key in record} if record else {}
     status = {"status": "finished"} if record else {"status": "failed", "error": failure}
-    found = {"name": name, "folder": name, "over": dict(over), "fingerprint": fingerprint, "attempts": attempts}
-    return {**found, **status, **told}
+    identity = {"name": name, "folder": name, "over": dict(over), "fingerprint": fingerprint, "attempts": attempts}
+    return {**identity, **status, **results}
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every setting but the seed, what its runs' metrics are on average, and the t interval of that.
+    """Mean and t interval of each metric over the finished runs that differ in nothing but the seed.
 
     A metric that a run lacks, or that is not finite in one, has no mean. Without a seed in the grid there is no row.
     """
@@ -45,21 +45,21 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(setting) == len(each["over"]):
             return []
         if each["status"] == "finished":
-            found = next((group for known, group in groups if known == setting), None)
-            if found is None:
+            group = next((group for other, group in groups if other == setting), None)
+            if group is None:
                 groups.append((setting, [each]))
             else:
-                found.append(each)
+                group.append(each)
     return [{"over": setting, "n": len(group), "metrics": _means(group)} for setting, group in groups]
 
 
 def _means(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     metrics = [each.get("metrics") or {} for each in group]
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for name in metrics[0]:
         values = [each.get(name) for each in metrics]
         numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) == len(values):
-            told = asdict(statistics.mean(numbers))
-            found[name] = {key: told[key] for key in ("mean", "deviation", "interval")}
-    return found
+            mean = asdict(statistics.mean(numbers))
+            means[name] = {key: mean[key] for key in ("mean", "deviation", "interval")}
+    return means

@@ -1,4 +1,8 @@
-"""One run of a sweep, wherever it is performed: in this process, in one of its own, on another machine."""
+"""One run of a sweep: in this process (`execute`), or described by a task file that another process executes.
+
+The task file, ``<out>/<sweep>/<run>/.task.json``, holds the run's stage, job, arguments and lineage, and the folder of
+the recipe's run. It exists only while the run is in progress, as does the progress file beside it.
+"""
 
 import json
 import os
@@ -23,65 +27,63 @@ _TASK = ".task.json"
 
 @final
 @dataclass(frozen=True)
-class Done:
-    """A run is over: it is finished, or every attempt at it failed.
+class RunResult:
+    """How a run ended.
 
     Args:
-        run: Which.
-        failure: Why it is not finished.
+        run: The run.
+        failure: Why the last attempt failed; None if the run is finished.
     """
 
     run: Arguments
     failure: str | None = None
 
 
-def perform(
-    run: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]], look: Callable[[], None] = lambda: None
+def execute(
+    run: Arguments, out: Path, lineage: Mapping[str, tuple[str, Any]], on_update: Callable[[], None] = lambda: None
 ) -> None:
-    """Run it here and now; nobody else does at the same time.
+    """Run it in this process, under the lock of its folder.
 
     Args:
         run: The run's arguments.
         out: The folder of the recipe's run.
-        lineage: Of the run and the stages above it, fingerprint and parents.
-        look: Called now and then.
+        lineage: Fingerprint and parents of the run and of the stages above it.
+        on_update: Called when progress is written, at most every half second.
 
     Raises:
         StageError: If it fails.
         ValueError: If another process works on it.
     """
     folder = out / run.stage.name
-    with locked(folder), progress.progress_file(folder / PROGRESS, look):
+    with locked(folder), progress.progress_file(folder / PROGRESS, on_update):
         run_stage(run, out, lineage)
 
 
 def write_task(runs: Runs, run: Arguments) -> Path:
-    """Write what a process of its own needs to know of the run into its folder; the file."""
+    """Write the run's task file into its folder; returns the file."""
     path = runs.folder(run).resolve() / _TASK
     stage = run.stage
-    known = {name: entry for name, entry in runs.lineage.items() if name == stage.name or name not in _names(runs)}
-    task = {"stage": stage.name, "job": stage.job.name, "arguments": stage.arguments, "lineage": known}
+    # Without the other runs, which it cannot name: in a large grid they would be most of the file.
+    others = {other.stage.name for other in runs.plan} - {stage.name}
+    lineage = {name: entry for name, entry in runs.lineage.items() if name not in others}
+    task = {"stage": stage.name, "job": stage.job.name, "arguments": stage.arguments, "lineage": lineage}
     write_json(path, {**task, "out": str(runs.out.resolve())})
     return path
 
 
-def perform_task(path: Path) -> None:
-    """Perform what :func:`write_task` wrote."""
+def execute_task(path: Path) -> None:
+    """Run what the task file ``path`` describes."""
     task = json.loads(path.read_text(encoding="utf-8"))
     stage = Stage(task["stage"], find_jobs()[task["job"]], task["arguments"])
-    perform(Arguments(Recipe(path, ()), stage), Path(task["out"]), task["lineage"])
+    execute(Arguments(Recipe(path, ()), stage), Path(task["out"]), task["lineage"])
 
 
-def tidy(folder: Path) -> None:
-    """Remove what was only there while the run in ``folder`` was performed."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the task file and the progress file of the run in ``folder``."""
     for name in (PROGRESS, _TASK):
         (folder / name).unlink(missing_ok=True)
 
 
-def launched() -> bool:
-    """Whether this process is one of several that a launcher started for one training, or has a process group."""
+def is_distributed() -> bool:
+    """Whether this process is a rank of a distributed training, such as one that torchrun started."""
     return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
-
-
-def _names(runs: Runs) -> set[str]:
-    return {run.stage.name for run in runs.plan}

@@ -16,7 +16,7 @@ from workbench.launcher.recipe import RecipeError
 from workbench.launcher.runner import StageError, check, run
 from workbench.launcher.runs import Runs
 from workbench.launcher.sweep import job
-from workbench.launcher.terminal import resolved
+from workbench.launcher.terminal import format_resolved
 from workbench.records.lock import locked
 
 GRID = "grid: {job: sweep, run: {job: make}, over: {size: [1, 2], seed: [0, 1]}}\n"
@@ -295,7 +295,7 @@ def test_keys_reach_into_classes_and_leave_what_is_shared_alone(plugin: Any) -> 
 
 def test_the_printed_recipe_is_the_same_recipe(plugin: Any) -> None:
     plan = check(read(FIT + "picked: {job: export, of: grid/activation-relu_seed-3}\n"))
-    text = resolved(read(FIT), plan)
+    text = format_resolved(read(FIT), plan)
     assert "activation: [relu, gelu]" in " ".join(text.split()).replace("- relu - gelu", "[relu, gelu]")
     again = check(read(text))
     assert {n: p for n, (p, _) in lineage_of(again).items()} == {n: p for n, (p, _) in lineage_of(plan).items()}
@@ -368,7 +368,7 @@ def test_a_run_over_several_devices_has_a_process_of_its_own(
     text = FIT.replace("accelerator: cpu, ", "").replace("job: fit", f"job: fit, trainer: {trainer}")
     plan = check(read(text))
     runs = Runs(plan[0].runs, Path("out"), lineage_of(plan))
-    assert job._of_several_devices(runs, runs.plan[0]) is several
+    assert job._uses_several_devices(runs, runs.plan[0]) is several
 
 
 def test_devices_are_inherited_too(plugin: Any) -> None:
@@ -379,4 +379,4 @@ def test_devices_are_inherited_too(plugin: Any) -> None:
         plan = check(read(f"teacher: {{job: fit, model: {MODEL}, {data}, {trainer}}}\n{grid}"))
         records.write(Path("out/teacher"), {"status": "finished", "arguments": plan[0].resolved()})
         runs = Runs(plan[1].runs, Path("out"), lineage_of(plan))
-        assert job._of_several_devices(runs, runs.plan[0]) is (devices == 2)
+        assert job._uses_several_devices(runs, runs.plan[0]) is (devices == 2)

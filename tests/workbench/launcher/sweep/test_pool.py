@@ -19,7 +19,7 @@ from workbench.checkpoints import compact
 from workbench.launcher import recipe
 from workbench.launcher.runner import StageError, run
 from workbench.launcher.sweep import process
-from workbench.launcher.sweep.progress import Watch
+from workbench.launcher.sweep.progress import ProgressDisplay
 
 LIGHT = """
 import json, os, signal, sys, threading, time
@@ -197,14 +197,14 @@ def test_the_runs_at_work_are_shown(light: None, monkeypatch: pytest.MonkeyPatch
                 shown.append((*self.said, dict(runs)))
 
     monkeypatch.setattr(progress, "Bars", Bars)
-    look = Watch.look
+    refresh = ProgressDisplay.refresh
 
-    def killing(self: Watch) -> None:
-        look(self)
+    def killing(self: ProgressDisplay) -> None:
+        refresh(self)
         if shown and len(pids("mood-waits")) == 1 and not gone(pids("mood-waits")[0]):
             os.kill(pids("mood-waits")[0], signal.SIGKILL)
 
-    monkeypatch.setattr(Watch, "look", killing)
+    monkeypatch.setattr(ProgressDisplay, "refresh", killing)
     execute("{mood: [fine, waits]}", "workers: 2, retries: 1")
     waiting = next(entry for entry in shown if "grid/mood-waits" in entry[3])
     assert waiting[1] == 2
