@@ -500,7 +500,7 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path, 
         ({"source": [nn.ReLU(), nn.ReLU()], "weights": [1.0, math.nan]}, "finite numbers"),
         ({"source": print, "precision": "bf16"}, "precision 'bf16' is asked of a function"),
         ({"source": print, "compile": True}, "compile is asked of a function"),
-        ({"precision": "int8"}, "ReLU has no nn.Linear to make one of: give 'bf16' or None"),
+        ({"precision": "int8"}, "ReLU has no nn.Linear to quantise: give 'bf16' or None"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -1,12 +1,29 @@
-"""The compact checkpoint: a folder of one JSON file and one safetensors file.
+"""The compact checkpoint: bit-packed masks and the values that were kept, in a folder of two files.
 
-Masked weights are stored as one bit per weight plus the kept values in index order; everything else is dense. So
-a float32 layer at density d takes (d + 1/32) of its dense bytes. Pruned weights come back as exactly +0.0 and all
-else bit for bit. ``checkpoint.json`` names the weights file by its content, so replacing a checkpoint is one atomic
-rename. Neither file has a name that transformers would mistake for a model of its own.
+``checkpoint.json``, the index, one JSON object:
 
-Reading needs torch and safetensors only and runs no code from the folder, but the constructor of the module class
-that the folder names is called. Both files carry checksums, and every size is checked before it is allocated.
+- ``format``: ``"compact-checkpoint"``; ``version``: 1.
+- ``architecture``: how to build the module (:mod:`workbench.models.architecture`), or null.
+- ``weights``: ``file``, the name of the weights file beside it, ``bytes`` and ``sha256``.
+- ``tensors``: state dict name -> ``{"dtype", "shape"}``; ``"kept"``, the number of kept weights, if it is masked;
+  ``"stored"``, a narrower type in which its values are stored; or only ``{"alias": name}`` of a tied weight.
+- ``provenance``: JSON for people.
+- ``sha256``: of all other fields, as JSON with sorted keys and without spaces.
+
+``weights-HASH.safetensors``, HASH being the first 16 hexadecimal digits of its SHA-256. Of a tensor NAME:
+
+- masked: ``mask/NAME``, uint8, one bit per weight (:mod:`workbench.checkpoints.bits`), and ``values/NAME``, the kept
+  values in row-major order;
+- not masked: ``dense/NAME``.
+
+So a float32 layer at density d takes (d + 1/32) of its dense bytes. Pruned weights are read as exactly +0.0 and all
+others bit for bit, unless ``stored`` is narrower.
+
+Writing: the weights file is written under a temporary name, read back, compared and renamed; then the index is replaced
+by one rename. A crash leaves the old checkpoint or the new one. Neither file has a name that transformers would open.
+
+Reading needs torch and safetensors only. It runs no code from the folder, but calls the constructor of the class that
+``architecture`` names. Both checksums, and every size, are checked before memory is allocated.
 """
 
 import hashlib
@@ -31,7 +48,8 @@ from workbench.models.resize import ResizeError
 
 FORMAT = "compact-checkpoint"
 VERSION = 1
-_INDEX = "checkpoint.json"
+FOLDER = "compact"
+INDEX = "checkpoint.json"
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _INTEGERS = {
@@ -49,19 +67,19 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``model`` as a compact checkpoint into the folder ``path``, read back and proved equal before it counts.
+    """Write ``model`` as a compact checkpoint into the folder ``path``; it is read back and compared bit for bit.
 
     Args:
         model: The trained network. It is not changed.
-        path: The folder; made if missing. A checkpoint already there stays whole until the new one is.
-        masks: Parameter name -> bool tensor of the parameter's shape, True where the weight is kept. Stored data,
-            never inferred from zeros. A tied weight may go by any of its names.
-        dtype: Floating-point type that parameters of a wider one are stored in, e.g. ``torch.float16``; loading
-            restores their own. Buffers, such as BatchNorm's statistics, are stored as they are. None is lossless.
-        architecture: How to build the model again, ``{"class_path": ..., "init_args": {...}}``. By default
-            :func:`describe` finds out. Without any, :func:`load` needs the module to fill.
-        provenance: JSON kept in the folder for people: recipe, fingerprints, metrics.
-        state: The model's state dict where its own is not whole: divided among ranks, say.
+        path: The folder, created if missing. A checkpoint in it stays valid until the new one is complete.
+        masks: Parameter name -> bool tensor of the parameter's shape, True where the weight is kept; never inferred
+            from zeros. A tied weight may be given by any of its names.
+        dtype: Floating-point type in which wider parameters are stored, e.g. ``torch.float16``; loading restores
+            their own. Buffers, such as BatchNorm's statistics, are stored as they are. None is lossless.
+        architecture: How to build the model, ``{"class_path": ..., "init_args": {...}}``; by default that of
+            :func:`describe`. Without any, :func:`load` needs a module to fill.
+        provenance: JSON for people: recipe, fingerprints, metrics.
+        state: The full state dict of a model that is sharded over ranks.
 
     Returns:
         The folder.
@@ -69,16 +87,16 @@ def save(
     Raises:
         ValueError: If a mask names no parameter, has another shape or type, or a pruned weight is not zero; if the
             model's state is not plain tensors, or does not fit into ``dtype``.
-        OSError: If the disk is full or fails; what was in the folder is then still there.
+        OSError: If the disk is full or fails; the previous checkpoint is then unchanged.
     """
     path = Path(path)
-    state, first = _plain_state(model.state_dict() if state is None else state)
+    state, first = _tied_state(model.state_dict() if state is None else state)
     masks = _checked_masks(model, state, first, masks or {})
-    stored, entries = _stored(model, state, first, masks, dtype)
+    stored, entries = _packed(model, state, first, masks, dtype)
     content = to_safetensors(stored)
     digest = hashlib.sha256(content).hexdigest()
     file = path / f"weights-{digest[:16]}.safetensors"
-    index = _sealed(
+    index = _with_checksum(
         {
             "format": FORMAT,
             "version": VERSION,
@@ -88,24 +106,24 @@ def save(
             "provenance": dict(provenance or {}),
         }
     )
-    _check_index(index, path / _INDEX)
+    _check_index(index, path / INDEX)
     try:
         with atomic_file(file) as temporary:
             temporary.write_bytes(content)
-            _verify(temporary, index, state, masks)
-        write_json(path / _INDEX, index, indent=None)
+            _check_written(temporary, index, state, masks)
+        write_json(path / INDEX, index, indent=None)
     finally:
-        _sweep(path)
+        _remove_leftovers(path)
     return path
 
 
 def load(path: str | Path, model: nn.Module | None = None, map_location: str | torch.device = "cpu") -> nn.Module:
-    """The network in the compact checkpoint at ``path``, with plain dense weights of their own types, in eval mode.
+    """The network of the compact checkpoint at ``path``, with dense weights of their original types, in eval mode.
 
     Args:
-        path: The folder that :func:`save` wrote, or a finished stage's folder that has one.
-        model: A module to fill, where the checkpoint does not say how to build it.
-        map_location: The device the weights go to.
+        path: The folder that :func:`save` wrote, or a finished stage's folder.
+        model: A module to fill, if the checkpoint has no architecture.
+        map_location: Device of the weights.
 
     Raises:
         ValueError: If the folder is not a compact checkpoint, is truncated, altered or of a newer version, or holds
@@ -114,16 +132,16 @@ def load(path: str | Path, model: nn.Module | None = None, map_location: str | t
     path = find(path)
     with _Reader(path) as reader:
         if model is None:
-            model = _built(reader.index, path)
-        given = model.state_dict(keep_vars=True)
-        _match(given, reader.entries, path)
+            model = _build(reader.index, path)
+        target = model.state_dict(keep_vars=True)
+        _check_shapes(target, reader.entries, path)
         state = reader.state()
-        for name, tensor in given.items():
+        for name, tensor in target.items():
             tensor.data = tensor.data.to(state[name].dtype)
         model.load_state_dict(state)
     for name, tensor in model.state_dict().items():
-        if not _same(tensor, state[name]):
-            raise ValueError(f"{path}: {type(model).__name__} did not take {name!r} as stored; does it tie weights?")
+        if not _bitwise_equal(tensor, state[name]):
+            raise ValueError(f"{path}: {type(model).__name__} did not load {name!r} as stored; does it tie weights?")
     return model.to(map_location).eval()
 
 
@@ -133,10 +151,10 @@ def find(path: str | Path) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    for folder in (Path(path), Path(path) / "compact"):
-        if (folder / _INDEX).is_file():
+    for folder in (Path(path), Path(path) / FOLDER):
+        if (folder / INDEX).is_file():
             return folder
-    raise ValueError(f"{path} holds no compact checkpoint: expected {_INDEX} there or in compact/")
+    raise ValueError(f"{path} holds no compact checkpoint: expected {INDEX} there or in {FOLDER}/")
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -145,7 +163,7 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is missing, altered, of a newer version or another format.
     """
-    file = path / _INDEX
+    file = path / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -161,18 +179,18 @@ def masks(path: str | Path) -> dict[str, Tensor]:
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the compact checkpoint at ``path``: dense tensors, tied names sharing one tensor."""
+    """The state dict of the compact checkpoint at ``path``: dense tensors; tied names share one tensor."""
     with _Reader(find(path)) as reader:
         return reader.state()
 
 
 class _Reader:
-    """The open weights file of a checkpoint; every read is checked against the index before it allocates.
+    """The open weights file of a checkpoint, whose tensors have been checked against the index.
 
     Args:
         path: The folder.
-        file: The weights file, and its index, where they are not yet what the folder's index names.
-        index: The checked index.
+        file: The weights file, if it does not have its final name yet.
+        index: Its checked index, if that is not written yet.
     """
 
     def __init__(self, path: Path, file: Path | None = None, index: dict[str, Any] | None = None) -> None:
@@ -183,23 +201,25 @@ class _Reader:
         try:
             size, digest = self.file.stat().st_size, sha256(self.file)
         except OSError as error:
-            raise ValueError(f"{self.file} cannot be read, and {_INDEX} names it: {error}") from error
+            raise ValueError(f"{self.file}, which {INDEX} names, cannot be read: {error}") from error
         if size != weights["bytes"]:
             raise ValueError(f"{self.file} has {size} bytes, {weights['bytes']} expected: truncated?")
         if digest != weights["sha256"]:
-            raise ValueError(f"{self.file} was altered: its SHA-256 is not the one in {_INDEX}")
+            raise ValueError(f"{self.file} was altered: its SHA-256 is not the one in {INDEX}")
 
     def __enter__(self) -> "_Reader":
         try:
             self._open = safe_open(self.file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file} is not a safetensors file: {error}") from error
-        expected = {key: form for name, entry in self.entries.items() for key, form in _forms(name, entry).items()}
+        expected: dict[str, tuple[str, list[int]]] = {}
+        for name, entry in self.entries.items():
+            expected |= _expected_tensors(name, entry)
         slices = map(self._open.get_slice, keys := self._open.keys())
-        found = {key: (part.get_dtype(), part.get_shape()) for key, part in zip(keys, slices)}
-        if odd := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
-            said = "; ".join(f"{key!r} is {found.get(key)} and not {expected.get(key)}" for key in odd[:3])
-            raise ValueError(f"{self.file} is not what {_INDEX} says: {said}")
+        stored = {key: (part.get_dtype(), part.get_shape()) for key, part in zip(keys, slices)}
+        if wrong := [key for key in {**expected, **stored} if expected.get(key) != stored.get(key)]:
+            details = "; ".join(f"{key!r} is {stored.get(key)} and not {expected.get(key)}" for key in wrong[:3])
+            raise ValueError(f"{self.file} does not match {INDEX}: {details}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -208,8 +228,8 @@ class _Reader:
     def mask(self, name: str) -> Tensor:
         kept = self.entries[name]["kept"]
         mask = unpack(self._open.get_tensor(f"mask/{name}"), tuple(self.entries[name]["shape"]))
-        if (found := int(mask.sum())) != kept:
-            raise ValueError(f"{self.file}: the mask of {name!r} keeps {found} weights, {kept} expected")
+        if (count := int(mask.sum())) != kept:
+            raise ValueError(f"{self.file}: the mask of {name!r} keeps {count} weights, {kept} expected")
         return mask
 
     def dense(self, name: str) -> Tensor:
@@ -226,19 +246,19 @@ class _Reader:
         return {name: own[entry.get("alias", name)] for name, entry in self.entries.items()}
 
 
-def _plain_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A model's state on the CPU, sharing memory where it can, and for every name the first one of its tensor."""
+def _tied_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's state on the CPU, tied names sharing one tensor; and name -> first name of the same tensor."""
     first: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        if not plain or _name(tensor.dtype) not in _CODES:
+        is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not is_dense or _dtype_name(tensor.dtype) not in _CODES:
             given = f"{tensor.dtype} {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
                 f"{name!r} in the model's state is a {given}: a compact checkpoint holds dense tensors of "
                 f"{', '.join(_CODES)} that have values"
             )
-        # The same memory seen the same way is one tensor under two names: a tied weight, stored once.
+        # Names with the same memory, shape and strides are one tied weight, stored once.
         memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         first[name] = seen.setdefault(memory, name) if tensor.numel() else name
     own = {name: state[name].detach().cpu() for name in first if first[name] == name}
@@ -250,7 +270,7 @@ def _checked_masks(
 ) -> dict[str, Tensor]:
     """The masks on the CPU, each by the first name of its parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(state)
-    found: dict[str, Tensor] = {}
+    checked: dict[str, Tensor] = {}
     for name, mask in masks.items():
         if name not in parameters:
             raise ValueError(f"mask {name!r} names no parameter of the model; it has {sorted(parameters)}")
@@ -259,20 +279,20 @@ def _checked_masks(
             raise ValueError(f"mask {name!r} is {mask.dtype} {list(mask.shape)}: bool {list(tensor.shape)} is needed")
         if bool((tensor[~mask] != 0).any()):
             raise ValueError(f"weights of {name!r} that the mask prunes are not zero: apply the mask, then save")
-        if not torch.equal(found.setdefault(first[name], mask), mask):
+        if not torch.equal(checked.setdefault(first[name], mask), mask):
             raise ValueError(f"{first[name]!r} and {name!r} are one tied weight with two masks: give one of them")
-    return found
+    return checked
 
 
-def _stored(
+def _packed(
     model: nn.Module,
     state: Mapping[str, Tensor],
     first: Mapping[str, str],
     masks: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What goes into the weights file, and the index's entry for every name in ``state``."""
-    if dtype is not None and _name(dtype) not in _FLOATS:
+    """The tensors of the weights file, and the index's entry for every name in ``state``."""
+    if dtype is not None and _dtype_name(dtype) not in _FLOATS:
         raise ValueError(f"dtype is {dtype}: store values as one of {', '.join(_FLOATS)}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored: dict[str, Tensor] = {}
@@ -281,11 +301,11 @@ def _stored(
         if first[name] != name:
             entries[name] = {"alias": first[name]}
             continue
-        entry = entries[name] = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape)}
+        entry = entries[name] = {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         values, wide = tensor, tensor.is_floating_point() and name in parameters
         if dtype is not None and wide and dtype.itemsize < tensor.dtype.itemsize:
             values = tensor.to(dtype)
-            entry["stored"] = _name(dtype)
+            entry["stored"] = _dtype_name(dtype)
             if not torch.equal(values.isfinite(), tensor.isfinite()):
                 raise ValueError(f"{name!r} has values beyond the range of {dtype}: save in a wider type")
         if name in masks:
@@ -293,13 +313,13 @@ def _stored(
             stored[f"mask/{name}"] = pack(masks[name])
             stored[f"values/{name}"] = values[masks[name]]
         else:
-            # A copy of its own: safetensors refuses views of one memory.
+            # A copy: safetensors refuses tensors that share memory.
             stored[f"dense/{name}"] = values.clone(memory_format=torch.contiguous_format)
     return stored, entries
 
 
-def _verify(file: Path, index: dict[str, Any], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Read every tensor back from ``file`` and compare its bits with what was to be saved."""
+def _check_written(file: Path, index: dict[str, Any], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Read every tensor back from ``file`` and compare it bit for bit with the state to save."""
     with _Reader(file.parent, file, index) as reader:
         for name, entry in reader.entries.items():
             if "alias" in entry:
@@ -309,54 +329,54 @@ def _verify(file: Path, index: dict[str, Any], state: Mapping[str, Tensor], mask
                 expected = expected.to(getattr(torch, entry["stored"])).to(expected.dtype)
             if name in masks:
                 expected = expected.masked_fill(~masks[name], 0)
-            if not _same(reader.dense(name), expected):
-                raise ValueError(f"{file.parent}: {name!r} did not survive the disk; is it failing?")
+            if not _bitwise_equal(reader.dense(name), expected):
+                raise ValueError(f"{file.parent}: {name!r} changed between writing and reading; is the disk failing?")
 
 
-def _sweep(path: Path) -> None:
-    """Remove weights files that the folder's index does not name, and what stopped writers left behind."""
-    named = None
-    if (path / _INDEX).exists():
+def _remove_leftovers(path: Path) -> None:
+    """Remove weights files that the index does not name, and temporary files of killed writers."""
+    current = None
+    if (path / INDEX).exists():
         try:
-            named = read_index(path)["weights"]["file"]
+            current = read_index(path)["weights"]["file"]
         except ValueError:
-            return  # damaged: its weights may be all that is left
+            return  # the index is damaged: a weights file may be all that can be rescued
     for file in path.glob("*"):
-        orphan = _WEIGHTS.fullmatch(file.name) and file.name != named
-        if orphan or re.fullmatch(rf"\.({_WEIGHTS.pattern}|{re.escape(_INDEX)})\..*\.tmp", file.name):
+        orphan = _WEIGHTS.fullmatch(file.name) and file.name != current
+        if orphan or re.fullmatch(rf"\.({_WEIGHTS.pattern}|{re.escape(INDEX)})\..*\.tmp", file.name):
             with suppress(OSError):
                 file.unlink()
 
 
-def _built(index: Mapping[str, Any], path: Path) -> nn.Module:
-    """The untrained module of a checkpoint, built for real only when its shapes are those of the stored tensors."""
+def _build(index: Mapping[str, Any], path: Path) -> nn.Module:
+    """The untrained module of a checkpoint, allocated only if its shapes match those of the stored tensors."""
     with torch.random.fork_rng(devices=[]):
         try:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")
                 skeleton = build(index["architecture"], path)
         except ResizeError:
-            raise  # built for real, it would take the memory of what it was before it was shrunk
+            raise  # building it outside of meta would allocate the sizes from before it was shrunk
         except ValueError:
-            pass  # not every constructor can do without memory; building for real says what is wrong
+            pass  # some constructors fail on the meta device; building on the CPU gives the real error
         else:
-            _match(skeleton.state_dict(), index["tensors"], path)
+            _check_shapes(skeleton.state_dict(), index["tensors"], path)
         with torch.device("cpu"):
             return build(index["architecture"], path)
 
 
-def _match(state: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _check_shapes(state: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Refuse a model whose state has other names or shapes than the checkpoint's."""
     shapes = {name: entries[entry.get("alias", name)]["shape"] for name, entry in entries.items()}
-    found = {name: list(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()}
-    if odd := [name for name in {**shapes, **found} if shapes.get(name, 0) != found.get(name, 0)]:
-        said = "; ".join(
-            f"{name!r} is {found.get(name, 'missing')}, {shapes.get(name, 'none')} here" for name in odd[:3]
+    own = {name: list(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()}
+    if wrong := [name for name in {**shapes, **own} if shapes.get(name, 0) != own.get(name, 0)]:
+        details = "; ".join(
+            f"{name!r} is {own.get(name, 'missing')}, {shapes.get(name, 'none')} here" for name in wrong[:3]
         )
-        raise ValueError(f"{path} holds the weights of another model: in the model {said}")
+        raise ValueError(f"{path} holds the weights of another model: in the model {details}")
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _bitwise_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal in type, shape and every bit."""
     if one.is_meta or one.dtype != other.dtype or one.shape != other.shape:
         return False
@@ -364,12 +384,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _forms(name: str, entry: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Names in the weights file of what the index's ``entry`` stands for, with their types and shapes."""
+def _expected_tensors(name: str, entry: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Names, types and shapes of the tensors in the weights file that the index's ``entry`` describes."""
     if "alias" in entry:
         return {}
     code, shape = _CODES[entry.get("stored", entry["dtype"])], entry["shape"]
@@ -378,7 +398,7 @@ def _forms(name: str, entry: Mapping[str, Any]) -> dict[str, tuple[str, list[int
     return {f"mask/{name}": ("U8", [-(-prod(shape) // 8)]), f"values/{name}": (code, [entry["kept"]])}
 
 
-def _sealed(index: Mapping[str, Any]) -> dict[str, Any]:
+def _with_checksum(index: Mapping[str, Any]) -> dict[str, Any]:
     """The index with its checksum.
 
     Raises:
@@ -392,7 +412,7 @@ def _sealed(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(index: Mapping[str, Any]) -> str:
-    """SHA-256 of the index but this, whatever the order of keys or the spacing; empty if it is nested too deep."""
+    """SHA-256 of the index without its checksum, independent of key order and spacing; empty if nested too deep."""
     rest = {key: value for key, value in index.items() if key != "sha256"}
     try:
         text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -409,7 +429,7 @@ def _check_index(index: Any, file: Path) -> None:
         raise ValueError(f"{file} has version {version!r}, this version reads {VERSION}: is a newer one needed?")
     checksum = _checksum(index)
     if not checksum or index.get("sha256") != checksum:
-        raise ValueError(f"{file} was altered: its contents do not have the SHA-256 that it says")
+        raise ValueError(f"{file} was altered: its contents do not match its SHA-256")
     weights, entries, provenance = index.get("weights"), index.get("tensors"), index.get("provenance")
     if not (isinstance(weights, dict) and isinstance(entries, dict) and isinstance(provenance, dict)):
         raise ValueError(f"{file} is damaged: 'weights', 'tensors' or 'provenance' is missing")
@@ -419,13 +439,13 @@ def _check_index(index: Any, file: Path) -> None:
     if not (isinstance(name, str) and _WEIGHTS.fullmatch(name)):
         raise ValueError(f"{file} names the weights file {name!r}: allowed is weights-HASH.safetensors beside it")
     if "architecture" not in index or not is_architecture(index["architecture"]):
-        raise ValueError(f"{file} is damaged: 'architecture' is no class_path with init_args or config")
+        raise ValueError(f"{file} is damaged: 'architecture' is not a class_path with init_args or config")
     for name, entry in entries.items():
-        if not _is_entry(entry, entries):
-            raise ValueError(f"{file} is damaged: the entry of {name!r} makes no sense, {str(entry)[:200]}")
+        if not _is_valid_entry(entry, entries):
+            raise ValueError(f"{file} is damaged: the entry of {name!r} is invalid, {str(entry)[:200]}")
 
 
-def _is_entry(entry: Any, entries: Mapping[str, Any]) -> bool:
+def _is_valid_entry(entry: Any, entries: Mapping[str, Any]) -> bool:
     if not isinstance(entry, dict):
         return False
     if "alias" in entry:
@@ -436,7 +456,7 @@ def _is_entry(entry: Any, entries: Mapping[str, Any]) -> bool:
         return False
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape):
         return False
-    # Also where a size is 0 the others must not overflow torch's strides.
+    # Even if one size is 0, the product of the others must not overflow torch's strides.
     if prod(max(size, 1) for size in shape) >= 2**56:
         return False
     kept = entry.get("kept", 0)

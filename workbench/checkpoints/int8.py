@@ -1,6 +1,6 @@
-"""Linear layers in 8-bit integers, for a network that is only asked: torch only.
+"""Dynamic 8-bit quantisation of linear layers, for inference. Torch only.
 
-torch's own dynamic quantisation (``torch.ao``) is deprecated and warns; this is the same idea in one module.
+Replaces ``torch.ao.quantization.quantize_dynamic``, which is deprecated.
 """
 
 from typing import Any, final
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LARGEST = 127
-_MULTIPLE, _ROWS = 8, 32  # what CUDA's integer product asks of sizes
+_MULTIPLE, _ROWS = 8, 32  # sizes that torch._int_mm needs on CUDA
 
 
 @final
@@ -20,8 +20,8 @@ class Int8Linear(nn.Module):
     .. math:: y_{ij} = s_i \, w_j \sum_k X_{ik} W_{jk} + b_j, \quad
               X_{ik} = \mathrm{round}(x_{ik} / s_i),\; s_i = \max_k |x_{ik}| / 127
 
-    One scale per output channel, fixed, and one per row of the input, found at every call; both symmetric. As the sum
-    is exact, a row's result does not depend on the rows beside it.
+    One fixed scale per output channel, and one per row of the input, computed at every call; both symmetric. The sum is
+    exact, so a row's result does not depend on the other rows.
 
     Args:
         weight: Floating point [out, in].
@@ -63,7 +63,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize(module: nn.Module) -> nn.Module:
-    """Replace every linear layer of ``module`` by its 8-bit twin, in place; what it returns is to be used.
+    """Replace every linear layer of ``module`` by an :class:`Int8Linear`, in place; use the returned module.
 
     Linear layers are ``nn.Linear`` and the transposed one of GPT-2 (transformers' ``Conv1D``). A layer whose weight
     its owner reads directly, as ``nn.MultiheadAttention`` does, stays as it is.
@@ -71,24 +71,24 @@ def quantize(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none.
     """
-    if (twin := _twin(module)) is not None:
-        return twin
-    made: dict[nn.Module, nn.Module] = {}
+    if (quantized := _quantized(module)) is not None:
+        return quantized
+    replaced: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() gives a layer that comes twice once
-            if child is not None and (twin := made.get(child) or _twin(child)) is not None:
-                setattr(parent, name, made.setdefault(child, twin))
+        for name, child in list(parent._modules.items()):  # named_children() yields a shared layer only once
+            if child is not None and (layer := replaced.get(child) or _quantized(child)) is not None:
+                setattr(parent, name, replaced.setdefault(child, layer))
         if hasattr(parent, "activation_relu_or_gelu"):
-            # nn.TransformerEncoderLayer's fused path would reach past its linear layers for their weights.
+            # nn.TransformerEncoderLayer's fused path would read linear.weight instead of calling the layer.
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
-    if not made:
+    if not replaced:
         raise ValueError(
-            f"precision is 'int8', but {type(module).__name__} has no nn.Linear to make one of: give 'bf16' or None"
+            f"precision is 'int8', but {type(module).__name__} has no nn.Linear to quantise: give 'bf16' or None"
         )
     return module
 
 
-def _twin(module: Any) -> Int8Linear | None:
+def _quantized(module: Any) -> Int8Linear | None:
     if type(module) is nn.Linear:
         return Int8Linear(module.weight, module.bias)
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":

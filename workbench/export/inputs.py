@@ -1,4 +1,4 @@
-"""What is exported, the inputs it is tried and traced with, and what it answers."""
+"""The network to export, its example inputs and its outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """What is exported.
+    """A trained network to export.
 
     Args:
-        network: The trained network.
-        masks: Of its pruned weights.
-        index: Of the compact checkpoint that it came from.
-        inputs: To try and to trace it with, by name; empty if there are none.
+        network: The network.
+        masks: Masks of its pruned weights.
+        index: Index of its compact checkpoint.
+        inputs: Example inputs by name; may be empty.
     """
 
     network: nn.Module
@@ -73,8 +73,8 @@ def load_example_inputs(*folders: Path) -> dict[str, Tensor]:
 
 def arguments_of(inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Positional arguments, named ``input_0``, ``input_1`` ..., and keyword arguments out of named inputs."""
-    places = sorted((int(name[6:]), name) for name in inputs if name.startswith("input_") and name[6:].isdigit())
-    names = [name for _, name in places]
+    positional = sorted((int(name[6:]), name) for name in inputs if name.startswith("input_") and name[6:].isdigit())
+    names = [name for _, name in positional]
     return tuple(inputs[name] for name in names), {name: inputs[name] for name in inputs if name not in names}
 
 
@@ -90,7 +90,7 @@ def cast_inputs(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
 
 
 def first_tensor(raw: Any) -> Tensor:
-    """The first tensor of what a model returned, its logits by preference."""
+    """The logits of a model's output, else its first tensor."""
     if isinstance(raw, Tensor):
         return raw
     logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)
@@ -99,7 +99,7 @@ def first_tensor(raw: Any) -> Tensor:
 
 @torch.no_grad()
 def outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """What the network answers to the inputs, in its own floating-point type; None without inputs."""
+    """The network's output for the inputs, in its own floating-point type; None without inputs."""
     if not inputs:
         return None
     args, kwargs = arguments_for(network, inputs)

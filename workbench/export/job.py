@@ -1,8 +1,8 @@
-"""The ``export`` job: a trained stage as files that load elsewhere, each measured against what was trained.
+"""The ``export`` job: a trained stage as files for other programs, each compared with the trained network.
 
-``compact`` is the small one and needs :func:`workbench.load`; ``torch`` is a dense 16-bit folder that plain torch (or,
-for their models, plain transformers) loads; ``onnx`` runs in stock ONNX Runtime. The last two compute in float32, or
-for transformers in the type that it chooses, whatever the network was trained in.
+``compact`` is the compact checkpoint, read by :func:`workbench.load`; ``torch`` is a dense 16-bit folder for torch
+(for models of transformers, transformers); ``onnx`` runs in ONNX Runtime. The last two compute in float32, or in
+the type that transformers chooses, whatever type the network was trained in.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a trained stage as a compact checkpoint, and on request as dense 16-bit folder and ONNX file.
 
-    Every file is loaded again and compared with the trained network, on validation inputs that the stage kept.
+    Every file is loaded again and compared with the trained network, on the validation inputs that the stage stored.
 
     Args:
         of: The stage to export, or the folder of a compact checkpoint.
@@ -46,52 +46,52 @@ def export(
         ValueError: If there is nothing to export, a level or format does not exist, what the format needs is not
             installed, the network cannot be traced or stored, or the exact checkpoint is not exact.
     """
-    wanted: list[str] = list(dict.fromkeys(["compact", *(formats or ())]))
-    if unknown := [name for name in wanted if name not in get_args(Format)]:
+    requested: list[str] = list(dict.fromkeys(["compact", *(formats or ())]))
+    if unknown := [name for name in requested if name not in get_args(Format)]:
         raise ValueError(f"formats has {', '.join(map(repr, unknown))}: choose from {', '.join(get_args(Format))}")
     if values not in DTYPES:
         raise ValueError(f"values is {values!r}: choose from {', '.join(DTYPES)}")
-    if "onnx" in wanted:
+    if "onnx" in requested:
         require_onnx()
     folder, record = select_level(Path(of), level)
     source = compact.find(folder)
     inputs = load_example_inputs(folder, Path(of), source.parent)
-    if not inputs and wanted != ["compact"]:
-        raise ValueError(f"{of} kept no example inputs, which torch and onnx are traced with: export compact only")
+    if not inputs and requested != ["compact"]:
+        raise ValueError(f"{of} stored no example inputs, with which torch and onnx are traced: export compact only")
     subject = TrainedNetwork(compact.load(source), compact.masks(source), compact.read_index(source), inputs)
     try:
         expected = outputs(subject.network, inputs)
     except NotImplementedError as error:
         kind = type(subject.network).__name__
-        if wanted != ["compact"]:
+        if requested != ["compact"]:
             raise ValueError(
-                f"{kind} has no forward to trace for {', '.join(wanted)}: add one, or export compact"
+                f"{kind} has no forward to trace for {', '.join(requested)}: add one, or export compact"
             ) from error
-        # The tensors are compared when a checkpoint is written; there is no output to compare besides.
+        # Without a forward there are no outputs to compare; compact.save compares the tensors.
         expected, subject = None, replace(subject, inputs={})
-    written = {
+    writers = {
         "compact": lambda: _compact(subject, values, out / "compact"),
         "torch": lambda: write_torch(subject, out / "torch"),
         "onnx": lambda: write_onnx(subject, out / "onnx"),
     }
     exports = []
-    for name in wanted:
-        found, size = written[name]()
-        entry = {"format": name, "path": name, "bytes": size, **_compared(expected, found, out / name)}
+    for name in requested:
+        exported, size = writers[name]()
+        entry = {"format": name, "path": name, "bytes": size, **_compared(expected, exported, out / name)}
         if name == "compact" and values == "float32" and entry.get("largest_difference"):
             raise ValueError(f"{out / name} differs from the trained network: this is a defect, please report it")
         exports.append(entry)
-    carried = {key: record[key] for key in ("metrics", "monitor", "size") if key in record}
-    return {"exports": exports, "level": record.get("level"), "values": values, **carried}
+    copied = {key: record[key] for key in ("metrics", "monitor", "size") if key in record}
+    return {"exports": exports, "level": record.get("level"), "values": values, **copied}
 
 
-def _compared(expected: Tensor | None, found: Tensor | None, path: Path) -> dict[str, Any]:
-    if expected is None or found is None:
+def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> dict[str, Any]:
+    if expected is None or exported is None:
         return {}
-    if expected.shape != found.shape:
-        raise ValueError(f"{path} answers with shape {list(found.shape)}, the network with {list(expected.shape)}")
-    one, other = expected.double(), found.double()
-    # Infinities and NaNs in the same places are no difference.
+    if expected.shape != exported.shape:
+        raise ValueError(f"{path} returns shape {list(exported.shape)}, the network with {list(expected.shape)}")
+    one, other = expected.double(), exported.double()
+    # Equal infinities, and NaNs in the same positions, do not differ.
     equal = (one == other) | (one.isnan() & other.isnan())
     difference = torch.where(equal, 0.0, (one - other).abs()).nan_to_num(float("inf")).max()
     same = bool((one.argmax(-1) == other.argmax(-1)).all())
@@ -103,5 +103,5 @@ def _compact(subject: TrainedNetwork, values: str, folder: Path) -> tuple[Tensor
     index = subject.index
     compact.save(subject.network, folder, subject.masks, dtype, index["architecture"], index["provenance"])
     weights = folder / compact.read_index(folder)["weights"]["file"]
-    size = weights.stat().st_size + (folder / "checkpoint.json").stat().st_size
+    size = weights.stat().st_size + (folder / compact.INDEX).stat().st_size
     return outputs(compact.load(folder), subject.inputs), size

@@ -27,7 +27,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, int]:
-    """Write ``model.onnx`` into ``folder``; what ONNX Runtime answers with it, and its size in bytes."""
+    """Write ``model.onnx`` into ``folder``; the output of ONNX Runtime, and its size in bytes."""
     import onnxruntime
 
     wide = copy.deepcopy(subject.network).float()
@@ -36,21 +36,21 @@ def write_onnx(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, in
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]
     with atomic_files(folder) as part:
         with _quiet_exporter(), tracing(wide, inputs) as (args, kwargs, dynamic):
-            # Traced here, as the exporter would drop the condition that a size is the example's.
+            # Traced before the export: the exporter would drop the constraint that a size is the example's.
             program = torch.export.export(wide, args, kwargs, dynamic_shapes=dynamic)
-            options = {"input_names": names, "output_names": ["output"], "verbose": False}
-            graph: Any = torch.onnx.export(program, dynamo=True, **options)
+            export_options = {"input_names": names, "output_names": ["output"], "verbose": False}
+            graph: Any = torch.onnx.export(program, dynamo=True, **export_options)
             _fix_sizes(graph)
             graph.save(part / "model.onnx", external_data=False)
-        quiet = onnxruntime.SessionOptions()
-        quiet.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(part / "model.onnx"), quiet, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(part / "model.onnx"), options, providers=["CPUExecutionProvider"])
         feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
         return torch.from_numpy(session.run(["output"], feed)[0]), folder_bytes(part)
 
 
 def _fix_sizes(graph: Any) -> None:
-    """Where a network takes sequences of one length only, say so, that ONNX Runtime refuses others."""
+    """State sizes that are fixed, so that ONNX Runtime refuses other ones."""
     for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
         for axis, size in enumerate(value.shape or ()):
             if str(size).isdigit():
@@ -59,7 +59,7 @@ def _fix_sizes(graph: Any) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Inside, torch's ONNX exporter does not speak of its own internals, nor of a missing torchvision."""
+    """Inside, torch's ONNX exporter does not warn, e.g. of a missing torchvision."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

@@ -36,22 +36,22 @@ def load(folder=Path(__file__).parent):
 
 
 def write_torch(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, int]:
-    """Write the dense folder; what the network loaded from it answers, and its size in bytes."""
+    """Write the dense folder; the output of the network loaded from it, and its size in bytes."""
     half = _halved(subject.network)
     with atomic_files(folder) as part:
         if _is_of_transformers(subject.index["architecture"]):
             with _no_bars():
                 half.save_pretrained(part)  # type: ignore[operator]
                 again = type(half).from_pretrained(part)  # type: ignore[attr-defined]
-            found = outputs(again.eval(), subject.inputs)
+            loaded_outputs = outputs(again.eval(), subject.inputs)
         else:
             wide = copy.deepcopy(subject.network).float()
             save_file({name: value.clone() for name, value in half.state_dict().items()}, part / "weights.safetensors")
             _save_graph(wide, cast_inputs(subject.inputs, torch.float32), part / "graph.pt2")
             (part / "load.py").write_text(_LOADER, encoding="utf-8")
-            # The very file, as its user runs it.
-            found = outputs(runpy.run_path(str(part / "load.py"))["load"](part), subject.inputs)
-        return found, folder_bytes(part)
+            # Run the written file, as a user would.
+            loaded_outputs = outputs(runpy.run_path(str(part / "load.py"))["load"](part), subject.inputs)
+        return loaded_outputs, folder_bytes(part)
 
 
 def _halved(network: nn.Module) -> nn.Module:
@@ -67,7 +67,7 @@ def _halved(network: nn.Module) -> nn.Module:
 
 
 def _is_of_transformers(architecture: Mapping[str, Any] | None) -> bool:
-    """Whether transformers can build the network again from a configuration of its own, with layers of those sizes."""
+    """Whether transformers can build the network from its own configuration, with the same layer sizes."""
     if architecture is None or "config" not in architecture or "resized" in architecture:
         return False
     if "activation" not in architecture:
@@ -79,7 +79,7 @@ def _is_of_transformers(architecture: Mapping[str, Any] | None) -> bool:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Inside, transformers draws no progress bars of its own."""
+    """Inside, transformers shows no progress bars."""
     from transformers.utils import logging as hub
 
     shown = hub.is_progress_bar_enabled()
@@ -92,7 +92,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _save_graph(network: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
-    """Write the traced network with its weights replaced by one number each: what to compute, not with what."""
+    """Write the traced network with each weight replaced by an expanded scalar: the graph without the values."""
     with tracing(network, inputs) as (args, kwargs, dynamic):
         program = torch.export.export(network, args, kwargs, dynamic_shapes=dynamic)
     for name, value in program.state_dict.items():
@@ -100,6 +100,6 @@ def _save_graph(network: nn.Module, inputs: Mapping[str, Tensor], file: Path) ->
         trained = isinstance(value, nn.Parameter)
         program.state_dict[name] = nn.Parameter(empty, requires_grad=False) if trained else empty
     with warnings.catch_warnings():
-        # That is just what was meant.
-        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        # Weights were replaced by expanded scalars on purpose.
+        warnings.filterwarnings("ignore", "No complete tensor loaded_outputs in the group")
         torch.export.save(program, file)

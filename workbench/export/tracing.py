@@ -16,7 +16,7 @@ def tracing(
     network: nn.Module, inputs: Mapping[str, Tensor]
 ) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor], Any]]:
     """Arguments to trace with and which of their dimensions vary; a failure to trace becomes a ValueError."""
-    # A batch of one would be taken for a constant.
+    # torch.export would take a batch of one for a constant.
     several = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in inputs.items()}
     args, kwargs = arguments_of(several)
     try:

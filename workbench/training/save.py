@@ -35,7 +35,7 @@ def save_network(
     Adds ``size`` to ``result``. Of a family it is the network called ``member``. Ranks above zero write no files.
     """
     network = network_of(module).get_submodule(member)
-    folder = out / "compact"
+    folder = out / compact.FOLDER
     check_ranks_agree(network)
     state = full_state_dict(network)
     if rank() == 0:

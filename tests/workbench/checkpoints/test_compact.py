@@ -333,7 +333,7 @@ def test_a_language_model_with_and_without_tied_embeddings(tmp_path: Path, kind:
 
 def test_an_untied_checkpoint_is_not_poured_into_a_tied_model(tmp_path: Path) -> None:
     save(Tied(False), tmp_path)
-    with pytest.raises(ValueError, match=r"did not take .* as stored; does it tie weights"):
+    with pytest.raises(ValueError, match=r"did not load .* as stored; does it tie weights"):
         load(tmp_path, model=Tied())
 
 
@@ -514,7 +514,7 @@ def test_the_weights_of_another_model_are_refused_and_nothing_is_filled(tmp_path
         load(tmp_path, model=MLP(4, (4,), 2, norm="batch"))
     with torch.device("meta"):
         hollow = MLP(4, (4,), 2)
-    with pytest.raises(ValueError, match="did not take"), pytest.warns(UserWarning, match="meta"):
+    with pytest.raises(ValueError, match="did not load"), pytest.warns(UserWarning, match="meta"):
         load(tmp_path, model=hollow)
 
 

@@ -454,7 +454,7 @@ def test_a_checkpoint_without_a_stage(tmp_path: Path) -> None:
 
 def test_without_examples_only_compact(tmp_path: Path) -> None:
     of = stage(tmp_path / "stage", MLP(64, (8,), 10), None)
-    with pytest.raises(ValueError, match=r"kept no example inputs.*export compact only"):
+    with pytest.raises(ValueError, match=r"stored no example inputs.*export compact only"):
         export(of, formats=["torch"], out=tmp_path / "out")
     (entry,) = export(of, formats=["compact"], out=tmp_path / "out")["exports"]
     assert set(entry) == {"format", "path", "bytes"}, "nothing is claimed that was not measured"

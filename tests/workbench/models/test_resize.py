@@ -18,8 +18,8 @@ from workbench.models.resize import (
     axes,
     is_channelwise,
     is_resized,
-    record_sizes,
     resize,
+    set_resized,
     sizes,
     sync_sizes,
 )
@@ -166,9 +166,9 @@ def test_a_checkpoint_of_other_sizes_comes_back_bit_for_bit(tmp_path: Path) -> N
 
 def test_a_network_of_its_own_sizes_notes_nothing() -> None:
     model = resized_mlp()
-    record_sizes(model, {})
+    set_resized(model, {})
     assert "resized" not in (describe(model) or {})
-    record_sizes(model, {})
+    set_resized(model, {})
 
 
 def test_a_file_that_would_take_much_memory_to_shrink_is_refused_before_it_is_built(tmp_path: Path) -> None:
