@@ -1,8 +1,8 @@
 """How many weights each layer keeps, counted from the layer's original size at every level.
 
-All keep at least one weight per layer (a layer with none cuts the network in two) unless told not to, warn
-when that made a difference, and give counts that fall with the density, so that levels nest. Under a structure
-"weights" are its units, and "layers" whatever shares them out.
+All allocations keep at least one weight per layer (a layer with none cuts the network in two) unless their floor is 0,
+warn when that made a difference, and give counts that fall with the density, so that levels nest. Under a structure
+"weights" are its units, and "layers" the keys that they belong to.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -18,49 +19,102 @@ from torch import Tensor
 from prune.schedule import check_density, kept
 from prune.topk import keep_top_k
 
-Shapes = Mapping[str, Sequence[Sequence[int]]]
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """What a density is divided over.
+
+    Attributes:
+        scores: key -> scores of its units; without a structure, parameter name -> scores of its weights.
+        density: share of the units to keep, in (0, 1].
+        within: key -> which units may be kept, bool of the scores' shape; None for all.
+        outputs: keys of the output layers; None for the last of ``scores``.
+        shapes: key -> shapes of the parameters that its units are in; None for the scores' own.
+
+    Raises:
+        ValueError: if there is no layer.
+    """
+
+    scores: Mapping[str, Tensor]
+    density: float
+    within: Mapping[str, Tensor] | None = None
+    outputs: Collection[str] | None = None
+    shapes: Mapping[str, Sequence[Sequence[int]]] | None = None
+
+    def __post_init__(self):
+        if not self.scores:
+            raise ValueError("there are no layers to divide the density over: give at least one tensor of scores")
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Key -> original number of units."""
+        return {name: score.numel() for name, score in self.scores.items()}
+
+    @cached_property
+    def available(self) -> dict[str, int]:
+        """Key -> number of units that may be kept."""
+        return self.sizes if self.within is None else {name: int(self.within[name].sum()) for name in self.scores}
+
+    @cached_property
+    def total(self) -> int:
+        """``kept(all units, density)``.
+
+        Raises:
+            ValueError: if it is 0, or more than may be kept.
+        """
+        total, available = kept(sum(self.sizes.values()), self.density), sum(self.available.values())
+        if total == 0:
+            raise ValueError(f"density {self.density} keeps none of {available}: raise it")
+        if total > available:
+            raise ValueError(
+                f"density {self.density} keeps {total}, but `within` has only {available} left, and what is pruned "
+                "never comes back: give a density at most that of `within`"
+            )
+        return total
+
+    def check_available(self, counts: Mapping[str, int]) -> None:
+        """Refuse counts of which a layer has fewer units left.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        for name, count in counts.items():
+            if count > self.available[name]:
+                raise ValueError(
+                    f"density {self.density} keeps {count} of '{name}', but `within` has only {self.available[name]} "
+                    "left, where what is pruned never comes back, or the structure allows no more: lower it, or use "
+                    "the allocation that made `within`"
+                )
 
 
 class Allocation(Protocol):
-    """Divides a density over layers, or over whatever keys a structure has."""
+    """Divides a density over layers."""
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
-        """Key -> number of units to keep.
+    def __call__(self, layers: Layers) -> dict[str, int]:
+        """Key -> number of units to keep, in the order of ``layers.scores``.
 
-        Args:
-            scores: key -> scores of its units; without a structure, parameter name -> scores of its weights.
-            density: share of the units to keep, in (0, 1].
-            within: key -> which units may be kept; None for all.
-            outputs: keys of the output layers; None for the last of ``scores``.
-            shapes: key -> shapes of the parameters that its units lie in; None for the scores' own.
+        Raises:
+            ValueError: if the density cannot be met.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Global:
-    """All weights compete; the total is exactly ``kept(all weights, density)``.
+    """All weights compete: layers of small scores become sparser than others.
 
-    A layer of small weights can lose everything that way (layer collapse), so every layer keeps at least its
-    floor, and the other layers give up the difference. The floor follows the density: an absolute share (say
-    1% of a layer) would be impossible below that density and would flatten the allocation long before.
+    Formula: count_l = max(floor_l, number of layer l's scores among the k highest of all), k = ``kept(all weights,
+    density)`` exactly; layers above their floor give up what the others gain.
+    Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635, section 4; for the collapse of
+    layers Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467.
+    When to use: the default, best for deep networks with magnitudes or losses as scores. Not for scores whose scale
+    differs between layers (``wanda``).
 
     Attributes:
         floor: the least that a layer keeps. A float is a share of what the layer would keep if all had the
             same density, rounded up: the default 0.1 lets no layer become more than ten times sparser than
             the network. An int is a number of weights. Either way at least one weight, except that 0 turns
-            the floor off. A layer is never asked for more than it has left in ``within``.
-
-    References: Frankle and Carbin, 2019, arXiv:1803.03635, section 4 (global pruning of deep networks);
-    Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467 (layer collapse).
+            the floor off. A layer never keeps more than it has left in ``within``.
     """
 
     floor: int | float = 0.1
@@ -69,36 +123,28 @@ class Global:
         share = isinstance(self.floor, float)
         if isinstance(self.floor, bool) or not (0 <= self.floor <= 1 if share else self.floor >= 0):
             raise ValueError(
-                f"floor is {self.floor!r}: give a float from 0 to 1 (share of a layer's fair part) or an int "
-                "from 0 up (number of weights)"
+                f"floor is {self.floor!r}: give a float from 0 to 1 (share of what the layer would keep at the same "
+                "density) or an int from 0 up (number of weights)"
             )
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
-        """Counts of the global top k, with layers below their floor lifted to it; ``outputs`` plays no part.
+    def __call__(self, layers: Layers) -> dict[str, int]:
+        """Counts of the global top k, with layers below their floor lifted to it.
 
         Raises:
             ValueError: if the floors together exceed the total, or ``within`` has less left than that total.
         """
-        sizes, left, total = _asked(scores, density, within)
-        floors = {name: min(self._floor_of(size, density), left[name]) for name, size in sizes.items()}
+        total, sizes = layers.total, layers.sizes
+        floors = {n: min(self._floor_of(size, layers.density), layers.available[n]) for n, size in sizes.items()}
         if sum(floors.values()) > total:
             raise ValueError(
-                f"density {density} keeps {total}, but the floor {self.floor!r} asks for "
+                f"density {layers.density} keeps {total}, but the floor {self.floor!r} asks for "
                 f"{sum(floors.values())} over {len(floors)} layers: raise the density or lower the floor"
             )
         lifted: dict[str, int] = {}
-        while True:
-            free = {name: score for name, score in scores.items() if name not in lifted}
-            chosen = keep_top_k(free, total - sum(lifted.values()), within)
-            counts = {name: int(mask.sum()) for name, mask in chosen.items()}
+        while True:  # lifting a layer takes weights from the others, which may put one of them below its floor
+            free = {name: score for name, score in layers.scores.items() if name not in lifted}
+            masks = keep_top_k(free, total - sum(lifted.values()), layers.within)
+            counts = {name: int(mask.sum()) for name, mask in masks.items()}
             short = {name: floors[name] for name, count in counts.items() if count < floors[name]}
             if not short:
                 break
@@ -109,9 +155,11 @@ class Global:
         for name, count in counts.items():
             if count == 0:
                 _warn(f"'{name}' keeps none of its {sizes[name]}, so nothing passes through it")
-        return {name: counts[name] for name in scores}
+        return {name: counts[name] for name in layers.scores}
 
     def _floor_of(self, size: int, density: float) -> int:
+        # The floor follows the density: a fixed share (1% of a layer) would be impossible below that density, and would
+        # make the allocation uniform long before.
         if self.floor == 0:
             return 0
         if isinstance(self.floor, int):
@@ -121,92 +169,67 @@ class Global:
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same density in every layer, and exactly ``kept(all weights, density)`` in total.
+    """The same density in every layer.
 
-    Rounding every layer by itself would miss the total by up to half a weight per layer, so the places are
-    divided like seats in a parliament (Webster: count = size * x, halves up, with the one x that gives the
-    total; ties go to the first layer). Every layer is within about one weight of its own ``kept``, and counts
-    never grow as the density falls.
+    Formula: count_l = round(size_l * x), halves up, with the one x that gives ``kept(all weights, density)`` in total
+    (Webster's apportionment). Rounding every layer alone would miss the total by up to half a weight per layer.
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
+    When to use: as the baseline, or for scores whose scale differs between layers.
     """
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
-        """Counts proportional to the layers' sizes; ``outputs`` plays no part.
+    def __call__(self, layers: Layers) -> dict[str, int]:
+        """Counts in proportion to the layers' sizes.
 
         Raises:
-            ValueError: if there are fewer places than layers, or ``within`` has less left in a layer than its
-                count.
+            ValueError: if the total is less than one per layer, or ``within`` has less left in a layer than its count.
         """
-        sizes, left, total = _asked(scores, density, within)
-        counts = _apportioned(sizes, total, density, sizes, sizes)
-        _check_room(counts, left, density)
+        counts = _apportion(layers.sizes, layers, layers.sizes)
+        layers.check_available(counts)
         return counts
 
 
 @dataclass(frozen=True)
 class ERK:
-    """Densities in proportion to (sum of a layer's dimensions) / (their product): Erdos-Renyi-Kernel.
+    """Erdos-Renyi-Kernel: small layers stay denser.
 
-    Layers of few weights stay denser. Where a density would be above 1, or above what a layer has left in ``within``,
-    the layer keeps all of that, and the rest is divided over the others; the total is exactly ``kept(all weights,
-    density)``, apportioned as in :class:`Uniform`. A key of several matrices has the density that they would have
-    together.
-
-    Reference: Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134, section 3 (1).
+    Formula: density_l in proportion to (sum of the dimensions of l) / (their product), kernel included; at most 1, or
+    what the layer has left in ``within``, and the rest divided over the others. The total is exactly ``kept(all
+    weights, density)``, apportioned as in :class:`Uniform`. A key of several matrices has the density that they would
+    have together.
+    Source: Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134, section 3 (1).
+    When to use: convolutional networks, dynamic sparsity, and random masks, which no score guides.
     """
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
-        """Counts in proportion to units * density of the layer; ``outputs`` plays no part.
+    def __call__(self, layers: Layers) -> dict[str, int]:
+        """Counts in proportion to size * density of the layer.
 
         Raises:
-            ValueError: if there are fewer places than layers, or ``within`` has less left than the total.
+            ValueError: if the total is less than one per layer, or ``within`` has less left than the total.
         """
-        return _erdos_renyi(scores, density, within, shapes, sum)
+        return _erdos_renyi(layers, sum)
 
 
 @dataclass(frozen=True)
 class ErdosRenyi:
-    """As :class:`ERK` with the number of outputs and inputs in place of all dimensions: kernels do not count.
+    """Erdos-Renyi: as :class:`ERK` without the kernel; for matrices the same.
 
-    The density is in proportion to (n_out + n_in) / (n_out * n_in), for a matrix the same as in :class:`ERK`.
-
-    Reference: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
+    Formula: density_l in proportion to (n_out + n_in) / (n_out * n_in).
+    Source: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
     arXiv:1707.04780, equation 1; for convolutions Evci et al., 2020, arXiv:1911.11134, section 3 (1).
+    When to use: to reproduce SET.
     """
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
+    def __call__(self, layers: Layers) -> dict[str, int]:
         """Counts, and errors, as in :class:`ERK`."""
-        return _erdos_renyi(scores, density, within, shapes, _neurons)
+        # (outputs + inputs) times the kernel, so that over the product of all dimensions the kernel cancels.
+        return _erdos_renyi(layers, lambda shape: sum(shape[:2]) * math.prod(shape[2:]))
 
 
 @dataclass(frozen=True)
 class LayerwiseAsPaper:
-    """Every layer pruned to the density, the output layer at its own slower rate.
+    """Every layer at the density, the output layer pruned at its own slower rate.
 
-    A round prunes a share ``rate`` = p of every layer and ``output_rate`` * p of the output layer. After n
+    Formula: a round prunes a share ``rate`` = p of every layer, and ``output_rate`` * p of the output layer. After n
     rounds
 
         density = (1 - p)^n,    output density = (1 - output_rate * p)^n,    n = log(density) / log(1 - p)
@@ -214,12 +237,12 @@ class LayerwiseAsPaper:
     where n need not be whole. Each layer keeps ``kept(size, its density)``; the total is the sum of these, so
     the whole network is slightly denser than ``density``, as in the paper (LeNet-300-100 at rate 0.2: 51.3%,
     21.1%, 3.6%).
+    Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635, section 2.
+    When to use: to reproduce the paper's small networks (LeNet-300-100, Conv-2 to Conv-6).
 
     Attributes:
         output_rate: the output layer's rate over the others', from 0 (left dense) to 1 (like the others).
         rate: the share pruned per round, in (0, 1); give the schedule's own.
-
-    Reference: Frankle and Carbin, 2019, arXiv:1803.03635, section 2.
     """
 
     output_rate: float = 0.5
@@ -239,29 +262,21 @@ class LayerwiseAsPaper:
         slowed = Fraction(repr(float(self.output_rate))) * Fraction(repr(float(self.rate)))
         return float((1 - slowed) ** rounds)
 
-    def __call__(
-        self,
-        scores: Mapping[str, Tensor],
-        density: float,
-        *,
-        within: Mapping[str, Tensor] | None = None,
-        outputs: Collection[str] | None = None,
-        shapes: Shapes | None = None,
-    ) -> dict[str, int]:
-        """Counts layer by layer; ``outputs`` names the output layers, None is the last of ``scores``.
+    def __call__(self, layers: Layers) -> dict[str, int]:
+        """Counts layer by layer.
 
         Raises:
             ValueError: if ``within`` has less left in a layer than its count, or an output is not among the
                 scores.
         """
-        sizes = _sizes(scores)
-        slow = {list(sizes)[-1]} if outputs is None else set(outputs)
-        if not slow <= sizes.keys():
-            raise ValueError(f"outputs {sorted(slow - sizes.keys())} are not among the scores: {list(sizes)}")
-        fair = {n: kept(s, self.output_density(density) if n in slow else density) for n, s in sizes.items()}
-        counts = {name: max(1, count) for name, count in fair.items()}
-        _warn_of_rescue(sizes, fair)
-        _check_room(counts, _left(scores, within), density)
+        sizes, density = layers.sizes, layers.density
+        outputs = {list(sizes)[-1]} if layers.outputs is None else set(layers.outputs)
+        if not outputs <= sizes.keys():
+            raise ValueError(f"outputs {sorted(outputs - sizes.keys())} are not among the scores: {list(sizes)}")
+        exact = {n: kept(s, self.output_density(density) if n in outputs else density) for n, s in sizes.items()}
+        counts = {name: max(1, count) for name, count in exact.items()}
+        _warn_if_raised(sizes, exact)
+        layers.check_available(counts)
         return counts
 
 
@@ -274,111 +289,59 @@ ALLOCATIONS = {
 }
 
 
-def _erdos_renyi(
-    scores: Mapping[str, Tensor],
-    density: float,
-    within: Mapping[str, Tensor] | None,
-    shapes: Shapes | None,
-    ends: Callable[[Sequence[int]], int],
-) -> dict[str, int]:
-    """Counts where the density of a layer is in proportion to ``ends(shape) / prod(shape)``; a kernel multiplies both
-    for :class:`ErdosRenyi`.
-    """
-    sizes, left, total = _asked(scores, density, within)
-    lying = {key: [score.shape] for key, score in scores.items()} if shapes is None else shapes
+def _erdos_renyi(layers: Layers, numerator: Callable[[Sequence[int]], int]) -> dict[str, int]:
+    """Counts where the density of a layer is in proportion to ``numerator(shape) / prod(shape)``."""
+    shapes = {key: [score.shape] for key, score in layers.scores.items()} if layers.shapes is None else layers.shapes
     weights = {
-        key: size * Fraction(sum(map(ends, lying[key])), sum(map(math.prod, lying[key]))) for key, size in sizes.items()
+        key: size * Fraction(sum(map(numerator, shapes[key])), sum(map(math.prod, shapes[key])))
+        for key, size in layers.sizes.items()
     }
-    return _apportioned(weights, total, density, left, sizes)
+    return _apportion(weights, layers, layers.available)
 
 
-def _neurons(shape: Sequence[int]) -> int:
-    """(outputs + inputs) times the kernel, so that over all dimensions it is over outputs times inputs."""
-    return sum(shape[:2]) * math.prod(shape[2:])
-
-
-def _apportioned(
-    weights: Mapping[str, int | Fraction],
-    total: int,
-    density: float,
-    room: Mapping[str, int],
-    sizes: Mapping[str, int],
-) -> dict[str, int]:
-    """``total`` places divided in proportion to ``weights``, from 1 to ``room`` for each, like seats in a parliament.
+def _apportion(weights: Mapping[str, int | Fraction], layers: Layers, limits: Mapping[str, int]) -> dict[str, int]:
+    """``layers.total`` divided in proportion to ``weights``, from 1 to ``limits`` for each, like seats in a parliament.
 
     Webster: count = weight * x, halves up, held between its bounds, with the one x that gives the total; ties go to
-    the first. So counts never grow as the total falls.
+    the first. So counts never grow as the total falls, which makes levels nest.
     """
-    if total < sum(map(bool, room.values())):
+    total = layers.total
+    if total < sum(map(bool, limits.values())):
         raise ValueError(
-            f"density {density} keeps {total}, too few for one in each of {len(room)} layers: raise the density"
+            f"density {layers.density} keeps {total}, too few for one in each of {len(limits)} layers: raise the "
+            "density"
         )
-    scale = _scale(weights, total, room)
-    fair = {name: math.floor(weight * scale + Fraction(1, 2)) for name, weight in weights.items()}
-    counts = {name: min(max(1, count), room[name]) for name, count in fair.items()}
+    scale = _scale(weights, total, limits)
+    exact = {name: math.floor(weight * scale + Fraction(1, 2)) for name, weight in weights.items()}
+    counts = {name: min(max(1, count), limits[name]) for name, count in exact.items()}
     index = {name: position for position, name in enumerate(weights)}
     while (missing := total - sum(counts.values())) != 0:
-        # A layer's j-th place has priority weight / (2j - 1); the highest priorities are taken.
+        # The j-th unit of a layer has priority weight / (2j - 1); the highest priorities are kept.
         step = 1 if missing > 0 else 0
-        movable = [n for n in weights if (counts[n] < room[n] if step else counts[n] > 1)]
+        movable = [n for n in weights if (counts[n] < limits[n] if step else counts[n] > 1)]
         rank = {n: (Fraction(weights[n]) / (2 * (counts[n] + step) - 1), -index[n]) for n in movable}
         if step:
             counts[max(movable, key=rank.__getitem__)] += 1
         else:
             counts[min(movable, key=rank.__getitem__)] -= 1
-    _warn_of_rescue(sizes, {name: count for name, count in fair.items() if room[name]})
+    _warn_if_raised(layers.sizes, {name: count for name, count in exact.items() if limits[name]})
     return counts
 
 
-def _scale(weights: Mapping[str, int | Fraction], total: int, room: Mapping[str, int]) -> Fraction:
-    """The x for which the sum of weight * x, held to the rooms, is the total."""
+def _scale(weights: Mapping[str, int | Fraction], total: int, limits: Mapping[str, int]) -> Fraction:
+    """The x for which the sum of weight * x, held to the limits, is the total."""
     full: set[str] = set()
     while free := weights.keys() - full:
-        scale = Fraction(total - sum(room[n] for n in full)) / sum(weights[n] for n in free)
-        if not (over := {n for n in free if weights[n] * scale > room[n]}):
+        scale = Fraction(total - sum(limits[n] for n in full)) / sum(weights[n] for n in free)
+        if not (over := {n for n in free if weights[n] * scale > limits[n]}):
             return scale
         full |= over
     return Fraction(0)
 
 
-def _sizes(scores: Mapping[str, Tensor]) -> dict[str, int]:
-    if not scores:
-        raise ValueError("there are no layers to divide the density over: give at least one tensor of scores")
-    return {name: score.numel() for name, score in scores.items()}
-
-
-def _left(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> dict[str, int]:
-    return _sizes(scores) if within is None else {name: int(within[name].sum()) for name in scores}
-
-
-def _asked(
-    scores: Mapping[str, Tensor], density: float, within: Mapping[str, Tensor] | None
-) -> tuple[dict[str, int], dict[str, int], int]:
-    """Sizes, what is left of them in ``within``, and how many of all the density keeps, which must be there."""
-    sizes, left = _sizes(scores), _left(scores, within)
-    total, room = kept(sum(sizes.values()), density), sum(left.values())
-    if total == 0:
-        raise ValueError(f"density {density} keeps none of {room}: raise it")
-    if total > room:
-        raise ValueError(
-            f"density {density} keeps {total}, but `within` has only {room} left, and what is pruned "
-            "never comes back: give a density at most that of `within`"
-        )
-    return sizes, left, total
-
-
-def _check_room(counts: Mapping[str, int], left: Mapping[str, int], density: float) -> None:
-    for name, count in counts.items():
-        if count > left[name]:
-            raise ValueError(
-                f"density {density} keeps {count} of '{name}', but `within` has only {left[name]} left, where what is "
-                "pruned never comes back, or the structure allows no more: lower it, or use the allocation that made "
-                "`within`"
-            )
-
-
-def _warn_of_rescue(sizes: Mapping[str, int], fair: Mapping[str, int]) -> None:
-    for name, count in fair.items():
+def _warn_if_raised(sizes: Mapping[str, int], exact: Mapping[str, int]) -> None:
+    """Warn of layers that keep one weight where the formula gives none."""
+    for name, count in exact.items():
         if count == 0:
             _warn(f"'{name}' would have kept 0 of {sizes[name]}; it keeps 1")
 

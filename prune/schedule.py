@@ -1,6 +1,6 @@
-"""How dense a network is at each level or moment, and how many weights a density keeps.
+"""Schedules: the density at each level or moment, and how many weights a density keeps.
 
-A density is read as the decimal that it was written as (its ``repr``) and computed with exactly: in binary,
+A density is read as the decimal that it was written as (its ``repr``) and computed exactly: in binary,
 0.07 of 100 is above 7 and 0.29 of 100 below 29, so a ceiling would keep 8 and a floor 28.
 """
 
@@ -39,10 +39,12 @@ def kept(total: int, density: float) -> int:
 
 
 def geometric(rate: float, levels: int) -> list[float]:
-    """Densities of iterative pruning that removes a share ``rate`` of what is left at every level.
+    """Densities of iterative pruning that removes a share ``rate`` of the remaining weights at every level.
 
-    density[level] = (1 - rate) ** level for level = 0 (dense) to ``levels``, so the list is indexed by level
+    Formula: density[level] = (1 - rate) ** level for level = 0 (dense) to ``levels``, so the list is indexed by level
     and has ``levels + 1`` entries. Each is computed from the first and rounded once.
+    Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635.
+    When to use: lottery tickets.
 
     Args:
         rate: share removed per level, in [0, 1); 0 prunes nothing, the control for rewinding.
@@ -50,24 +52,24 @@ def geometric(rate: float, levels: int) -> list[float]:
 
     Raises:
         ValueError: if either is out of range, or a density would be too small for a float.
-
-    Reference: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635.
     """
     if levels < 0:
         raise ValueError(f"levels is {levels}, but it counts prunings: give 0 or more")
-    left = 1 - _check_rate(rate)
-    densities = [float(left**level) for level in range(levels + 1)]
+    remaining = 1 - _check_rate(rate)
+    densities = [float(remaining**level) for level in range(levels + 1)]
     if densities[-1] == 0:
         raise ValueError(f"{levels} levels at rate {rate} leave nothing: give fewer levels or a lower rate")
     return densities
 
 
 def cubic(progress: float, density: float, initial: float = 1.0) -> float:
-    """Density on the way from ``initial`` to ``density``: fast while many weights are redundant, then slower.
+    """From ``initial`` to ``density``, fast while many weights are redundant, then slower.
 
-    d(p) = d_f + (d_i - d_f) (1 - p)^3 with p = (t - t_0) / (n dt), which is the paper's
+    Formula: d(p) = d_f + (d_i - d_f) (1 - p)^3 with p = (t - t_0) / (n dt), which is the paper's
     s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3 written for densities d = 1 - s. Computed exactly and rounded
     once: it is ``initial`` at 0, ``density`` at 1, and never grows in between.
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    When to use: the default of gradual pruning.
 
     Args:
         progress: p, in [0, 1].
@@ -76,35 +78,45 @@ def cubic(progress: float, density: float, initial: float = 1.0) -> float:
 
     Raises:
         ValueError: if an argument is out of range.
-
-    Reference: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
     """
-    done, last, first = _check_way(progress, density, initial)
+    done, last, first = _check_progress(progress, density, initial)
     return float(last + (first - last) * (1 - done) ** 3)
 
 
 def linear(progress: float, density: float, initial: float = 1.0) -> float:
-    """Density on a straight way: d(p) = d_i + (d_f - d_i) p. Arguments, ends and errors as in :func:`cubic`."""
-    done, last, first = _check_way(progress, density, initial)
+    """From ``initial`` to ``density`` at a constant speed. Arguments, ends and errors as in :func:`cubic`.
+
+    Formula: d(p) = d_i + (d_f - d_i) p.
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878 (the exponent 1 of equation 1).
+    When to use: as the baseline for cubic, or if training is too short to recover from fast pruning early on.
+    """
+    done, last, first = _check_progress(progress, density, initial)
     return float(first + (last - first) * done)
 
 
 def exponential(progress: float, density: float, initial: float = 1.0) -> float:
-    """Density on a way that removes the same share of what is left in equal times, as :func:`geometric` levels do.
+    """The same share of the remaining weights in equal times, as :func:`geometric` levels do.
 
-    d(p) = d_i (d_f / d_i)^p. Arguments, ends and errors as in :func:`cubic`.
+    Arguments, ends and errors as in :func:`cubic`.
 
-    Reference: Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467, algorithm 1.
+    Formula: d(p) = d_i (d_f / d_i)^p.
+    Source: Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467, algorithm 1.
+    When to use: to very low densities, and for criteria that prune in rounds (``synflow``).
     """
-    done, last, first = _check_way(progress, density, initial)
+    done, last, first = _check_progress(progress, density, initial)
     if done in (0, 1):
         return float(last if done else first)
     return min(float(first), max(float(last), float(first) * float(last / first) ** float(done)))
 
 
 def one_shot(progress: float, density: float, initial: float = 1.0) -> float:
-    """``density`` from the first moment on. Arguments and errors as in :func:`cubic`."""
-    _, last, _ = _check_way(progress, density, initial)
+    """``density`` from the first step on. Arguments and errors as in :func:`cubic`.
+
+    Formula: d(p) = d_f.
+    Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340.
+    When to use: for pruning at initialisation, or as the baseline.
+    """
+    _, last, _ = _check_progress(progress, density, initial)
     return float(last)
 
 
@@ -114,8 +126,7 @@ SCHEDULES = {"one_shot": one_shot, "cubic": cubic, "geometric": exponential, "li
 def levels_to(density: float, rate: float) -> int:
     """Number of levels until ``density`` is reached: the smallest n with (1 - rate) ** n <= density.
 
-    The comparison forgives one part in 10^9 of a level, so a density that came out of ``geometric`` finds its
-    own level.
+    The comparison has a tolerance of 10^-9 of a level, so that a density computed by ``geometric`` gives its level.
 
     Raises:
         ValueError: if ``density`` is outside (0, 1], ``rate`` outside [0, 1), or the rate is 0 and the
@@ -129,7 +140,7 @@ def levels_to(density: float, rate: float) -> int:
     return max(0, math.ceil(math.log(density) / math.log1p(-rate) - 1e-9))
 
 
-def _check_way(progress: float, density: float, initial: float) -> tuple[Fraction, Fraction, Fraction]:
+def _check_progress(progress: float, density: float, initial: float) -> tuple[Fraction, Fraction, Fraction]:
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is {progress!r}: give the share of the way that is done, from 0 to 1")
     last, first = check_density(density), check_density(initial)

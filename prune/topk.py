@@ -1,4 +1,4 @@
-"""Exactly k of many scores: the highest, ties by index."""
+"""Exact top k over many tensors: the highest scores, ties by index."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prune.masks.memory import distributed, gathered, local, owners, shard, summed
 
-# Scores looked at in one go, so that little memory is needed. On a CPU they fit its cache, and are fewer than torch
-# divides among threads: that is as fast as larger pieces with two threads, and does not wait for threads that are busy.
+# Scores are read in chunks, to need little memory. On a CPU a chunk fits its cache, and is smaller than what torch
+# divides among threads: as fast as larger chunks with two threads, without waiting for busy ones.
 _CHUNK = 2**15 - 64
 _BINS = 2**16
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -31,7 +31,7 @@ def keep_top_k(scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor
             Replicate.
         k: how many to keep, from 0 to the number of candidates.
         within: whole masks of the same names and shapes; where they are False nothing is kept and the score is
-            not looked at.
+            ignored.
 
     Returns:
         Parameter name -> plain, whole bool mask of the scores' shape, on their device, in their order.
@@ -45,30 +45,39 @@ def keep_top_k(scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor
     parts = [_part(name, score, within) for name, score in scores.items()]
     candidates = sum(part.candidates for part in parts)
     if not 0 <= k <= candidates:
-        raise ValueError(f"cannot keep {k} of {candidates} candidates: ask for 0 to {candidates}")
+        raise ValueError(f"cannot keep {k} of {candidates} candidates: give 0 to {candidates}")
     wide = any(score.dtype == torch.float64 for score in scores.values())
     dtype = torch.float64 if wide else torch.float32
-    threshold, places, tied = _threshold(parts, k, dtype)
-    every = places == tied
+    threshold, wanted, tied = _threshold(parts, k, dtype)
+    keep_all_tied = wanted == tied
     masks = {}
     for part in parts:
         mask = torch.empty(part.score.shape, dtype=torch.bool, device=part.values.device)
         chunks = mask.view(-1).split(_chunk(mask))
-        for chunk, found in zip(chunks, _found(part, dtype, torch.ge if every else torch.gt, threshold)):
-            chunk.copy_(found)
-        if not every and places:
-            places -= _admit(chunks, _found(part, dtype, torch.eq, threshold), places)
+        compare = torch.ge if keep_all_tied else torch.gt
+        for chunk, above in zip(chunks, _compared(part, dtype, compare, threshold)):
+            chunk.copy_(above)
+        if not keep_all_tied and wanted:
+            wanted -= _keep_first_tied(chunks, _compared(part, dtype, torch.eq, threshold), wanted)
         masks[part.name] = mask
     return masks
 
 
 class _Part(NamedTuple):
-    """What this rank looks at of one tensor's scores."""
+    """This rank's part of one tensor's scores.
+
+    Attributes:
+        name: of the parameter.
+        score: the whole tensor, plain or a DTensor.
+        values: this rank's shard of it.
+        allowed: which of the values may be kept, flat; None for all.
+        candidates: how many may be kept on all ranks.
+    """
 
     name: str
     score: Tensor
     values: Tensor
-    alive: Tensor | None
+    allowed: Tensor | None
     candidates: int
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -76,7 +85,7 @@ class _Part(NamedTuple):
         flat, size = self.values.flatten(), _chunk(self.values)
         for start in range(0, len(flat), size):
             piece = slice(start, start + size)
-            yield flat[piece].to(dtype), None if self.alive is None else self.alive[piece]
+            yield flat[piece].to(dtype), None if self.allowed is None else self.allowed[piece]
 
 
 def _chunk(values: Tensor) -> int:
@@ -91,68 +100,68 @@ def _part(name: str, score: Tensor, within: Mapping[str, Tensor] | None) -> _Par
     if name not in within or within[name].shape != score.shape:
         given = f"has shape {tuple(within[name].shape)} there" if name in within else "is missing there"
         raise ValueError(f"`within` does not fit: '{name}' {given}, its scores have shape {tuple(score.shape)}")
-    alive = shard(within[name], score).flatten()
-    return _Part(name, score, local(score), alive, int(within[name].sum()))
+    allowed = shard(within[name], score).flatten()
+    return _Part(name, score, local(score), allowed, int(within[name].sum()))
 
 
 def _threshold(parts: list[_Part], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """The key of the k-th highest score, how many that equal it are to be kept, and how many equal it."""
-    key, want, tied = None, k, 0
+    """The key of the k-th highest score, how many of its equals to keep, and how many equals there are."""
+    key, wanted, tied = None, k, 0
     for shift in range(torch.finfo(dtype).bits - 16, -1, -16):
         counts = _counts(parts, dtype, shift, key)
         if key is None:
             _refuse_nan(parts, counts, dtype)
         highest = counts.flip(0).cumsum(0)
-        skipped = int(torch.searchsorted(highest, want))
+        skipped = int(torch.searchsorted(highest, wanted))
         digit = _BINS - 1 - skipped
         tied = int(counts[digit])
-        want -= int(highest[skipped]) - tied
+        wanted -= int(highest[skipped]) - tied
         key = digit - _BINS // 2 if key is None else key << 16 | digit
     assert key is not None
-    return key, want, tied
+    return key, wanted, tied
 
 
 def _counts(parts: list[_Part], dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
     """How many keys have each value of the 16 bits from ``shift`` on, of those whose higher bits are ``prefix``."""
     counts: dict[tuple[Any, ...], Tensor] = {}
     for part in parts:
-        where = (part.values.device, owners(part.score))
-        if where not in counts:
-            counts[where] = torch.zeros(_BINS, dtype=torch.int64, device=part.values.device)
-        one = counts[where].new_ones(())
-        for values, alive in part.chunks(dtype):
-            keys = _keys(values, alive)
+        home = (part.values.device, owners(part.score))  # counts of the same ranks are added up in one message
+        if home not in counts:
+            counts[home] = torch.zeros(_BINS, dtype=torch.int64, device=part.values.device)
+        one = counts[home].new_ones(())
+        for values, allowed in part.chunks(dtype):
+            keys = _keys(values, allowed)
             if prefix is None:
                 digits = (keys >> shift).add_(_BINS // 2)
             else:
                 digits = (keys[keys >> (shift + 16) == prefix] >> shift).bitwise_and_(_BINS - 1)
-            counts[where].index_add_(0, digits, one.expand(len(digits)))
+            counts[home].index_add_(0, digits, one.expand(len(digits)))
     return torch.stack([summed(total, groups).cpu() for (_, groups), total in counts.items()]).sum(0)
 
 
-def _keys(values: Tensor, alive: Tensor | None) -> Tensor:
-    """Integers in the order of the floats, zeros of both signs equal; the lowest one, which no float has, where dead.
+def _keys(values: Tensor, allowed: Tensor | None) -> Tensor:
+    """Integers in the order of the floats, zeros of both signs equal; the lowest, which no float has, if not allowed.
 
-    The bits of a positive float are in its order already, those of a negative one count downwards from the lowest
-    integer.
+    The bits of positive floats are in their order already; those of negative ones count down from the lowest integer.
     """
     bits = values.view(_INTEGER[values.dtype])
     lowest = torch.iinfo(bits.dtype).min
     if bits.min() < 0:
         bits = torch.where(bits < 0, lowest - bits, bits)
-    return bits if alive is None else bits.masked_fill(~alive, lowest)
+    return bits if allowed is None else bits.masked_fill(~allowed, lowest)
 
 
 def _refuse_nan(parts: list[_Part], counts: Tensor, dtype: torch.dtype) -> None:
-    """Counts by the highest 16 bits tell whether there is anything infinite or NaN, and only then it is looked for."""
+    """Refuse NaN. Counts by the highest 16 bits show whether anything is infinite or NaN; only then scores are read."""
     infinity = int(_keys(torch.tensor([torch.inf], dtype=dtype), None)) >> (torch.finfo(dtype).bits - 16)
     middle = _BINS // 2
-    dead = sum(part.score.numel() - part.candidates for part in parts)
-    if int(counts[middle + infinity :].sum() + counts[: middle - infinity + 1].sum()) == dead:
+    excluded = sum(part.score.numel() - part.candidates for part in parts)
+    if int(counts[middle + infinity :].sum() + counts[: middle - infinity + 1].sum()) == excluded:
         return
     for part in parts:
         nan = sum(
-            (values.isnan() if alive is None else values.isnan() & alive).sum() for values, alive in part.chunks(dtype)
+            (values.isnan() if allowed is None else values.isnan() & allowed).sum()
+            for values, allowed in part.chunks(dtype)
         )
         bad = int(summed(torch.as_tensor(nan, device=part.values.device), owners(part.score)))
         if bad:
@@ -162,9 +171,9 @@ def _refuse_nan(parts: list[_Part], counts: Tensor, dtype: torch.dtype) -> None:
             )
 
 
-def _found(part: _Part, dtype: torch.dtype, compare: Callable[..., Tensor], threshold: int) -> Iterator[Tensor]:
-    """Where keys of candidates compare so with the threshold: flat pieces of the whole, from every rank."""
-    pieces = (compare(_keys(values, alive), threshold) for values, alive in part.chunks(dtype))
+def _compared(part: _Part, dtype: torch.dtype, compare: Callable[..., Tensor], threshold: int) -> Iterator[Tensor]:
+    """``compare(key, threshold)`` of all candidates: flat chunks of the whole tensor, from every rank."""
+    pieces = (compare(_keys(values, allowed), threshold) for values, allowed in part.chunks(dtype))
     if distributed(part.score):
         none = torch.zeros(0, dtype=torch.bool, device=part.values.device)
         whole = gathered(torch.cat([none, *pieces]).view(part.values.shape), part.score)
@@ -172,13 +181,13 @@ def _found(part: _Part, dtype: torch.dtype, compare: Callable[..., Tensor], thre
     return pieces
 
 
-def _admit(chunks: tuple[Tensor, ...], tied: Iterator[Tensor], places: int) -> int:
-    """Keep the first of what is tied, as many as there are places; how many were taken."""
-    left = places
+def _keep_first_tied(chunks: tuple[Tensor, ...], tied: Iterator[Tensor], wanted: int) -> int:
+    """Keep the first ``wanted`` of the tied scores; returns how many there were to keep."""
+    missing = wanted
     for chunk, ties in zip(chunks, tied):
-        found = ties.nonzero().flatten()[:left]
-        chunk[found] = True
-        left -= len(found)
-        if not left:
+        first = ties.nonzero().flatten()[:missing]
+        chunk[first] = True
+        missing -= len(first)
+        if not missing:
             break
-    return places - left
+    return wanted - missing

@@ -1,29 +1,29 @@
 """Linear mode connectivity: the error barrier between trained networks of one architecture.
 
-Everything but ``between``, which is loaded on first use, needs torch only.
+Everything but ``error_barrier``, which needs Lightning and is imported on first use, needs torch only.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from prune.connectivity.line import Barrier, barrier, interpolated
-from prune.connectivity.visiting import refresh_statistics, visiting
+from prune.connectivity.interpolation import Barrier, barrier, interpolate
+from prune.connectivity.states import recalibrate_batch_norms, temporary_states
 
 if TYPE_CHECKING:
-    from prune.connectivity.lightning import between
+    from prune.connectivity.lightning import error_barrier
 
 __all__ = [
     "Barrier",
     "barrier",
-    "between",
-    "interpolated",
-    "refresh_statistics",
-    "visiting",
+    "error_barrier",
+    "interpolate",
+    "recalibrate_batch_norms",
+    "temporary_states",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "between":
+    if name != "error_barrier":
         raise AttributeError(f"module 'prune.connectivity' has no attribute {name!r}")
-    from prune.connectivity.lightning import between
+    from prune.connectivity.lightning import error_barrier
 
-    return between
+    return error_barrier

@@ -1,4 +1,4 @@
-"""What a weight is worth: pure functions that give scores of its shape, higher is kept longer.
+"""Criteria: pure functions that score weights; the highest scores are kept.
 
 Scores are in fp32 whatever the weight is stored in (bf16 has 1,927 distinct magnitudes in a million weights,
 so half precision would leave the choice to ties); float64 weights keep float64.
@@ -35,10 +35,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function and what it must be given.
+    """A scoring function and the arguments that it needs.
 
     Attributes:
-        name: what it is called in recipes and records.
+        name: its name in recipes and records.
         score: without data ``score(weight)``, or ``score(weight, generator)`` when ``needs_generator``, returns
             scores of the weight's shape. With it ``score(model, weights, loader)``, or
             ``score(model, weights, loader, loss)`` when ``needs_loss``, returns scores by name; ``weights`` are
@@ -46,10 +46,10 @@ class Criterion:
             ``loss(model, batch)`` gives a scalar, the mean over the batch. The model is left as it was.
         needs_generator: whether it draws random numbers.
         needs_loader: whether it looks at the whole model and at batches.
-        needs_loss: whether it differentiates a loss, too.
-        rounds: in how many steps, of equal ratio, a density is reached, with new scores before each.
-        online: ``online(weight, grad)``, what one training step adds to the score where it is a sum over steps;
-            None where it is not.
+        needs_loss: whether it also differentiates a loss.
+        rounds: number of steps, of equal ratio, to a density, with new scores before each.
+        online: ``online(weight, grad)``, what one training step adds to a score that is a sum over steps; None if
+            the score is no such sum.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the inputs of a layer tell of its weights: Wanda."""
+"""Wanda: weights times the norms of the activations that they are multiplied with."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -17,15 +17,18 @@ from workbench.models.positions import tokens_of
 
 
 def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
-    """|W_ij| * ||X_j||_2, the norm of input j over all positions of all batches. The model is in eval mode.
+    """The magnitude of a weight times the norm of its input.
 
-    Linear and transformers' Conv1D: X_j is an input feature. Where a batch has an ``attention_mask``, [B, L], what is
-    padding does not count in inputs [B, L, ...] or [B * L, ...]. Convolutions: X_j are the values that the weight is
-    multiplied with, one for every position the kernel is put on, padding included (the unfolded input); so it differs
-    between the weights of one filter. A weight that several layers share counts the inputs of all.
+    Formula: ``|W_ij| * ||X_j||_2``, the norm of input j over all positions of all batches.
+    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695,
+    equation 1.
+    When to use: on trained transformers, without fine-tuning afterwards, with structure ``balanced`` as in the paper:
+    it compares the inputs of one output, because norms of different layers have different scales.
 
-    The paper compares the inputs of one output with one another (structure ``balanced``): norms of different layers are
-    of different scale.
+    The model is run in eval mode. Linear and transformers' Conv1D: X_j is an input feature. If a batch has an
+    ``attention_mask``, [B, L], padding does not count in inputs [B, L, ...] or [B * L, ...]. Convolutions: X_j are the
+    values that the weight is multiplied with, one for every position of the kernel, padding included (the unfolded
+    input); so it differs between the weights of one filter. A weight shared by several layers counts the inputs of all.
 
     Args:
         model: run as ``model(**batch)`` without labels, ``model(batch[0])`` or ``model(batch)``, without a graph.
@@ -38,33 +41,30 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     Raises:
         ValueError: if the loader is empty, a weight is sharded, tied by memory alone or of another layer, or its layer
             was never called.
-
-    Reference: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695,
-        equation 1.
     """
     check(model, weights)
     names = {id(weight): name for name, weight in weights.items()}
     layers = [(names[id(own)], m) for m in model.modules() if id(own := getattr(m, "weight", None)) in names]
-    places = {name: place for place, name in enumerate(weights)}
-    home, count, tokens = next(iter(weights.values())).device, 0, None
+    index = {name: position for position, name in enumerate(weights)}
+    device, count, tokens = next(iter(weights.values())).device, 0, None
 
-    def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen = precise(args[0] if args else next(iter(kwargs.values()))).square()
-        squares[name] += _unfolded(layer, seen) if isinstance(layer, _ConvNd) else _flat(layer, seen, tokens)
-        calls[places[name]] += 1
+    def add_squares(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = precise(args[0] if args else next(iter(kwargs.values()))).square()
+        squares[name] += _unfolded(layer, inputs) if isinstance(layer, _ConvNd) else _flat(layer, inputs, tokens)
+        calls[index[name]] += 1
 
     with preserve_state(model, training=False), torch.no_grad(), ExitStack() as hooks:
-        squares, calls = _nothing_yet(weights, layers), torch.zeros(len(weights), dtype=torch.int64, device=home)
+        squares, calls = _zeros(weights, layers), torch.zeros(len(weights), dtype=torch.int64, device=device)
         for name, layer in layers:
-            hook = layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(partial(add_squares, name), with_kwargs=True)
             hooks.callback(hook.remove)
-        for batch in batches(loader, home):
+        for batch in batches(loader, device):
             tokens = tokens_of(batch)
             forward(model, batch)
             count += 1
-    total_batches(count, home)
+    total_batches(count, device)
     all_reduce_sum([calls, *squares.values()])
-    missed = [name for name, place in places.items() if not calls[place]]
+    missed = [name for name, position in index.items() if not calls[position]]
     if missed:
         raise ValueError(
             f"the layers of {some(missed)} were never called, so their inputs are not known: exclude them, or give "
@@ -73,8 +73,8 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     return {name: precise(weight).abs() * squares[name].sqrt().to(precise(weight)) for name, weight in weights.items()}
 
 
-def _nothing_yet(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
-    """Zeros that broadcast to the weight, one for every input that it is multiplied with."""
+def _zeros(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """Name -> zeros, one for each input that the weight is multiplied with, that broadcast to its shape."""
     zeros: dict[str, Tensor] = {}
     for name, layer in layers:
         weight = weights[name]
@@ -88,8 +88,8 @@ def _nothing_yet(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str
         if name in zeros and zeros[name].shape != shape:
             raise ValueError(f"'{name}' is shared by layers that use it in different ways: exclude it")
         zeros[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
-    if other := weights.keys() - zeros.keys():
-        raise ValueError(f"{some(sorted(other))} are not the weight of any layer: Wanda scores Linear and Conv layers")
+    if others := weights.keys() - zeros.keys():
+        raise ValueError(f"{some(sorted(others))} are not the weight of any layer: Wanda scores Linear and Conv layers")
     return zeros
 
 
@@ -104,7 +104,7 @@ def _flat(layer: nn.Module, squares: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 def _unfolded(layer: _ConvNd, squares: Tensor) -> Tensor:
-    """Sums over all positions of the kernel, of the weight's shape: the derivative of the sum of the outputs."""
+    """Sums over all positions of the kernel, of the weight's shape."""
     dims, groups, padding = len(layer.kernel_size), layer.groups, layer.padding
     squares = squares[None] if squares.ndim == dims + 1 else squares
     if layer.transposed:
@@ -113,9 +113,11 @@ def _unfolded(layer: _ConvNd, squares: Tensor) -> Tensor:
         shape = (groups, layer.in_channels // groups, *layer.kernel_size)
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         squares, padding = F.pad(squares, layer._reversed_padding_repeated_twice, mode), [0] * dims
-    how = (layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, groups)
+    settings = (layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, groups)
+    # The derivative of the summed output by a weight is the sum of the inputs that it is multiplied with. One filter a
+    # group is enough, because all filters of a group read the same inputs.
     with torch.enable_grad():
-        probe = squares.new_zeros(shape).requires_grad_()
-        output = torch.convolution(squares, probe, None, *how)  # pyright: ignore[reportArgumentType]
-        (found,) = torch.autograd.grad(output.sum(), probe)
-    return found if layer.transposed else found.repeat_interleave(layer.out_channels // groups, 0)
+        kernel = squares.new_zeros(shape).requires_grad_()
+        output = torch.convolution(squares, kernel, None, *settings)  # pyright: ignore[reportArgumentType]
+        (sums,) = torch.autograd.grad(output.sum(), kernel)
+    return sums if layer.transposed else sums.repeat_interleave(layer.out_channels // groups, 0)

@@ -1,4 +1,4 @@
-"""What flows through a weight from ones at the input to the sum of the output: SynFlow. No data but its shape."""
+"""SynFlow: the flow through a weight from an input of ones to the sum of the outputs."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,16 +12,21 @@ from workbench.models.forward import inputs_of, preserve_state, to_device
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
-    """``|w| * dR/d|w|``, where R is the sum of the outputs for an input of ones with all parameters made positive.
+    """Synaptic flow: how much of the flow from the inputs to the outputs passes through the weight.
 
-    Layers one after the other that are linear, or whose activation is homogeneous of degree 1 (ReLU), all have scores
-    of sum R. So none of them is pruned away as long as scores are taken anew in many small steps: the paper's 100
-    rounds. Activations are left as they are, batch norms use their running statistics (of which the paper's code takes
-    the mean's absolute value, too), and everything is computed in float64, for R is a product over layers. A mean that
-    is subtracted (LayerNorm) cancels ones and leaves little to be told.
+    Formula: ``|w| * dR/d|w|``, where R is the sum of the outputs for an input of ones with all parameters made positive.
+    Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+    arXiv:2006.05467, Algorithm 1.
+    When to use: before training, without data, at very high sparsity. Not with LayerNorm, which subtracts the mean and
+    cancels an input of ones.
+
+    The scores of consecutive layers that are linear, or whose activation is homogeneous of degree 1 (ReLU), sum to the
+    same R. So no layer is pruned away if weights are scored anew in many small steps: the paper's 100 rounds.
+    Activations stay as they are, batch norms use their running statistics (the mean's absolute value, as in the paper's
+    code), and everything is computed in float64, because R is a product over layers.
 
     Args:
-        model: takes floating inputs. Its own parameters are neither changed nor differentiated.
+        model: takes floating-point inputs; its parameters are neither changed nor differentiated.
         weights: parameters of it by name; frozen ones too.
         loader: batches; only the first is read, and only for the shape of one sample.
 
@@ -31,9 +36,6 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
     Raises:
         ValueError: if the loader is empty, inputs are integers, a weight is sharded or tied by memory alone, or R is
             zero, infinite or NaN.
-
-    Reference: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
-        arXiv:2006.05467, Algorithm 1.
     """
     check(model, weights)
     device = next(iter(weights.values())).device
@@ -51,13 +53,13 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
         flow = _first(functional_call(model, state, args, kwargs)).sum()
         if not flow.isfinite() or flow == 0:
             raise ValueError(
-                f"the flow through this {type(model).__name__} is {flow.item():g}, so its parts have no order: a "
+                f"the flow through this {type(model).__name__} is {flow.item():g}, so scores have no order: a "
                 "layer is pruned away, a norm subtracts all of it, or weights are not finite. Use another criterion"
             )
-        found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
+        gradients = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if grad is None else (grad * leaf).abs().detach()
-        for (name, leaf), grad in zip(leaves.items(), found)
+        for (name, leaf), grad in zip(leaves.items(), gradients)
     }
 
 
@@ -69,7 +71,7 @@ def _positive(name: str, value: Tensor, parameter: bool, dtype: torch.dtype) -> 
 
 
 def _ones(inputs: Any, dtype: torch.dtype) -> Any:
-    """One sample of ones in the shape of ``inputs``; what is a mask keeps its type."""
+    """One sample of ones in the shape of ``inputs``; masks keep their type."""
     if isinstance(inputs, Mapping):
         masks = {name: value for name, value in inputs.items() if name.endswith("mask") and isinstance(value, Tensor)}
         rest = {name: _ones(value, dtype) for name, value in inputs.items() if name not in masks}
@@ -88,7 +90,7 @@ def _first(output: Any) -> Tensor:
     values = (
         [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, Mapping) else output)
     )
-    found = next((value for value in values if isinstance(value, Tensor)), None)
-    if found is None:
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    if first is None:
         raise ValueError(f"the model returns {type(output).__name__} without a tensor in it: SynFlow sums its first")
-    return found
+    return first

@@ -1,11 +1,11 @@
-"""What the loss tells of a weight: SNIP, GraSP, first-order Taylor and movement.
+"""Criteria from gradients of the loss: SNIP, GraSP, first-order Taylor and movement.
 
-All take ``loss(model, batch)``, a scalar that is the mean over the batch, and see the model in training mode as their
-papers do: with the statistics of the batch in batch norms, which start without any, and with dropout. Its buffers and
-torch's random state are put back, so a second call gives the same scores.
+All take ``loss(model, batch)``, a scalar that is the mean over the batch, and run the model in training mode as their
+papers do: with dropout, and with the statistics of the batch in batch norms. Its buffers and torch's random state are
+restored, so a second call gives the same scores.
 
-Batches count alike, whatever their size; so do those of other ranks. Gradients are those of ``torch.autograd.grad``:
-``.grad`` is neither read nor written. A weight that the loss does not use has gradient 0.
+Every batch has the same weight, whatever its size or rank. Gradients are those of ``torch.autograd.grad``: ``.grad`` is
+neither read nor written. A weight that the loss does not use has gradient 0.
 
 Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one batch, w = weight; per element.
 """
@@ -26,10 +26,12 @@ Weights = Mapping[str, nn.Parameter]
 
 
 def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Connection sensitivity, |g * w|: how fast the loss changes when the connection is scaled down.
+    """Connection sensitivity: how fast the loss changes when the connection is scaled down.
 
-    The paper divides by the sum over all weights, which changes no order. It looks at one batch of an untrained
-    network.
+    Formula: ``|g * w|``. The paper divides by the sum over all weights, which changes no order.
+    Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340,
+    equations 4 and 5.
+    When to use: before training, in one shot, on one batch as in the paper or on more.
 
     Args:
         model: differentiable, of any device and precision.
@@ -43,53 +45,54 @@ def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) 
     Raises:
         ValueError: if the loader is empty, a weight is frozen, sharded or tied by memory alone, or the loss is not a
             scalar that depends on the weights.
-
-    Reference: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019,
-        arXiv:1810.02340, equations 4 and 5.
     """
     mean = _mean(model, weights, loader, loss, lambda weight, grad: precise(grad))
     return {name: snip_step(weight, mean[name]) for name, weight in weights.items()}
 
 
 def taylor(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Mean over batches of (g_b * w)^2: the squared change of the loss without the weight, to first order.
+    """The squared change of the loss without the weight, to first order.
+
+    Formula: mean over batches of (g_b * w)^2.
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771, I^(1)_m,
+    averaged over minibatches.
+    When to use: on trained networks, above all with structures such as ``channel`` and ``coupled``.
 
     Arguments and errors are those of ``snip``; scores are 0 or more.
-
-    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771,
-        I^(1)_m, averaged over minibatches.
     """
     return _mean(model, weights, loader, loss, taylor_step)
 
 
 def movement(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Mean over batches of -g_b * w: positive where a step of gradient descent moves the weight away from zero.
+    """How far gradient descent moves the weight away from zero.
 
-    Arguments and errors are those of ``snip``; scores have either sign. In the paper weights are trained meanwhile:
-    sum up ``movement_step`` over the steps.
+    Formula: mean over batches of -g_b * w. In the paper the weights are trained meanwhile: sum ``movement_step`` over
+    the steps, as ``GradualPruning`` does.
+    Source: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1.
+    When to use: while a pretrained model is fine-tuned, at high sparsity.
 
-    Reference: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1.
+    Arguments and errors are those of ``snip``; scores have either sign.
     """
     return _mean(model, weights, loader, loss, movement_step)
 
 
 def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Gradient signal, w * Hg with H the Hessian of the mean loss: positive where the gradient shrinks without w.
+    """Gradient signal preservation: positive if the gradient shrinks without the weight.
 
-    The paper's score is its negative, of which the *largest* are pruned; so the highest w * Hg are kept. Hg is the
-    gradient of <g, g_b> with g held fixed, which needs all batches before any: they are kept between the two passes,
-    on the device the loader gave them on. The paper's code divides logits by 200, which belongs into ``loss``
-    (``cross_entropy(model(x) / 200, y)``). Attention is computed without fused kernels, which have no second
-    derivative.
+    Formula: w * Hg, with H the Hessian of the mean loss. The paper's score is its negative, of which the *largest* are
+    pruned.
+    Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020, arXiv:2002.07376,
+    Algorithms 1 and 2. Its code divides logits by 200, which belongs into ``loss``
+    (``cross_entropy(model(x) / 200, y)``).
+    When to use: before training, in one shot, at high sparsity. Costs two passes, the second with second derivatives.
 
-    Arguments and errors are those of ``snip``; scores have either sign.
-
-    Reference: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020,
-        arXiv:2002.07376, Algorithms 1 and 2.
+    Arguments and errors are those of ``snip``; scores have either sign. Batches are kept between the two passes, on the
+    device that the loader gave them on. Attention is computed without fused kernels, which have no second derivative.
     """
     with torch.random.fork_rng(devices=[]):
-        seen = list(loader)
-    mean = list(_mean(model, weights, seen, loss, lambda weight, grad: precise(grad)).values())
+        kept = list(loader)
+    # Hg is the gradient of <g, g_b> with g held fixed, so g, the mean over all batches, is needed first.
+    mean = list(_mean(model, weights, kept, loss, lambda weight, grad: precise(grad)).values())
 
     def product(value: Tensor) -> list[Tensor | None]:
         gradients = _gradients(value, weights, create_graph=True)
@@ -100,12 +103,12 @@ def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss)
         return list(torch.autograd.grad(flow, list(weights.values()), allow_unused=True))
 
     with sdpa_kernel(SDPBackend.MATH):
-        curved = _mean(model, weights, seen, loss, lambda weight, grad: precise(grad), product)
-    return {name: precise(weight) * curved[name] for name, weight in weights.items()}
+        curvature = _mean(model, weights, kept, loss, lambda weight, grad: precise(grad), product)
+    return {name: precise(weight) * curvature[name] for name, weight in weights.items()}
 
 
 def snip_step(weight: Tensor, grad: Tensor) -> Tensor:
-    """|g * w| of one training step, in fp32 or float64."""
+    """``|g * w|`` of one training step, in fp32 or float64."""
     return (precise(grad) * precise(weight)).abs()
 
 
@@ -134,25 +137,25 @@ def _mean(
         raise ValueError(
             f"{some(frozen)} are frozen, so the loss has no gradient there: set requires_grad, or exclude them"
         )
-    home, count = next(iter(weights.values())).device, 0
+    device, count = next(iter(weights.values())).device, 0
     with preserve_state(model, training=True):
         sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
-        for batch in batches(loader, home):
+        for batch in batches(loader, device):
             value = scalar(loss(model, batch))
-            found = _gradients(value, weights) if derive is None else derive(value)
-            for (name, weight), grad in zip(weights.items(), found):
+            gradients = _gradients(value, weights) if derive is None else derive(value)
+            for (name, weight), grad in zip(weights.items(), gradients):
                 if grad is not None:
                     sums[name] += addend(weight, grad)
             count += 1
-        everyone = total_batches(count, home)
+        batches_of_all_ranks = total_batches(count, device)
         all_reduce_sum(sums.values())
-        return {name: each / everyone for name, each in sums.items()}
+        return {name: each / batches_of_all_ranks for name, each in sums.items()}
 
 
 def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> Sequence[Tensor | None]:
-    found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
-    if all(grad is None for grad in found):
+    gradients = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    if all(grad is None for grad in gradients):
         raise ValueError(
             f"the loss depends on none of the {len(weights)} weights: compute it from what the model returns"
         )
-    return found
+    return gradients

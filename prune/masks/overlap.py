@@ -57,12 +57,12 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """|A and B| / |A or B|, in [0, 1]; 1 if neither keeps any."""
+        """``|A and B| / |A or B|``, in [0, 1]; 1 if neither keeps any."""
         return self._jaccard(self.both)
 
     @property
     def coefficient(self) -> float:
-        """The overlap coefficient, |A and B| / min(|A|, |B|), in [0, 1]: 1 if they are nested or one keeps none."""
+        """The overlap coefficient, ``|A and B| / min(|A|, |B|)``, in [0, 1]: 1 if they are nested or one keeps none."""
         return _ratio(self.both, min(self.first, self.second))
 
     @property

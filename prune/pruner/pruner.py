@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prune.allocation import ALLOCATIONS, Allocation
+from prune.allocation import ALLOCATIONS, Allocation, Layers
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.masks import Masks
 from prune.pruner.scope import (
@@ -242,8 +242,8 @@ class Pruner:
         scope.check_density(density)
         layout = scope.layout
         units = layout.pool(scores, within)
-        candidates = layout.candidates(units, layout.alive(within))
-        counts = self.axes.allocation(units, density, within=candidates, outputs=outputs, shapes=layout.matrices)
+        candidates = layout.candidates(units, layout.unpruned(within))
+        counts = self.axes.allocation(Layers(units, density, candidates, outputs, layout.matrices))
         masks = layout.spread(layout.select(units, counts, candidates), within)
         return Masks({name: mask.to(scope.weights[name].device) for name, mask in masks.items()})
 
@@ -286,8 +286,8 @@ def _masked(model: nn.Module, masks: Masks | None) -> Iterator[None]:
 
 
 def _unit_density(layout: Layout, within: Masks) -> float:
-    alive = layout.alive(within) or {}
-    return sum(int(mask.sum()) for mask in alive.values()) / sum(layout.units.values())
+    unpruned = layout.unpruned(within) or {}
+    return sum(int(mask.sum()) for mask in unpruned.values()) / sum(layout.units.values())
 
 
 def _parsed(axis: str, given: Any, known: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""What stands or falls together: structures, and their names.
+"""Structures: which weights are kept or pruned together, and their names.
 
 A structure divides weights into units. Scores are pooled over a unit, a density is a share of units, and masks are
-spread from units to weights; so every criterion and every allocation goes with every structure.
+expanded from units to weights; so every criterion and every allocation works with every structure.
 """
 
 import re
@@ -50,6 +50,6 @@ def structure_named(name: str) -> Structure:
     if found := re.fullmatch(r"(?:block)?(\d+)x(\d+)", name):
         return Block(int(found[1]), int(found[2]))
     if name in _INSTANCES:
-        raise ValueError(f"structure {name!r} needs to be told more: give {_INSTANCES[name]}")
+        raise ValueError(f"structure {name!r} needs arguments: give {_INSTANCES[name]}")
     known = [*STRUCTURES, "2:4", "4x4"]
     raise ValueError(f"unknown structure {name!r}{nearest(name, known)} Any n:m or rows x columns is one, too")

@@ -1,19 +1,19 @@
-"""Where a layer's weight has its outputs and inputs."""
+"""Which axis of a layer's weight is its outputs, and which its inputs."""
 
 import torch
 from torch import Tensor, nn
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """The layer whose ``weight`` goes by this name."""
+    """The layer whose weight has this name."""
     return model.get_submodule(name.rpartition(".")[0])
 
 
 def turned(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A tensor laid out as the layer's weight, as [outputs, inputs, *kernel], or back: it is its own inverse.
+    """A tensor laid out like the layer's weight, as [outputs, inputs, *kernel], or back: it is its own inverse.
 
-    Linear and Conv layers have their weights so already; transformers' ``Conv1D`` the other way round, and transposed
-    convolutions, too, group by group. The inputs are those of one group.
+    Linear and Conv layers have that order already; transformers' ``Conv1D`` has the opposite one, and transposed
+    convolutions have it within each group. The inputs are those of one group.
     """
     if type(layer).__name__ == "Conv1D":
         return tensor.T

@@ -1,4 +1,4 @@
-"""What a structure says of a model: which unit each weight belongs to."""
+"""Layouts: which unit each weight of a model belongs to."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ Tensors = Mapping[str, Tensor]
 Member = tuple[str, Tensor | None]
 
 
-def only_living(units: Tensors, alive: Tensors | None) -> Tensors | None:
-    """The candidates of most structures: whatever has not been pruned yet."""
-    return alive
+def all_unpruned(units: Tensors, unpruned: Tensors | None) -> Tensors | None:
+    """The candidates of most structures: all units that have not been pruned yet."""
+    return unpruned
 
 
 def best_of_each(units: Tensors, counts: Mapping[str, int], candidates: Tensors | None) -> dict[str, Tensor]:
@@ -33,21 +33,32 @@ def best_of_each(units: Tensors, counts: Mapping[str, int], candidates: Tensors 
 @final
 @dataclass(frozen=True)
 class Layout:
-    """Weights divided into units that stand or fall together; scores go in by weight, and masks come out.
+    """Weights divided into units that are kept or pruned together: scores of weights in, masks of weights out.
 
-    Units are numbered from 0 within a *key*, and have weights in one or several parameters. A key is what a density
-    is divided over, the same as a layer where each parameter is a key of its own: its name. A weight in several units
-    (the output of one and the input of another) is kept if all of them are.
+    The way of a mask::
+
+        scores of weights ─ pool ─► scores of units ─ candidates, allocation, select ─► kept units ─ spread ─► masks
+
+    A density is divided over *keys*. Where each parameter has units of its own, a key is the parameter's name; where
+    units span several parameters, one key stands for all of them. Units are numbered from 0 within a key.
+
+    Invariants, checked when a layout is made:
+
+    - ``shapes`` and ``members`` name the same parameters; those that are not named are never pruned;
+    - an index broadcasts to its parameter's shape, so every weight is in one unit of every key of its parameter;
+    - the numbers of a key have no gaps: every unit has at least one weight, in at least one parameter.
+
+    A weight in several units (the output of one and the input of another) is kept if all of them are. So masks are
+    exact in units, and the share of weights may be lower than the density.
 
     Attributes:
-        shapes: parameter name -> its shape, in the model's order. Weights that are not here are not pruned.
-        members: parameter name -> pairs of a key and the number of the unit in it that each weight belongs to: an
-            integer tensor that broadcasts to the parameter's shape (``arange(out)[:, None]`` for the rows of a
-            matrix). None for one unit per weight: then the key is this parameter's alone. The numbers of a key run
-            from 0 to one less than the count of its units, without gaps.
-        densest: the highest density below 1 that the structure allows.
-        candidates: ``candidates(units, alive)``: the units that may be kept, of those that are alive (None for all).
-        select: ``select(units, counts, candidates)``: the units that are kept, ``counts[key]`` of each key.
+        shapes: parameter name -> its shape, in the model's order.
+        members: parameter name -> pairs of a key and an index, the unit of the key that each weight belongs to: int64,
+            broadcasts to the parameter's shape (``arange(out)[:, None]`` for the rows of a matrix). An index of None
+            makes every weight a unit; no other parameter may have that key.
+        densest: the highest density below 1 that the structure allows, n/m for N:M.
+        candidates: ``candidates(scores of units, unpruned units)``: the units that may be kept (None for all).
+        select: ``select(scores of units, counts, candidates)``: the kept units, ``counts[key]`` of each key.
 
     Raises:
         ValueError: if a unit has no weights, or an index does not fit its parameter.
@@ -56,7 +67,7 @@ class Layout:
     shapes: Mapping[str, Sequence[int]]
     members: Mapping[str, Sequence[Member]]
     densest: Fraction = Fraction(1)
-    candidates: Callable[[Tensors, Tensors | None], Tensors | None] = only_living
+    candidates: Callable[[Tensors, Tensors | None], Tensors | None] = all_unpruned
     select: Callable[[Tensors, Mapping[str, int], Tensors | None], dict[str, Tensor]] = best_of_each
 
     def __post_init__(self):
@@ -82,36 +93,36 @@ class Layout:
 
     @cached_property
     def matrices(self) -> dict[str, list[Sequence[int]]]:
-        """Key -> the shapes of the parameters that its units lie in."""
-        found: dict[str, list[Sequence[int]]] = {}
+        """Key -> the shapes of the parameters that its units are in."""
+        matrices: dict[str, list[Sequence[int]]] = {}
         for name, members in self.members.items():
             for key in dict.fromkeys(key for key, _ in members):
-                found.setdefault(key, []).append(self.shapes[name])
-        return found
+                matrices.setdefault(key, []).append(self.shapes[name])
+        return matrices
 
     @cached_property
     def _sizes(self) -> dict[str, Tensor]:
         """Key -> number of weights of each unit, of the keys whose units are not single weights."""
-        found: dict[str, Tensor] = {}
+        sizes: dict[str, Tensor] = {}
         for name, members in self.members.items():
             for key, index in members:
                 if index is not None:
                     repeats = math.prod(self.shapes[name]) // index.numel()
-                    known = found.get(key, index.new_zeros(0))
-                    sizes = index.flatten().bincount(minlength=len(known)) * repeats
-                    sizes[: len(known)] += known
-                    found[key] = sizes
-        return found
+                    so_far = sizes.get(key, index.new_zeros(0))
+                    here = index.flatten().bincount(minlength=len(so_far)) * repeats
+                    here[: len(so_far)] += so_far
+                    sizes[key] = here
+        return sizes
 
     def pool(self, scores: Tensors, within: Tensors | None = None) -> dict[str, Tensor]:
         """Scores of units: the mean over a unit's weights, those pruned in ``within`` counting as 0.
 
-        Units of many weights are pooled in float64, to the CPU; a sharded tensor is gathered for it. Units of one
-        weight keep their scores as they are.
+        Units of many weights are pooled in float64 on the CPU, for which a sharded tensor is gathered. Single weights
+        keep their scores.
 
         Args:
-            scores: parameter name -> scores of its shape; other names are not looked at.
-            within: masks of the level before; scores where they are False are not looked at.
+            scores: parameter name -> scores of its shape; other names are ignored.
+            within: masks of the level before; scores where they are False are ignored.
 
         Returns:
             Key -> scores, [units] or, of single weights, of the parameter's shape.
@@ -129,19 +140,19 @@ class Layout:
                 total.index_add_(0, index.flatten(), _summed(score, index).flatten())
         return {key: total / self._sizes[key] if key in self._sizes else total for key, total in pooled.items()}
 
-    def alive(self, within: Tensors | None) -> dict[str, Tensor] | None:
+    def unpruned(self, within: Tensors | None) -> dict[str, Tensor] | None:
         """Key -> which units have a weight left in ``within``; None if ``within`` is None."""
         if within is None:
             return None
-        living: dict[str, Tensor] = {}
+        unpruned: dict[str, Tensor] = {}
         for name, members in self.members.items():
             for key, index in members:
                 if index is None:
-                    living[key] = within[name]
+                    unpruned[key] = within[name]
                 else:
-                    flags = living.setdefault(key, torch.zeros(self.units[key], dtype=torch.bool))
+                    flags = unpruned.setdefault(key, torch.zeros(self.units[key], dtype=torch.bool))
                     flags[index[_any(within[name], index)]] = True
-        return living
+        return unpruned
 
     def spread(self, kept: Tensors, within: Tensors | None = None) -> dict[str, Tensor]:
         """Masks of weights from kept units, nested in ``within``: parameter name -> bool of its shape."""
@@ -157,21 +168,21 @@ class Layout:
 
 
 class Structure(Protocol):
-    """Says what stands or falls together."""
+    """Divides the weights of a model into units."""
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
-        """How ``weights``, parameters of ``model`` by their names in it, divide into units.
+        """The units of ``weights``, parameters of ``model`` by their names in it.
 
-        Weights that the structure says nothing of are left out.
+        Weights that the structure does not cover are left out.
 
         Raises:
-            ValueError: if a weight cannot be divided so, or no weight is covered.
+            ValueError: if a weight cannot be divided, or no weight is covered.
         """
         ...
 
 
 def whole(tensor: Any) -> Tensor:
-    """A plain tensor: of one sharded over ranks all of it, which every rank must ask for."""
+    """A plain tensor; a sharded one is gathered, which every rank must call."""
     return tensor.full_tensor() if distributed(tensor) else tensor
 
 
@@ -180,13 +191,13 @@ def _fits(index: Tensor, shape: Sequence[int]) -> bool:
 
 
 def _repeated(index: Tensor) -> list[int]:
-    """The axes along which neighbours share their unit."""
+    """The axes along which all weights belong to the same unit."""
     return [axis for axis, length in enumerate(index.shape) if length == 1]
 
 
 def _summed(score: Tensor, index: Tensor) -> Tensor:
-    """Scores in the index's shape, on the CPU, so that no device adds in an order of its own."""
-    score = score.cpu() if score.device.type == "mps" else score  # which has no float64
+    """Scores summed to the index's shape, in float64, on the CPU: atomic adds on a GPU would have no fixed order."""
+    score = score.cpu() if score.device.type == "mps" else score  # MPS has no float64
     axes = _repeated(index)
     return (score.sum(axes, keepdim=True, dtype=torch.float64) if axes else score.double()).cpu()
 

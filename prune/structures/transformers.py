@@ -1,7 +1,8 @@
-"""Structures whose units reach over the matrices of a transformer's layer: heads and feed-forward units."""
+"""Structures whose units span several matrices of a transformer's layer: heads and feed-forward units."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,29 @@ from prune.structures.axes import shape_of, turned
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.anatomy import KINDS, Layer, layers_of
 
-Share = tuple[str, bool, Tensor]  # a part of a layer, whether its outputs or its inputs, the unit of each of them
+
+class Share(NamedTuple):
+    """The part of the units in one matrix.
+
+    Attributes:
+        part: path of the matrix within the layer.
+        outputs: whether units are its outputs, or its inputs.
+        units: the unit of each output or input, int64, [outputs] or [inputs].
+    """
+
+    part: str
+    outputs: bool
+    units: Tensor
 
 
 @dataclass(frozen=True)
 class Head:
-    """An attention head: its rows of queries, keys and values, and its columns of the output projection.
+    """An attention head.
 
-    Where several heads of queries share one of keys and values, they are one unit. Other weights are not covered.
-
-    Reference: Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650, section 2.
+    Formula: unit = the head's rows of queries, keys and values, and its columns of the output projection. Query heads
+    that share keys and values are one unit. Other weights are not covered.
+    Source: Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650, section 2.
+    When to use: for transformers that ``shrink`` makes smaller.
     """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
@@ -33,15 +47,17 @@ class Head:
 
 @dataclass(frozen=True)
 class FFN:
-    """A unit between the two matrices of a feed-forward net: its row of the first, and of the gate where there is one,
-    and its column of the second. Other weights are not covered.
+    """A hidden unit of a feed-forward net.
 
-    Reference: McCarley et al., Structured pruning of a BERT-based question answering model, 2019, arXiv:1910.06360,
+    Formula: unit = its row of the first matrix, and of the gate if there is one, and its column of the second. Other
+    weights are not covered.
+    Source: McCarley et al., Structured pruning of a BERT-based question answering model, 2019, arXiv:1910.06360,
     section 3.
+    When to use: for transformers that ``shrink`` makes smaller; most of their weights are here.
     """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
-        """One unit for each of a net, of the key ``<layer>.ffn``.
+        """One unit for each hidden unit, of the key ``<layer>.ffn``.
 
         Raises:
             ValueError: if no feed-forward net is found among the weights.
@@ -76,19 +92,19 @@ def _heads(layer: Layer) -> Iterator[Share]:
         raise ValueError(f"'{layer.path}' has {queries} rows of queries and {keys} of keys, in heads of {width}")
     heads = [torch.arange(rows) // (width * rows // keys) for rows in (queries, keys, keys)]
     if len(sizes) == 1:
-        yield anatomy.inputs[0], True, torch.cat(heads)
+        yield Share(anatomy.inputs[0], True, torch.cat(heads))
     else:
-        yield from ((part, True, units) for part, units in zip(anatomy.inputs, heads))
-    yield anatomy.output, False, heads[0]
+        yield from (Share(part, True, units) for part, units in zip(anatomy.inputs, heads))
+    yield Share(anatomy.output, False, heads[0])
 
 
 def _units(layer: Layer) -> Iterator[Share]:
     anatomy = layer.anatomy
     units = torch.arange(_outputs(layer, anatomy.up))
-    yield anatomy.up, True, units
+    yield Share(anatomy.up, True, units)
     if anatomy.gate is not None:
-        yield anatomy.gate, True, units
-    yield anatomy.down, False, units
+        yield Share(anatomy.gate, True, units)
+    yield Share(anatomy.down, False, units)
 
 
 def _outputs(layer: Layer, part: str) -> int:

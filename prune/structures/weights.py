@@ -1,4 +1,4 @@
-"""Structures whose units are single weights: any of them, some of every group, equally many of every output."""
+"""Structures whose units are single weights: any of them, n of every m, or equally many of every output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ from prune.topk import keep_top_k
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Every weight stands for itself."""
+    """Single weights.
+
+    Formula: unit = one weight.
+    Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv:1506.02626.
+    When to use: the default, for the highest sparsity at the same accuracy. Speed needs sparse kernels.
+    """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
         """One unit for each weight."""
@@ -27,15 +32,16 @@ class Unstructured:
 class NM:
     """At most ``n`` of every ``m`` neighbours along the input axis are kept: the best of them, ties by index.
 
-    At density n/m these are all; below it weights compete as in :class:`Unstructured`, but only these. In a
-    convolution neighbours are input channels at one place of the kernel.
+    Formula: unit = one weight; candidates = the n highest scores of every m consecutive inputs. At density n/m all
+    candidates are kept; below it they compete as in :class:`Unstructured`. In a convolution neighbours are input
+    channels at one position of the kernel.
+    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3; Zhou et al.,
+    Learning N:M fine-grained structured sparse neural networks from scratch, 2021, arXiv:2102.04010, equation 1.
+    When to use: 2:4 for the sparse tensor cores of NVIDIA GPUs since Ampere.
 
     Attributes:
         n: how many of a group may be kept, from 1 to below m.
         m: the size of a group.
-
-    References: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3; Zhou et
-    al., Learning N:M fine-grained structured sparse neural networks from scratch, 2021, arXiv:2102.04010, equation 1.
     """
 
     n: int
@@ -53,20 +59,20 @@ class NM:
         """
         layers = {name: layer_of(model, name) for name in weights}
         inputs = {name: shape_of(layers[name], weight)[1] for name, weight in weights.items()}
-        if odd := {name: count for name, count in inputs.items() if count % self.m}:
+        if indivisible := {name: count for name, count in inputs.items() if count % self.m}:
             raise ValueError(
                 f"{self.n}:{self.m} needs inputs in groups of {self.m}, but these layers have other numbers of them: "
-                f"{odd}; exclude them, or choose another m"
+                f"{indivisible}; exclude them, or choose another m"
             )
         return _single(weights, Fraction(self.n, self.m), candidates=partial(self._best, layers))
 
-    def _best(self, layers: Mapping[str, nn.Module], scores: Tensors, alive: Tensors | None) -> dict[str, Tensor]:
+    def _best(self, layers: Mapping[str, nn.Module], scores: Tensors, unpruned: Tensors | None) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}
         for name, layer in layers.items():
             score = whole(scores[name])
-            living = torch.ones_like(score, dtype=torch.bool) if alive is None else alive[name].to(score.device)
-            better = _better(self._grouped(layer, score), self._grouped(layer, living))
-            masks[name] = living & turned(layer, (better < self.n).flatten(-2).movedim(-1, 1))
+            allowed = _allowed(score, None if unpruned is None else unpruned[name])
+            better = _better(self._grouped(layer, score), self._grouped(layer, allowed))
+            masks[name] = allowed & turned(layer, (better < self.n).flatten(-2).movedim(-1, 1))
         return masks
 
     def _grouped(self, layer: nn.Module, tensor: Tensor) -> Tensor:
@@ -75,12 +81,14 @@ class NM:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Every output of a layer keeps equally many of its inputs, but for one more that the best-scored ones get.
+    """Every output of a layer keeps equally many of its inputs.
 
-    An output with fewer left in ``within`` keeps them all. In a convolution an input is one weight of a filter.
-
-    Reference: Sun et al., A simple and effective pruning approach for large language models (Wanda), 2023,
+    Formula: unit = one weight; weights compete within an output only. A remainder goes, one each, to the outputs with
+    the best next scores; an output with fewer left in ``within`` keeps them all. In a convolution an input is one
+    weight of a filter.
+    Source: Sun et al., A simple and effective pruning approach for large language models (Wanda), 2023,
     arXiv:2306.11695, section 3 (comparison per output).
+    When to use: with ``wanda``, and for kernels that need rows of equal length.
     """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
@@ -88,33 +96,34 @@ class Balanced:
         return _single(weights, select=partial(_best_of_outputs, {name: layer_of(model, name) for name in weights}))
 
 
-def ranks(scores: Tensor, alive: Tensor | None = None) -> Tensor:
-    """The place of every score in its row, from 0, the highest first, ties by index; those not alive come last.
+def ranks(scores: Tensor, unpruned: Tensor | None = None) -> Tensor:
+    """The rank of every score in its row, from 0, the highest first, ties by index; pruned ones come last.
 
     Args:
         scores: floating, [*, n].
-        alive: bool, [*, n]; None for all.
+        unpruned: bool, [*, n]; None for all.
 
     Returns:
         int64, [*, n].
     """
-    if alive is not None:
-        scores = scores.masked_fill(~alive, -torch.inf)
+    if unpruned is not None:
+        scores = scores.masked_fill(~unpruned, -torch.inf)
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    if alive is not None and bool((scores.isneginf() & alive).any()):
-        order = order.gather(-1, torch.argsort((~alive).gather(-1, order).byte(), dim=-1, stable=True))
-    places = torch.arange(scores.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    # A score of -inf that is not pruned must still come before those that are.
+    if unpruned is not None and bool((scores.isneginf() & unpruned).any()):
+        order = order.gather(-1, torch.argsort((~unpruned).gather(-1, order).byte(), dim=-1, stable=True))
+    positions = torch.arange(scores.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)
 
 
-def _better(scores: Tensor, alive: Tensor) -> Tensor:
-    """How many living neighbours [..., m] are better, or as good and come first: for a few, faster than to sort."""
-    scores, alive = (tensor.movedim(-1, 0).contiguous() for tensor in (scores, alive))
-    found = torch.zeros_like(scores, dtype=torch.int16)
-    for i, (other, living) in enumerate(zip(scores, alive)):
-        found[:i] += living & (other > scores[:i])
-        found[i + 1 :] += living & (other >= scores[i + 1 :])
-    return found.movedim(0, -1)
+def _better(scores: Tensor, unpruned: Tensor) -> Tensor:
+    """How many unpruned neighbours [..., m] are better, or equal and first: for small m faster than sorting."""
+    scores, unpruned = (tensor.movedim(-1, 0).contiguous() for tensor in (scores, unpruned))
+    better = torch.zeros_like(scores, dtype=torch.int16)
+    for i, (other, counts) in enumerate(zip(scores, unpruned)):
+        better[:i] += counts & (other > scores[:i])
+        better[i + 1 :] += counts & (other >= scores[i + 1 :])
+    return better.movedim(0, -1)
 
 
 def _single(weights: Tensors, densest: Fraction = Fraction(1), **rules: Any) -> Layout:
@@ -122,19 +131,24 @@ def _single(weights: Tensors, densest: Fraction = Fraction(1), **rules: Any) -> 
 
 
 def _best_of_outputs(
-    layers: Mapping[str, nn.Module], scores: Tensors, counts: Mapping[str, int], alive: Tensors | None
+    layers: Mapping[str, nn.Module], scores: Tensors, counts: Mapping[str, int], candidates: Tensors | None
 ) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
         score, k = whole(scores[name]), counts[name]
-        living = torch.ones_like(score, dtype=torch.bool) if alive is None else alive[name].to(score.device)
-        rows = [turned(layer, tensor).flatten(1) for tensor in (score, living)]
-        place = turned(layer, ranks(*rows).unflatten(1, shape_of(layer, score)[1:]))
-        # How many weights there are with a place up to this one: all places that fit are filled, then the best of one.
-        filled = place[living].bincount().cumsum(0)
-        full = int((filled <= k).sum())
-        rest = k - (int(filled[full - 1]) if full else 0)
-        masks[name] = living & (place < full)
+        allowed = _allowed(score, None if candidates is None else candidates[name])
+        rows = [turned(layer, tensor).flatten(1) for tensor in (score, allowed)]
+        rank = turned(layer, ranks(*rows).unflatten(1, shape_of(layer, score)[1:]))
+        # up_to[r]: weights of rank r or better, over all outputs. Whole ranks are kept while they fit, then the best
+        # weights of the next rank: so no output keeps two more than another.
+        up_to = rank[allowed].bincount().cumsum(0)
+        full = int((up_to <= k).sum())
+        rest = k - (int(up_to[full - 1]) if full else 0)
+        masks[name] = allowed & (rank < full)
         if rest:
-            masks[name] |= keep_top_k({name: score}, rest, {name: living & (place == full)})[name]
+            masks[name] |= keep_top_k({name: score}, rest, {name: allowed & (rank == full)})[name]
     return masks
+
+
+def _allowed(score: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones_like(score, dtype=torch.bool) if mask is None else mask.to(score.device)

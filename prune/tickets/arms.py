@@ -140,7 +140,7 @@ def shuffled(hunt: Hunt, level: int) -> Arm:
     arXiv:2009.08576 (layerwise shuffling).
     """
     layout, masks = _units(hunt, level)
-    alive = layout.alive(masks) or {}
+    alive = layout.unpruned(masks) or {}
     counts = {key: int(units.sum()) for key, units in alive.items()}
     scores = _scores(layout, derived(hunt.trainee.seed, level, "shuffled"))
     kept = layout.select(scores, counts, layout.candidates(scores, None))
@@ -266,7 +266,7 @@ def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:
 
 def _density(layout: Layout, masks: Masks) -> float:
     """The share of all units that masks keep."""
-    return sum(int(units.sum()) for units in (layout.alive(masks) or {}).values()) / sum(layout.units.values())
+    return sum(int(units.sum()) for units in (layout.unpruned(masks) or {}).values()) / sum(layout.units.values())
 
 
 def _scores(layout: Layout, seed: int) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import EarlyBird
-from prune.connectivity import between
-from prune.connectivity.visiting import batch_norms
+from prune.connectivity import error_barrier
+from prune.connectivity.states import batch_norms
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.tickets.arms import Hunt
@@ -172,7 +172,7 @@ def hunt(
         fall=fall,
         patience=patience,
         study=(lambda masks: studied(module, data, masks, seed)) if diagnose else None,
-        connect=functools.partial(between, module, data, trainer=trainer, seed=seed) if connectivity else None,
+        connect=functools.partial(error_barrier, module, data, trainer=trainer, seed=seed) if connectivity else None,
     )
     with locked(out):
         done = search(searched)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune.allocation import ALLOCATIONS, ERK, Allocation, ErdosRenyi, Global, LayerwiseAsPaper, Uniform
+from prune.allocation import ALLOCATIONS, ERK, Allocation, ErdosRenyi, Global, Layers, LayerwiseAsPaper, Uniform
 from prune.schedule import geometric, kept
 from prune.structures.layout import best_of_each
 from prune.topk import keep_top_k
@@ -41,7 +41,7 @@ def test_total_is_exactly_k(allocation: Allocation, sizes: dict[str, int], data:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts = allocation(scores_of(sizes, seed), density)
+        counts = allocation(Layers(scores_of(sizes, seed), density))
     assert sum(counts.values()) == k
     assert list(counts) == list(sizes)
     least = 0 if allocation == Global(floor=0) else 1
@@ -61,7 +61,7 @@ def test_levels_nest(name: str, sizes: dict[str, int], rate: float, seed: int):
             if kept(sum(sizes.values()), density) < len(sizes):
                 return
             scores = scores_of(sizes, seed + level)
-            counts = allocation(scores, density, within=within)
+            counts = allocation(Layers(scores, density, within=within))
             masks = best_of_each(scores, counts, within)
             if within is not None:
                 assert all(bool((~masks[n] | within[n]).all()) for n in sizes)
@@ -70,7 +70,7 @@ def test_levels_nest(name: str, sizes: dict[str, int], rate: float, seed: int):
 
 def test_global_without_a_weak_layer_is_the_global_top_k():
     scores = scores_of({"a": 300, "b": 500})
-    assert Global()(scores, 0.2) == {n: int(m.sum()) for n, m in keep_top_k(scores, 160).items()}
+    assert Global()(Layers(scores, 0.2)) == {n: int(m.sum()) for n, m in keep_top_k(scores, 160).items()}
 
 
 def collapsing() -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def test_floor_holds_a_collapsing_layer_and_says_so():
     scores = collapsing()
     assert int(keep_top_k(scores, 200)["weak"].sum()) == 0
     with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300; it keeps 6"):
-        counts = Global()(scores, 0.2)
+        counts = Global()(Layers(scores, 0.2))
     rest = keep_top_k({n: scores[n] for n in ("a", "c")}, 194)
     assert counts == {"a": int(rest["a"].sum()), "weak": 6, "c": int(rest["c"].sum())}
 
@@ -92,7 +92,7 @@ def test_floor_holds_a_collapsing_layer_and_says_so():
 @pytest.mark.parametrize(("floor", "weak"), [(1, 1), (50, 50), (0.5, 30), (0.9, 54), (0.0001, 1)])
 def test_floor_as_number_or_share_of_the_fair_part(floor: float, weak: int):
     with pytest.warns(UserWarning, match="'weak'"):
-        counts = Global(floor)(collapsing(), 0.2)
+        counts = Global(floor)(Layers(collapsing(), 0.2))
     assert counts["weak"] == weak
     assert sum(counts.values()) == 200
 
@@ -100,7 +100,7 @@ def test_floor_as_number_or_share_of_the_fair_part(floor: float, weak: int):
 @pytest.mark.parametrize("floor", [0, 0.0])
 def test_without_a_floor_a_dead_layer_is_still_reported(floor: float):
     with pytest.warns(UserWarning, match="'weak' keeps none of its 300"):
-        assert Global(floor)(collapsing(), 0.2)["weak"] == 0
+        assert Global(floor)(Layers(collapsing(), 0.2))["weak"] == 0
 
 
 def test_lifting_one_layer_may_push_another_below_its_floor():
@@ -111,7 +111,7 @@ def test_lifting_one_layer_may_push_another_below_its_floor():
     }
     assert [int(m.sum()) for m in keep_top_k(scores, 8).values()] == [6, 2, 0]
     with pytest.warns(UserWarning, match="layer collapse") as caught:
-        counts = Global(2)(scores, 8 / 12)
+        counts = Global(2)(Layers(scores, 8 / 12))
     assert counts == {"strong": 4, "middle": 2, "weak": 2}
     assert [str(w.message).split("'")[1] for w in caught] == ["weak", "middle"]
 
@@ -121,29 +121,29 @@ def test_floor_asks_for_no_more_than_is_left():
     within = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True] + [False] * 9)}
     scores["b"][0] = 0
     with pytest.warns(UserWarning, match="'b' would have kept 0"):
-        assert Global(5)(scores, 0.4, within=within) == {"a": 7, "b": 1}
+        assert Global(5)(Layers(scores, 0.4, within=within)) == {"a": 7, "b": 1}
     within["b"][0] = False
     with pytest.warns(UserWarning, match="'b' keeps none"):
-        assert Global(5)(scores, 0.4, within=within) == {"a": 8, "b": 0}
+        assert Global(5)(Layers(scores, 0.4, within=within)) == {"a": 8, "b": 0}
 
 
 def test_impossible_totals():
     scores = scores_of({"a": 10, "b": 10})
     with pytest.raises(ValueError, match="floor 5 asks for 10 over 2 layers"):
-        Global(5)(scores, 0.4)
+        Global(5)(Layers(scores, 0.4))
     with pytest.raises(ValueError, match="keeps none"):
-        Global()(scores, 0.01)
+        Global()(Layers(scores, 0.01))
     with pytest.raises(ValueError, match="too few for one in each of 2"):
-        Uniform()(scores, 0.05)
+        Uniform()(Layers(scores, 0.05))
     within = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True] + [False] * 9)}
     with pytest.raises(ValueError, match="only 11 left"):
-        Global()(scores, 0.7, within=within)
+        Global()(Layers(scores, 0.7, within=within))
     for allocation in (Uniform(), LayerwiseAsPaper()):
         with pytest.raises(ValueError, match=r"of 'b', but `within` has only 1 left"):
-            allocation(scores, 0.4, within=within)
+            allocation(Layers(scores, 0.4, within=within))
     for allocation in (Global(), Uniform(), LayerwiseAsPaper()):
         with pytest.raises(ValueError, match="no layers"):
-            allocation({}, 0.5)
+            allocation(Layers({}, 0.5))
 
 
 @pytest.mark.parametrize("floor", [-1, 1.5, -0.1, float("nan"), True])
@@ -167,24 +167,24 @@ def test_uniform_is_the_webster_apportionment(sizes: dict[str, int], data: st.Da
         expected[best] += 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert Uniform()(scores_of(sizes), density) == expected
+        assert Uniform()(Layers(scores_of(sizes), density)) == expected
 
 
 def test_uniform_is_within_one_weight_of_the_density():
-    counts = Uniform()(scores_of({f"p{i}": 25 for i in range(8)}), 0.1)
+    counts = Uniform()(Layers(scores_of({f"p{i}": 25 for i in range(8)}), 0.1))
     assert sorted(counts.values()) == [2, 2, 2, 2, 3, 3, 3, 3]  # each alone would round 2.5 up: 24, not 20
     assert list(counts.values()) == [3, 3, 3, 3, 2, 2, 2, 2]
 
 
 def test_a_layer_that_rounds_up_to_one_is_no_collapse():
-    assert Uniform()(scores_of({"small": 7, "big": 93}), 0.1) == {"small": 1, "big": 9}  # and no warning
+    assert Uniform()(Layers(scores_of({"small": 7, "big": 93}), 0.1)) == {"small": 1, "big": 9}  # and no warning
 
 
 @pytest.mark.parametrize("allocation", [Uniform(), LayerwiseAsPaper(output_rate=1)], ids=str)
 def test_a_layer_too_small_for_the_density_keeps_one(allocation: Allocation):
     scores = scores_of({"big": 96, "tiny": 4, "out": 100})
     with pytest.warns(UserWarning, match="'tiny' would have kept 0 of 4"):
-        counts = allocation(scores, 0.1)
+        counts = allocation(Layers(scores, 0.1))
     assert counts["tiny"] == 1
 
 
@@ -192,7 +192,7 @@ def test_a_layer_too_small_for_the_density_keeps_one(allocation: Allocation):
 def test_layerwise_reproduces_the_paper(rounds: int, percent: float):
     """The percentages left that Frankle and Carbin 2019 give for LeNet-300-100 at 20% per round."""
     density = geometric(0.2, rounds)[rounds]
-    counts = LayerwiseAsPaper()(scores_of(LENET), density)
+    counts = LayerwiseAsPaper()(Layers(scores_of(LENET), density))
     assert counts == {
         "fc1": kept(LENET["fc1"], density),
         "fc2": kept(LENET["fc2"], density),
@@ -246,7 +246,7 @@ def test_erdos_renyi_is_the_published_rule(name: str, shapes: dict[str, tuple[in
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts = KINDS[name](scores, density)
+        counts = KINDS[name](Layers(scores, density))
     assert sum(counts.values()) == total
     shares = {n: share * math.prod(shapes[n]) for n, share in published(shapes, density, name == "erk").items()}
     if min(shares.values()) >= 0.5:
@@ -263,41 +263,41 @@ def test_erk_of_a_small_network_by_hand():
     """Weights in proportion to 3 + 2 + 3 + 3, 4 + 8 and 8 + 2; the last layer is dense, the others share 39."""
     shapes = {"conv": (3, 2, 3, 3), "fc": (4, 8), "out": (2, 4)}
     scores = {name: torch.rand(shape) for name, shape in shapes.items()}
-    assert ERK()(scores, 0.5) == {"conv": 19, "fc": 20, "out": 8}
+    assert ERK()(Layers(scores, 0.5)) == {"conv": 19, "fc": 20, "out": 8}
     assert published(shapes, 0.5, True) == pytest.approx({"conv": 39 * 11 / 23 / 54, "fc": 39 * 12 / 23 / 32, "out": 1})
-    assert ErdosRenyi()(scores, 0.5) == {"conv": 34, "fc": 9, "out": 4}  # 47 in the proportion of 45, 12 and 6
+    assert ErdosRenyi()(Layers(scores, 0.5)) == {"conv": 34, "fc": 9, "out": 4}  # 47 in the proportion of 45, 12 and 6
 
 
 def test_a_key_of_several_matrices_has_the_density_of_all_together():
     units = {"attention": torch.rand(8), "ffn": torch.rand(16)}
     shapes = {"attention": [(16, 16)] * 4, "ffn": [(16, 16), (16, 16)]}
-    assert ERK()(units, 0.5, shapes=shapes) == {"attention": 4, "ffn": 8}
+    assert ERK()(Layers(units, 0.5, shapes=shapes)) == {"attention": 4, "ffn": 8}
     thin = {"attention": [(16, 16)] * 4, "ffn": [(4, 16), (16, 4)]}  # twice and a half as dense
-    assert ERK()(units, 0.5, shapes=thin) == {"attention": 2, "ffn": 10}
+    assert ERK()(Layers(units, 0.5, shapes=thin)) == {"attention": 2, "ffn": 10}
 
 
 def test_erk_takes_no_more_than_is_left():
     scores = {"a": torch.rand(10, 10), "b": torch.rand(10, 10)}
     within = {"a": torch.zeros(10, 10, dtype=torch.bool), "b": torch.ones(10, 10, dtype=torch.bool)}
     within["a"][0] = True
-    assert ERK()(scores, 0.4, within=within) == {"a": 10, "b": 70}
+    assert ERK()(Layers(scores, 0.4, within=within)) == {"a": 10, "b": 70}
     within["a"][0] = False
-    assert ERK()(scores, 0.4, within=within) == {"a": 0, "b": 80}
+    assert ERK()(Layers(scores, 0.4, within=within)) == {"a": 0, "b": 80}
     with pytest.raises(ValueError, match="only 100 left"):
-        ERK()(scores, 0.6, within=within)
+        ERK()(Layers(scores, 0.6, within=within))
 
 
 def test_no_output_is_slower_where_there_is_none():
     scores = scores_of({"a": 100, "b": 100})
-    assert LayerwiseAsPaper()(scores, 0.8, outputs=[]) == {"a": 80, "b": 80}
+    assert LayerwiseAsPaper()(Layers(scores, 0.8, outputs=[])) == {"a": 80, "b": 80}
 
 
 def test_outputs_are_the_last_layer_or_those_named():
     scores = scores_of({"a": 100, "b": 100, "c": 100})
-    assert LayerwiseAsPaper()(scores, 0.8) == {"a": 80, "b": 80, "c": 90}
-    assert LayerwiseAsPaper()(scores, 0.8, outputs=["a", "b"]) == {"a": 90, "b": 90, "c": 80}
+    assert LayerwiseAsPaper()(Layers(scores, 0.8)) == {"a": 80, "b": 80, "c": 90}
+    assert LayerwiseAsPaper()(Layers(scores, 0.8, outputs=["a", "b"])) == {"a": 90, "b": 90, "c": 80}
     with pytest.raises(ValueError, match="'d'"):
-        LayerwiseAsPaper()(scores, 0.8, outputs=["d"])
+        LayerwiseAsPaper()(Layers(scores, 0.8, outputs=["d"]))
 
 
 @pytest.mark.parametrize("fields", [{"output_rate": -0.1}, {"output_rate": 1.1}, {"rate": 0}, {"rate": 1}])

@@ -314,7 +314,7 @@ def test_a_weight_in_two_units_needs_both() -> None:
     masks = layout.spread({"middle": torch.tensor([True, False, True]), "b": torch.tensor([False, True])})
     assert masks["a"].tolist() == [[True] * 2, [False] * 2, [True] * 2]
     assert masks["b"].tolist() == [[False] * 3, [True, False, True]]
-    assert {key: flags.tolist() for key, flags in (layout.alive(masks) or {}).items()} == {
+    assert {key: flags.tolist() for key, flags in (layout.unpruned(masks) or {}).items()} == {
         "middle": [True, False, True],
         "b": [False, True],
     }
@@ -366,14 +366,14 @@ def test_structures_by_name() -> None:
         "balanced": Balanced(),
     }
     for name, remedy in {"block": r"Block\(rows, columns\), or 4x4", "coupled": "Coupled"}.items():
-        with pytest.raises(ValueError, match=f"'{name}' needs to be told more: give {remedy}"):
+        with pytest.raises(ValueError, match=f"'{name}' needs arguments: give {remedy}"):
             structure_named(name)
     for name, near in {"chanel": "channel", "2;4": "2:4", "heads": "head", "2:4:8": "2:4"}.items():
         with pytest.raises(ValueError, match=f"unknown structure '{name}'; did you mean '{near}'"):
             Pruner(structure=name)
     with pytest.raises(ValueError, match="4:4 is no N:M structure"):
         structure_named("4:4")
-    with pytest.raises(ValueError, match="0 x 4 is none"):
+    with pytest.raises(ValueError, match="0 x 4 is empty"):
         structure_named("0x4")
 
 

@@ -11,10 +11,10 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prune import EarlyBird, Pruner
-from prune.connectivity import between, interpolated
+from prune.connectivity import error_barrier, interpolate
 from prune.masks import Masks
 from tests.helpers.ranks import on_ranks
-from tests.prune.connectivity.test_visiting import assert_same, everything
+from tests.prune.connectivity.test_states import assert_same, everything
 from workbench import TaskModule
 from workbench.diagnostics import Diagnose
 from workbench.tasks import Classification
@@ -79,7 +79,7 @@ def errors(model: nn.Module, a: Any, b: Any, x: Tensor, y: Tensor, refresh: Any 
     found = []
     for step in range(points):
         at = copy.deepcopy(model)
-        at.load_state_dict(interpolated(a, b, step / (points - 1)))
+        at.load_state_dict(interpolate(a, b, step / (points - 1)))
         if refresh is not None:
             update_bn(refresh, at)
         found.append((at.eval()(x).argmax(1) != y).float().mean().item())
@@ -89,12 +89,12 @@ def errors(model: nn.Module, a: Any, b: Any, x: Tensor, y: Tensor, refresh: Any 
 @pytest.mark.parametrize(("split", "part"), [("val", slice(32, 48)), ("test", slice(48, 60))])
 def test_heights_are_errors_on_the_split(split: Any, part: slice) -> None:
     data, module, other = Data(), TaskModule(net(1), Classification(3)), net(2)
-    found = between(module, data, module.network.state_dict(), other.state_dict(), 5, split)
+    found = error_barrier(module, data, module.network.state_dict(), other.state_dict(), 5, split)
     expected = errors(other, net(1).state_dict(), other.state_dict(), data.x[part], data.y[part])
     assert found["heights"] == pytest.approx(expected, abs=1e-6)
     assert found["ends"] == [found["heights"][-1], found["heights"][0]]
     assert found["barrier"] == pytest.approx(max(expected) - (expected[0] + expected[-1]) / 2, abs=1e-6)
-    assert (found["metric"], found["split"], found["refreshed"]) == (f"{split}/accuracy", split, False)
+    assert (found["metric"], found["split"], found["recalibrated"]) == (f"{split}/accuracy", split, False)
     assert found["stable"] == (found["barrier"] < 0.02)
     assert data.calls == ["prepare", "validate" if split == "val" else "test"], "set up once"
 
@@ -105,9 +105,9 @@ def test_statistics_of_batch_norms_are_estimated_on_training_batches() -> None:
     shown = [batch for batch, _ in zip(training_loader(module, data, 3), range(2))]
     x, y = data.x[32:48], data.y[32:48]
     for refresh, batches in ((2, shown), (shown[:1], shown[:1]), (None, None)):
-        found = between(module, data, a, b, 5, refresh=refresh, seed=3)
+        found = error_barrier(module, data, a, b, 5, recalibrate=refresh, seed=3)
         assert found["heights"] == pytest.approx(errors(other, a, b, x, y, batches), abs=1e-6), refresh
-        assert found["refreshed"] == (refresh is not None)
+        assert found["recalibrated"] == (refresh is not None)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_a_module_of_ones_own_is_judged_by_what_it_logs(names: Any, metric: Any,
     data, module, other = Data(), Theirs(names), Theirs()
     with torch.no_grad():
         other.layers[3].bias.add_(torch.tensor([5.0, 0.0, 0.0]))
-    found = between(module, data, module.state_dict(), other.state_dict(), 3, metric=metric)
+    found = error_barrier(module, data, module.state_dict(), other.state_dict(), 3, metric=metric)
     assert found["metric"] == named
     assert (found["stable"] is None) == (not error)
     x, y, same = data.x[32:48], data.y[32:48], Theirs()
     if error:
         expected = errors(same, same.state_dict(), other.state_dict(), x, y, points=3)
     else:
-        states = [interpolated(same.state_dict(), other.state_dict(), alpha) for alpha in (0, 0.5, 1)]
+        states = [interpolate(same.state_dict(), other.state_dict(), alpha) for alpha in (0, 0.5, 1)]
         expected = [nn.functional.cross_entropy(_load(Theirs(), s).eval()(x), y).item() for s in states]
     assert found["heights"] == pytest.approx(expected, abs=1e-5)
 
@@ -160,7 +160,7 @@ def test_everything_is_as_it_was_also_after_an_exception(fails: bool) -> None:
         module.validation_step = validation_step  # type: ignore[method-assign]
     other = {name: value + 1 for name, value in module.state_dict().items()}
     with contextlib.suppress(KeyError):
-        between(module, data, module.state_dict(), other, 3)
+        error_barrier(module, data, module.state_dict(), other, 3)
     assert (seen > 1) == fails
     assert_same(before, everything(module))
     assert module.trainer is trainer
@@ -172,10 +172,10 @@ def test_everything_is_as_it_was_also_after_an_exception(fails: bool) -> None:
 def test_the_same_every_time_although_validation_draws() -> None:
     data, module = Data(), Theirs()
     other = {name: value * 0.5 for name, value in module.state_dict().items()}
-    first = between(module, data, module.state_dict(), other, 3)
+    first = error_barrier(module, data, module.state_dict(), other, 3)
     torch.rand(3)
-    assert between(module, data, module.state_dict(), other, 3) == first
-    assert between(module, data, other, module.state_dict(), 3)["heights"] == first["heights"][::-1]
+    assert error_barrier(module, data, module.state_dict(), other, 3) == first
+    assert error_barrier(module, data, other, module.state_dict(), 3)["heights"] == first["heights"][::-1]
 
 
 def test_masked_weights_stay_masked_on_the_way() -> None:
@@ -186,7 +186,7 @@ def test_masked_weights_stay_masked_on_the_way() -> None:
     masks.apply(other)
     seen = []
     module.network.register_forward_hook(lambda *_: seen.append(masks.obeyed_by(module.network)))
-    between(module, data, module.network.state_dict(), other.state_dict(), 3)
+    error_barrier(module, data, module.network.state_dict(), other.state_dict(), 3)
     assert seen == [True] * 6
 
 
@@ -196,7 +196,7 @@ def in_parallel() -> Any:
     parallel = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     lp.Trainer(**parallel, **quiet, max_epochs=3, callbacks=[diagnose, bird]).fit(module, datamodule=Data())
-    found = between(module, Data(), module.network.state_dict(), other, 3, trainer=parallel)
+    found = error_barrier(module, Data(), module.network.state_dict(), other, 3, trainer=parallel)
     return found, diagnose.last, bird.distances, [value.tolist() for value in module.state_dict().values()]
 
 
@@ -204,30 +204,30 @@ def test_ranks_agree_on_all_that_is_said_of_a_training() -> None:
     first, second = on_ranks(in_parallel)
     assert first == second
     assert len(first[2]) == 2
-    assert first[0]["refreshed"]
+    assert first[0]["recalibrated"]
 
 
 def test_mistakes_are_named() -> None:
     data, module = Data(), TaskModule(net(1, norm=True), Classification(3))
     state = module.network.state_dict()
     with pytest.raises(ValueError, match="split is 'train': one of"):
-        between(module, data, state, state, split="train")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="refresh is 0: give 1 or more batches"):
-        between(module, data, state, state, refresh=0)
+        error_barrier(module, data, state, state, split="train")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="recalibrate is 0: give 1 or more batches"):
+        error_barrier(module, data, state, state, recalibrate=0)
     with pytest.raises(ValueError, match=r"Theirs has no test_step"):
-        between(Theirs(), data, state, state, split="test")
+        error_barrier(Theirs(), data, state, state, split="test")
     with pytest.raises(ValueError, match="LightningDataModule has no val_dataloader"):
-        between(module, lp.LightningDataModule(), state, state)
+        error_barrier(module, lp.LightningDataModule(), state, state)
     theirs = Theirs(("a", "b"))
     with pytest.raises(
         ValueError, match=r"logged 'a', 'b' on the val split, not val/accuracy or val_accuracy.*metric="
     ):
-        between(theirs, data, theirs.state_dict(), theirs.state_dict())
+        error_barrier(theirs, data, theirs.state_dict(), theirs.state_dict())
     with pytest.raises(ValueError, match="the state does not fit Sequential"):
-        between(module, data, {"x": torch.ones(1)}, {"x": torch.ones(1)})
+        error_barrier(module, data, {"x": torch.ones(1)}, {"x": torch.ones(1)})
 
     class Foreign(pl.LightningModule):
         pass
 
     with pytest.raises(ValueError, match=r"Foreign is a pytorch_lightning\.LightningModule"):
-        between(Foreign(), data, {}, {})  # type: ignore[arg-type]
+        error_barrier(Foreign(), data, {}, {})  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def masks_of(hunt: Hunt, arm: str, level: int = 2) -> Masks:
 
 def units(hunt: Hunt, masks: Masks) -> dict[str, int]:
     layout = hunt.pruner.axes.structure.layout(hunt.trainee.network, hunt.pruner.scope(hunt.trainee.network))
-    return {key: int(alive.sum()) for key, alive in (layout.alive(masks) or {}).items()}
+    return {key: int(alive.sum()) for key, alive in (layout.unpruned(masks) or {}).items()}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -1,4 +1,9 @@
-"""The line between two networks' weights, and what stands on it: linear mode connectivity."""
+"""Linear interpolation between two networks, and the error barrier on the way (linear mode connectivity).
+
+Instability analysis (Frankle et al., 2020, arXiv:1912.05671): train two copies of a network with different data orders
+from the same point, and interpolate between the results. If there is no barrier, training from that point is *stable*
+to SGD noise. Pruned networks that are stable at the rewind point are the ones that reach the dense network's accuracy.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,10 +20,10 @@ STABLE = 0.02  # of error, in [0, 1]: below it the paper calls a network stable
 
 @dataclass(frozen=True)
 class Barrier:
-    """What was measured along the line alpha * a + (1 - alpha) * b.
+    """Error or loss along the line alpha * a + (1 - alpha) * b.
 
     Attributes:
-        alphas: From 0, where b is, to 1, where a is, at equal distances.
+        alphas: From 0 (b) to 1 (a), at equal distances.
         heights: The error or loss at each of them.
     """
 
@@ -32,7 +37,7 @@ class Barrier:
 
     @property
     def barrier(self) -> float:
-        """The linear interpolation instability: max over alpha of the height, less the mean of the two ends.
+        """The linear interpolation instability: max over alpha of the height, minus the mean of the two ends.
 
         At least half the difference of the ends. NaN if any height is.
 
@@ -43,9 +48,9 @@ class Barrier:
 
     @property
     def excess(self) -> float:
-        """Max over alpha of what the height has above the straight line between the ends; at least 0.
+        """Max over alpha of the height minus the straight line between the ends; at least 0.
 
-        For ends of unlike height, such as two levels of a hunt. NaN if any height is.
+        For ends of different heights, such as two levels of a hunt. NaN if any height is.
 
         Source: Entezari, Sedghi, Saukh, Neyshabur, "The Role of Permutation Invariance in Linear Mode Connectivity",
         2022, arXiv:2110.06296, equation 1.
@@ -68,13 +73,12 @@ def barrier(
 ) -> Barrier:
     """The error barrier between two networks of one architecture, by ``points`` evaluations.
 
-    Running statistics of batch norms that are interpolated like weights are those of neither network, and make a
-    barrier of their own: let ``evaluate`` estimate them anew at every point, as :func:`prune.connectivity.visiting`
-    does.
+    Running statistics of batch norms that are interpolated like weights are those of neither network, and add a
+    barrier: let ``evaluate`` estimate them anew at every point, as :func:`prune.connectivity.temporary_states` does.
 
     Args:
         evaluate: The error or loss of a state dict; called from b to a.
-        a: A state dict; may be that of the network that is evaluated, as it is now.
+        a: A state dict; may be the live one of the evaluated network.
         b: Another, of the same names, shapes and types.
         points: How many alphas, both ends included; 3 or more.
 
@@ -85,17 +89,17 @@ def barrier(
     """
     if points < 3:
         raise ValueError(f"points is {points}: give 3 or more, the two ends included")
-    a, b = interpolated(a, a, 1.0), interpolated(b, b, 0.0)  # copies: what is evaluated may hold them
+    a, b = interpolate(a, a, 1.0), interpolate(b, b, 0.0)  # copies: `evaluate` may overwrite a live state dict
     alphas = tuple(step / (points - 1) for step in range(points))
-    return Barrier(alphas, tuple(float(evaluate(interpolated(a, b, alpha))) for alpha in alphas))
+    return Barrier(alphas, tuple(float(evaluate(interpolate(a, b, alpha))) for alpha in alphas))
 
 
 @torch.no_grad()
-def interpolated(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """The point alpha * a + (1 - alpha) * b of two state dicts, on the devices of a.
 
-    Exactly a at 1, exactly b at 0, and everywhere exactly what both have in common: a weight that is masked in both
-    stays zero. What is not floating, such as counters, is that of the nearer end, of a in the middle.
+    Exactly a at 1, exactly b at 0, and entries that are equal in both stay as they are: a weight that is masked in both
+    stays zero. Integers, such as counters, are those of the nearer end, of a in the middle.
 
     Args:
         a: A state dict.
@@ -110,12 +114,12 @@ def interpolated(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float)
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: give 0, for b, to 1, for a")
-    if odd := a.keys() ^ b.keys():
-        raise ValueError(f"{some(sorted(odd))}: in one of the two only; give state dicts of one architecture")
-    return {name: _between(name, value, b[name], alpha) for name, value in a.items()}
+    if different := a.keys() ^ b.keys():
+        raise ValueError(f"{some(sorted(different))}: in one of the two only; give state dicts of one architecture")
+    return {name: _lerp(name, value, b[name], alpha) for name, value in a.items()}
 
 
-def _between(name: str, a: Any, b: Any, alpha: float) -> Any:
+def _lerp(name: str, a: Any, b: Any, alpha: float) -> Any:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a if alpha >= 0.5 else b
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from prune.connectivity import barrier, refresh_statistics, visiting
+from prune.connectivity import barrier, recalibrate_batch_norms, temporary_states
 from tests.helpers.ranks import on_ranks
 
 
@@ -41,7 +41,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_statistics_are_those_of_torch() -> None:
     ours, peers = net().eval(), net()
     update_bn(images(), peers)
-    assert refresh_statistics(ours, images()) == 2
+    assert recalibrate_batch_norms(ours, images()) == 2
     for name, value in peers.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
 
@@ -50,9 +50,9 @@ def test_nothing_but_statistics_changes_and_dropout_draws_nothing() -> None:
     model, shown = net(0.5), images()
     model[1].eval()
     before = everything(model)
-    refresh_statistics(model, shown)
+    recalibrate_batch_norms(model, shown)
     first = everything(model)
-    refresh_statistics(model, shown)
+    recalibrate_batch_norms(model, shown)
     assert_same(first, everything(model))
     assert not torch.equal(first["state"]["1.running_mean"], before["state"]["1.running_mean"])
     for state in (first["state"], before["state"]):
@@ -66,9 +66,9 @@ def test_a_network_without_statistics_reads_no_batch() -> None:
         raise AssertionError("read")
         yield
 
-    assert refresh_statistics(nn.Linear(2, 2), never()) == 0
+    assert recalibrate_batch_norms(nn.Linear(2, 2), never()) == 0
     with pytest.raises(ValueError, match="the loader is empty"):
-        refresh_statistics(net(), [])
+        recalibrate_batch_norms(net(), [])
 
 
 class Scaled(nn.Module):
@@ -89,21 +89,21 @@ def test_the_barrier_that_interpolated_statistics_make_is_gone_with_statistics_e
     x = (x - x.mean()) / x.std()
     a, b = Scaled(1.0), Scaled(3.0)
     for model in (a, b):
-        refresh_statistics(model, [x])
+        recalibrate_batch_norms(model, [x])
 
     def error(model: nn.Module) -> float:
         return (model.eval()(x) - x).square().mean().item() / x.square().mean().item()
 
-    with visiting(a) as visit:
-        stale = barrier(lambda state: error(visit(state)), a.state_dict(), b.state_dict(), points=3)
-    with visiting(a, refresh=[x]) as visit:
-        fresh = barrier(lambda state: error(visit(state)), a.state_dict(), b.state_dict(), points=3)
+    with temporary_states(a) as load:
+        stale = barrier(lambda state: error(load(state)), a.state_dict(), b.state_dict(), points=3)
+    with temporary_states(a, recalibrate=[x]) as load:
+        fresh = barrier(lambda state: error(load(state)), a.state_dict(), b.state_dict(), points=3)
     assert stale.heights == pytest.approx([0, (1 - 2 / 5**0.5) ** 2, 0], abs=1e-15)
     assert fresh.heights == pytest.approx([0, 0, 0], abs=1e-15)
 
 
-@pytest.mark.parametrize("refresh", [None, images()], ids=["as it is", "estimated anew"])
-def test_the_network_comes_back_also_after_an_exception(refresh: Any) -> None:
+@pytest.mark.parametrize("recalibrate", [None, images()], ids=["as it is", "estimated anew"])
+def test_the_network_comes_back_also_after_an_exception(recalibrate: Any) -> None:
     model, other = net(), net()
     model[0].eval()
     with torch.no_grad():
@@ -111,10 +111,10 @@ def test_the_network_comes_back_also_after_an_exception(refresh: Any) -> None:
             value.add_(1)
         model[0].bias[0] = torch.nan
     before, state = everything(model), copy.deepcopy(other.state_dict())
-    with contextlib.suppress(KeyError), visiting(model, refresh) as visit:
-        assert visit(state) is model
+    with contextlib.suppress(KeyError), temporary_states(model, recalibrate) as load:
+        assert load(state) is model
         assert torch.equal(model[0].weight, other[0].weight)
-        assert torch.equal(model[1].running_var, other[1].running_var) == (refresh is None)
+        assert torch.equal(model[1].running_var, other[1].running_var) == (recalibrate is None)
         model.eval()
         raise KeyError
     assert_same(before, everything(model))
@@ -124,21 +124,21 @@ def test_the_network_comes_back_also_after_an_exception(refresh: Any) -> None:
 def test_a_state_of_another_network_is_refused() -> None:
     model = net()
     before = everything(model)
-    with pytest.raises(ValueError, match="the state does not fit Sequential"), visiting(model) as visit:
-        visit({"weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="the state does not fit Sequential"), temporary_states(model) as load:
+        load({"weight": torch.ones(1)})
     assert_same(before, everything(model))
 
 
 def parts(shared: list[Any]) -> dict[str, Any]:
     torch.distributed.init_process_group("gloo")
     model, rank = net(), torch.distributed.get_rank()
-    refresh_statistics(model, shared[:1] if rank == 0 else shared[1:])
+    recalibrate_batch_norms(model, shared[:1] if rank == 0 else shared[1:])
     return {name: value.tolist() for name, value in model.state_dict().items()}
 
 
 def test_batches_of_all_ranks_count_alike() -> None:
     alone = net()
-    refresh_statistics(alone, images())
+    recalibrate_batch_norms(alone, images())
     for found in on_ranks(parts, images()):
         for name in [name for name in found if "running" in name]:
             assert torch.tensor(found[name]) == pytest.approx(alone.state_dict()[name], rel=1e-5)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prune.connectivity import Barrier, barrier, interpolated
+from prune.connectivity import Barrier, barrier, interpolate
 
 State = dict[str, Tensor]
 
@@ -33,7 +33,7 @@ def states(dtype: torch.dtype = torch.float64) -> tuple[State, State]:
 @given(st.floats(0, 1))
 def test_every_entry_is_the_weighted_mean(alpha: float) -> None:
     a, b = states()
-    found = interpolated(a, b, alpha)
+    found = interpolate(a, b, alpha)
     assert list(found) == list(a)
     for x, y, z in zip(a["weight"].flatten().tolist(), b["weight"].flatten().tolist(), found["weight"].flatten()):
         assert z.item() == pytest.approx(alpha * x + (1 - alpha) * y, rel=1e-12, abs=1e-12)
@@ -46,7 +46,7 @@ def test_every_entry_is_the_weighted_mean(alpha: float) -> None:
 def test_the_ends_are_the_networks_themselves_in_memory_of_their_own(dtype: torch.dtype) -> None:
     a, b = states(dtype)
     for state, alpha in ((a, 1.0), (b, 0.0)):
-        found = interpolated(a, b, alpha)
+        found = interpolate(a, b, alpha)
         for name, value in state.items():
             assert torch.equal(found[name], value)
             assert found[name].dtype == value.dtype
@@ -56,13 +56,13 @@ def test_the_ends_are_the_networks_themselves_in_memory_of_their_own(dtype: torc
 def test_what_does_not_fit_together_is_refused() -> None:
     a, b = states()
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
-        interpolated(a, b, 1.5)
+        interpolate(a, b, 1.5)
     with pytest.raises(ValueError, match="'extra': in one of the two only"):
-        interpolated(a, {**b, "extra": b["bias"]}, 0.5)
+        interpolate(a, {**b, "extra": b["bias"]}, 0.5)
     with pytest.raises(ValueError, match=r"'weight' is torch.float64 \(4, 3\) in one and torch.float64 \(3, 4\)"):
-        interpolated(a, {**b, "weight": b["weight"].t()}, 0.5)
+        interpolate(a, {**b, "weight": b["weight"].t()}, 0.5)
     with pytest.raises(ValueError, match=r"'count' is torch.int64 \(\) in one and torch.float64 \(\)"):
-        interpolated(a, {**b, "count": torch.tensor(1.0).double()}, 0.5)
+        interpolate(a, {**b, "count": torch.tensor(1.0).double()}, 0.5)
 
 
 # Barriers

@@ -1,4 +1,4 @@
-"""A network that is put at one point of weight space after another, and comes back."""
+"""Evaluating one network at several points of weight space, without changing it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,25 +15,25 @@ Run = Callable[[nn.Module, Any], Any]
 
 
 @contextmanager
-def visiting(
-    network: nn.Module, refresh: Iterable[Any] | None = None, run: Run = forward
+def temporary_states(
+    network: nn.Module, recalibrate: Iterable[Any] | None = None, run: Run = forward
 ) -> Iterator[Callable[[Mapping[str, Tensor]], nn.Module]]:
-    """Gives ``visit(state)``, which puts the network in that state and returns it.
+    """Yields ``load(state)``, which loads a state into the network and returns the network.
 
     Afterwards, also after an exception, the network's weights, buffers and modes are as they were, in the same memory.
 
     Example:
-        >>> with visiting(network, refresh=batches) as visit:
-        ...     found = barrier(lambda state: error(visit(state)), a, b)
+        >>> with temporary_states(network, recalibrate=batches) as load:
+        ...     result = barrier(lambda state: error(load(state)), a, b)
 
     Args:
         network: Of the architecture that the states are of.
-        refresh: Batches that the statistics of batch norms are estimated on at every visit, read anew each time. None
-            leaves them as the state has them: averages of two networks' statistics are those of neither.
+        recalibrate: Batches that the statistics of batch norms are estimated on after every load, read anew each time.
+            None keeps those of the state: interpolated statistics are those of neither network.
         run: Passes a batch through the network.
 
     Raises:
-        ValueError: On a visit, if the state does not fit the network, or a network of batch norms finds no batch.
+        ValueError: On a load, if the state does not fit the network, or there is no batch for its batch norms.
 
     Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, "REPAIR: REnormalizing Permuted Activations for Interpolation
     Repair", 2022, arXiv:2211.08403; Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
@@ -42,19 +42,19 @@ def visiting(
     before = {n: value.clone() if isinstance(value, Tensor) else value for n, value in network.state_dict().items()}
     modes = {module: module.training for module in network.modules()}
 
-    def visit(state: Mapping[str, Tensor]) -> nn.Module:
+    def load(state: Mapping[str, Tensor]) -> nn.Module:
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
                 f"the state does not fit {type(network).__name__} ({error}): give a state dict of this network"
             ) from error
-        if refresh is not None:
-            refresh_statistics(network, refresh, run)
+        if recalibrate is not None:
+            recalibrate_batch_norms(network, recalibrate, run)
         return network
 
     try:
-        yield visit
+        yield load
     finally:
         network.load_state_dict(before)
         for module, mode in modes.items():
@@ -62,11 +62,11 @@ def visiting(
 
 
 @torch.no_grad()
-def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = forward) -> int:
+def recalibrate_batch_norms(network: nn.Module, loader: Iterable[Any], run: Run = forward) -> int:
     """Estimate the running statistics of batch norms anew, in place: plain means over the batches.
 
-    As ``torch.optim.swa_utils.update_bn``, but that all else is in eval mode, so that nothing is drawn by dropout. The
-    batches of all ranks count alike; called on every rank. Modes and the random state stay.
+    As ``torch.optim.swa_utils.update_bn``, but with everything else in eval mode, so that dropout draws nothing. Every
+    batch of every rank has the same weight; called on every rank. Modes and the random state stay.
 
     Args:
         network: With or without batch norms.
@@ -74,7 +74,7 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
         run: Passes a batch through the network.
 
     Returns:
-        How many batch norms there are.
+        The number of batch norms.
 
     Raises:
         ValueError: If there are batch norms and no batches.
@@ -84,7 +84,7 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
         return 0
     modes = {module: module.training for module in network.modules()}
     momenta = [norm.momentum for norm in norms]
-    home, count = next(network.buffers()).device, 0
+    device, count = next(network.buffers()).device, 0
     try:
         network.eval()
         for norm in norms:
@@ -92,7 +92,7 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
             norm.momentum = None
             norm.train()
         with same_random_state():
-            for batch in batches(loader, home):
+            for batch in batches(loader, device):
                 run(network, batch)
                 count += 1
     finally:
@@ -100,14 +100,13 @@ def refresh_statistics(network: nn.Module, loader: Iterable[Any], run: Run = for
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-    everyone = total_batches(count, home)
-    if everyone != count:
+    batches_of_all_ranks = total_batches(count, device)
+    if batches_of_all_ranks != count:
         statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-        sums = [statistic.mul_(count / everyone) for statistic in statistics if statistic is not None]
-        all_reduce_sum(sums)
+        all_reduce_sum([each.mul_(count / batches_of_all_ranks) for each in statistics if each is not None])
     return len(norms)
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """Those that keep running statistics."""
+    """The batch norms that keep running statistics."""
     return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
