@@ -170,23 +170,24 @@ def body_of(job: Job) -> list[str]:
 def methods_page() -> str:
     """Tables of methods, a row each: what it is, its formula where its docstring has one, its source."""
     from distill import losses
-    from prune import allocation, schedule
+    from prune.allocation import ALLOCATIONS
     from prune.criteria import CRITERIA
-    from prune.structures import STRUCTURES
+    from prune.schedule import SCHEDULES
+    from prune.shrinking import Coupled
+    from prune.structures import NM, STRUCTURES, Block
 
     sourced = {name: thing for name, thing in public(losses).items() if "Source:" in (thing.__doc__ or "")}
     functions = {name: thing for name, thing in sourced.items() if inspect.isfunction(thing)}
     criteria = {name: criterion.score for name, criterion in CRITERIA.items()}
-    allocations = {name: thing for name, thing in public(allocation).items() if inspect.isclass(thing)}
-    schedules = {name: thing for name, thing in public(schedule).items() if not name.startswith("check")}
+    structures = {**STRUCTURES, "2:4": NM, "4x4": Block, "coupled": Coupled}
     return "\n".join(
         [
             "# Methods",
             *table("Losses", "`distill.losses`; any of them as a named term of a distillation.", functions),
             *table("Criteria", "What a weight is worth; `criterion:` in a recipe.", criteria),
-            *table("Structures", "What is kept or pruned together; `structure:`, any `N:M`, `RxC`.", STRUCTURES),
-            *table("Allocations", "How a density is divided among layers; `allocation:` in a recipe.", allocations),
-            *table("Schedules", "Density over time.", schedules),
+            *table("Structures", "What is kept or pruned together; `structure:`, any `N:M`, `RxC`.", structures),
+            *table("Allocations", "How a density is divided among layers; `allocation:` in a recipe.", ALLOCATIONS),
+            *table("Schedules", "Density over time.", SCHEDULES),
         ]
     )  # fmt: skip
 
@@ -197,13 +198,13 @@ def table(title: str, about: str, methods: Mapping[str, Callable[..., Any]]) -> 
     for name, method in methods.items():
         text = inspect.cleandoc(method.__doc__ or "")
         formula = re.search(r"^(?:Formula|formula):\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
-        use = re.search(r"^Use (?:it )?(?:when|where|for|to)?.*?(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+        use = re.search(r"^(?:When to use:\s*(.*?)|Use (?:it )?.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
         source = re.search(r"^Source[s]?:\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
         what = text.split("\n\n")[0].replace("\n", " ")
         cells = [
             f"`{name}`",
             what + (f" {formula[1]}" if formula else ""),
-            use[0] if use else "",
+            (use[1] or use[0]) if use else "",
             source[1] if source else "",
         ]
         rows.append("| " + " | ".join(map(cell, cells)) + " |")

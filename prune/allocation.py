@@ -105,8 +105,10 @@ class Global:
 
     Formula: count_l = max(floor_l, number of layer l's scores among the k highest of all), k = ``kept(all weights,
     density)`` exactly; layers above their floor give up what the others gain.
+
     Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635, section 4; for the collapse of
     layers Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467.
+
     When to use: the default, best for deep networks with magnitudes or losses as scores. Not for scores whose scale
     differs between layers (``wanda``).
 
@@ -173,7 +175,9 @@ class Uniform:
 
     Formula: count_l = round(size_l * x), halves up, with the one x that gives ``kept(all weights, density)`` in total
     (Webster's apportionment). Rounding every layer alone would miss the total by up to half a weight per layer.
+
     Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
+
     When to use: as the baseline, or for scores whose scale differs between layers.
     """
 
@@ -196,7 +200,9 @@ class ERK:
     what the layer has left in ``within``, and the rest divided over the others. The total is exactly ``kept(all
     weights, density)``, apportioned as in :class:`Uniform`. A key of several matrices has the density that they would
     have together.
+
     Source: Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134, section 3 (1).
+
     When to use: convolutional networks, dynamic sparsity, and random masks, which no score guides.
     """
 
@@ -214,8 +220,10 @@ class ErdosRenyi:
     """Erdos-Renyi: as :class:`ERK` without the kernel; for matrices the same.
 
     Formula: density_l in proportion to (n_out + n_in) / (n_out * n_in).
+
     Source: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
     arXiv:1707.04780, equation 1; for convolutions Evci et al., 2020, arXiv:1911.11134, section 3 (1).
+
     When to use: to reproduce SET.
     """
 
@@ -229,16 +237,13 @@ class ErdosRenyi:
 class LayerwiseAsPaper:
     """Every layer at the density, the output layer pruned at its own slower rate.
 
-    Formula: a round prunes a share ``rate`` = p of every layer, and ``output_rate`` * p of the output layer. After n
-    rounds
+    Formula: density = (1 - p)^n and output density = (1 - output_rate * p)^n, with p = ``rate`` and n = log(density) /
+    log(1 - p) rounds, which need not be whole. Each layer keeps ``kept(size, its density)``.
 
-        density = (1 - p)^n,    output density = (1 - output_rate * p)^n,    n = log(density) / log(1 - p)
-
-    where n need not be whole. Each layer keeps ``kept(size, its density)``; the total is the sum of these, so
-    the whole network is slightly denser than ``density``, as in the paper (LeNet-300-100 at rate 0.2: 51.3%,
-    21.1%, 3.6%).
     Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635, section 2.
-    When to use: to reproduce the paper's small networks (LeNet-300-100, Conv-2 to Conv-6).
+
+    When to use: to reproduce the paper's small networks (LeNet-300-100, Conv-2 to Conv-6). The whole network is then
+    slightly denser than ``density`` (LeNet-300-100 at rate 0.2: 51.3%, 21.1%, 3.6%).
 
     Attributes:
         output_rate: the output layer's rate over the others', from 0 (left dense) to 1 (like the others).

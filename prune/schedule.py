@@ -43,7 +43,9 @@ def geometric(rate: float, levels: int) -> list[float]:
 
     Formula: density[level] = (1 - rate) ** level for level = 0 (dense) to ``levels``, so the list is indexed by level
     and has ``levels + 1`` entries. Each is computed from the first and rounded once.
+
     Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635.
+
     When to use: lottery tickets.
 
     Args:
@@ -68,7 +70,9 @@ def cubic(progress: float, density: float, initial: float = 1.0) -> float:
     Formula: d(p) = d_f + (d_i - d_f) (1 - p)^3 with p = (t - t_0) / (n dt), which is the paper's
     s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3 written for densities d = 1 - s. Computed exactly and rounded
     once: it is ``initial`` at 0, ``density`` at 1, and never grows in between.
+
     Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+
     When to use: the default of gradual pruning.
 
     Args:
@@ -87,7 +91,9 @@ def linear(progress: float, density: float, initial: float = 1.0) -> float:
     """From ``initial`` to ``density`` at a constant speed. Arguments, ends and errors as in :func:`cubic`.
 
     Formula: d(p) = d_i + (d_f - d_i) p.
+
     Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878 (the exponent 1 of equation 1).
+
     When to use: as the baseline for cubic, or if training is too short to recover from fast pruning early on.
     """
     done, last, first = _check_progress(progress, density, initial)
@@ -100,7 +106,9 @@ def exponential(progress: float, density: float, initial: float = 1.0) -> float:
     Arguments, ends and errors as in :func:`cubic`.
 
     Formula: d(p) = d_i (d_f / d_i)^p.
+
     Source: Tanaka et al., Pruning neural networks without any data, 2020, arXiv:2006.05467, algorithm 1.
+
     When to use: to very low densities, and for criteria that prune in rounds (``synflow``).
     """
     done, last, first = _check_progress(progress, density, initial)
@@ -113,7 +121,9 @@ def one_shot(progress: float, density: float, initial: float = 1.0) -> float:
     """``density`` from the first step on. Arguments and errors as in :func:`cubic`.
 
     Formula: d(p) = d_f.
+
     Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340.
+
     When to use: for pruning at initialisation, or as the baseline.
     """
     _, last, _ = _check_progress(progress, density, initial)

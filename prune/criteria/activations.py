@@ -20,8 +20,10 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     """The magnitude of a weight times the norm of its input.
 
     Formula: ``|W_ij| * ||X_j||_2``, the norm of input j over all positions of all batches.
+
     Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695,
     equation 1.
+
     When to use: on trained transformers, without fine-tuning afterwards, with structure ``balanced`` as in the paper:
     it compares the inputs of one output, because norms of different layers have different scales.
 

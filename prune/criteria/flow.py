@@ -14,9 +14,11 @@ from workbench.models.forward import inputs_of, preserve_state, to_device
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
     """Synaptic flow: how much of the flow from the inputs to the outputs passes through the weight.
 
-    Formula: ``|w| * dR/d|w|``, where R is the sum of the outputs for an input of ones with all parameters made positive.
+    Formula: ``|w| * dR/d|w|``, where R is the sum of the outputs for an input of ones, with all parameters positive.
+
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
     arXiv:2006.05467, Algorithm 1.
+
     When to use: before training, without data, at very high sparsity. Not with LayerNorm, which subtracts the mean and
     cancels an input of ones.
 

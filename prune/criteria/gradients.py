@@ -29,8 +29,10 @@ def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) 
     """Connection sensitivity: how fast the loss changes when the connection is scaled down.
 
     Formula: ``|g * w|``. The paper divides by the sum over all weights, which changes no order.
+
     Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340,
     equations 4 and 5.
+
     When to use: before training, in one shot, on one batch as in the paper or on more.
 
     Args:
@@ -54,8 +56,10 @@ def taylor(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss
     """The squared change of the loss without the weight, to first order.
 
     Formula: mean over batches of (g_b * w)^2.
+
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771, I^(1)_m,
     averaged over minibatches.
+
     When to use: on trained networks, above all with structures such as ``channel`` and ``coupled``.
 
     Arguments and errors are those of ``snip``; scores are 0 or more.
@@ -68,7 +72,9 @@ def movement(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Lo
 
     Formula: mean over batches of -g_b * w. In the paper the weights are trained meanwhile: sum ``movement_step`` over
     the steps, as ``GradualPruning`` does.
+
     Source: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1.
+
     When to use: while a pretrained model is fine-tuned, at high sparsity.
 
     Arguments and errors are those of ``snip``; scores have either sign.
@@ -81,9 +87,11 @@ def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss)
 
     Formula: w * Hg, with H the Hessian of the mean loss. The paper's score is its negative, of which the *largest* are
     pruned.
+
     Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020, arXiv:2002.07376,
     Algorithms 1 and 2. Its code divides logits by 200, which belongs into ``loss``
     (``cross_entropy(model(x) / 200, y)``).
+
     When to use: before training, in one shot, at high sparsity. Costs two passes, the second with second derivatives.
 
     Arguments and errors are those of ``snip``; scores have either sign. Batches are kept between the two passes, on the

@@ -14,7 +14,9 @@ def magnitude(weight: Tensor) -> Tensor:
     """The absolute value, of any shape, on the weight's device.
 
     Formula: ``|w|``.
+
     Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv:1506.02626.
+
     When to use: the default, on trained networks and for lottery tickets. Needs no data.
     """
     return precise(weight).abs()
@@ -24,7 +26,9 @@ def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Random scores, of any shape; drawn on the CPU and moved to the weight's device, so that devices agree.
 
     Formula: uniform in [0, 1).
+
     Source: Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635, section 2 (random tickets).
+
     When to use: as the control for every other criterion.
 
     The scores depend on the weight's shape and precision only. With the generator ``seeded(seed, name)`` they depend on

@@ -31,8 +31,9 @@ class Coupled:
             keyword arguments. For recipes: a list of whole numbers, the shape of a batch of numbers, such as
             [2, 3, 32, 32]; and lists for tensors in a mapping, such as {input_ids: [[1, 2, 3]]}.
 
-    When: channels are to be removed and not only zeroed, for a smaller and faster network without sparse kernels.
     Source: Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900, section 3.
+
+    When to use: to remove channels and not only zero them: a smaller and faster network without sparse kernels.
     """
 
     example_inputs: Any

@@ -15,8 +15,10 @@ class Channel:
 
     Formula: unit = a row of a matrix, or a filter of a convolution. Exclude the output layer, whose outputs are the
     predictions.
+
     Source: Li et al., Pruning filters for efficient ConvNets, 2017, arXiv:1608.08710, section 3.1 (the sum of a
     filter's magnitudes: within a layer the same order as their mean).
+
     When to use: for plain networks that ``shrink`` makes smaller. With residual connections use ``Coupled``.
     """
 
@@ -30,7 +32,9 @@ class Block:
     """Rectangles of a weight.
 
     Formula: unit = ``rows`` consecutive outputs x ``columns`` consecutive inputs; in a convolution the whole kernel.
+
     Source: Narang et al., Block-sparse recurrent neural networks, 2017, arXiv:1711.02782, section 3.
+
     When to use: for block-sparse kernels, such as 16x16 on GPUs or 1x4 on CPUs.
 
     Attributes:

@@ -32,7 +32,9 @@ class Head:
 
     Formula: unit = the head's rows of queries, keys and values, and its columns of the output projection. Query heads
     that share keys and values are one unit. Other weights are not covered.
+
     Source: Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650, section 2.
+
     When to use: for transformers that ``shrink`` makes smaller.
     """
 
@@ -51,8 +53,10 @@ class FFN:
 
     Formula: unit = its row of the first matrix, and of the gate if there is one, and its column of the second. Other
     weights are not covered.
+
     Source: McCarley et al., Structured pruning of a BERT-based question answering model, 2019, arXiv:1910.06360,
     section 3.
+
     When to use: for transformers that ``shrink`` makes smaller; most of their weights are here.
     """
 

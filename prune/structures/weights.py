@@ -19,7 +19,9 @@ class Unstructured:
     """Single weights.
 
     Formula: unit = one weight.
+
     Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv:1506.02626.
+
     When to use: the default, for the highest sparsity at the same accuracy. Speed needs sparse kernels.
     """
 
@@ -35,8 +37,10 @@ class NM:
     Formula: unit = one weight; candidates = the n highest scores of every m consecutive inputs. At density n/m all
     candidates are kept; below it they compete as in :class:`Unstructured`. In a convolution neighbours are input
     channels at one position of the kernel.
+
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3; Zhou et al.,
     Learning N:M fine-grained structured sparse neural networks from scratch, 2021, arXiv:2102.04010, equation 1.
+
     When to use: 2:4 for the sparse tensor cores of NVIDIA GPUs since Ampere.
 
     Attributes:
@@ -86,8 +90,10 @@ class Balanced:
     Formula: unit = one weight; weights compete within an output only. A remainder goes, one each, to the outputs with
     the best next scores; an output with fewer left in ``within`` keeps them all. In a convolution an input is one
     weight of a filter.
+
     Source: Sun et al., A simple and effective pruning approach for large language models (Wanda), 2023,
     arXiv:2306.11695, section 3 (comparison per output).
+
     When to use: with ``wanda``, and for kernels that need rows of equal length.
     """
 
