@@ -1,35 +1,42 @@
-"""Students: what is copied, what is sliced, and what is refused."""
+"""Transformers cut from a teacher: layers, heads, hidden and feed-forward units."""
 
 import copy
 import re
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 import workbench.launcher.arguments  # noqa: F401 - makes Source known to parsers
-from distill import Teacher
 from distill.student import cut_student
 from workbench.checkpoints import compact
 from workbench.models import MLP, LeNet5, SentenceEncoder
 from workbench.models.activations import swap_activation
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(bos|eos)_token_id must be")
-
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24}
+
+
 TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "pad_token_id": 0}
+
+
 IMAGE = {"image_size": 8, "patch_size": 4}
+
+
 DISTIL = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-DISTIL["intermediate_size"] = "hidden_dim"
+
+
 GPT = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+
+
 GPT |= {"intermediate_size": "n_inner", "max_position_embeddings": "n_positions"}
+
+
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
-# Class -> its configuration's class, names of sizes where they differ, and what else it takes.
+
 FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "BertModel": ("BertConfig", {}, TEXT),
     "BertForMaskedLM": ("BertConfig", {}, TEXT),
@@ -46,6 +53,8 @@ FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "ViTForImageClassification": ("ViTConfig", {}, IMAGE),
     "ViTForMaskedImageModeling": ("ViTConfig", {}, IMAGE | {"encoder_stride": 4}),
 }
+
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -115,16 +124,20 @@ def test_layers_are_copied_exactly(family: str, given: dict[str, Any], chosen: l
     ask(student).sum().backward()
 
 
-# The parts of a layer: what writes queries and keys, values, what reads them, both of the feed-forward net. All other
-# matrices but the embeddings read the hidden size along their inputs.
 PARTS = {
     "bert": ("query|key", "value", "attention.output.dense", "intermediate.dense", r"\d+\.output.dense"),
     "distilbert": ("q_lin|k_lin", "v_lin", "out_lin", "lin1", "lin2"),
     "gpt2": ("c_attn", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"),
     "vit": ("q_proj|k_proj", "v_proj", "o_proj", "fc1", "fc2"),
 }
+
+
 UNITS = torch.tensor([1, 2, 5, 7, 8, 11, 12, 14])  # hidden; each has a twin that nobody reads
+
+
 TWIN = torch.tensor([0, 3, 4, 6, 9, 10, 13, 15])
+
+
 FFN = torch.tensor([0, 3, 4, 9, 10, 23])
 
 
@@ -448,88 +461,3 @@ def test_the_encoder_of_sentences_is_cut_inside_its_wrapping() -> None:
     assert student(torch.randint(1, 20, (3, 7))).shape == (3, 8)
     kept, own = student.encoder.encoder.layer[1].output.dense.bias, teacher.encoder.encoder.layer[3].output.dense.bias
     assert set(kept.tolist()) < set(own.tolist())
-
-
-def mlp(hidden: tuple[int, ...] = (7, 5), **kwargs: Any) -> MLP:
-    torch.manual_seed(0)
-    model = MLP(4, hidden, 3, **kwargs).double()
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor))
-    return model.eval()
-
-
-@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
-def test_an_mlp_whole_and_narrowed(norm: Any, tmp_path: Path) -> None:
-    teacher, x = mlp(norm=norm), torch.randn(6, 4).double()
-    assert torch.equal(cut_student(teacher).eval()(x), teacher(x))
-    first, last = (layer for layer in teacher.layers if isinstance(layer, nn.Linear) and layer.in_features != 7)
-    middle: Any = next(layer for layer in teacher.layers if isinstance(layer, nn.Linear) and layer.in_features == 7)
-    scores = [
-        (torch.cat([a.weight, a.bias[:, None]], 1).norm(dim=1) * b.weight.norm(dim=0)).tolist()
-        for a, b in ((first, middle), (middle, last))
-    ]
-    kept = [sorted(sorted(range(len(score)), key=lambda i: -score[i])[:count]) for score, count in zip(scores, (4, 3))]
-    student: Any = cut_student(teacher, hidden=[4, 3], activation="relu")
-    assert student.init_args == {**teacher.init_args, "hidden": [4, 3], "activation": "relu"}
-    layers = [layer for layer in student.layers if isinstance(layer, nn.Linear)]
-    assert torch.equal(layers[0].weight, first.weight[kept[0]])
-    assert torch.equal(layers[1].weight, middle.weight[kept[1]][:, kept[0]])
-    assert torch.equal(layers[1].bias, middle.bias[kept[1]])
-    assert torch.equal(layers[2].weight, last.weight[:, kept[1]])
-    if norm != "none":
-        assert torch.equal(student.layers[1].weight, teacher.layers[1].weight[kept[0]])  # type: ignore[index]
-    if norm == "batch":
-        assert torch.equal(student.layers[4].running_var, teacher.layers[4].running_var[kept[1]])  # type: ignore[index]
-    compact.save(student, tmp_path)
-    assert torch.equal(compact.load(tmp_path).double()(x), student.eval()(x))
-
-
-def test_dead_units_of_an_mlp_go_first() -> None:
-    teacher, x = mlp((6, 6)), torch.randn(5, 4).double()
-    with torch.no_grad():
-        teacher.layers[2].weight[:, [1, 4]] = 0
-        teacher.layers[4].weight[:, [0]] = 0
-    assert torch.allclose(cut_student(teacher, hidden=[4, 5])(x), teacher(x), atol=1e-12)
-    assert not torch.allclose(cut_student(teacher, hidden=4)(x), teacher(x), atol=1e-12)
-
-
-def test_layers_of_an_mlp() -> None:
-    teacher = mlp((5, 5, 5, 5))
-    student: Any = cut_student(teacher, layers=[0, 2])
-    assert torch.equal(student.layers[2].weight, teacher.layers[4].weight)
-    assert student.init_args["hidden"] == [5, 5]
-    assert cut_student(teacher, every=2, hidden=3).init_args["hidden"] == [3, 3]
-    with pytest.raises(ValueError, match=r"layers=\[1, 2\]: layer 1 reads 5 numbers and would be given 4"):
-        cut_student(teacher, layers=[1, 2])
-    with pytest.raises(ValueError, match="the output reads 5 numbers and would be given 7"):
-        cut_student(mlp((7, 5)), layers=[0])
-    with pytest.raises(ValueError, match="the student has 4 hidden layers, give as many widths"):
-        cut_student(teacher, hidden=[3, 3])
-    with pytest.raises(ValueError, match="hidden=6: the teacher has 5"):
-        cut_student(teacher, hidden=6)
-
-
-def test_any_network_can_get_another_activation() -> None:
-    teacher = LeNet5().eval().requires_grad_(False)
-    student: Any = cut_student(teacher, activation="relu")
-    assert student.init_args["activation"] == "relu"
-    assert teacher.init_args["activation"] == "gelu"
-    assert student.training
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    assert torch.equal(student.head[0].weight, teacher.head[0].weight)
-
-
-def test_a_teacher_from_disk_or_in_a_recipe(tmp_path: Path) -> None:
-    teacher = mlp().float()
-    compact.save(teacher, tmp_path)
-    for source in (str(tmp_path), tmp_path, Teacher(teacher)):
-        student: Any = cut_student(source, hidden=[4, 3])  # type: ignore[arg-type]
-        assert student.init_args["hidden"] == [4, 3]
-        assert student.layers[0].weight.requires_grad
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=nn.Module)
-    given = {"class_path": "distill.cut_student", "init_args": {"teacher": str(tmp_path), "hidden": [4, 3]}}
-    made = parser.instantiate(parser.parse_object({"model": given})).model
-    assert torch.equal(made.layers[0].weight, student.layers[0].weight)
