@@ -1,7 +1,8 @@
-"""A teacher's answers on disk: ``cache`` is the job, ``cache_teacher`` the function, ``CachedTeacher`` reads them.
+"""Cached targets: a teacher's outputs on disk, by sample and view.
 
-`items` fetches samples and knows them again, `asking` takes a teacher's answers apart, `sampling` draws from large
-vocabularies, `store` is the format; `writing` and `reading` put them together.
+``cache`` is the job, :func:`cache_teacher` the function that writes, :class:`CachedTeacher` reads. In this folder
+`samples` fetches and digests samples, `answers` selects what is stored of a teacher's outputs, `sampling` samples ids
+from large vocabularies, and `store` is the format on disk.
 """
 
 from pathlib import Path
@@ -32,30 +33,30 @@ def cache(
     seed_everything: int = 0,
     out: Path = Path("runs/cache"),
 ) -> dict[str, Any]:
-    """Ask a teacher about every sample once and keep what it says, for a distill stage that names this one as teacher.
+    """Run a teacher once on every sample and store its outputs, for a distill stage that names this one as teacher.
 
     Args:
         teacher: A stage of the recipe that trained one, or a folder or hub name to load one from.
-        data: The data module; one that augments has to say how many views of a sample there are.
-        features: Submodules of the teacher whose inputs or outputs are kept too, e.g. `encoder.layer.*`.
-        store: All logits (full), or for large vocabularies ids drawn from them (sampled).
-        samples: How many ids are drawn at each position.
-        dtype: Of what is kept, e.g. float16; the teacher's own by default.
+        data: The data module; one that augments needs a number of views of a sample.
+        features: Layers of the teacher whose inputs or outputs are stored too, e.g. `encoder.layer.*`.
+        store: All logits (full), or for large vocabularies ids sampled from them (sampled).
+        samples: How many ids are sampled at each position.
+        dtype: Of the stored values, e.g. float16; the teacher's own by default.
         precision: Of the teacher, bf16 or int8; its own by default.
         splits: Of the data module; train by default.
-        task: Says what of a batch the teacher gets; by default all but the labels.
-        batch_size: Of the questions; the data module's by default, which is what distillation has to use as well to
-            give the same bits as a live teacher.
-        seed_everything: Seed of the draws.
+        task: Reads the teacher's inputs from a batch; by default all but the labels.
+        batch_size: Of the teacher; the data module's by default, which distillation should use as well to get the same
+            bits as from a live teacher.
+        seed_everything: Seed of the sampled ids.
         out: The stage's folder, given by the recipe.
 
     Returns:
         Bytes, samples, seconds and bytes a second, for the record.
     """
-    asked = Teacher(teacher, precision)
-    written = {
+    network = Teacher(teacher, precision)
+    summaries = {
         split: write(
-            asked,
+            network,
             data,
             out / "cache",
             split,
@@ -69,7 +70,7 @@ def cache(
         )
         for split in dict.fromkeys(splits or ["train"])
     }
-    seconds = sum(each.seconds for each in written.values())
+    seconds = sum(each.seconds for each in summaries.values())
     return {
         "cache": {
             split: {
@@ -79,10 +80,10 @@ def cache(
                 "seconds": round(each.seconds, 3),
                 "shards_reused": each.reused,
             }
-            for split, each in written.items()
+            for split, each in summaries.items()
         },
-        "bytes": sum(each.bytes for each in written.values()),
-        "samples": sum(each.samples * each.views for each in written.values()),
+        "bytes": sum(each.bytes for each in summaries.values()),
+        "samples": sum(each.samples * each.views for each in summaries.values()),
         "seconds": round(seconds, 3),
-        "rate": round(sum(each.written for each in written.values()) / max(seconds, 1e-9)),
+        "rate": round(sum(each.written for each in summaries.values()) / max(seconds, 1e-9)),
     }

@@ -1,4 +1,4 @@
-"""What is kept of a teacher's answer to a batch: by name, sample by sample, without padding."""
+"""What is stored of a teacher's outputs for a batch: by name, sample by sample, without padding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from workbench.tasks import Task, find_logits
 
 
 class Targets(NamedTuple):
-    """What a teacher says about a batch, on the CPU.
+    """A teacher's outputs for a batch, on the CPU.
 
     Args:
         values: By name, [B, ...].
-        mask: bool [B, L], True at a sample's own positions, if the batch has an ``attention_mask``.
+        mask: bool [B, L], False at padding, if the batch has an ``attention_mask``.
     """
 
     values: dict[str, Tensor]
@@ -30,16 +30,16 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetExtractor:
-    """A teacher, and what of its answers is kept.
+    """Runs a teacher on batches and selects what is stored of its outputs.
 
     Args:
-        teacher: Whom to ask.
-        features: Submodules whose inputs or outputs are kept.
-        task: Reads batches; see :func:`distill.cache.cache_teacher` for None.
-        device: Where.
-        draws: How many ids are drawn from the logits; 0 to keep them.
-        dtype: Of what is kept; its own if None.
-        seed: Of the draws.
+        teacher: The teacher.
+        features: Layers whose inputs or outputs are stored.
+        task: Reads the model's inputs from a batch; :func:`workbench.models.forward.inputs_of` does if None.
+        device: Where the teacher runs.
+        draws: How many ids are sampled from the logits; 0 stores the logits.
+        dtype: Of the stored values; the teacher's own if None.
+        seed: Of the sampled ids.
     """
 
     teacher: Teacher
@@ -51,10 +51,10 @@ class TargetExtractor:
     seed: int
 
     def __call__(self, batch: Any, count: int) -> Targets:
-        """Ask about a batch of ``count`` samples.
+        """The teacher's outputs for a batch of ``count`` samples.
 
         Raises:
-            ValueError: If an output has no row a sample, or no logits are there and no features are named.
+            ValueError: If an output has no row a sample, or there are neither logits nor features.
         """
         args, kwargs = inputs_of(batch) if self.task is None else self.task.inputs(batch)
         args, kwargs = tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
@@ -66,7 +66,7 @@ class TargetExtractor:
                 "return a tensor"
             )
         if logits is not None and self.draws:
-            # Of a padded lm head: what a student is not scored on is not drawn either.
+            # The padding rows of an lm head are not scored, so their ids must not be sampled.
             logits = logits[..., : getattr(self.task, "vocabulary", None)]
         values = {} if logits is None else {"logits": logits}
         values |= {f"feature/{name}": value for name, value in features.items()}
@@ -77,35 +77,36 @@ class TargetExtractor:
                     "sample can be kept"
                 )
         mask = tokens_of(batch)
-        kept = {name: value.detach().cpu() for name, value in values.items()}
-        return Targets(kept, None if mask is None else mask.cpu())
+        on_cpu = {name: value.detach().cpu() for name, value in values.items()}
+        return Targets(on_cpu, None if mask is None else mask.cpu())
 
-    def entries(self, answer: Targets) -> dict[str, Entry]:
-        """How each of the values is stored, read off one answer."""
-        return {name: self._entry(name, value, answer.mask) for name, value in answer.values.items()}
+    def entries(self, targets: Targets) -> dict[str, Entry]:
+        """How each value is stored, from one example."""
+        return {name: self._entry(name, value, targets.mask) for name, value in targets.values.items()}
 
     def pack(
-        self, answer: Targets, indices: Sequence[int], digests: Tensor, entries: Mapping[str, Entry]
+        self, targets: Targets, indices: Sequence[int], digests: Tensor, entries: Mapping[str, Entry]
     ) -> dict[str, Tensor]:
-        """Tensors of the first ``len(indices)`` samples, for :func:`join`.
+        """The stored tensors of the first ``len(indices)`` samples, for :func:`join`.
 
         Raises:
             ValueError: If a shape is not that of ``entries``, or a value does not fit into its dtype.
         """
-        count, mask = len(indices), None if answer.mask is None else answer.mask[: len(indices)]
+        count, mask = len(indices), None if targets.mask is None else targets.mask[: len(indices)]
         packed = {"digest": digests[:count]}
         if mask is not None and any(entry.ragged for entry in entries.values()):
             packed["lengths"] = mask.sum(1)
-        if (found := self.entries(answer)) != entries:
-            odd = next(name for name in {**entries, **found} if entries.get(name) != found.get(name))
+        if (actual := self.entries(targets)) != entries:
+            name = next(name for name in {**entries, **actual} if entries.get(name) != actual.get(name))
             raise ValueError(
-                f"'{odd}' is {_said(found.get(odd))} in one batch and {_said(entries.get(odd))} in another: give "
-                "samples of one shape, or of several lengths with an attention_mask of [batch, length] in the batch"
+                f"'{name}' is {_described(actual.get(name))} in one batch and {_described(entries.get(name))} in "
+                "another: give samples of one shape, or of several lengths with an attention_mask of [batch, length] "
+                "in the batch"
             )
         for name, entry in entries.items():
-            value = answer.values[name][:count]
+            value = targets.values[name][:count]
             if entry.draws:
-                packed |= self._drawn(value, mask if entry.ragged else None, indices)._asdict()
+                packed |= self._sampled(value, mask if entry.ragged else None, indices)._asdict()
                 packed["log_probs"] = _narrowed(name, packed["log_probs"], entry.dtype)
             else:
                 own = value[mask] if entry.ragged and mask is not None else value
@@ -114,7 +115,7 @@ class TargetExtractor:
         return packed
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the teacher and of what is kept tells one cache from another."""
+        """The parts of a cache's fingerprint that depend on the teacher and on what is stored."""
         return {
             "precision": self.teacher.precision,
             "teacher": self.teacher.fingerprint(),
@@ -133,7 +134,7 @@ class TargetExtractor:
             return Entry(self.dtype or "float32", shape[:-1], ragged, self.draws, shape[-1])
         return Entry(self.dtype or dtype_name(value.dtype), shape, ragged)
 
-    def _drawn(self, logits: Tensor, mask: Tensor | None, indices: Sequence[int]) -> SampledIds:
+    def _sampled(self, logits: Tensor, mask: Tensor | None, indices: Sequence[int]) -> SampledIds:
         drawn = []
         for row, (index, value) in enumerate(zip(indices, logits)):
             own = value[mask[row]] if mask is not None else value.reshape(-1, value.shape[-1])
@@ -142,7 +143,7 @@ class TargetExtractor:
 
 
 def join(packed: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a shard: those of its batches one after another, lengths as the places where they begin."""
+    """The tensors of a shard: those of its batches concatenated, with lengths turned into offsets."""
     joined = {name: torch.cat([each[name] for each in packed]) for name in packed[0]}
     for lengths, cuts in (("lengths", "offsets"), ("sizes", "pointer")):
         if lengths in joined:
@@ -157,7 +158,7 @@ def _narrowed(name: str, value: Tensor, dtype: str) -> Tensor:
     return narrow
 
 
-def _said(entry: Entry | None) -> str:
+def _described(entry: Entry | None) -> str:
     if entry is None:
         return "absent"
     return f"{entry.dtype} {'[length, ...]' if entry.ragged else ''}{list(entry.shape)} a sample"

@@ -1,4 +1,4 @@
-"""CachedTeacher: a teacher's answers out of a cache, beside the batches that they belong to."""
+"""CachedTeacher: reads cached targets and attaches them to the batches of a loader."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -20,12 +20,12 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 class CachedBatch(NamedTuple):
-    """A batch and what the teacher says about it.
+    """A batch and its cached targets.
 
     Args:
-        batch: As the loader makes it.
-        cached_targets: By name: ``logits`` [B, ..., C], or where ids were drawn ``ids``, ``weights`` and ``log_probs``
-            [B, ..., K] and ``log_z`` [B, ...]; ``feature/<name>``. Zero at padding, where a weight of 0 means no id.
+        batch: The loader's own batch.
+        cached_targets: By name: ``logits`` [B, ..., C], or for sampled ids ``ids``, ``weights`` and ``log_probs``
+            [B, ..., K] and ``log_z`` [B, ...]; ``feature/<name>``. Zero at padding; a weight of 0 means no id.
     """
 
     batch: Any
@@ -34,17 +34,17 @@ class CachedBatch(NamedTuple):
 
 @final
 class CachedTeacher:
-    """What a teacher said about a data set, read from the folder that :func:`~distill.cache.cache_teacher` wrote.
+    """Cached targets of a data set, from the folder that :func:`~distill.cache.cache_teacher` wrote.
 
     Example:
-        >>> for batch, taught in CachedTeacher("runs/cache").attach(loader):   # doctest: +SKIP
-        ...     loss = soft_target(student(batch[0]), taught["logits"])
+        >>> for batch, targets in CachedTeacher("runs/cache").attach(loader):   # doctest: +SKIP
+        ...     loss = soft_target(student(batch[0]), targets["logits"])
 
     Args:
         path: That folder, or a finished ``cache`` stage.
-        teacher: Whom it must be of; not compared if None.
-        verify: Read every shard once, now, to compare its SHA-256, and compare the digest of every sample when it is
-            looked up. If False only sizes are checked.
+        teacher: The teacher that the cache must be of; not compared if None.
+        verify: Read every shard once, now, to compare its SHA-256, and compare the digest of every sample at every
+            look-up. If False, only sizes are checked.
 
     Raises:
         ValueError: If there is no cache, it is incomplete, damaged, of a newer version or of another teacher.
@@ -57,7 +57,7 @@ class CachedTeacher:
         verify: bool = True,
     ) -> None:
         self.path, self.verify = Path(path), verify
-        self._splits = {index["split"]: _Split(folder, index, verify) for folder, index in _found(self.path)}
+        self._splits = {index["split"]: _Split(folder, index, verify) for folder, index in _complete_indices(self.path)}
         if not self._splits:
             raise ValueError(f"{path} holds no teacher cache: write one with distill.cache_teacher or a cache stage")
         if teacher is not None:
@@ -68,39 +68,39 @@ class CachedTeacher:
 
     @property
     def splits(self) -> list[str]:
-        """The splits that it holds."""
+        """The cached splits."""
         return sorted(self._splits)
 
     def describe(self, split: str = "train") -> dict[str, Any]:
-        """The index of a split, as ``cache.json`` has it: fingerprint, entries, shards."""
+        """The index of a split: fingerprint, entries and shards, as in ``cache.json``."""
         return self._split(split).index
 
     def attach(self, loader: DataLoader, split: str = "train") -> DataLoader:
-        """``loader`` again, in its own order and batches, each with what the teacher says: :class:`CachedBatch`.
+        """A loader of the same batches in the same order, each with its cached targets, as :class:`CachedBatch`.
 
         Args:
-            loader: A DataLoader over the data set that the teacher was asked about. Its order and the size of its
+            loader: A DataLoader over the data set that was cached. Its order and the size of its
                 batches are free; an index may be a :class:`workbench.training.EpochIndex`, which knows its epoch and
                 so its view.
             split: Of the cache.
 
         Raises:
-            ValueError: If the data set, its views, its tokenizer or the collate_fn are others; in reading, if a sample
-                is not what the teacher was asked about.
+            ValueError: If the data set, its views, its tokenizer or the collate_fn differ; in reading, if a sample
+                differs from the cached one.
         """
         check_loader(loader)
         if type(loader) is not DataLoader:
             raise ValueError(f"the loader is a {type(loader).__name__}, which cannot be made again: give a DataLoader")
-        found = self._split(split)
+        cached = self._split(split)
         given: dict[str, Any] = {"samples": len(loader.dataset), "views": views_of(loader.dataset)}  # type: ignore[arg-type]
-        found.compare(given)
+        cached.compare(given)
         tokenizer = tokenizer_digest(loader.dataset, loader.collate_fn)
         if self.verify:
-            found.compare({} if tokenizer is None else {"tokenizer": tokenizer})
-            found.compare(probe(loader.dataset, loader.collate_fn))
+            cached.compare({} if tokenizer is None else {"tokenizer": tokenizer})
+            cached.compare(probe(loader.dataset, loader.collate_fn))
         options = {
             **options_of(loader),
-            "collate_fn": Collated(loader.collate_fn, partial(_with_targets, found)),
+            "collate_fn": Collated(loader.collate_fn, partial(_with_targets, cached)),
             "generator": loader.generator,
         }
         dataset = Identified(loader.dataset, self.verify)
@@ -118,7 +118,7 @@ class CachedTeacher:
 
 
 def open_teacher(source: str | Path, **options: Any) -> Teacher | CachedTeacher:
-    """A CachedTeacher of a folder that holds a cache, else a live Teacher, made with ``options``.
+    """A CachedTeacher if ``source`` is a folder with a cache, else a live Teacher with ``options``.
 
     Raises:
         ValueError: If there is neither, or options are given for a cache.
@@ -131,7 +131,7 @@ def open_teacher(source: str | Path, **options: Any) -> Teacher | CachedTeacher:
 
 
 class _Split:
-    """One split of a cache; it can be sent to another process.
+    """One split of a cache. It can be pickled: worker processes open the shards themselves.
 
     Args:
         folder: Of the split.
@@ -153,34 +153,34 @@ class _Split:
         return {**vars(self), "_open": {}}
 
     def compare(self, given: dict[str, Any]) -> None:
-        """Raises: ValueError: if the cache was made with another of the ``given`` parts of a fingerprint."""
-        if said := disk.difference(self.index["fingerprint"], given):
-            raise ValueError(f"{self.folder} is stale, it was made with {said}: cache again into another folder")
+        """Raises: ValueError: if one of the ``given`` parts of the fingerprint differs."""
+        if difference := disk.difference(self.index["fingerprint"], given):
+            raise ValueError(f"{self.folder} is stale, it was made with {difference}: cache again into another folder")
 
     def look_up(self, indices: Sequence[int], digests: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
-        """What the teacher said about the samples.
+        """The cached targets of the samples.
 
         Args:
-            indices: Of the samples, which may know their epoch.
+            indices: Of the samples; an EpochIndex knows its epoch and so its view.
             digests: Of the samples, uint8 [B, 8], to compare.
-            mask: bool [B, L], where their own positions are to be put.
+            mask: bool [B, L], False at padding.
         """
-        places = self._places(indices)
+        places = self._locate(indices)
         if digests is not None:
             self._check_digests(indices, digests, places)
-        taught: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
         for name, entry in self.entries.items():
             if entry.draws:
-                taught |= self._drawn(entry, indices, places, mask)
+                targets |= self._sampled(entry, indices, places, mask)
             elif entry.ragged:
                 rows = [shard.tensors[name][slice(*shard.span(entry, place))] for shard, place in places.each()]
-                taught[name] = _padded(_wide(torch.cat(rows)), self._own(indices, list(map(len, rows)), mask))
+                targets[name] = _padded(_wide(torch.cat(rows)), self._checked_mask(indices, list(map(len, rows)), mask))
             else:
-                taught[name] = _wide(places.rows(name))
-        return taught
+                targets[name] = _wide(places.rows(name))
+        return targets
 
-    def _places(self, indices: Sequence[int]) -> "_Places":
-        """Where the samples are."""
+    def _locate(self, indices: Sequence[int]) -> "_Locations":
+        """Shard and row of each sample."""
         if outside := [int(index) for index in indices if not 0 <= index < self.samples]:
             raise ValueError(
                 f"{self.folder} has no sample {outside[0]}: it has 0 to {self.samples - 1}; cache again "
@@ -191,32 +191,32 @@ class _Split:
         numbers = np.searchsorted(self._starts, ordinals, side="right") - 1
         for number in set(numbers.tolist()) - self._open.keys():
             self._open[number] = disk.Shard(self.folder, self.plan[number], self.entries)
-        return _Places(self._open, numbers, ordinals - self._starts[numbers])
+        return _Locations(self._open, numbers, ordinals - self._starts[numbers])
 
-    def _check_digests(self, indices: Sequence[int], digests: Tensor, places: "_Places") -> None:
+    def _check_digests(self, indices: Sequence[int], digests: Tensor, places: "_Locations") -> None:
         stored = places.rows("digest")
         if not torch.equal(stored, digests):
             row = int((stored != digests).any(1).nonzero()[0])
             raise ValueError(
-                f"{self.folder}: sample {int(indices[row])} is not what the teacher was asked about (its digest is "
+                f"{self.folder}: sample {int(indices[row])} is not what was cached (its digest is "
                 f"{bytes(digests[row].tolist()).hex()}, not {bytes(stored[row].tolist()).hex()}): the data, a "
                 "transform, the tokenizer or the order of samples changed; cache again into another folder"
             )
 
-    def _own(self, indices: Sequence[int], lengths: list[int], mask: Tensor | None) -> Tensor:
-        """The mask, once it is known to fit."""
+    def _checked_mask(self, indices: Sequence[int], lengths: list[int], mask: Tensor | None) -> Tensor:
+        """The mask, checked against the cached lengths."""
         if mask is None:
             raise ValueError(f"{self.folder} has samples of several lengths: the batch needs an attention_mask to say")
-        for index, length, own in zip(indices, lengths, mask.sum(1).tolist()):
-            if length != own:
+        for index, length, positions in zip(indices, lengths, mask.sum(1).tolist()):
+            if length != positions:
                 raise ValueError(
-                    f"{self.folder}: sample {int(index)} has {own} positions in the batch and {length} in the cache: "
-                    "truncate as when it was made, or cache again into another folder"
+                    f"{self.folder}: sample {int(index)} has {positions} positions in the batch and {length} in the "
+                    "cache: truncate as when it was made, or cache again into another folder"
                 )
         return mask
 
-    def _drawn(
-        self, entry: disk.Entry, indices: Sequence[int], places: "_Places", mask: Tensor | None
+    def _sampled(
+        self, entry: disk.Entry, indices: Sequence[int], places: "_Locations", mask: Tensor | None
     ) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {"sizes": [], "ids": [], "counts": [], "log_probs": [], "log_z": []}
         lengths = []
@@ -240,7 +240,7 @@ class _Split:
             "log_z": joined["log_z"],
         }
         if entry.ragged:
-            own = self._own(indices, lengths, mask)
+            own = self._checked_mask(indices, lengths, mask)
             return {name: _padded(value, own) for name, value in wide.items()}
         return {name: value.reshape(len(places), *entry.shape, *value.shape[1:]) for name, value in wide.items()}
 
@@ -249,38 +249,38 @@ def _with_targets(split: _Split, batch: Any, indices: list[int], digests: Tensor
     return CachedBatch(batch, split.look_up(indices, digests, tokens_of(batch)))
 
 
-class _Places:
-    """Where the samples of a batch are: the numbers of their shards, and their places there."""
+class _Locations:
+    """Where the samples of a batch are: the numbers of their shards, and their rows there."""
 
-    def __init__(self, shards: Mapping[int, disk.Shard], numbers: np.ndarray, places: np.ndarray) -> None:
-        self._shards, self._numbers, self._places = shards, numbers, places
+    def __init__(self, shards: Mapping[int, disk.Shard], numbers: np.ndarray, rows: np.ndarray) -> None:
+        self._shards, self._numbers, self._rows = shards, numbers, rows
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def each(self) -> Iterator[tuple[disk.Shard, int]]:
-        """Shard and place of every sample."""
-        return ((self._shards[n], place) for n, place in zip(self._numbers.tolist(), self._places.tolist()))
+        """Shard and row of every sample."""
+        return ((self._shards[n], place) for n, place in zip(self._numbers.tolist(), self._rows.tolist()))
 
     def rows(self, name: str) -> Tensor:
-        """What the samples have one row each of, [B, ...]."""
+        """A tensor with one row a sample, [B, ...]."""
         used = np.unique(self._numbers).tolist()
         first = self._shards[used[0]].tensors[name]
         if len(used) == 1:
-            return first.index_select(0, torch.from_numpy(self._places))
-        found = first.new_empty((len(self), *first.shape[1:]))
+            return first.index_select(0, torch.from_numpy(self._rows))
+        gathered = first.new_empty((len(self), *first.shape[1:]))
         for number in used:
-            (mine,) = np.nonzero(self._numbers == number)
-            own = self._shards[number].tensors[name].index_select(0, torch.from_numpy(self._places[mine]))
-            found.index_copy_(0, torch.from_numpy(mine), own)
-        return found
+            (at,) = np.nonzero(self._numbers == number)
+            rows = self._shards[number].tensors[name].index_select(0, torch.from_numpy(self._rows[at]))
+            gathered.index_copy_(0, torch.from_numpy(at), rows)
+        return gathered
 
 
-def _padded(rows: Tensor, own: Tensor) -> Tensor:
-    """The rows at the places that are True in ``own``, in its order; zero elsewhere."""
-    found = rows.new_zeros((*own.shape, *rows.shape[1:]))
-    found[own] = rows
-    return found
+def _padded(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows, in order, where ``mask`` is True; zero elsewhere."""
+    padded = rows.new_zeros((*mask.shape, *rows.shape[1:]))
+    padded[mask] = rows
+    return padded
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _folders(path: Path) -> Iterator[Path]:
         yield from sorted(file.parent for file in root.glob(f"*/{disk.INDEX}"))
 
 
-def _found(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _complete_indices(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in _folders(path):
         index = disk.read_index(folder)
         if not index["complete"]:

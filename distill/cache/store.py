@@ -1,11 +1,26 @@
-"""A cache on disk: ``cache.json`` and ``shard-NNNNN.safetensors``, one folder a split.
+"""The format of cached targets on disk, version 1.
 
-A shard holds consecutive samples of one view. What a sample has a fixed shape of is stored as [samples, ...]; what has
-a row a position, one after another, with ``offsets`` [samples + 1] to say whose is whose. Ids drawn from a vocabulary
-stand one after another too, with ``pointer`` [positions + 1]. ``digest`` tells samples apart.
+::
 
-The index has the size and the SHA-256 of every shard and of itself. Files are written to a temporary name and renamed,
-the index after each shard: a kill leaves whole shards, and all but the last of them known.
+    <split>/cache.json                  the index: fingerprint, entries, shards, checksum of itself
+    <split>/shard-NNNNN.safetensors     samples start..stop of one view
+        digest     uint8 [samples, 8]   identifies each sample
+        NAME       [samples, ...]       values of one shape a sample, or
+        NAME       [positions, ...]     values of samples of several lengths, concatenated without padding, with
+        offsets    int64 [samples + 1]  the positions of sample i are offsets[i]..offsets[i + 1]
+        ids, counts, log_probs [N], log_z [positions]     ids sampled from the logits, concatenated, with
+        pointer    int64 [positions + 1]                  the ids of position p are pointer[p]..pointer[p + 1]
+
+Invariants:
+
+- Shards partition the samples of every view in order: shard and row of a sample follow from its index alone.
+- The index lists the size and the SHA-256 of every shard. A shard is renamed into place before the index lists it, so a
+  killed writer leaves whole shards, of which at most the last is not listed, and ``complete: false``.
+- ``offsets`` and ``pointer`` start at 0, never decrease, and end at the number of rows they divide.
+
+A cache is refused if the index is incomplete, altered, of another version or out of range; if a shard is missing, has
+another size or SHA-256, or other tensors than its entries; if a part of the fingerprint (:data:`PARTS`) differs from
+that of the teacher, data set or collate_fn in use; or if the digest of a sample differs when it is looked up.
 """
 
 import hashlib
@@ -27,7 +42,7 @@ from workbench.files import atomic_file, sha256, write_json
 FORMAT, VERSION = "teacher-cache", 1
 INDEX = "cache.json"
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-# The parts of a fingerprint in the order in which a difference is told, and what a difference means.
+# The parts of a fingerprint, in the order in which they are compared, and what a difference means.
 PARTS = {
     "precision": "the teacher's precision",
     "teacher": "another teacher",
@@ -56,9 +71,8 @@ class Entry:
         dtype: Of the values, e.g. "float32".
         shape: Of a sample or, if ``ragged``, of one of its positions.
         ragged: Whether samples have as many rows as they have positions.
-        draws: How many ids were drawn at every position, of which there are as many as ``shape`` has places; 0 if the
-            values themselves are stored.
-        classes: The vocabulary, where ids were drawn.
+        draws: How many ids were sampled at every position, prod(shape) of them; 0 if the values themselves are stored.
+        classes: Size of the vocabulary, if ids were sampled.
     """
 
     dtype: str
@@ -68,27 +82,27 @@ class Entry:
     classes: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """As the index has it."""
+        """The entry as the index stores it."""
         return {**vars(self), "shape": list(self.shape)}
 
     @classmethod
-    def parse(cls, found: Any) -> "Entry":
-        """Out of an index; raises ValueError if it makes no sense."""
-        sizes = found.get("shape") if isinstance(found, dict) else None
-        if not isinstance(sizes, list) or found.keys() != {"dtype", "shape", "ragged", "draws", "classes"}:
-            raise ValueError(f"{str(found)[:100]} is no entry")
-        numbers = [*sizes, found["draws"], found["classes"]]
+    def parse(cls, raw: Any) -> "Entry":
+        """The entry of an index; raises ValueError if it is invalid."""
+        sizes = raw.get("shape") if isinstance(raw, dict) else None
+        if not isinstance(sizes, list) or raw.keys() != {"dtype", "shape", "ragged", "draws", "classes"}:
+            raise ValueError(f"{str(raw)[:100]} is no entry")
+        numbers = [*sizes, raw["draws"], raw["classes"]]
         whole = all(type(size) is int and 0 <= size < 2**40 for size in numbers)
         if not whole or prod(max(size, 1) for size in sizes) > 2**48:
             raise ValueError(f"sizes {str(numbers)[:100]} are out of range")
-        if found["dtype"] not in list(CODES) or type(found["ragged"]) is not bool:
-            raise ValueError(f"{str(found)[:100]} has no known dtype")
-        return cls(found["dtype"], tuple(sizes), found["ragged"], found["draws"], found["classes"])
+        if raw["dtype"] not in list(CODES) or type(raw["ragged"]) is not bool:
+            raise ValueError(f"{str(raw)[:100]} has no known dtype")
+        return cls(raw["dtype"], tuple(sizes), raw["ragged"], raw["draws"], raw["classes"])
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which samples a shard holds: ``start`` to ``stop`` of a view."""
+    """The samples of a shard: ``start`` to ``stop`` of a view."""
 
     number: int
     view: int
@@ -153,16 +167,16 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def entries_of(index: Mapping[str, Any]) -> dict[str, Entry]:
     """The entries by name, as objects."""
-    return {name: Entry.parse(found) for name, found in index["entries"].items()}
+    return {name: Entry.parse(raw) for name, raw in index["entries"].items()}
 
 
 def plan_of(index: Mapping[str, Any]) -> list[Part]:
-    """The shards of the cache that the index describes, written or not."""
+    """All shards of the cache that the index describes, written or not."""
     return parts(index["fingerprint"]["samples"], index["fingerprint"]["views"], index["shard_size"])
 
 
 def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """What of the fingerprint differs, in words; None if nothing that both of them know does."""
+    """The first part of the fingerprint that differs, in words; None if all parts that both have are equal."""
     for name, words in PARTS.items():
         if name in stored and name in given and stored[name] != given[name]:
             return f"{words} ({_short(stored[name])} there, {_short(given[name])} here)"
@@ -170,48 +184,48 @@ def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a shard, atomically, and say what the index has to have of it."""
+    """Write a shard atomically; its entry for the index."""
     with atomic_file(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return {"file": file.name, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
 
 
-def check_shard(folder: Path, known: Mapping[str, Any], thorough: bool) -> None:
-    """Compare a shard with what the index has of it.
+def check_shard(folder: Path, listed: Mapping[str, Any], thorough: bool) -> None:
+    """Compare a shard with its entry in the index.
 
     Raises:
         ValueError: If it is missing, has another size or, where ``thorough``, another SHA-256.
     """
-    file = folder / known["file"]
+    file = folder / listed["file"]
     remedy = "call cache_teacher again as before, it writes what is missing; of a recipe, remove the stage's folder"
     if not file.is_file():
         raise ValueError(f"{file} is missing, and {INDEX} names it: {remedy}")
-    if (size := file.stat().st_size) != known["bytes"]:
-        raise ValueError(f"{file} has {size} bytes, {known['bytes']} expected: truncated? {remedy.capitalize()}")
-    if thorough and sha256(file) != known["sha256"]:
+    if (size := file.stat().st_size) != listed["bytes"]:
+        raise ValueError(f"{file} has {size} bytes, {listed['bytes']} expected: truncated? {remedy.capitalize()}")
+    if thorough and sha256(file) != listed["sha256"]:
         raise ValueError(f"{file} was altered: its SHA-256 is not the one in {INDEX}; {remedy}")
 
 
 class Shard:
-    """An open shard: tensors that the operating system reads from the file when they are touched.
+    """An open shard, memory-mapped.
 
     Args:
         folder: The cache's.
-        part: Which samples it holds.
-        entries: What it holds of each.
+        part: The samples that it holds.
+        entries: What is stored of each sample.
 
     Raises:
-        ValueError: If its tensors are not those.
+        ValueError: If its tensors are others.
     """
 
     def __init__(self, folder: Path, part: Part, entries: Mapping[str, Entry]) -> None:
         self.file, self.entries = folder / part.file, entries
         try:
-            with safe_open(self.file, framework="pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-                found = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-                self._check(found, len(part))
-                self.tensors = {name: opened.get_tensor(name) for name in found}
+            with safe_open(self.file, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                shapes = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+                self._check(shapes, len(part))
+                self.tensors = {name: file.get_tensor(name) for name in shapes}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file} is not a shard of a teacher cache: {error}") from error
         for name, entry in entries.items():
@@ -221,14 +235,14 @@ class Shard:
                 self._check_cuts("pointer", other)
 
     def span(self, entry: Entry, sample: int) -> tuple[int, int]:
-        """First and last + 1 row, or position, of a sample."""
+        """The rows, or positions, of a sample: first and last + 1."""
         if entry.ragged:
             offsets = self.tensors["offsets"]
             return int(offsets[sample]), int(offsets[sample + 1])
         size = prod(entry.shape) if entry.draws else 1
         return sample * size, (sample + 1) * size
 
-    def _check(self, found: Mapping[str, tuple[str, tuple[int, ...]]], count: int) -> None:
+    def _check(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]], count: int) -> None:
         expected: dict[str, tuple[str, tuple[Any, ...]]] = {"digest": ("U8", (count, DIGEST))}
         if any(entry.ragged for entry in self.entries.values()):
             expected["offsets"] = ("I64", (count + 1,))
@@ -245,10 +259,10 @@ class Shard:
                 "counts": ("I32", (None,)),
                 "log_probs": (CODES[entry.dtype], (None,)),
             }
-        for name in sorted({*expected, *found}):
-            if not _fits(found.get(name), expected.get(name)):
+        for name in sorted({*expected, *shapes}):
+            if not _fits(shapes.get(name), expected.get(name)):
                 raise ValueError(
-                    f"{self.file} is not what {INDEX} says: {name!r} is {found.get(name)} and not {expected.get(name)}"
+                    f"{self.file} is not what {INDEX} says: {name!r} is {shapes.get(name)} and not {expected.get(name)}"
                 )
 
     def _check_cuts(self, marks: str, name: str) -> None:
@@ -257,10 +271,10 @@ class Shard:
             raise ValueError(f"{self.file} is damaged: {marks!r} does not cut up the {rows} rows of {name!r}")
 
 
-def _fits(found: tuple[str, tuple[int, ...]] | None, expected: tuple[str, tuple[Any, ...]] | None) -> bool:
-    if found is None or expected is None or found[0] != expected[0] or len(found[1]) != len(expected[1]):
+def _fits(actual: tuple[str, tuple[int, ...]] | None, expected: tuple[str, tuple[Any, ...]] | None) -> bool:
+    if actual is None or expected is None or actual[0] != expected[0] or len(actual[1]) != len(expected[1]):
         return False
-    return all(size is None or size == other for other, size in zip(found[1], expected[1]))
+    return all(size is None or size == other for other, size in zip(actual[1], expected[1]))
 
 
 def _check_shards(index: Mapping[str, Any]) -> None:
@@ -271,12 +285,12 @@ def _check_shards(index: Mapping[str, Any]) -> None:
     if index["shard_size"] < 1 or fingerprint["views"] * -(-fingerprint["samples"] // index["shard_size"]) > 2**20:
         raise ValueError(f"shard_size is {index['shard_size']}")
     names = {part.file for part in plan_of(index)}
-    for known in index["shards"]:
-        if not isinstance(known, dict) or known.get("file") not in names:
-            raise ValueError(f"{str(known)[:100]} is none of its shards")
-        if type(known.get("bytes")) is not int or not isinstance(known.get("sha256"), str):
-            raise ValueError(f"{known['file']!r} lacks 'bytes' or 'sha256'")
-    if index["complete"] and {known["file"] for known in index["shards"]} != names:
+    for listed in index["shards"]:
+        if not isinstance(listed, dict) or listed.get("file") not in names:
+            raise ValueError(f"{str(listed)[:100]} is none of its shards")
+        if type(listed.get("bytes")) is not int or not isinstance(listed.get("sha256"), str):
+            raise ValueError(f"{listed['file']!r} lacks 'bytes' or 'sha256'")
+    if index["complete"] and {listed["file"] for listed in index["shards"]} != names:
         raise ValueError(f"it has {len(index['shards'])} of {len(names)} shards and says that it is complete")
 
 

@@ -1,4 +1,4 @@
-"""cache_teacher: what a teacher says about every sample of a data set, once, to disk."""
+"""cache_teacher: runs a teacher once on every sample of a data set and stores its outputs."""
 
 import sys
 import time
@@ -41,16 +41,16 @@ _TRIED = 16
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a call of :func:`write` did.
+    """What a call of :func:`write` wrote.
 
     Args:
-        folder: Where the split is.
-        samples: Of the data set.
-        views: Of each.
+        folder: Of the split.
+        samples: Number of samples.
+        views: Number of views of each.
         bytes: On disk, index included.
-        written: Bytes of the shards that this call wrote.
-        reused: How many shards were there already.
-        seconds: That this call took.
+        written: Bytes of the shards written by this call.
+        reused: Number of shards of an earlier call.
+        seconds: Duration of this call.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ def cache_teacher(
     task: Task | None = None,
     device: str | torch.device | None = None,
 ) -> Path:
-    """Ask ``teacher`` about every sample of a split, once, and keep what it says in ``path/split``.
+    """Run ``teacher`` once on every sample of a split and store its outputs in ``path/split``.
 
     The data set is read in the order of its indices, view by view, with the loader's collate_fn. A last batch that is
     smaller is filled up with samples that are there already: a row's last bits depend on the size of its batch (by 2e-6
@@ -86,26 +86,26 @@ def cache_teacher(
     layers of usual width, a student trained from the cache in batches of this size, samples having one length, ends
     with the same weights as with the live teacher, bit for bit.
 
-    A call that was stopped goes on where it was: whole shards are checked and kept.
+    A call that was interrupted resumes: whole shards are checked and kept.
 
     Args:
-        teacher: A Teacher, or what one is made of.
+        teacher: A Teacher, or its source.
         data: A data module, or a DataLoader. Its order does not matter.
-        path: The folder for :class:`~distill.cache.CachedTeacher`, one folder in it a split.
-        split: "train", "val" or "test"; of a DataLoader just a name.
-        features: Submodules whose inputs or outputs are kept too, as :func:`distill.features.capture` takes them.
-        store: "full" keeps all logits; "sampled" ids drawn from them, with exact log-probabilities and log Z, for
-            large vocabularies (see :mod:`distill.cache.sampling`).
-        samples: How many ids are drawn at each position.
-        dtype: Of what is kept, e.g. "float16"; the teacher's own if None. Read back as at least float32.
+        path: The folder for :class:`~distill.cache.CachedTeacher`, with one folder a split.
+        split: "train", "val" or "test"; for a DataLoader any name.
+        features: Layers whose inputs or outputs are stored too, as :func:`distill.features.capture` takes them.
+        store: "full" stores all logits; "sampled", for large vocabularies, ids sampled from them with exact
+            log-probabilities and log Z (see :mod:`distill.cache.sampling`).
+        samples: How many ids are sampled at each position.
+        dtype: Of the stored values, e.g. "float16"; the teacher's own if None. Read back as at least float32.
         shard_size: Samples in a shard, rounded up to whole batches; about 64 MiB if None.
         batch_size: The loader's if None.
-        seed: Of the draws.
+        seed: Of the sampled ids.
         task: Says what of a batch the teacher gets. If None, a mapping by keyword without ``label`` and ``labels``, of
             a tuple all but the last. What comes back is a tensor, or has ``logits``; these are kept as they are, so
             ``task.output`` applies to what is read as it does to what a live teacher says; ids are drawn from the
             task's ``vocabulary``, if it has one, rather than from all rows of a padded lm head.
-        device: Where the teacher is asked; an accelerator if there is one and None is given.
+        device: Where the teacher runs; if None, an accelerator if there is one.
 
     Returns:
         ``path``.
@@ -150,25 +150,34 @@ def write(
     task: Task | None = None,
     device: str | torch.device | None = None,
 ) -> CacheSummary:
-    """:func:`cache_teacher`, which says what it did."""
-    began = time.monotonic()
+    """:func:`cache_teacher`, returning a summary."""
+    start = time.monotonic()
     _check_options(store, samples, dtype, shard_size, batch_size)
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     source = _Source(data, split, batch_size)
-    ask = TargetExtractor(
-        teacher, tuple(features), task, _device(device), samples if store == "sampled" else 0, dtype, seed
+    extract = TargetExtractor(
+        teacher,
+        features=tuple(features),
+        task=task,
+        device=_device(device),
+        draws=samples if store == "sampled" else 0,
+        dtype=dtype,
+        seed=seed,
     )
     batch, indices, digested = source.first()
-    answer = ask(batch, source.batch_size)
-    entries = ask.entries(answer)
-    packed = ask.pack(answer, indices, digested, entries)
-    fingerprint = {**ask.fingerprint(), **source.fingerprint}
+    targets = extract(batch, source.batch_size)
+    entries = extract.entries(targets)
+    packed = extract.pack(targets, indices, digested, entries)
+    fingerprint = {**extract.fingerprint(), **source.fingerprint}
     if _has_functions(teacher):
-        fingerprint["answers"] = digest(answer.values).hex()
+        fingerprint["answers"] = digest(targets.values).hex()
     size = _shard_size(shard_size, packed, source.batch_size)
     folder = Path(path) / split
     index = _open_index(folder, split, fingerprint, entries, size)
-    plan, kept = disk.plan_of(index), {known["file"]: known for known in index["shards"] if _is_whole(folder, known)}
+    plan, kept = (
+        disk.plan_of(index),
+        {listed["file"]: listed for listed in index["shards"] if _is_whole(folder, listed)},
+    )
     _check_unchanged(folder, source, [part for part in plan if part.file in kept], entries)
     reused, todo = len(kept), [part for part in plan if part.file not in kept]
     with _progress_bar(f"cache {split}"):
@@ -176,21 +185,21 @@ def write(
         for part, batches in source.read(todo):
             pieces = []
             for indices, digested, batch in batches:
-                answer = ask(batch, source.batch_size)
-                pieces.append(ask.pack(answer, indices, digested, entries))
+                targets = extract(batch, source.batch_size)
+                pieces.append(extract.pack(targets, indices, digested, entries))
                 rate.add(len(indices), _bytes(pieces[-1]))
             kept[part.file] = disk.write_shard(folder / part.file, join(pieces))
             disk.write_index(folder, {**index, "shards": [kept[name] for name in sorted(kept)], "complete": False})
     shards = [kept[part.file] for part in plan]
     disk.write_index(folder, {**index, "shards": shards, "complete": True})
     _remove_temporaries(folder)
-    total = sum(known["bytes"] for known in shards) + (folder / disk.INDEX).stat().st_size
+    total = sum(shard["bytes"] for shard in shards) + (folder / disk.INDEX).stat().st_size
     fresh = sum(kept[part.file]["bytes"] for part in todo)
-    return CacheSummary(folder, source.size, source.views, total, fresh, reused, time.monotonic() - began)
+    return CacheSummary(folder, source.size, source.views, total, fresh, reused, time.monotonic() - start)
 
 
 class _Source:
-    """The data set of a split, read in the order of its indices.
+    """Reads the data set of a split in the order of its indices.
 
     Args:
         data: A data module or a loader.
@@ -206,18 +215,18 @@ class _Source:
         self.size = len(self.dataset)
         if self.size == 0:
             raise ValueError(f"the {split} split is empty: there is nothing to ask a teacher about")
-        found = batch_size or self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None)
-        if not isinstance(found, int):
+        size = batch_size or self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None)
+        if not isinstance(size, int):
             kind = type(self.loader.batch_sampler).__name__
             raise ValueError(f"the loader's {kind} does not say how large a batch is: give batch_size")
-        self.batch_size = found
+        self.batch_size = size
         check_repeatable(self.dataset, self.collate)
         self.views = views_of(self.dataset)
         self.fingerprint = {
             "samples": self.size,
             "views": self.views,
             "tokenizer": tokenizer_digest(data, self.dataset, self.collate),
-            "batch_size": found,
+            "batch_size": size,
             **probe(self.dataset, self.collate),
         }
 
@@ -260,7 +269,7 @@ class _Source:
 
 
 def loader_of(data: Any, split: str) -> Any:
-    """The loader of a split, of a data module that is set up for it; or the loader that was given."""
+    """The loader of a split of a data module, which is set up for it; or the given loader."""
     if not isinstance(data, LightningDataModule):
         return data
     if split not in _STAGES:
@@ -268,8 +277,8 @@ def loader_of(data: Any, split: str) -> Any:
     for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
         if is_overridden(name, data, LightningDataModule):
             raise ValueError(
-                f"{type(data).__name__} changes batches in {name}, where the teacher is not asked: do that in the data "
-                "set or in collate_fn, or ask the teacher live"
+                f"{type(data).__name__} changes batches in {name}, where the teacher does not run: do that in the data "
+                "set or in collate_fn, or use a live teacher"
             )
     data.prepare_data()
     data.setup(_STAGES[split])
@@ -277,7 +286,7 @@ def loader_of(data: Any, split: str) -> Any:
 
 
 class _Throughput:
-    """What the progress bar shows: samples done, bytes, and bytes a second."""
+    """Shows samples done, bytes, and bytes a second in the progress bar."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done, self.bytes, self.began = total, done, 0, time.monotonic()
@@ -291,13 +300,13 @@ class _Throughput:
 
 
 def mebibytes(size: float) -> str:
-    """A size in words: ``12.3 MiB``."""
+    """A size as text: ``12.3 MiB``."""
     return f"{size / 2**20:,.1f} MiB"
 
 
 @contextmanager
 def _progress_bar(name: str) -> Iterator[None]:
-    """Inside, a bar of its own on a terminal, unless a recipe shows one already."""
+    """A progress bar on a terminal, unless a recipe shows one already."""
     if progress.current() is not None or not sys.stderr.isatty():
         yield
         return
@@ -324,7 +333,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _has_functions(teacher: Teacher) -> bool:
-    """Whether a teacher is, in part, a function, of which a fingerprint does not say what it answers."""
+    """Whether a teacher is or contains a function, whose fingerprint does not determine its outputs."""
     try:
         return teacher.module is None
     except ValueError:
@@ -342,7 +351,7 @@ def _shard_size(given: int | None, packed: Any, batch_size: int) -> int:
 
 
 def _open_index(folder: Path, split: str, fingerprint: dict[str, Any], entries: Any, shard_size: int) -> dict[str, Any]:
-    """The index of the cache in ``folder``, which an earlier call may have begun.
+    """The index of the cache in ``folder``, new or of an earlier call.
 
     Raises:
         ValueError: If the folder holds something else.
@@ -350,36 +359,36 @@ def _open_index(folder: Path, split: str, fingerprint: dict[str, Any], entries: 
     if not (folder / disk.INDEX).is_file():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder} holds other files and no {disk.INDEX}: choose an empty folder for the cache")
-        found = {name: entry.as_json() for name, entry in entries.items()}
-        index = {"complete": False, "split": split, "fingerprint": fingerprint, "entries": found, "shards": []}
+        described = {name: entry.as_json() for name, entry in entries.items()}
+        index = {"complete": False, "split": split, "fingerprint": fingerprint, "entries": described, "shards": []}
         disk.write_index(folder, {**index, "shard_size": shard_size})
     index = disk.read_index(folder)
-    if said := disk.difference(index["fingerprint"], fingerprint):
-        raise ValueError(f"{folder} holds a cache made with {said}: choose another folder, or remove it")
+    if difference := disk.difference(index["fingerprint"], fingerprint):
+        raise ValueError(f"{folder} holds a cache made with {difference}: choose another folder, or remove it")
     if disk.entries_of(index) != entries:
         raise ValueError(f"{folder} holds a cache of other shapes: choose another folder, or remove it")
     return index
 
 
-def _is_whole(folder: Path, known: Any) -> bool:
+def _is_whole(folder: Path, listed: Any) -> bool:
     try:
-        disk.check_shard(folder, known, thorough=True)
+        disk.check_shard(folder, listed, thorough=True)
     except ValueError:
         return False
     return True
 
 
 def _check_unchanged(folder: Path, source: _Source, parts: Sequence[disk.Part], entries: Any) -> None:
-    """Compare a few samples in the shards that are there already with what they are now.
+    """Compare a few samples of the shards of an earlier call with the data set.
 
     Raises:
         ValueError: If one has changed.
     """
     for part in parts[:: max(len(parts) // _TRIED, 1)]:
         stored = disk.Shard(folder, part, entries).tensors["digest"]
-        for place in sorted({0, len(part) // 2, len(part) - 1}):
-            index = EpochIndex(part.start + place, part.view)
-            if not torch.equal(source.digests([index])[0], stored[place]):
+        for row in sorted({0, len(part) // 2, len(part) - 1}):
+            index = EpochIndex(part.start + row, part.view)
+            if not torch.equal(source.digests([index])[0], stored[row]):
                 raise ValueError(
                     f"{folder} holds a cache made with another sample {int(index)}: choose another folder, or remove it"
                 )
@@ -390,6 +399,6 @@ def _with_digests(batch: Any, indices: list[int], digested: Tensor | None) -> tu
 
 
 def _remove_temporaries(folder: Path) -> None:
-    """Remove what stopped writers left behind."""
-    for left in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{disk.INDEX}.*.tmp")):
-        left.unlink(missing_ok=True)
+    """Remove temporary files of interrupted calls."""
+    for temporary in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{disk.INDEX}.*.tmp")):
+        temporary.unlink(missing_ok=True)

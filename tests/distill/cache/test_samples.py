@@ -79,7 +79,7 @@ def test_every_sample_is_compared_when_it_is_looked_up(tmp_path: Path) -> None:
     cache_teacher(nn.Linear(WIDTH, 2), loader(data), tmp_path)
     attached = CachedTeacher(tmp_path).attach(loader(data))
     data.tensors[0][20] *= 1 + 1e-6
-    with pytest.raises(ValueError, match="sample 20 is not what the teacher was asked about"):
+    with pytest.raises(ValueError, match="sample 20 is not what was cached"):
         list(attached)
     assert len(list(CachedTeacher(tmp_path, verify=False).attach(loader(data)))) == 6
 

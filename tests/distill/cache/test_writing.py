@@ -197,6 +197,6 @@ def test_a_data_module_that_changes_batches_later_is_refused(tmp_path: Path, hoo
         return (batch[0] / 16, batch[1])
 
     data: Any = type("Later", (Digits,), {hook: normalised})()
-    with pytest.raises(ValueError, match=rf"Later changes batches in {hook}, .* data set or in collate_fn, or ask"):
+    with pytest.raises(ValueError, match=rf"Later changes batches in {hook}, .* data set or in collate_fn, or use"):
         cache_teacher(nn.Linear(64, 10), data, tmp_path)
     assert not list(tmp_path.iterdir())

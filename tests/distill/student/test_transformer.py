@@ -17,26 +17,15 @@ from workbench.models import MLP, LeNet5, SentenceEncoder
 from workbench.models.activations import swap_activation
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24}
-
-
 TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "pad_token_id": 0}
-
-
 IMAGE = {"image_size": 8, "patch_size": 4}
-
-
 DISTIL = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-
-
+DISTIL["intermediate_size"] = "hidden_dim"
 GPT = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-
-
 GPT |= {"intermediate_size": "n_inner", "max_position_embeddings": "n_positions"}
-
-
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
-
+# Class -> its configuration's class, names of sizes where they differ, and what else it takes.
 FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "BertModel": ("BertConfig", {}, TEXT),
     "BertForMaskedLM": ("BertConfig", {}, TEXT),
@@ -53,8 +42,6 @@ FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "ViTForImageClassification": ("ViTConfig", {}, IMAGE),
     "ViTForMaskedImageModeling": ("ViTConfig", {}, IMAGE | {"encoder_stride": 4}),
 }
-
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
