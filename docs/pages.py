@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks import architecture
 from workbench.launcher import recipe as recipes
 from workbench.launcher.help import metavar
-from workbench.launcher.jobs import REQUIRED, Job, find_jobs
+from workbench.launcher.jobs import Job, find_jobs
+from workbench.launcher.signatures import REQUIRED, Parameter
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,11 +150,18 @@ def jobs_page() -> str:
             "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| `{p.name}` | {code(metavar(p.annotation))} | {default_of(p.default)} | {cell(p.description)} |"
-            for p in job.parameters
+            f"| `{name}` | {code(metavar(p.annotation))} | {default_of(p.default)} | {cell(p.description)} |"
+            for name, p in with_fields(job.parameters)
         ]
         lines += [""]
     return "\n".join(lines)
+
+
+def with_fields(parameters: Iterable[Parameter], outer: str = "") -> Iterator[tuple[str, Parameter]]:
+    """The arguments of a job, each followed by the fields of its dataclass, by dotted key."""
+    for parameter in parameters:
+        yield f"{outer}{parameter.name}", parameter
+        yield from with_fields(parameter.fields, f"{outer}{parameter.name}.")
 
 
 def ours() -> list[Job]:

@@ -160,6 +160,7 @@ def _read_stage_body(
     name: str,
     body: Mapping[str, Any],
     shared: Mapping[str, Any],
+    *,
     prefix: str = "",
     inherits: bool = False,
 ) -> tuple[Job, dict[str, Any]]:
@@ -213,7 +214,7 @@ def _with_runs(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage
     except ValueError as error:
         raise recipe.error(str(error), stage.name, OVER) from error
     inherits = any("start" in point.values for point in points)
-    job, given = _read_stage_body(recipe, stage.name, body, shared, f"{RUN}.", inherits)
+    job, given = _read_stage_body(recipe, stage.name, body, shared, prefix=f"{RUN}.", inherits=inherits)
     if _is_sweep(job) or job.name == _READS_ALL_STAGES:
         nested, reader = "a sweep in a sweep: name all keys in one", "it looks at all stages: give it its own"
         reason = nested if _is_sweep(job) else reader

@@ -72,11 +72,11 @@ def sweep(
     rows = [
         row(
             name.rpartition("/")[2],
-            each.stage.over,
-            run.lineage[name][0],
-            None if name in failures else run.finished(each),
-            attempts.get(name, 0),
-            failures.get(name),
+            over=each.stage.over,
+            fingerprint=run.lineage[name][0],
+            record=None if name in failures else run.finished(each),
+            attempts=attempts.get(name, 0),
+            failure=failures.get(name),
         )
         for each in run.plan
         for name in [each.stage.name]

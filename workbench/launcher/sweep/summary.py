@@ -12,6 +12,7 @@ SEEDS = ("seed", "seed_everything")
 
 def row(
     name: str,
+    *,
     over: Mapping[str, Any],
     fingerprint: str,
     record: Mapping[str, Any] | None,
