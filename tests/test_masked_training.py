@@ -12,137 +12,90 @@ import lightning.pytorch as lp
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
 
-from prune import DynamicSparsity, GradualPruning, KeepMasked, Masks, Pruner
-from prune.callbacks.lottery import LotteryTicket
+import prune
+from prune import LotteryTicket, Masks, Pruner
 from prune.policies import Fixed
 from prune.rewinding.snapshot import Snapshot
 from prune.schedule import kept
+from tests.helpers.lightning_training import ADAMW, TOTAL, alive, data, fit, net, user_module
+from tests.helpers.policy_cases import CASES
 from tests.helpers.ranks import on_ranks
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-TOTAL = 6 * 10 + 10 * 3
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.GELU(), nn.Linear(10, 3))
-
-
-def batches() -> list[Any]:
-    torch.manual_seed(0)
-    return list(zip(torch.randn(8, 4, 6), torch.randint(3, (8, 4)), strict=True))
-
-
-class Theirs(lp.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = net()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
-
-
-WAYS: dict[str, Callable[[], Any]] = {
-    "fixed": lambda: KeepMasked(Pruner()(net(), 0.5)),
-    "gradual": lambda: GradualPruning(0.5, "0ep", "1ep", "2it"),
-    "dynamic": lambda: DynamicSparsity(0.5, "0ep", "3ep", "3it"),
-    "ticket": lambda: LotteryTicket(levels=1, rate=0.5, rewind="2it"),
-}
+WAYS = {name: CASES[name] for name in ("fixed", "gradual", "rigl", "iterative")}
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
 
-def fit(module: Any, *callbacks: Any, epochs: int = 2, path: Any = None, **options: Any) -> Any:
-    options = {**QUIET, "max_epochs": epochs, **options}
-    data = TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
-    trainer = lp.Trainer(**options, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader(data, 4), ckpt_path=path)
-    return trainer
-
-
-def alive(model: nn.Module) -> int:
-    network: Any = getattr(model, "network", model)
-    return sum(int(network[i].weight.count_nonzero()) for i in (0, 3))
-
-
 class Each(lp.Callback):
-    """What a function says of the module after every batch."""
+    """The values of a function of the module, after every batch."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function, self.found = function, []  # type: ignore[var-annotated]
+        self.function, self.values = function, []  # type: ignore[var-annotated]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.found.append(self.function(pl_module))
+        self.values.append(self.function(pl_module))
 
 
 @EVERY_WAY
 def test_the_state_dict_is_that_of_a_dense_network(way: str, tmp_path: Path) -> None:
-    module, look = Theirs(), Each(lambda m: list(m.state_dict()))
-    fit(module, WAYS[way](), look).save_checkpoint(tmp_path / "last.ckpt")
-    assert all(keys == list(Theirs().state_dict()) for keys in look.found)
-    plain = Theirs()
+    module, look = user_module(optimizer=ADAMW), Each(lambda m: list(m.state_dict()))
+    fit(module, WAYS[way].make(net(), prune), look, max_epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    assert all(keys == list(user_module(optimizer=ADAMW).state_dict()) for keys in look.values)
+    plain = user_module(optimizer=ADAMW)
     plain.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
-    assert alive(plain) == kept(TOTAL, 0.5)
+    assert alive(plain) == kept(TOTAL, WAYS[way].density)
 
 
 @EVERY_WAY
 def test_a_copy_in_training_is_as_sparse_and_free(way: str) -> None:
     copies: list[Any] = []
-    module = Theirs()
-    fit(module, WAYS[way](), Each(lambda m: copies.append(copy.deepcopy(m))))
+    module = user_module(optimizer=ADAMW)
+    fit(module, WAYS[way].make(net(), prune), Each(lambda m: copies.append(copy.deepcopy(m))), max_epochs=2)
     last = copies[-1]
-    assert alive(last) == kept(TOTAL, 0.5)
-    x, y = batches()[0]
+    assert alive(last) == kept(TOTAL, WAYS[way].density)
+    x, y = next(iter(data()))
     assert torch.equal(last.network(x), module.network(x))
     optimizer = torch.optim.SGD(last.parameters(), lr=0.1, momentum=0.9)
     nn.functional.cross_entropy(last.network(x), y).backward()
     optimizer.step()
-    assert alive(last) > alive(module) == kept(TOTAL, 0.5), "masks are kept on the model that trains, not on its copy"
+    assert alive(last) > alive(module) == kept(TOTAL, WAYS[way].density), (
+        "masks are kept on the model that trains, not on its copy"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @EVERY_WAY
 def test_resuming_keeps_the_density(way: str, tmp_path: Path) -> None:
-    first, watch = WAYS[way](), Each(alive)
-    fit(Theirs(), first).save_checkpoint(tmp_path / "last.ckpt")
-    again, resumed = WAYS[way](), Theirs()
-    fit(resumed, again, watch, epochs=4, path=tmp_path / "last.ckpt")
-    assert watch.found
-    assert set(watch.found) == {kept(TOTAL, 0.5)}
-    if way != "dynamic":
+    first, watch = WAYS[way].make(net(), prune), Each(alive)
+    fit(user_module(optimizer=ADAMW), first, max_epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    again, resumed = WAYS[way].make(net(), prune), user_module(optimizer=ADAMW)
+    fit(resumed, again, watch, max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert watch.values
+    assert set(watch.values) == {kept(TOTAL, WAYS[way].density)}
+    if way != "rigl":
         assert again.masks == first.masks
 
 
 @EVERY_WAY
 def test_a_second_fit_keeps_the_density(way: str) -> None:
-    module, callback, watch = Theirs(), WAYS[way](), Each(alive)
-    fit(module, callback)
-    fit(module, callback, watch)
-    assert set(watch.found) == {kept(TOTAL, 0.5)}
+    module, callback, watch = user_module(optimizer=ADAMW), WAYS[way].make(net(), prune), Each(alive)
+    fit(module, callback, max_epochs=2)
+    fit(module, callback, watch, max_epochs=2)
+    assert set(watch.values) == {kept(TOTAL, WAYS[way].density)}
 
 
-@pytest.mark.parametrize("way", ["fixed", "gradual", "dynamic"])
+@pytest.mark.parametrize("way", ["fixed", "gradual", "rigl"])
 def test_an_average_of_the_weights_is_as_sparse(way: str) -> None:
     """For a ticket it would go over all levels, which is refused."""
-    module = Theirs()
-    fit(module, WAYS[way](), EMAWeightAveraging(decay=0.9))
-    assert alive(module) == kept(TOTAL, 0.5)
+    module = user_module(optimizer=ADAMW)
+    fit(module, WAYS[way].make(net(), prune), EMAWeightAveraging(decay=0.9), max_epochs=2)
+    assert alive(module) == kept(TOTAL, WAYS[way].density)
 
 
 def _rank(way: str) -> Any:
-    module, callback = Theirs(), WAYS[way]()
-    fit(module, callback, devices=2, strategy="ddp")
+    module, callback = user_module(optimizer=ADAMW), WAYS[way].make(net(), prune)
+    fit(module, callback, devices=2, strategy="ddp", max_epochs=4)  # of four batches a rank
     return alive(module), callback.masks.hash(), [value.tolist() for value in module.parameters()]
 
 
@@ -153,7 +106,9 @@ def _ranks() -> Any:
 def test_ranks_hold_the_same_sparse_network() -> None:
     one, other = on_ranks(_ranks)
     assert one == other
-    assert {way: found[0] for way, found in one.items()} == dict.fromkeys(WAYS, kept(TOTAL, 0.5))
+    assert {way: count for way, (count, *_) in one.items()} == {
+        way: kept(TOTAL, case.density) for way, case in WAYS.items()
+    }
 
 
 def test_three_resets_end_at_the_first_weights() -> None:
@@ -168,7 +123,7 @@ def test_three_resets_end_at_the_first_weights() -> None:
                 expected = {n: v * ticket.masks[n] if n in ticket.masks else v for n, v in first.state_dict().items()}
                 begun.append(all(torch.equal(v, expected[n]) for n, v in pl_module.network.state_dict().items()))
 
-    fit(Theirs(), ticket, Begun(), epochs=1)
+    fit(user_module(optimizer=ADAMW), ticket, Begun(), max_epochs=1)
     assert begun == [True] * 4
 
 
@@ -177,7 +132,7 @@ def test_three_resets_in_a_bare_loop() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     point, first, masks = Snapshot.take(model, optimizer), copy.deepcopy(model.state_dict()), None
     for density in (0.8, 0.64, 0.512):
-        for x, y in batches():
+        for x, y in data():
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -186,7 +141,7 @@ def test_three_resets_in_a_bare_loop() -> None:
         point.restore(model, optimizer)
         policy.follow(model, optimizer)
         assert isinstance(masks, Masks)
-        assert alive(model) == kept(TOTAL, density)
+        assert sum(int(model.get_parameter(name).count_nonzero()) for name in masks) == kept(TOTAL, density)
         for name, value in model.state_dict().items():
             assert torch.equal(value, first[name] * masks[name] if name in masks else first[name])
         policy.detach()

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+import prune
 from prune import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.schedule import kept
 from tests.helpers.lightning_training import (
@@ -36,16 +37,14 @@ from tests.helpers.lightning_training import (
     two_optimizers,
     user_module,
 )
+from tests.helpers.policy_cases import CASES
 from tests.helpers.ranks import on_ranks
 from workbench.checkpoints import compact
 from workbench.models import MLP
 
 CALLBACKS: dict[str, tuple[Callable[[], Any], float]] = {  # and the density that each of them ends at
-    "keep": (lambda: KeepMasked(masks()), 0.3),
-    "gradual": (lambda: GradualPruning(0.2, "0it", "9it", "3it"), 0.2),
-    "movement": (lambda: GradualPruning(0.2, "2it", "9it", "3it", Pruner("movement"), schedule="linear"), 0.2),
-    "rigl": (lambda: DynamicSparsity(0.3, "0it", "14it", "3it"), 0.3),
-    "set": (lambda: DynamicSparsity(0.3, "0it", "14it", "3it", "set"), 0.3),
+    name: (functools.partial(CASES[name].make, net(), prune), CASES[name].density)
+    for name in ("fixed", "gradual", "movement", "rigl", "set")
 }
 EVERY = pytest.mark.parametrize("name", CALLBACKS)
 
@@ -80,7 +79,7 @@ def test_every_kind_of_training(name: str, options: dict[str, Any]) -> None:
     seen = Obeyed(callback)
     fit(module, seen, callback, **options)
     assert callback.masks.density == kept(TOTAL, density) / TOTAL
-    assert len(seen.changes) == {"keep": 1, "gradual": 4, "movement": 4, "rigl": 6, "set": 6}[name]
+    assert len(seen.changes) == {"fixed": 1, "gradual": 4, "movement": 4, "rigl": 6, "set": 6}[name]
 
 
 @EVERY
@@ -220,7 +219,7 @@ def test_a_second_fit_and_a_copy(name: str) -> None:
     ("namespace", "name", "kind"),
     [
         *((lp, name, kind) for name in ("gradual", "rigl") for kind in ("ema", "swa", "own")),
-        (lp, "keep", "ema"),
+        (lp, "fixed", "ema"),
         *((pl, "gradual", kind) for kind in ("ema", "swa")),
     ],
 )
