@@ -109,7 +109,7 @@ class DistillModule(SupervisedModule):
         """
         if stage != "fit":
             return
-        self.streams.states = {}
+        self.random_states.states = {}
         if self.objective.projects and not self.objective.projectors:
             loader = self.trainer.fit_loop._data_source.dataloader()
             if isinstance(loader, Mapping | list | tuple):
@@ -156,7 +156,7 @@ class DistillModule(SupervisedModule):
         for member, student in self.members.items():
             stream: AbstractContextManager[None] = nullcontext()
             if self.family:
-                stream = self.streams.of(member, valid.device)
+                stream = self.random_states.fork(member, valid.device)
             with stream:
                 if self.chunked:
                     student_logits = self._factored(student, student, args, kwargs)

@@ -2,11 +2,13 @@
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def random_state() -> dict[str, Any]:
@@ -45,3 +47,24 @@ def same_random_state(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def isolated(items: Iterable[T], count: int, seed: int | None = None) -> Iterator[T]:
+    """The first ``count`` of ``items``, drawn from a random state of their own, which starts from ``seed`` if given.
+
+    Between two items, and afterwards, the random state of the process is as it was.
+    """
+    iterator: Iterator[T] | None = None
+    state: dict[str, Any] | None = None
+    for _ in range(count):
+        with same_random_state(seed if state is None else None):
+            if state is not None:
+                set_random_state(state)
+            if iterator is None:  # a DataLoader draws a seed for its workers here
+                iterator = iter(items)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            state = random_state()
+        yield item

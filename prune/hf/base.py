@@ -30,7 +30,6 @@ Invariant: between ``on_train_begin`` and ``release`` every hook is in ``_handle
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -48,7 +47,7 @@ from prune.policies import Policy, Timestamp
 from prune.policies.calibration import Calibration
 from prune.policies.optimizers import unscaled
 from prune.policies.timestamp import START
-from workbench.randomness import same_random_state
+from workbench.randomness import isolated
 
 FILE = "masks.safetensors"
 _KEY = "pruning"
@@ -237,9 +236,7 @@ class _FirstBatches:
         self.loader, self.batches, self.seed = loader, batches, seed
 
     def __iter__(self) -> Iterator[Any]:
-        with same_random_state(self.seed):
-            batches = list(islice(self.loader, self.batches))
-        yield from batches
+        return isolated(self.loader, self.batches, self.seed)
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:

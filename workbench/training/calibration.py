@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
-from workbench.randomness import random_state, same_random_state, set_random_state
+from workbench.randomness import isolated
 from workbench.training.module import SupervisedModule, network_of
 
 # Attributes of a Metric that no batch changes.
@@ -53,19 +53,11 @@ class FirstBatches:
         self.module, self.data, self.precision = module, data, precision
 
     def __iter__(self) -> Iterator[Any]:
-        iterator, random = None, None
-        for _ in range(self.batches):
-            with same_random_state():
-                if random is not None:
-                    set_random_state(random)
-                if iterator is None:
-                    iterator = iter(_without_workers(self.loader))
-                try:
-                    batch = self._transferred(next(iterator))
-                except StopIteration:
-                    return
-                random = random_state()
-            yield batch
+        return isolated(self._batches(), self.batches)
+
+    def _batches(self) -> Iterator[Any]:
+        for batch in _without_workers(self.loader):
+            yield self._transferred(batch)
 
     def _transferred(self, batch: Any) -> Any:
         if self.precision is not None:
