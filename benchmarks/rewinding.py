@@ -31,7 +31,7 @@ from workbench import records
 from workbench.data import Augment
 from workbench.data.parquet import ParquetImages
 from workbench.duration import Duration
-from workbench.evaluation.statistics import Mean, mean, paired
+from workbench.evaluation.statistics import Estimate, mean, paired
 from workbench.models import ResNet
 from workbench.training import CPUThreads
 
@@ -131,7 +131,7 @@ def report(options: argparse.Namespace) -> None:
             print(f"  {a} - {b}: {gap.mean:+.2f}{interval}, n = {gap.n}")
 
 
-def said(value: Mean) -> str:
+def said(value: Estimate) -> str:
     spread = f" ±{(value.interval.high - value.interval.low) / 2:.2f}" if value.interval else ""
     return f"{value.mean:.2f}{spread}"
 

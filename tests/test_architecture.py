@@ -16,10 +16,9 @@ FORBIDDEN = {"workbench": {"distill", "prune"}, "distill": {"prune"}, "prune": {
 FLOORS = {
     "workbench": (
         "launcher",
-        "report",
-        "evaluation diagnostics",
-        "training data export",
-        "tasks checkpoints",
+        "evaluation diagnostics export",
+        "training data",
+        "report tasks checkpoints",
         "models records",
         "distributed randomness duration paths files yaml_io messages progress lazy",
     ),

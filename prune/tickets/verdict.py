@@ -4,18 +4,29 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from prune.masks import Masks
 from prune.tickets.identity import INITIAL, difference
-from prune.tickets.judge import ALPHA, Judgement, judged
+from prune.tickets.judge import ALPHA, judged
 from workbench import records
 from workbench.checkpoints import compact
-from workbench.evaluation.statistics import equivalence, holm, mean, paired
+from workbench.evaluation.statistics import equivalence, holm, mean, negated, paired
+from workbench.records import (
+    Equivalence,
+    GroupDifference,
+    LevelDifference,
+    LevelVerdict,
+    Overlap,
+    Paired,
+    Verdict,
+    VerdictResult,
+)
 from workbench.records.source import Source
+from workbench.records.verdict import Contrast
 
 DENSE = "dense"
 """The control that is not pruned: it is matched, not beaten."""
@@ -58,10 +69,10 @@ def verdict(
         ValueError: If a source is no finished hunt, hunts differ in more than their seed, or the metric is missing.
     """
     groups = _grouped(hunts)
-    verdicts = [_verdict(name, found, delta, metric, split) for name, found in groups.items()]
+    verdicts = [_verdict(name, group, delta, metric, split) for name, group in groups.items()]
     first, *others = groups
     differences = [_difference(name, first, groups, verdicts[0]) for name in others]
-    return {"verdicts": verdicts, "differences": differences}
+    return records.encode(VerdictResult(verdicts, differences))
 
 
 def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]:
@@ -74,7 +85,7 @@ def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]
         if "runs" not in record:
             groups.setdefault("", {})[Path(source)] = record
         for run in record.get("runs", ()):
-            others = {key: value for key, value in run["over"].items() if key not in ("seed", "seed_everything")}
+            others = {key: value for key, value in run["over"].items() if key not in records.SEEDS}
             parts = [Path(source).name] if len(sources) > 1 else []
             name = ", ".join([*parts, *(f"{key.rpartition('.')[2]} {value}" for key, value in others.items())])
             folder = Path(source) / run["folder"]
@@ -88,7 +99,7 @@ def _grouped(sources: Sequence[Source]) -> dict[str, dict[Path, dict[str, Any]]]
 
 def _verdict(
     name: str, hunts: Mapping[Path, Mapping[str, Any]], delta: float, metric: str | None, split: str
-) -> dict[str, Any]:
+) -> Verdict:
     all_levels = [record["levels"] for record in hunts.values()]
     seeds = [record.get("seed") for record in hunts.values()]
     if len(set(seeds)) < len(seeds):
@@ -107,18 +118,18 @@ def _verdict(
         densities = {round(record["density"], 6) for record in each}
         if min(densities) < (1 - SPREAD) * max(densities):
             raise ValueError(f"level {each[0]['level']} has densities {sorted(densities)}: give hunts of one recipe")
-        levels.append(_level(each, [first[0] for first in all_levels], key, sign, delta))
-        levels[-1]["overlap"] = _overlap([folder / f"level_{each[0]['level']:02d}" for folder in hunts])
-    return {
-        "name": name,
-        "hunts": [str(folder.name) for folder in hunts],
-        "fingerprints": [record.get("fingerprint") for record in hunts.values()],
-        "seeds": seeds,
-        "metric": key,
-        "higher_is_better": sign > 0,
-        "delta": delta,
-        "levels": levels,
-    }
+        overlap = _overlap([folder / f"level_{each[0]['level']:02d}" for folder in hunts])
+        levels.append(replace(_level(each, [first[0] for first in all_levels], key, sign, delta), overlap=overlap))
+    return Verdict(
+        name=name,
+        hunts=[folder.name for folder in hunts],
+        fingerprints=[record.get("fingerprint") for record in hunts.values()],
+        seeds=seeds,
+        metric=key,
+        higher_is_better=sign > 0,
+        delta=delta,
+        levels=levels,
+    )
 
 
 def _check_alike(hunts: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -140,58 +151,56 @@ def _settings(hunt: Path) -> dict[str, Any]:
 
 def _level(
     tickets: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]], key: str, sign: int, delta: float
-) -> dict[str, Any]:
+) -> LevelVerdict:
     """One level of all hunts."""
     arms = [arm for arm in tickets[0].get("controls", {}) if all(arm in each.get("controls", {}) for each in tickets)]
     trained = {arm: [each["controls"][arm] for each in tickets] for arm in arms}
     first = tickets[0]["level"] == 0
     against = {} if first else {"level 0": _scores(dense, key, sign)}
-    against |= {arm: _scores(found, key, sign) for arm, found in trained.items() if arm == DENSE}
-    controls = {arm: _scores(found, key, sign) for arm, found in trained.items() if arm not in (DENSE, TWIN)}
-    result = judged(_scores(tickets, key, sign), against, controls, delta)
-    told = _described(result, sign)
-    steps = {"ticket": tickets, **trained}
-    found = {arm: [each["best"]["step"] for each in rows if each.get("best")] for arm, rows in steps.items()}
-    return {
-        "level": tickets[0]["level"],
-        "density": tickets[0]["density"],
-        **({**told, "verdict": "dense", "why": "nothing is pruned"} if first else told),
-        "best_step": {arm: asdict(mean(values)) for arm, values in found.items() if len(values) == len(tickets)},
+    against |= {arm: _scores(rows, key, sign) for arm, rows in trained.items() if arm == DENSE}
+    controls = {arm: _scores(rows, key, sign) for arm, rows in trained.items() if arm not in (DENSE, TWIN)}
+    ticket = _scores(tickets, key, sign)
+    level = judged(ticket, against, controls, delta)
+    if first:
+        level = replace(level, verdict="dense", why="nothing is pruned")
+    steps = {
+        arm: [each["best"]["step"] for each in rows if each.get("best")]
+        for arm, rows in {"ticket": tickets, **trained}.items()
     }
+    best = {arm: mean(values) for arm, values in steps.items() if len(values) == len(tickets)}
+    # Judged the higher the better, recorded in the metric's own direction.
+    means = {arm: estimate if sign > 0 else negated(estimate) for arm, estimate in level.means.items()}
+    number, density = tickets[0]["level"], tickets[0]["density"]
+    return replace(level, level=number, density=density, means=means, best_step=best)
 
 
 def _difference(
-    name: str, first: str, groups: Mapping[str, Mapping[Path, Mapping[str, Any]]], judged_first: Mapping[str, Any]
-) -> dict[str, Any]:
+    name: str, first: str, groups: Mapping[str, Mapping[Path, Mapping[str, Any]]], judged_first: Verdict
+) -> GroupDifference:
     """What the tickets of one group have over those of the first, level by level, within the seeds that both have."""
-    ours, theirs = ({each["seed"]: each["levels"] for each in groups[group].values()} for group in (name, first))
-    seeds = sorted(ours.keys() & theirs.keys())
+    group, base = ({each["seed"]: each["levels"] for each in groups[key].values()} for key in (name, first))
+    seeds = sorted(group.keys() & base.keys())
     if not seeds:
         raise ValueError(f"{name!r} and {first!r} have no seed in common: give hunts of the same seeds")
-    key, sign = judged_first["metric"], 1 if judged_first["higher_is_better"] else -1
-    delta, levels = judged_first["delta"], []
-    for level in range(min(len(found[seed]) for found in (ours, theirs) for seed in seeds)):
-        rows = [_scores([found[seed][level] for seed in seeds], key, sign) for found in (ours, theirs)]
+    key, sign = judged_first.metric, 1 if judged_first.higher_is_better else -1
+    compared: list[tuple[int, Paired, Equivalence]] = []
+    for level in range(min(len(levels[seed]) for levels in (group, base) for seed in seeds)):
+        rows = [_scores([levels[seed][level] for seed in seeds], key, sign) for levels in (group, base)]
         pairs = [pair for pair in zip(*rows) if all(map(math.isfinite, pair))]
-        if not pairs:
-            continue  # all diverged
-        a, b = zip(*pairs)
-        levels.append(
-            {
-                "level": level,
-                "density": theirs[seeds[0]][level]["density"],
-                "paired": asdict(paired(a, b)),
-                "equivalence": asdict(equivalence(a, b, delta)),
-            }
-        )
-    known = [each for each in levels if each["paired"]["p"] is not None]
-    for each, p in zip(known, holm([each["paired"]["p"] for each in known])):
-        each["p_holm"] = p
-        if p <= ALPHA:
-            each["said"] = "above" if each["paired"]["mean"] > 0 else "below"
-    for each in levels:
-        each.setdefault("said", "equivalent" if each["equivalence"]["equivalent"] else "inconclusive")
-    return {"of": name, "less": first, "seeds": seeds, "levels": levels}
+        if pairs:  # else all diverged
+            a, b = zip(*pairs)
+            compared.append((level, paired(a, b), equivalence(a, b, judged_first.delta)))
+    known = {level: pairs.p for level, pairs, _ in compared if pairs.p is not None}
+    adjusted = dict(zip(known, holm(list(known.values()))))
+    levels = []
+    for level, pairs, equal in compared:
+        p = adjusted.get(level)
+        word: Contrast = "equivalent" if equal.equivalent else "inconclusive"
+        if p is not None and p <= ALPHA:
+            word = "above" if pairs.mean > 0 else "below"
+        density = base[seeds[0]][level]["density"]
+        levels.append(LevelDifference(level, density, pairs, equal, p, word))
+    return GroupDifference(name, first, seeds, levels)
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[float]:
@@ -200,22 +209,11 @@ def _scores(rows: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[floa
     return [sign * row["metrics"][key] for row in rows]
 
 
-def _described(result: Judgement, sign: int) -> dict[str, Any]:
-    """The judgement as JSON, scores in the metric's own direction."""
-    described = asdict(result)
-    for found in described["means"].values():
-        found["mean"] *= sign
-        if found["interval"] and sign < 0:
-            low, high = found["interval"]["low"], found["interval"]["high"]
-            found["interval"] |= {"low": -high, "high": -low}
-    return described
-
-
-def _overlap(folders: Sequence[Path]) -> dict[str, Any] | None:
+def _overlap(folders: Sequence[Path]) -> Overlap | None:
     """How far masks of different seeds keep the same weights, as means over pairs; None of a single hunt."""
     masks = [Masks(compact.masks(folder)) for folder in folders]
     pairs = [a.overlap(b) for a, b in combinations(masks, 2)]
     if not pairs:
         return None
-    means = {name: sum(getattr(pair, name) for pair in pairs) / len(pairs) for name in ("jaccard", "chance")}
-    return {**means, "pairs": len(pairs)}
+    jaccard, chance = (sum(getattr(pair, name) for pair in pairs) / len(pairs) for name in ("jaccard", "chance"))
+    return Overlap(jaccard, chance, len(pairs))

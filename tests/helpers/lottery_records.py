@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prune.tickets.judge import judged
-from tests.workbench.report.test_report import level, record
+from tests.helpers.report_records import level, record
 from workbench.evaluation.statistics import equivalence, mean, paired
 from workbench.launcher.sweep.summary import over_seeds
+from workbench.records import Run, encode
+from workbench.records.codec import decode
 from workbench.report.job import report
 
 DELTA = 0.003
@@ -68,7 +70,15 @@ def sweep_record(hunts: list[dict[str, Any]], name="hunts", over=lambda hunt: {"
         }
         for hunt in hunts
     ]
-    entry = record(name, "sweep", 0, runs=runs, summary=over_seeds(runs), seed=None, seconds=1900.0)
+    entry = record(
+        name,
+        "sweep",
+        0,
+        runs=runs,
+        summary=encode(over_seeds([decode(Run, run, Path()) for run in runs])),
+        seed=None,
+        seconds=1900.0,
+    )
     del entry["monitor"]
     return entry
 
@@ -99,9 +109,9 @@ def verdict(name: str, hunts: list[dict[str, Any]]) -> dict[str, Any]:
         steps = {"ticket": [e["best"]["step"] for e in each], **steps}
         levels.append(
             {
+                **found,
                 "level": number,
                 "density": each[0]["density"],
-                **found,
                 "best_step": {arm: asdict(mean(values)) for arm, values in steps.items()},
                 "overlap": {"jaccard": 0.9**number, "chance": 0.8**number, "pairs": 3} if len(hunts) > 1 else None,
             }
@@ -124,9 +134,9 @@ def difference(of: str, less: str, ours: list[dict[str, Any]], theirs: list[dict
         x, y = ([entry["metrics"]["test/accuracy"] for entry in each] for each in (a, b))
         told = {"paired": asdict(paired(x, y)), "equivalence": asdict(equivalence(x, y, DELTA))}
         p = told["paired"]["p"]
-        said = "inconclusive" if p is None or p > 0.05 else "above" if told["paired"]["mean"] > 0 else "below"
-        said = "equivalent" if said == "inconclusive" and told["equivalence"]["equivalent"] else said
-        levels.append({"level": a[0]["level"], "density": a[0]["density"], **told, "p_holm": p, "said": said})
+        word = "inconclusive" if p is None or p > 0.05 else "above" if told["paired"]["mean"] > 0 else "below"
+        word = "equivalent" if word == "inconclusive" and told["equivalence"]["equivalent"] else word
+        levels.append({"level": a[0]["level"], "density": a[0]["density"], **told, "p_holm": p, "verdict": word})
     return {"of": of, "less": less, "seeds": [hunt["seed"] for hunt in ours], "levels": levels}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from workbench import progress
+from workbench import progress, records
 from workbench.checkpoints import compact
 from workbench.evaluation import statistics
 from workbench.evaluation.scores import Scores
+from workbench.records import AccuracyDifference, ClassScores, Comparison, ComparisonResult, PerClass, Scored
 from workbench.records.source import Source
 from workbench.tasks import Task
 from workbench.training.fit import task_for
@@ -67,17 +68,17 @@ def compare(
         raise ValueError(f"split is {split!r}: choose val or test")
     task = task_for(data, task)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    judge = compact.load(teacher, map_location=place)
+    teacher_network = compact.load(teacher, map_location=place)
     networks = {name: compact.load(source, map_location=place) for name, source in named.items()}
     tally = _Tally(_name(teacher, out), list(networks), baseline)
     loaders = _loaders(data, split)
     total, done = _length(loaders), 0
     for loader in loaders:
         for batch in loader:
-            tally.add(task, _moved(data, batch, place), judge, networks)
+            tally.add(task, _moved(data, batch, place), teacher_network, networks)
             done += 1
             progress.update(done, max(total, done), split)
-    return {"comparison": {"split": split, **tally.result(getattr(data, "names", None))}}
+    return records.encode(ComparisonResult(tally.result(split, getattr(data, "names", None))))
 
 
 @final
@@ -92,7 +93,7 @@ class _Tally:
 
     def __init__(self, teacher: str, students: Sequence[str], baseline: str) -> None:
         self.teacher, self.students, self.baseline = teacher, students, baseline
-        self.judge = Scores()
+        self.teacher_scores = Scores()
         self.scores = {name: Scores() for name in students}
         self.sizes: list[Tensor] = []  # of each batch, the number of positions of each row
         # Right by the student alone and right by the baseline alone: of each row, and of each class.
@@ -101,22 +102,22 @@ class _Tally:
         self.nested = False
 
     @torch.no_grad()
-    def add(self, task: Task, batch: Any, judge: nn.Module, networks: Mapping[str, nn.Module]) -> None:
-        """Ask the teacher once and every student once, and count."""
+    def add(self, task: Task, batch: Any, teacher: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+        """Run the teacher once and every student once, and count."""
         labels, valid = task.targets(batch), task.valid(batch)
         inputs = task.inputs(batch)
-        wanted = _logits(task, judge, inputs, labels, self.teacher)
-        self.judge.update(wanted, labels, valid=valid)
+        wanted = _logits(task, teacher, inputs, labels, self.teacher)
+        self.teacher_scores.update(wanted, labels, valid=valid)
         right: dict[str, Tensor] = {}
         for name, network in networks.items():
-            found = _logits(task, network, inputs, labels, name)
-            if found.shape != wanted.shape:
+            logits = _logits(task, network, inputs, labels, name)
+            if logits.shape != wanted.shape:
                 raise ValueError(
-                    f"{name} answers with {list(found.shape)} and {self.teacher} with {list(wanted.shape)}: "
+                    f"{name} answers with {list(logits.shape)} and {self.teacher} with {list(wanted.shape)}: "
                     "compare networks with the same classes"
                 )
-            self.scores[name].update(found, labels, wanted, valid)
-            right[name] = (found.argmax(-1) == labels) & valid
+            self.scores[name].update(logits, labels, wanted, valid)
+            right[name] = (logits.argmax(-1) == labels) & valid
         self.nested |= labels.dim() > 1
         self.sizes.append(_by_row(valid))
         positions, classes = labels[valid], wanted.shape[-1]
@@ -126,55 +127,66 @@ class _Tally:
             counts = [torch.bincount(positions[alone[valid]], minlength=classes).cpu() for alone in pair]
             self.classes[name] = self.classes.get(name, torch.tensor(0)) + torch.stack(counts)
 
-    def result(self, names: Any) -> dict[str, Any]:
-        """Everything, as JSON; ``names`` are those of the classes, if there are any."""
-        if not self.judge.count:
+    def result(self, split: str, names: Any) -> Comparison:
+        """Everything; ``names`` are those of the classes, if there are any."""
+        if not self.teacher_scores.count:
             raise ValueError("the split has no sample to score: compare on another")
-        told: dict[str, dict[str, Any]] = {
-            name: {**scores.compute(), "gain": 0.0} for name, scores in self.scores.items()
-        }
-        others = {name: self._paired(name) for name in self.students if name != self.baseline}
-        tested = [name for name, found in others.items() if found.p is not None]
-        adjusted = dict(zip(tested, statistics.holm([found.p for found in others.values() if found.p is not None])))
-        for name, found in others.items():
-            told[name] |= {"gain": found.difference, "paired": {**asdict(found), "p_holm": adjusted.get(name)}}
-        return {
-            "baseline": self.baseline,
-            "n": self.judge.count,
-            "unit": "positions" if self.nested else "samples",
-            "teacher": {"name": self.teacher, **self.judge.compute()},
-            "students": told,
-            "per_class": self._per_class(names),
-        }
+        students = {name: replace(_scored(scores), gain=0.0) for name, scores in self.scores.items()}
+        differences = {name: self._paired(name) for name in self.students if name != self.baseline}
+        tested = {name: found.p for name, found in differences.items() if found.p is not None}
+        adjusted = dict(zip(tested, statistics.holm(list(tested.values()))))
+        for name, difference in differences.items():
+            paired = replace(difference, p_holm=adjusted.get(name))
+            students[name] = replace(students[name], gain=difference.difference, paired=paired)
+        return Comparison(
+            split=split,
+            baseline=self.baseline,
+            n=self.teacher_scores.count,
+            unit="positions" if self.nested else "samples",
+            teacher=replace(_scored(self.teacher_scores), name=self.teacher),
+            students=students,
+            per_class=self._per_class(names),
+        )
 
-    def _paired(self, name: str) -> statistics.Difference:
+    def _paired(self, name: str) -> AccuracyDifference:
         gained, lost = torch.cat(self.rows[name], 1).tolist()
         if not self.nested:
-            return statistics.mcnemar(sum(gained), sum(lost), self.judge.count)
+            return statistics.mcnemar(sum(gained), sum(lost), self.teacher_scores.count)
         return statistics.clustered(gained, lost, torch.cat(self.sizes).tolist())
 
-    def _per_class(self, names: Any) -> dict[str, Any]:
-        count, right = self.judge.per_class()
+    def _per_class(self, names: Any) -> PerClass:
+        count, right = self.teacher_scores.per_class()
         moved = torch.stack([(pair[0] - pair[1]).abs() for pair in self.classes.values()]).amax(0)
         order = sorted(torch.nonzero(count).flatten().tolist(), key=lambda c: (-int(moved[c]), c))
         chosen = sorted(order[:CLASSES])
-        found: dict[str, Any] = {
-            "of": len(count),
-            "classes": chosen,
-            "n": [int(n) for n in count[chosen]],
-            "teacher": (right / count)[chosen].tolist(),
-            "students": {
-                name: {
-                    "recall": (scores.per_class()[1] / count)[chosen].tolist(),
-                    "gained": self.classes[name][0][chosen].tolist(),
-                    "lost": self.classes[name][1][chosen].tolist(),
-                }
+        named = isinstance(names, (list, tuple)) and len(names) == len(count)
+        return PerClass(
+            of=len(count),
+            classes=chosen,
+            n=[int(n) for n in count[chosen]],
+            teacher=(right / count)[chosen].tolist(),
+            students={
+                name: ClassScores(
+                    recall=(scores.per_class()[1] / count)[chosen].tolist(),
+                    gained=self.classes[name][0][chosen].tolist(),
+                    lost=self.classes[name][1][chosen].tolist(),
+                )
                 for name, scores in self.scores.items()
             },
-        }
-        if isinstance(names, (list, tuple)) and len(names) == len(count):
-            found["names"] = [str(names[c]) for c in chosen]
-        return found
+            names=[str(names[c]) for c in chosen] if named else None,
+        )
+
+
+def _scored(scores: Scores) -> Scored:
+    values = scores.compute()
+    return Scored(
+        accuracy=values["accuracy"],
+        nll=values["nll"],
+        brier=values["brier"],
+        ece=values["ece"],
+        agreement=values.get("agreement"),
+        kl=values.get("kl"),
+    )
 
 
 def _named(sources: Sequence[Source], out: Path) -> dict[str, Source]:
@@ -233,13 +245,13 @@ def _logits(
     """What the network answers, floating-point inputs in its own precision."""
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     args, kwargs = tree_map_only(Tensor, lambda value: value.to(own) if value.is_floating_point() else value, inputs)
-    found = task.output(network(*args, **kwargs))
-    if labels.is_floating_point() or found.shape[:-1] != labels.shape:
+    logits = task.output(network(*args, **kwargs))
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{name} answers with {list(found.shape)} where {type(task).__name__} has targets {list(labels.shape)} of "
+            f"{name} answers with {list(logits.shape)} where {type(task).__name__} has targets {list(labels.shape)} of "
             f"{labels.dtype}: compare scores logits [..., classes] against class numbers [...]"
         )
-    return found
+    return logits
 
 
 def _by_row(which: Tensor) -> Tensor:

@@ -9,99 +9,31 @@ A value that n does not allow, such as an interval from one seed, is None.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+from workbench.records.estimates import AccuracyDifference, Equivalence, Estimate, Interval, Paired
 
 CONFIDENCE = 0.95
 _EXACT = 24  # pairs up to which all sign flips are gone through: 2^23 sums
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A two-sided confidence interval."""
-
-    low: float
-    high: float
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over n; ``deviation`` is the sample's, over n - 1."""
-
-    n: int
-    mean: float
-    deviation: float | None
-    interval: Interval | None
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Differences a - b within pairs.
-
-    Attributes:
-        n: Pairs.
-        mean: Of the differences.
-        deviation: Of the differences, sample's.
-        interval: Paired t interval of the mean.
-        p: Two-sided paired t test.
-        p_sign_flip: Two-sided exact sign-flip test; None beyond 24 pairs. No less than 2^(1 - n).
-        effect: d_z = mean / deviation.
-    """
-
-    n: int
-    mean: float
-    deviation: float | None
-    interval: Interval | None
-    p: float | None
-    p_sign_flip: float | None
-    effect: float | None
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """Two one-sided t tests at level alpha: equivalent if the (1 - 2 alpha) interval lies within +- margin."""
-
-    n: int
-    margin: float
-    p: float | None
-    interval: Interval | None
-    equivalent: bool
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two classifiers' accuracies on the same samples, the first's less the second's.
-
-    Attributes:
-        n: Samples, or positions in them.
-        gained: Right by the first alone.
-        lost: Right by the second alone.
-        difference: (gained - lost) / n.
-        interval: Of the difference.
-        p: Two-sided.
-        method: Of interval and test, in words.
-    """
-
-    n: int
-    gained: int
-    lost: int
-    difference: float
-    interval: Interval | None
-    p: float | None
-    method: str
-
-
-def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
+def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Mean and its t interval, mean +- t_{n-1} s / sqrt(n); no interval of one value, nor of values all the same.
 
     Raises:
         ValueError: If there is no value, one is not finite, or the confidence is not between 0 and 1.
     """
-    x, told = _checked(values), _level(confidence, "confidence")
-    return _mean(x, float(np.abs(x).max()), told)
+    x = _checked(values)
+    return _mean(x, float(np.abs(x).max()), _level(confidence, "confidence"))
+
+
+def negated(estimate: Estimate) -> Estimate:
+    """The mean of the negated values."""
+    interval = estimate.interval
+    turned = None if interval is None else Interval(-interval.high, -interval.low, interval.confidence)
+    return Estimate(estimate.n, -estimate.mean, estimate.deviation, turned)
 
 
 def paired(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Paired:
@@ -184,7 +116,17 @@ def equivalence(
     return Equivalence(len(d), margin, p, found.interval, p <= alpha)
 
 
-def mcnemar(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> Difference:
+def one_sided(pairs: Paired, bound: float = 0.0) -> float | None:
+    """One-sided p of the paired t test whose null is a mean difference of at most ``bound``; None without spread.
+
+    At ``bound = -margin`` it tests non-inferiority: that the first is worse by less than the margin.
+    """
+    if not pairs.deviation or pairs.n is None or pairs.n < 2:
+        return None
+    return float(stats.t.sf((pairs.mean - bound) / (pairs.deviation / pairs.n**0.5), pairs.n - 1))
+
+
+def mcnemar(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> AccuracyDifference:
     """Two classifiers on n independent samples: exact McNemar test, and an interval of the difference.
 
     The test asks whether samples that only one of them gets right are its or the other's with equal chance. The
@@ -208,12 +150,14 @@ def mcnemar(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> D
     half = z * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
     interval = Interval(max(-1.0, p1 - p2 - half), min(1.0, p1 - p2 + half), confidence)
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Difference(n, gained, lost, (gained - lost) / n, interval, p, "exact McNemar test, adjusted Wald interval")
+    return AccuracyDifference(
+        n, gained, lost, (gained - lost) / n, interval, p, "exact McNemar test, adjusted Wald interval"
+    )
 
 
 def clustered(
     gained: Sequence[int], lost: Sequence[int], sizes: Sequence[int], confidence: float = CONFIDENCE
-) -> Difference:
+) -> AccuracyDifference:
     """Two classifiers on positions that come in groups, such as the tokens of a text: t interval and test over groups.
 
     D = sum_g (gained_g - lost_g) / sum_g n_g, with the error of a ratio over G groups,
@@ -231,7 +175,7 @@ def clustered(
 
     Source: Cochran 1977, "Sampling techniques", section 2.11 (ratio estimator).
     """
-    told = _level(confidence, "confidence")
+    _level(confidence, "confidence")
     if not len(gained) == len(lost) == len(sizes):
         raise ValueError(f"{len(gained)}, {len(lost)} and {len(sizes)} groups: give the three of each")
     groups = [group for group in zip(gained, lost, sizes) if group[2] or group[0] or group[1]]
@@ -245,22 +189,22 @@ def clustered(
     spread = float(np.square(more - less - value * n).sum())
     if count > 1 and spread > 0:
         error = math.sqrt(count / (count - 1) * spread) / total
-        interval = _t_interval(value, error, count - 1, told)
+        interval = _t_interval(value, error, count - 1, confidence)
         p = 2 * float(stats.t.sf(abs(value) / error, count - 1))
-    return Difference(
-        total, int(more.sum()), int(less.sum()), value, interval, p, f"t test and interval over {count} sequences"
+    return AccuracyDifference(
+        total, int(more.sum()), int(less.sum()), value, interval, p, f"t test and interval over {count} sequences", None
     )
 
 
-def _mean(x: np.ndarray, scale: float, confidence: float) -> Mean:
+def _mean(x: np.ndarray, scale: float, confidence: float) -> Estimate:
     """Mean of values that are exact to rounding at ``scale``: a deviation below that is none."""
     centre = float(x.mean())
     if len(x) == 1:
-        return Mean(1, centre, None, None)
+        return Estimate(1, centre, None, None)
     spread = float(x.std(ddof=1))
     if spread <= 1e-14 * scale:
-        return Mean(len(x), centre, 0.0, None)
-    return Mean(len(x), centre, spread, _t_interval(centre, spread / math.sqrt(len(x)), len(x) - 1, confidence))
+        return Estimate(len(x), centre, 0.0, None)
+    return Estimate(len(x), centre, spread, _t_interval(centre, spread / math.sqrt(len(x)), len(x) - 1, confidence))
 
 
 def _t_interval(centre: float, error: float, freedom: int, confidence: float) -> Interval:

@@ -12,10 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from workbench import records
 from workbench.checkpoints import compact
 from workbench.export.inputs import DTYPES, TrainedNetwork, load_example_inputs, outputs, select_level
 from workbench.export.onnx import require_onnx, write_onnx
 from workbench.export.torch import write_torch
+from workbench.records import Export, ExportResult
 from workbench.records.source import Source
 
 Format = Literal["compact", "torch", "onnx"]
@@ -77,17 +79,18 @@ def export(
     exports = []
     for name in requested:
         exported, size = writers[name]()
-        entry = {"format": name, "path": name, "bytes": size, **_compared(expected, exported, out / name)}
-        if name == "compact" and values == "float32" and entry.get("largest_difference"):
+        entry = Export(name, name, size, *_compared(expected, exported, out / name))
+        if name == "compact" and values == "float32" and entry.largest_difference:
             raise ValueError(f"{out / name} differs from the trained network: this is a defect, please report it")
         exports.append(entry)
     copied = {key: record[key] for key in ("metrics", "monitor", "size") if key in record}
-    return {"exports": exports, "level": record.get("level"), "values": values, **copied}
+    return records.encode(ExportResult(exports, record.get("level"), values)) | copied
 
 
-def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> dict[str, Any]:
+def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> tuple[float | None, bool | None]:
+    """The largest difference of outputs, and whether predictions are the same; None where there is no output."""
     if expected is None or exported is None:
-        return {}
+        return None, None
     if expected.shape != exported.shape:
         raise ValueError(f"{path} returns shape {list(exported.shape)}, the network with {list(expected.shape)}")
     one, other = expected.double(), exported.double()
@@ -95,7 +98,7 @@ def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> d
     equal = (one == other) | (one.isnan() & other.isnan())
     difference = torch.where(equal, 0.0, (one - other).abs()).nan_to_num(float("inf")).max()
     same = bool((one.argmax(-1) == other.argmax(-1)).all())
-    return {"largest_difference": float(difference), "same_predictions": same}
+    return float(difference), same
 
 
 def _compact(subject: TrainedNetwork, values: str, folder: Path) -> tuple[Tensor | None, int]:

@@ -1,84 +1,99 @@
-"""What a comparison found, of the record of job ``compare``."""
+"""What job ``compare`` records."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from workbench.messages import printable
-from workbench.records.fields import column, mapping, number, numbers, objects, text
+from workbench.records.codec import Unbounded
+from workbench.records.estimates import AccuracyDifference
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A network in a comparison.
+    """A network's scores on the split.
 
     Attributes:
-        name: The stage's, or stage/member.
-        scores: Those that are known, by name.
-        gain: Its accuracy less the baseline's.
-        paired: Of that difference ``low``, ``high``, ``confidence``, ``p`` and ``p_holm``, where known.
-        recall: By class, as the comparison lists them.
-        gained: By class, the samples that it alone has right; the baseline's are ``lost``.
-        lost: See there.
+        name: Of the teacher: the stage, or stage/member. Students are listed by name.
+        accuracy: Share of right predictions, in [0, 1].
+        nll: Mean negative log-likelihood, in nats.
+        brier: Brier score, 0 to 2.
+        ece: Expected calibration error over 15 bins, in [0, 1].
+        agreement: Share of predictions that are the teacher's.
+        kl: KL(teacher || student) at temperature 1, in nats.
+        gain: Accuracy less the baseline's.
+        paired: That difference, with its interval and test.
     """
 
-    name: str
-    scores: dict[str, float]
-    gain: float | None
-    paired: dict[str, float]
+    name: str | None = None
+    accuracy: Unbounded | None = None
+    nll: Unbounded | None = None
+    brier: Unbounded | None = None
+    ece: Unbounded | None = None
+    agreement: Unbounded | None = None
+    kl: Unbounded | None = None
+    gain: Unbounded | None = None
+    paired: AccuracyDifference | None = None
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """A student by class, in the order of ``PerClass.classes``.
+
+    Attributes:
+        recall: Share of a class's samples that are right, in [0, 1].
+        gained: Samples that it alone has right, and the baseline has not.
+        lost: Samples that the baseline alone has right.
+    """
+
     recall: list[float | None]
     gained: list[float | None]
     lost: list[float | None]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a compare stage found; ``classes`` are names of classes, ``counts`` their samples, ``of`` all there are."""
+class PerClass:
+    """Results by class; of many classes, those that move most.
 
-    split: str
-    baseline: str | None
-    n: float | None
-    unit: str
-    method: str | None
-    teacher: Scored | None
-    students: list[Scored]
-    classes: list[str]
-    counts: list[float | None]
-    of: float | None
-
-
-def comparison(path: Path, record: dict[str, Any]) -> Comparison | None:
-    """The entry ``comparison`` of the record at ``path``; None if it is empty.
-
-    Raises:
-        ValueError: If it is malformed.
+    Attributes:
+        of: All classes there are.
+        classes: Numbers of those listed.
+        n: Samples of each.
+        teacher: The teacher's recall of each, in [0, 1].
+        students: Name -> the student's.
+        names: Of the classes listed, where the data module has names.
     """
-    if not record:
-        return None
-    classes = mapping(path, record, "per_class")
-    by_class = objects(path, classes, "students")
-    students = objects(path, record, "students")
-    teacher = mapping(path, record, "teacher")
-    named = classes.get("names") or classes.get("classes")
-    methods = (text(mapping(path, entry, "paired"), "method") for entry in students.values())
-    return Comparison(
-        split=text(record, "split") or "test",
-        baseline=text(record, "baseline"),
-        n=number(record, "n"),
-        unit=text(record, "unit") or "samples",
-        method=next((method for method in methods if method), None),
-        teacher=_scored(path, text(teacher, "name") or "teacher", teacher, {"recall": classes.get("teacher")}),
-        students=[_scored(path, printable(name), s, by_class.get(name, {})) for name, s in students.items()],
-        classes=[printable(str(name)) for name in named] if isinstance(named, list) else [],
-        counts=column(classes, "n"),
-        of=number(classes, "of"),
-    )
+
+    of: float | None = None
+    classes: list[int | None] = field(default_factory=list)
+    n: list[float | None] = field(default_factory=list)
+    teacher: list[float | None] = field(default_factory=list)
+    students: dict[str, ClassScores] = field(default_factory=dict)
+    names: list[str] | None = None
 
 
-def _scored(path: Path, name: str, record: dict[str, Any], by_class: dict[str, Any]) -> Scored:
-    paired = mapping(path, record, "paired")
-    scores = numbers(record)
-    gain = scores.pop("gain", None)
-    paired = {**numbers(paired), **numbers(mapping(path, paired, "interval"))}
-    recall, gained, lost = (column(by_class, key) for key in ("recall", "gained", "lost"))
-    return Scored(name, scores, gain, paired, recall, gained, lost)
+@dataclass(frozen=True)
+class Comparison:
+    """A teacher and its students on one split.
+
+    Attributes:
+        split: ``test`` or ``val``.
+        baseline: The student that the others are compared with.
+        n: Samples, or positions in them.
+        unit: Which of the two.
+        teacher: Its scores.
+        students: Name -> its scores.
+        per_class: Results by class.
+    """
+
+    split: str = "test"
+    baseline: str | None = None
+    n: float | None = None
+    unit: str = "samples"
+    teacher: Scored | None = None
+    students: dict[str, Scored] = field(default_factory=dict)
+    per_class: PerClass = field(default_factory=PerClass)
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """Of job ``compare``: ``comparison``, None if it is empty."""
+
+    comparison: Comparison | None = None

@@ -15,7 +15,8 @@ from typing import Any
 
 from workbench.files import write_json
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the format; a record of another one is refused."""
 _PACKAGES = ("distill-prune", "torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
@@ -71,9 +72,22 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): move the folder aside to run the stage anew") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{path}: record format {found!r}, this version reads {FORMAT}")
+        raise ValueError(_refused(path, record))
     return record
+
+
+def _refused(path: Path, record: Any) -> str:
+    """Why a record of another format cannot be read, and what to do."""
+    number = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if type(number) is not int:
+        return f"{path}: record format {number!r}, this version reads {FORMAT}: move the folder aside"
+    made = record.get("versions")
+    package = made.get("distill-prune") if isinstance(made, dict) else None
+    version_ = f"distill-prune {package}, record format {number}" if package else f"record format {number}"
+    return (
+        f"{path} was written by {'an earlier' if number < FORMAT else 'a later'} version ({version_}) and this version "
+        f"reads format {FORMAT} only, so it cannot go on with it: move {path.parent} aside or choose another --out"
+    )
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:

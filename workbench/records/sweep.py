@@ -1,84 +1,68 @@
-"""What the runs of a sweep came to, of the record of job ``sweep`` and of the runs' own."""
+"""What job ``sweep`` records."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from workbench import yaml_io
-from workbench.messages import printable
-from workbench.records.estimates import Estimate, estimates
-from workbench.records.fields import listed, mapping, monitored, number, numbers, text, whole
-from workbench.records.levels import Level
+from workbench.records.codec import Metrics, Monitor
+from workbench.records.estimates import Estimate
+from workbench.records.network import LOSS
+
+SEEDS = ("seed", "seed_everything")
+"""Keys of a grid that are the run's seed; every other key is a setting."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep; ``over`` are the values that make it this one, ``levels`` those of a hunt that were read."""
+    """One run of a sweep; everything else is in its own record, in its folder.
 
-    name: str
+    Attributes:
+        name: Of the run.
+        folder: In the sweep's.
+        over: Dotted key -> the value that makes it this run.
+        fingerprint: Of the run.
+        attempts: That it took this time; 0 if it was finished before.
+        status: ``finished`` or ``failed``.
+        error: Why it is not finished.
+        seconds: That it took.
+        metrics: By name with split.
+        monitor: Its main metric.
+    """
+
+    name: str | None
     folder: str | None
-    over: dict[str, str]
+    over: dict[str, Any]
     fingerprint: str | None
-    status: str
-    error: str | None
-    attempts: int | None
-    seconds: float | None
-    metrics: dict[str, float]
-    monitor: tuple[str, str]
-    levels: list[Level]
+    attempts: int | None = None
+    status: str = "not known"
+    error: str | None = None
+    seconds: float | None = None
+    metrics: Metrics = field(default_factory=dict)
+    monitor: Monitor = LOSS
 
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """The runs of one setting: how many, and their metrics' means."""
+    """The runs of one setting.
 
-    over: dict[str, str]
+    Attributes:
+        over: Dotted key -> value, without the seed.
+        n: Runs.
+        metrics: Metric -> its mean over them.
+    """
+
+    over: dict[str, Any]
     n: int | None
     metrics: dict[str, Estimate]
 
 
-def runs(path: Path, record: dict[str, Any]) -> list[Run]:
-    """The entry ``runs`` of the record at ``path``, without levels.
+@dataclass(frozen=True)
+class SweepResult:
+    """Of job ``sweep``.
 
-    Raises:
-        ValueError: If it is malformed.
+    Attributes:
+        runs: All of them.
+        summary: Means over seeds, a row for each setting.
     """
-    return [
-        Run(
-            name=text(entry, "name") or f"run {place}",
-            folder=_folder(entry.get("folder")),
-            over=_over(path, entry),
-            fingerprint=text(entry, "fingerprint"),
-            status=text(entry, "status") or "not known",
-            error=text(entry, "error"),
-            attempts=whole(entry, "attempts"),
-            seconds=number(entry, "seconds"),
-            metrics=numbers(mapping(path, entry, "metrics")),
-            monitor=monitored(path, entry),
-            levels=[],
-        )
-        for place, entry in enumerate(listed(path, record, "runs"))
-    ]
 
-
-def over_seeds(path: Path, record: dict[str, Any]) -> list[OverSeeds]:
-    """The entry ``summary`` of the record at ``path``.
-
-    Raises:
-        ValueError: If it is malformed.
-    """
-    found = []
-    for entry in listed(path, record, "summary"):
-        n = whole(entry, "n")
-        found.append(OverSeeds(_over(path, entry), n, estimates(path, entry, "metrics", n)))
-    return found
-
-
-def _over(path: Path, record: dict[str, Any]) -> dict[str, str]:
-    """Dotted key -> value in words."""
-    return {printable(key): printable(yaml_io.inline(value)) for key, value in mapping(path, record, "over").items()}
-
-
-def _folder(value: Any) -> str | None:
-    """The name of a folder beside the record; None if it is anywhere else."""
-    return value if isinstance(value, str) and value not in ("", "..") and Path(value).name == value else None
+    runs: list[Run] = field(default_factory=list)
+    summary: list[OverSeeds] = field(default_factory=list)

@@ -1,162 +1,143 @@
-"""What a verdict found, of the record of job ``verdict``."""
+"""What job ``verdict`` records."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
-from workbench.messages import printable
-from workbench.records.estimates import Estimate, estimate, estimates
-from workbench.records.fields import listed, mapping, number, objects, text, truth, whole
+from workbench.records.estimates import Equivalence, Estimate, Paired
+
+Word = Literal["dense", "ticket", "no ticket", "inconclusive"]
+Contrast = Literal["above", "below", "equivalent", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Against:
-    """What the tickets have over an arm, within seeds; positive is better. ``holds`` is None while it is open."""
+    """What a level's tickets have over one arm, over seeds.
 
-    difference: Estimate | None
+    Attributes:
+        paired: Ticket less arm, within seeds; positive where the ticket is better.
+        p: One-sided, of matching or of beating it; adjusted over controls where there are several. None if n does not
+            allow.
+        holds: Whether it does: yes (True), no (False), or open (None).
+    """
+
+    paired: Paired | None
     p: float | None
     holds: bool | None
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One level over seeds.
+class Overlap:
+    """How far masks of different seeds keep the same weights.
 
     Attributes:
-        verdict: ``dense``, ``ticket``, ``no ticket`` or ``inconclusive``.
-        why: In words.
-        means: Arm -> its score.
-        matches: Network that was not pruned -> whether the ticket matches it.
-        beats: Control -> whether the ticket beats it.
-        steps: Arm -> the step at which it was best.
-        overlap: Jaccard overlap of masks of different seeds, mean over pairs.
-        chance: What chance gives.
+        jaccard: Weights that both keep, of those that either keeps, in [0, 1]; mean over pairs.
+        chance: What random masks of these densities have.
+        pairs: Of hunts.
+    """
+
+    jaccard: float | None
+    chance: float | None
+    pairs: int | None
+
+
+@dataclass(frozen=True)
+class LevelVerdict:
+    """A level judged over seeds.
+
+    Attributes:
+        level: From 0, the dense one.
+        density: Kept / prunable weights, in [0, 1].
+        verdict: ``"ticket"`` if it matches every dense arm and beats every control; ``"no ticket"`` if it surely does
+            not match or beat one of these; ``"inconclusive"`` while one is open, or no control was trained;
+            ``"dense"`` of level 0.
+        why: What decided, in words.
+        means: Arm -> score over seeds.
+        matches: Dense arm -> whether the ticket is no more than delta below it.
+        beats: Control -> whether the ticket is above it.
+        best_step: Arm -> the step of its lowest validation loss, over seeds.
+        overlap: Of the masks of different seeds; None of a single hunt.
     """
 
     level: int | None
     density: float | None
-    verdict: str
+    verdict: Word
     why: str
     means: dict[str, Estimate]
     matches: dict[str, Against]
     beats: dict[str, Against]
-    steps: dict[str, Estimate]
-    overlap: float | None
-    chance: float | None
+    best_step: dict[str, Estimate] = field(default_factory=dict)
+    overlap: Overlap | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A group of hunts that differ in their seed, judged; ``metric`` is its name with its split."""
+    """A group of hunts that differ in their seed, judged.
+
+    Attributes:
+        name: What they have in common; empty where there is one group.
+        hunts: Their folders' names.
+        fingerprints: Of the hunts, in that order.
+        seeds: In that order.
+        metric: The metric that is compared, with its split, ``test/accuracy``.
+        higher_is_better: Its better direction.
+        delta: What a ticket may lose on the dense network, in the unit of the metric, above 0.
+        levels: Those that all hunts have.
+    """
 
     name: str
     hunts: list[str]
     fingerprints: list[str | None]
-    seeds: list[str]
-    metric: str
-    mode: str
-    delta: float
-    levels: list[Judged]
+    seeds: list[int | None]
+    metric: str = "metric"
+    higher_is_better: bool = True
+    delta: float = 0.0
+    levels: list[LevelVerdict] = field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """``"max"`` or ``"min"``."""
+        return "max" if self.higher_is_better else "min"
 
 
 @dataclass(frozen=True)
-class Gap:
-    """One level of the tickets of a group less those of another; positive is better; ``p`` is adjusted over levels."""
+class LevelDifference:
+    """One level of the tickets of a group less those of another, within seeds.
+
+    Attributes:
+        level: From 0.
+        density: Kept / prunable weights, in [0, 1].
+        paired: Differences within seeds; positive where the first group is better.
+        equivalence: Whether they are within delta of each other.
+        p_holm: Two-sided, adjusted over levels; None if n does not allow.
+        verdict: ``above`` or ``below`` where p_holm is at most 5 %, else ``equivalent``, else ``inconclusive``.
+    """
 
     level: int | None
     density: float | None
-    difference: Estimate | None
-    p: float | None
-    said: str
+    paired: Paired | None
+    equivalence: Equivalence | None
+    p_holm: float | None
+    verdict: Contrast
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What the tickets of the group ``of`` have over those of ``less``."""
+class GroupDifference:
+    """The tickets of the group ``of`` less those of the group ``less``, within the ``seeds`` that both have."""
 
     of: str
     less: str
-    seeds: list[str]
-    levels: list[Gap]
+    seeds: list[int | None]
+    levels: list[LevelDifference]
 
 
-def verdicts(path: Path, record: dict[str, Any]) -> list[Verdict]:
-    """The entry ``verdicts`` of the record at ``path``.
+@dataclass(frozen=True)
+class VerdictResult:
+    """Of job ``verdict``.
 
-    Raises:
-        ValueError: If it is malformed.
+    Attributes:
+        verdicts: One for each group of hunts.
+        differences: Of every further group to the first.
     """
-    return [_verdict(path, entry) for entry in listed(path, record, "verdicts")]
 
-
-def differences(path: Path, record: dict[str, Any]) -> list[Difference]:
-    """The entry ``differences`` of the record at ``path``.
-
-    Raises:
-        ValueError: If it is malformed.
-    """
-    return [
-        Difference(
-            of=text(entry, "of") or "",
-            less=text(entry, "less") or "",
-            seeds=_texts(entry, "seeds"),
-            levels=[
-                Gap(
-                    level=whole(level, "level"),
-                    density=number(level, "density"),
-                    difference=estimate(path, mapping(path, level, "paired")),
-                    p=number(level, "p_holm"),
-                    said=text(level, "said") or "",
-                )
-                for level in listed(path, entry, "levels")
-            ],
-        )
-        for entry in listed(path, record, "differences")
-    ]
-
-
-def _verdict(path: Path, record: dict[str, Any]) -> Verdict:
-    return Verdict(
-        name=text(record, "name") or "",
-        hunts=_texts(record, "hunts"),
-        fingerprints=[text({"": value}, "") for value in _values(record, "fingerprints")],
-        seeds=_texts(record, "seeds"),
-        metric=text(record, "metric") or "metric",
-        mode="min" if record.get("higher_is_better") is False else "max",
-        delta=number(record, "delta") or 0.0,
-        levels=[_judged(path, entry) for entry in listed(path, record, "levels")],
-    )
-
-
-def _judged(path: Path, record: dict[str, Any]) -> Judged:
-    overlap = mapping(path, record, "overlap")
-    return Judged(
-        level=whole(record, "level"),
-        density=number(record, "density"),
-        verdict=text(record, "verdict") or "",
-        why=text(record, "why") or "",
-        means=estimates(path, record, "means"),
-        matches=_against(path, record, "matches"),
-        beats=_against(path, record, "beats"),
-        steps=estimates(path, record, "best_step"),
-        overlap=number(overlap, "jaccard"),
-        chance=number(overlap, "chance"),
-    )
-
-
-def _against(path: Path, record: dict[str, Any], key: str) -> dict[str, Against]:
-    return {
-        printable(arm): Against(
-            estimate(path, mapping(path, entry, "paired")), number(entry, "p"), truth(entry, "holds")
-        )
-        for arm, entry in objects(path, record, key).items()
-    }
-
-
-def _texts(record: dict[str, Any], key: str) -> list[str]:
-    return [printable(str(value)) for value in _values(record, key)]
-
-
-def _values(record: dict[str, Any], key: str) -> list[Any]:
-    values = record.get(key)
-    return values if isinstance(values, list) else []
+    verdicts: list[Verdict] = field(default_factory=list)
+    differences: list[GroupDifference] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from workbench.records import Estimate
+from workbench.records import Estimate, Interval
 from workbench.report.format import DASH, Metric
 
 
@@ -43,24 +43,24 @@ def band(
     known.sort(key=lambda point: -point[0])
     if not known:
         return None
-    x, found, marked = (list(part) for part in zip(*known))
-    return Band(name, tone, x, [e.mean for e in found], [e.low for e in found], [e.high for e in found], marked, dense)
+    x, estimates, marked = (list(part) for part in zip(*known))
+    low, high = ([getattr(e.interval, end, None) for e in estimates] for end in ("low", "high"))
+    return Band(name, tone, x, [e.mean for e in estimates], low, high, marked, dense)
 
 
-def spread(found: Estimate | None, measured: Metric) -> str:
+def spread(estimate: Estimate | None, measured: Metric) -> str:
     """A mean and half its interval: ``97.85% ± 0.12``."""
-    if found is None:
+    if estimate is None:
         return DASH
-    if found.low is None or found.high is None:
-        return measured.show(found.mean)
-    return f"{measured.show(found.mean)} ± {measured.change((found.high - found.low) / 2).lstrip('+')}"
+    if estimate.interval is None:
+        return measured.show(estimate.mean)
+    half = (estimate.interval.high - estimate.interval.low) / 2
+    return f"{measured.show(estimate.mean)} ± {measured.change(half).lstrip('+')}"
 
 
-def between(found: Estimate, measured: Metric) -> str:
-    """The ends of a difference's interval; empty if there is none."""
-    if found.low is None or found.high is None:
-        return ""
-    return f"{measured.change(found.low)} to {measured.change(found.high)}"
+def ends(interval: Interval | None, measured: Metric) -> str:
+    """The ends of a difference's interval, ``+0.02 to +0.31``; empty if there is none."""
+    return "" if interval is None else f"{measured.change(interval.low)} to {measured.change(interval.high)}"
 
 
 def number(n: Sequence[int | None]) -> str:
@@ -68,20 +68,18 @@ def number(n: Sequence[int | None]) -> str:
     known = sorted({each for each in n if each is not None})
     if not known:
         return "n not recorded"
-    told = f"n = {known[0]}" if len(known) == 1 else f"n = {known[0]} to {known[-1]}"
-    return f"{told} seed{'' if known == [1] else 's'}"
+    text = f"n = {known[0]}" if len(known) == 1 else f"n = {known[0]} to {known[-1]}"
+    return f"{text} seed{'' if known == [1] else 's'}"
 
 
-def sample(n: Sequence[int | None], seeds: Sequence[str], found: Iterable[Estimate]) -> str:
+def sample(n: Sequence[int | None], seeds: Sequence[str], estimates: Iterable[Estimate]) -> str:
     """N and the kind of interval, in words: ``n = 3 seeds (0, 1, 2), 95% t intervals``.
 
     Args:
-        n: Of every mean; one is told if all are alike, else the range.
+        n: Of every mean; one number if all are alike, else the range.
         seeds: Which they are; empty if that is not known.
-        found: The means.
+        estimates: The means.
     """
-    told = number(n) + (f" ({', '.join(seeds)})" if seeds else "")
-    levels = [e.confidence for e in found if e.low is not None]
-    if not levels:
-        return f"{told}, no interval"
-    return f"{told}, {100 * (levels[0] or 0.95):g}% t intervals"
+    text = number(n) + (f" ({', '.join(seeds)})" if seeds else "")
+    intervals = [e.interval for e in estimates if e.interval is not None]
+    return f"{text}, {100 * intervals[0].confidence:g}% t intervals" if intervals else f"{text}, no interval"

@@ -17,7 +17,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of cells; ``stage`` is whose row it is, ``marked`` sets it off from the others."""
+    """A row of cells; ``stage`` is whose colour stands before it, ``marked`` sets it off from the others."""
 
     cells: list[Cell]
     stage: str = ""
@@ -36,6 +36,16 @@ class Table:
 def short(fingerprint: str | None) -> str:
     """The first eight digits of a hash."""
     return fingerprint[:8] if fingerprint else DASH
+
+
+def exact(value: float | None) -> str:
+    """Bytes in full, for a cell's title."""
+    return "" if value is None else f"{value:,.0f} bytes"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds in full, for a cell's title."""
+    return "" if value is None else f"{value} s"
 
 
 def without_empty(table: Table) -> Table:

@@ -1,23 +1,29 @@
 """Curves and bars of a report, as SVG."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from workbench.report.bands import Band
 from workbench.report.format import Metric, count, percent
-from workbench.report.sections.comparisons import Move
 from workbench.report.summary import Curve
 from workbench.report.svg import LIGHT, drawn
 
 _MARKERS = "osD^vPXp"
 
 
-def colours(stages: Sequence[str]) -> dict[str, int]:
-    """A number per stage that draws a line; it is the stage's colour and marker in every figure."""
-    return {stage: index % len(_MARKERS) for index, stage in enumerate(dict.fromkeys(stages))}
+class HasMetric(Protocol):
+    """A curve of one metric."""
+
+    @property
+    def metric(self) -> Metric:
+        """The metric."""
+        ...
+
+
+CurveT = TypeVar("CurveT", bound=HasMetric)
 
 
 def learning(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str, int]) -> str:
@@ -25,36 +31,14 @@ def learning(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str
 
     def draw(axes: Axes) -> None:
         for curve in curves:
-            axes.plot(curve.x, curve.y, **_line(colour[curve.stage]), markersize=3.5 if len(curve.x) < 40 else 0)
+            axes.plot(curve.x, curve.y, **line(colour[curve.stage]), markersize=3.5 if len(curve.x) < 40 else 0)
         axes.set_xlabel("epochs trained")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.set_ylim(window([c.y for c in curves]))
-        _value_axis(axes, curves[0].metric)
-        _label(axes, [(_cut(c.stage), c.x[-1], c.y[-1], colour[c.stage]) for c in curves])
+        value_axis(axes, curves[0].metric)
+        label(axes, [(cut(c.stage), c.x[-1], c.y[-1], colour[c.stage]) for c in curves])
 
     return drawn(name, title, (5.6, max(3.2, 1.2 + 0.24 * len(curves))), draw)
-
-
-def sparsity(name: str, title: str, curves: Sequence[Curve], colour: Mapping[str, int]) -> str:
-    """The metric against density as SVG, densest left, with each hunt's dense level as a dashed line."""
-
-    def draw(axes: Axes) -> None:
-        labels = []
-        end = _density_axis(axes, [c.x for c in curves])
-        for curve in curves:
-            for arm, (x, y) in curve.controls.items():
-                axes.plot(x, y, color=LIGHT[f"series-{colour[curve.stage]}"], lw=0.8, marker=".", markersize=3)
-                labels.append((f"{_cut(curve.stage, 13)}, {_cut(arm, 10)}", x[-1], y[-1], colour[curve.stage]))
-            axes.plot(curve.x, curve.y, **_line(colour[curve.stage]), markersize=5)
-            labels.append((_cut(curve.stage), curve.x[-1], curve.y[-1], colour[curve.stage]))
-            if curve.dense is not None:
-                axes.axhline(curve.dense, color=LIGHT[f"series-{colour[curve.stage]}"], lw=1, ls=(0, (5, 4)))
-                labels.append((f"{_cut(curve.stage, 15)}, level 0", end, curve.dense, colour[curve.stage]))
-        _value_axis(axes, curves[0].metric)
-        _label(axes, labels)
-
-    lines = sum(2 + len(curve.controls) for curve in curves)
-    return drawn(name, title, (5.6, max(3.2, 1.2 + 0.24 * lines)), draw)
 
 
 def over_seeds(
@@ -71,16 +55,16 @@ def over_seeds(
     """
 
     def draw(axes: Axes) -> None:
-        _density_axis(axes, [band.x for band in bands])
+        density_axis(axes, [band.x for band in bands])
         axes.set_ylim(limits)
-        _value_axis(axes, measured)
+        value_axis(axes, measured)
         floor, top = axes.get_ylim()
         labels = []
         for band in bands:
             tone = LIGHT[f"series-{band.tone}"]
             low, high = ([y if end is None else end for y, end in zip(band.y, ends)] for ends in (band.low, band.high))
             axes.fill_between(band.x, low, high, color=tone, alpha=0.15, lw=0)
-            axes.plot(band.x, band.y, **_line(band.tone), markersize=4)
+            axes.plot(band.x, band.y, **line(band.tone), markersize=4)
             ringed = [(x, y) for x, y, marked in zip(band.x, band.y, band.marked) if marked]
             axes.plot(
                 [x for x, _ in ringed], [y for _, y in ringed],
@@ -90,8 +74,8 @@ def over_seeds(
                 axes.axhline(band.dense, color=tone, lw=1, ls=(0, (5, 4)))
             seen = [(x, y) for x, y in zip(band.x, band.y) if floor <= y <= top]
             x, y = seen[-1] if seen else (band.x[-1], band.y[-1])
-            labels.append((_cut(band.name), x, min(max(y, floor), top), band.tone))
-        _label(axes, labels)
+            labels.append((cut(band.name), x, min(max(y, floor), top), band.tone))
+        label(axes, labels)
 
     return drawn(name, title, (5.6, max(3.4, 1.2 + 0.24 * len(bands))), draw)
 
@@ -102,23 +86,23 @@ def bars(
     entries: Sequence[tuple[str, float, str]],
     colour: Mapping[str, int],
     show: Callable[[float], str],
-    line: tuple[float, str] | None = None,
+    limit: tuple[float, str] | None = None,
 ) -> str:
-    """Horizontal bars as SVG, first on top: (stage, value, text at its end), and a dashed line if given."""
+    """Horizontal bars as SVG, first on top: (stage, value, text at its end), and a dashed line at ``limit``."""
 
     def draw(axes: Axes) -> None:
-        longest = max([value for _, value, _ in entries] + ([line[0]] if line else [])) or 1.0
+        longest = max([value for _, value, _ in entries] + ([limit[0]] if limit else [])) or 1.0
         for place, (stage, value, text) in enumerate(entries):
             tone = LIGHT[f"series-{colour[stage]}" if stage in colour else "muted"]
             axes.barh(place, value, height=0.56, color=tone, linewidth=0)
             axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", size=9)
-        if line:
-            axes.axvline(line[0], color=LIGHT["muted"], lw=1, ls=(0, (5, 4)))
+        if limit:
+            axes.axvline(limit[0], color=LIGHT["muted"], lw=1, ls=(0, (5, 4)))
             axes.annotate(
-                line[1], (line[0], 1), (-3, 2), ("data", "axes fraction"), "offset points",
+                limit[1], (limit[0], 1), (-3, 2), ("data", "axes fraction"), "offset points",
                 ha="right", va="bottom", size=9, color=LIGHT["muted"],
             )  # fmt: skip
-        axes.set_yticks(range(len(entries)), [_cut(stage) for stage, _, _ in entries], color=LIGHT["ink"])
+        axes.set_yticks(range(len(entries)), [cut(stage) for stage, _, _ in entries], color=LIGHT["ink"])
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
@@ -126,36 +110,6 @@ def bars(
         axes.grid(visible=False, axis="y")
 
     return drawn(name, title, (5.6, 0.9 + 0.32 * len(entries)), draw)
-
-
-def moves(
-    name: str, title: str, shown: Sequence[Move], students: Sequence[str], baseline: str, colour: Mapping[str, int]
-) -> str:
-    """Each student's change of recall by class as SVG, one row a class and one marker a student, the baseline at 0."""
-    lane = 0.64 / len(students)
-    lines = (len(students) + 2) // 3
-
-    def draw(axes: Axes) -> None:
-        for row in range(1, len(shown)):
-            axes.axhline(row - 0.5, color=LIGHT["grid"], lw=0.8)
-        for place, student in enumerate(students):
-            x = [100 * move.changes[place] for move in shown]
-            y = [row + lane * (place - (len(students) - 1) / 2) for row in range(len(shown))]
-            tone = LIGHT[f"series-{colour[student]}"]
-            axes.hlines(y, 0, x, color=tone, lw=1.2, alpha=0.6)
-            axes.plot(x, y, **{**_line(colour[student]), "ls": ""}, markersize=5.5, label=_cut(student))
-        axes.axvline(0, color=LIGHT["muted"], lw=1)
-        labels = [f"{_cut(move.name)}  (n = {move.n:,.0f})" for move in shown]
-        axes.set_yticks(range(len(shown)), labels, color=LIGHT["ink"])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set_xlabel(f"recall less that of {_cut(baseline)}, points")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
-        axes.grid(visible=False, axis="y")
-        axes.set_title(title, pad=8 + 15 * lines)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, fontsize=9)
-
-    height = 1.0 + 0.2 * lines + len(shown) * max(0.26, 0.15 * len(students))
-    return drawn(name, title, (5.6, height), draw)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -221,7 +175,7 @@ def reach(bands: Sequence[Band], leads: Sequence[Band]) -> tuple[float, float]:
     return least, most
 
 
-def _density_axis(axes: Axes, densities: Sequence[Sequence[float]]) -> float:
+def density_axis(axes: Axes, densities: Sequence[Sequence[float]]) -> float:
     """A logarithmic axis, densest left; where it ends."""
     low, high = min(map(min, densities)), max(map(max, densities))
     axes.set_xscale("log")
@@ -233,12 +187,21 @@ def _density_axis(axes: Axes, densities: Sequence[Sequence[float]]) -> float:
     return low / 1.08
 
 
-def _line(index: int) -> dict[str, Any]:
+def by_metric(name: str, curves: Sequence[CurveT]) -> list[tuple[str, list[CurveT]]]:
+    """The curves in groups of one metric each, with a file name per group."""
+    groups: dict[Metric, list[CurveT]] = {}
+    for curve in curves:
+        groups.setdefault(curve.metric, []).append(curve)
+    return [(name if i == 0 else f"{name}-{i + 1}", group) for i, group in enumerate(groups.values())]
+
+
+def line(index: int) -> dict[str, Any]:
+    """Colour and marker of a stage's number, for ``axes.plot``."""
     return {"color": LIGHT[f"series-{index}"], "marker": _MARKERS[index]}
 
 
-def _value_axis(axes: Axes, measured: Metric | None) -> None:
-    """Of a metric, or of a count."""
+def value_axis(axes: Axes, measured: Metric | None) -> None:
+    """The vertical axis of a metric, or of a count."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     if measured is None:
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
@@ -250,7 +213,7 @@ def _value_axis(axes: Axes, measured: Metric | None) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.4g}{unit}"))
 
 
-def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:
+def label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:
     """Texts in the right margin, level with what they name and tied to it by a hair line."""
     low, high = axes.get_ylim()
     figure = axes.get_figure(root=True)
@@ -266,5 +229,6 @@ def _label(axes: Axes, labels: Sequence[tuple[str, float, float, int]]) -> None:
         )  # fmt: skip
 
 
-def _cut(text: str, length: int = 22) -> str:
+def cut(text: str, length: int = 22) -> str:
+    """The text, or its beginning where it is too long for a label."""
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -1,8 +1,7 @@
 """Records of a run into one self-contained page, and the same table for the terminal.
 
-`report` is the job, `summary` what a terminal shows. `reading` makes stages of records, `facts` rows and the
-pick of stages, `tables` cells and sentences of facts, `comparisons` those of what distillation bought, `tickets` those
-of verdicts, `sweeps` those of runs over a grid; `page` and `figures` draw them.
+`report` is the job, `summary` what a terminal shows. `summary.py` makes rows and the pick of stages, `tables` and
+`headline` texts of these, `section` finds what jobs show of their own; `page` and `figures` draw all of it.
 """
 
 from pathlib import Path
@@ -36,8 +35,8 @@ def report(out: Path, run: Path | None = None, title: str | None = None) -> dict
     from workbench.report.page import render
 
     folder = out.parent if run is None else run
-    found = records.read_run(folder, own=out)
-    page, figures = render(found, title or folder.resolve().name, folder.resolve().name)
+    stages = records.read_run(folder, own=out)
+    page, figures = render(stages, title or folder.resolve().name, folder.resolve().name)
     for name, svg in figures.items():
         with atomic_file(out / "figures" / f"{name}.svg") as temporary:
             temporary.write_text(svg, encoding="utf-8")
@@ -62,12 +61,12 @@ def summary(run: Path) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    found = gather(records.read_run(run))
-    told = headline.table(found)
-    caption = Text("\n".join(headline.lines(found)), style="")
-    drawn = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header, numeric in zip(told.headers, told.numeric):
-        drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
-    for line in told.lines:
-        drawn.add_row(*(Text.assemble(c.text, (f"\n{c.note}" if c.note else "", "dim")) for c in line.cells))
-    return drawn
+    gathered = gather(records.read_run(run))
+    cells = headline.table(gathered)
+    caption = Text("\n".join(headline.lines(gathered)), style="")
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for header, numeric in zip(cells.headers, cells.numeric):
+        table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
+    for line in cells.lines:
+        table.add_row(*(Text.assemble(c.text, (f"\n{c.note}" if c.note else "", "dim")) for c in line.cells))
+    return table

@@ -142,11 +142,11 @@ def test_moved_aside_it_is_trained_again_and_the_same(out: Path, whole: Path) ->
 
 
 RECORDS = {
-    "half-written": ('{"format": 1, "status": "fini', "is not JSON"),
+    "half-written": ('{"format": 2, "status": "fini', "is not JSON"),
     "empty": ("", "is not JSON"),
     "a list": ("[]", "record format 'list'"),
     "of another version": ('{"format": 99, "status": "finished"}', "record format 99"),
-    "without its parts": ('{"format": 1, "status": "finished", "fingerprint": "KEY"}', "is damaged: no metrics, "),
+    "without its parts": ('{"format": 2, "status": "finished", "fingerprint": "KEY"}', "is damaged: no metrics, "),
 }
 
 
@@ -231,7 +231,7 @@ def test_levels_without_settings_are_compared_by_key(tmp_path: Path) -> None:
     store = Store(tmp_path, "one")
     kept = store.keep(0, "ticket", result, masks)
     store.check()
-    assert {**kept, "format": 1} == store.finished(0)
+    assert {**kept, "format": 2} == store.finished(0)
     with pytest.raises(ValueError, match="level_00 is a level of another hunt: choose another out"):
         Store(tmp_path, "two").check()
     record = records.read(tmp_path / "level_00")

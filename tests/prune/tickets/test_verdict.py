@@ -108,7 +108,7 @@ def test_groups_are_compared_with_the_first_within_seeds(tmp_path: Path) -> None
     assert [each["name"] for each in found["verdicts"]] == ["labels", "taught"]
     (difference,) = found["differences"]
     assert (difference["of"], difference["less"], difference["seeds"]) == ("taught", "labels", [0, 1, 2, 3])
-    assert [level["said"] for level in difference["levels"]] == ["inconclusive", "above", "above"]
+    assert [level["verdict"] for level in difference["levels"]] == ["inconclusive", "above", "above"]
     assert difference["levels"][2]["paired"]["mean"] == pytest.approx(0.1, abs=1e-3)
     assert [level["paired"]["n"] for level in difference["levels"]] == [4, 4, 3], "one diverged"
     assert found["verdicts"][1]["levels"][2]["verdict"] == "no ticket"

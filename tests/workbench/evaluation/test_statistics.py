@@ -4,6 +4,8 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats as theirs
 
 from workbench.evaluation import statistics
@@ -58,7 +60,7 @@ def test_one_pair_has_no_interval():
     assert (found.n, found.mean) == (1, pytest.approx(0.1))
     assert (found.deviation, found.interval, found.p, found.effect) == (None, None, None, None)
     assert found.p_sign_flip == 1
-    assert statistics.mean([0.9]) == statistics.Mean(1, 0.9, None, None)
+    assert statistics.mean([0.9]) == statistics.Estimate(1, 0.9, None, None)
     assert statistics.equivalence([0.9], [0.9]) == statistics.Equivalence(1, 0.005, None, None, False)
 
 
@@ -225,3 +227,13 @@ def test_what_cannot_be_is_said(call, message):
 def test_results_are_frozen():
     with pytest.raises(FrozenInstanceError):
         statistics.mean([1.0, 2.0]).mean = 3.0  # type: ignore[misc]
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=8), st.floats(-0.5, 0.5))
+def test_p_is_that_of_a_one_sided_paired_t_test(differences: list[float], bound: float) -> None:
+    zeros = [0.0] * len(differences)
+    found = statistics.one_sided(statistics.paired(differences, zeros), bound)
+    if np.std(differences) > 1e-6:
+        shifted_zeros = [bound] * len(differences)
+        expected = theirs.ttest_rel(differences, shifted_zeros, alternative="greater").pvalue
+        assert found == pytest.approx(expected, abs=1e-9)

@@ -231,7 +231,7 @@ def test_rebuilding_needs_a_finished_stage(tmp_path: Path) -> None:
         rebuild(tmp_path)
     (tmp_path / "r.yaml").write_text("only: {job: report}\n")
     (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "record.json").write_text('{"format": 1, "status": "finished", "job": "report", "given": {}}')
+    (tmp_path / "page" / "record.json").write_text('{"format": 2, "status": "finished", "job": "report", "given": {}}')
     with pytest.raises(ValueError, match="is of job 'report', which trains no module"):
         rebuild(tmp_path / "page")
 

@@ -81,7 +81,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_stages_run_in_order_and_leave_records(plugin: Any, out: Path) -> None:
     found = execute(out)
     assert plugin.calls == ["first", "second", "last"]
-    assert [records.read(out / name) for name in plugin.calls] == [{"format": 1, **record} for record in found]
+    assert [records.read(out / name) for name in plugin.calls] == [{"format": 2, **record} for record in found]
     first, second, _ = found
     assert second["read"] == "1"
     assert second["parents"] == {"of": {"stage": "first", "fingerprint": first["fingerprint"]}}

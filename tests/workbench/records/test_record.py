@@ -73,7 +73,20 @@ def test_a_record_round_trips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"format": 1', "\xff", "[]", "3", '{"format": 2}', '{"format": "1"}', "{}", "[" * 100_000]
+    "text",
+    [
+        "",
+        "{",
+        '{"format": 2',
+        "\xff",
+        "[]",
+        "3",
+        '{"format": 1}',
+        '{"format": 3}',
+        '{"format": "1"}',
+        "{}",
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_or_foreign_record_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "record.json").write_text(text, encoding="latin-1")
@@ -93,3 +106,18 @@ def test_the_environment_is_json() -> None:
     assert json.loads(json.dumps(found)) == found
     assert {"python", "torch", "distill-prune", "world_size"} <= set(found)
     assert found["now"].endswith("+00:00")
+
+
+def test_a_record_of_an_earlier_version_says_what_to_do(tmp_path: Path) -> None:
+    earlier = {"format": 1, "versions": {"distill-prune": "0.0.9"}}
+    (tmp_path / "record.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="earlier version") as caught:
+        records.read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'record.json'} was written by an earlier version (distill-prune 0.0.9, record format 1) and this "
+        f"version reads format {records.FORMAT} only, so it cannot go on with it: move {tmp_path} aside or choose "
+        "another --out"
+    )
+    (tmp_path / "record.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"written by a later version \(record format 99\)"):
+        records.read(tmp_path)

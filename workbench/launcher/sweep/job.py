@@ -81,7 +81,7 @@ def sweep(
         for each in run.plan
         for name in [each.stage.name]
     ]
-    record = {"runs": rows, "summary": over_seeds(rows)}
+    record = records.encode(records.SweepResult(rows, over_seeds(rows)))
     if failures:
         head = f"{len(failures)} of {len(rows)} runs failed, the others are kept"
         lines = [f"  {name}: {failure}" for name, failure in failures.items()]

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from workbench.evaluation import statistics
-
-SEEDS = ("seed", "seed_everything")
+from workbench.records import SEEDS, Estimate, OverSeeds, Run
 
 
 def row(
@@ -18,7 +17,7 @@ def row(
     record: Mapping[str, Any] | None,
     attempts: int,
     failure: str | None,
-) -> dict[str, Any]:
+) -> Run:
     """One run in the sweep's record; the rest is in the run's own record, in its folder.
 
     Args:
@@ -29,38 +28,37 @@ def row(
         attempts: How many attempts this sweep made; 0 if the run was finished before.
         failure: Why it is not finished.
     """
-    results = {key: record[key] for key in ("seconds", "metrics", "monitor") if key in record} if record else {}
-    status = {"status": "finished"} if record else {"status": "failed", "error": failure}
-    identity = {"name": name, "folder": name, "over": dict(over), "fingerprint": fingerprint, "attempts": attempts}
-    return {**identity, **status, **results}
+    run = Run(name, name, dict(over), fingerprint, attempts, "finished" if record else "failed", failure)
+    if not record:
+        return run
+    measured = {key: record[key] for key in ("seconds", "metrics") if key in record}
+    return replace(run, **measured, monitor=tuple(record.get("monitor", run.monitor)))
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
     """Mean and t interval of each metric over the finished runs that differ in nothing but the seed.
 
     A metric that a run lacks, or that is not finite in one, has no mean. Without a seed in the grid there is no row.
     """
-    groups: list[tuple[dict[str, Any], list[Mapping[str, Any]]]] = []
-    for each in rows:
-        setting = {key: value for key, value in each["over"].items() if key not in SEEDS}
-        if len(setting) == len(each["over"]):
+    groups: list[tuple[dict[str, Any], list[Run]]] = []
+    for run in runs:
+        setting = {key: value for key, value in run.over.items() if key not in SEEDS}
+        if len(setting) == len(run.over):
             return []
-        if each["status"] == "finished":
-            group = next((group for other, group in groups if other == setting), None)
+        if run.status == "finished":
+            group = next((group for known, group in groups if known == setting), None)
             if group is None:
-                groups.append((setting, [each]))
+                groups.append((setting, [run]))
             else:
-                group.append(each)
-    return [{"over": setting, "n": len(group), "metrics": _means(group)} for setting, group in groups]
+                group.append(run)
+    return [OverSeeds(setting, len(group), _means(group)) for setting, group in groups]
 
 
-def _means(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    metrics = [each.get("metrics") or {} for each in group]
-    means: dict[str, Any] = {}
-    for name in metrics[0]:
-        values = [each.get(name) for each in metrics]
+def _means(group: Sequence[Run]) -> dict[str, Estimate]:
+    means: dict[str, Estimate] = {}
+    for name in group[0].metrics:
+        values = [run.metrics.get(name) for run in group]
         numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) == len(values):
-            mean = asdict(statistics.mean(numbers))
-            means[name] = {key: mean[key] for key in ("mean", "deviation", "interval")}
+            means[name] = statistics.mean(numbers)
     return means

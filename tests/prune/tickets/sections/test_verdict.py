@@ -1,16 +1,18 @@
 """What the report tells of verdicts: every figure is the record's, and nothing is called a ticket that was not."""
 
+import copy
 import html
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from prune.tickets.sections import verdict as section
+from prune.tickets.sections.hunt import Curve, hunts_of, sparsity
 from prune.tickets.verdict import verdict as judge
 from tests.helpers.lottery_records import (
     DELTA,
+    DENSITIES,
     FEW,
     grouped,
     hunt_record,
@@ -20,22 +22,26 @@ from tests.helpers.lottery_records import (
     verdict_record,
     write_records,
 )
+from tests.helpers.report_records import MINUS, cells, realistic, record, terminal
 from tests.prune.tickets.test_verdict import hunt as on_disk
-from tests.workbench.report.test_report import cells, realistic, record, terminal
 from workbench import records
-from workbench.records import Estimate, Verdict, read_run
-from workbench.report import figures
-from workbench.report.bands import Band, band, sample, spread
-from workbench.report.format import metric, percent
-from workbench.report.job import summary
-from workbench.report.sections import verdicts
-from workbench.report.summary import gather, sparsity
-
-MINUS = "\N{MINUS SIGN}"
+from workbench.records import Verdict, read_run
+from workbench.report.format import percent
+from workbench.report.job import report, summary
+from workbench.report.summary import gather
 
 
 def judged(tmp_path: Path, entry: dict) -> Verdict:
-    return read_run(write_records(tmp_path, entry))[0].verdicts[0]
+    return section.verdicts_of(read_run(write_records(tmp_path, entry))[0])[0]
+
+
+def verdict_in(run: Path) -> Verdict:
+    return next(verdicts[0] for stage in read_run(run) if (verdicts := section.verdicts_of(stage)))
+
+
+def drawn_hunts(run: Path) -> list[Curve]:
+    found = gather(read_run(run))
+    return sparsity(hunts_of(found.stages("hunt"), found), found.covered)
 
 
 def leveled(*verdicts: str, why="", **change) -> dict:
@@ -105,20 +111,20 @@ def test_every_number_of_a_verdict_is_in_its_record(alone):
 
 def test_curves_are_the_means_of_the_record(tmp_path):
     found = judged(tmp_path, verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]}))
-    bands = {each.name: each for each in verdicts.scores(found)}
+    bands = {each.name: each for each in section.scores(found)}
     assert list(bands) == ["ticket", "reinit", "shuffled"], "level 0 is a line, and no curve"
     for name, each in bands.items():
         told = [level for level in found.levels if name in level.means]
         assert each.x == [level.density for level in told] == sorted(each.x, reverse=True)
         assert each.y == [level.means[name].mean for level in told]
-        assert each.low == [level.means[name].low for level in told]
-        assert each.high == [level.means[name].high for level in told]
+        assert each.low == [level.means[name].interval.low for level in told]
+        assert each.high == [level.means[name].interval.high for level in told]
     assert bands["ticket"].marked == [level.verdict == "ticket" for level in found.levels]
     assert any(bands["ticket"].marked)
     assert not any(bands["reinit"].marked)
     assert bands["ticket"].dense == found.levels[0].means["ticket"].mean
-    steps = {each.name: each for each in verdicts.steps(found)}
-    assert steps["reinit"].y == [level.steps["reinit"].mean for level in found.levels[1:]]
+    steps = {each.name: each for each in section.steps(found)}
+    assert steps["reinit"].y == [level.best_step["reinit"].mean for level in found.levels[1:]]
     assert steps["ticket"].tone == bands["ticket"].tone != steps["reinit"].tone == bands["reinit"].tone
 
 
@@ -186,19 +192,19 @@ def test_a_loss_is_judged_in_its_own_unit(tmp_path):
 def test_neighbours_are_told_as_one(tmp_path, letters, said, rest):
     words = {"d": "dense", "t": "ticket", "n": "no ticket", "i": "inconclusive"}
     found = judged(tmp_path, leveled(*(words[v] for v in letters)))
-    assert verdicts.sentence(found).startswith(said)
-    assert verdicts.rest(found) == rest
+    assert section.sentence(found).startswith(said)
+    assert section.rest(found) == rest
 
 
 def test_what_is_open_is_never_passed_off(tmp_path):
     alone = judged(tmp_path / "a", verdict_record({"": [hunt_record(0, FEW)]}))
-    assert verdicts.sentence(alone) == ("No level is judged a ticket (n = 1 seed): one seed has no spread: train more.")
-    assert verdicts.rest(alone) == "", "nothing is said twice"
+    assert section.sentence(alone) == ("No level is judged a ticket (n = 1 seed): one seed has no spread: train more.")
+    assert section.rest(alone) == "", "nothing is said twice"
     bare = judged(tmp_path / "b", verdict_record({"": [hunt_record(seed, FEW, controls=()) for seed in range(3)]}))
-    assert verdicts.sentence(bare).endswith("no control was trained: give the hunt controls.")
-    assert not any(verdicts.scores(bare)[0].marked)
+    assert section.sentence(bare).endswith("no control was trained: give the hunt controls.")
+    assert not any(section.scores(bare)[0].marked)
     open_ = judged(tmp_path / "c", leveled("dense", "ticket", "inconclusive", why="whether it beats reinit is open"))
-    assert verdicts.rest(open_) == "Open at 25%: whether it beats reinit is open."
+    assert section.rest(open_) == "Open at 25%: whether it beats reinit is open."
 
 
 def test_the_dense_network_trained_as_long_is_named(tmp_path):
@@ -206,7 +212,7 @@ def test_the_dense_network_trained_as_long_is_named(tmp_path):
     told = entry["verdicts"][0]["levels"][1]
     told["matches"]["dense"] = told["matches"]["level 0"]
     del told["beats"]["shuffled"]
-    assert verdicts.sentence(judged(tmp_path, entry)) == (
+    assert section.sentence(judged(tmp_path, entry)) == (
         "Tickets at 50%: they match the dense network and the dense network trained as long within 1 point and beat "
         "reinit (n = 3 seeds)."
     )
@@ -214,7 +220,7 @@ def test_the_dense_network_trained_as_long_is_named(tmp_path):
 
 def test_a_run_of_nothing_else_begins_with_the_verdict(alone):
     run, _, page = alone
-    said = verdicts.sentence(next(stage for stage in read_run(run) if stage.verdicts).verdicts[0])
+    said = section.sentence(verdict_in(run))
     assert f'<p class="lead">{said}' in page.replace("\xa0", " ")
     assert "<h2>Stages</h2>" not in page
     shown = " ".join(terminal(summary(run)).split())
@@ -226,7 +232,7 @@ def test_a_run_of_nothing_else_begins_with_the_verdict(alone):
 def test_beside_other_stages_it_is_one_line_of_the_terminal(tmp_path):
     run, _ = lottery(tmp_path)
     write_records(run, *realistic()[:2])
-    said = verdicts.sentence(next(stage for stage in read_run(run) if stage.verdicts).verdicts[0])
+    said = section.sentence(verdict_in(run))
     shown = " ".join(terminal(summary(run)).split())
     assert f"tickets: {said}" in shown
     assert "Beside the means over seeds of tickets, hunts, every figure here comes from one seed (0)" in shown
@@ -260,7 +266,7 @@ def test_every_number_of_a_difference_is_in_the_record(two):
         low, high = (points(paired["interval"][end]) for end in ("low", "high"))
         assert row[:3] == [str(level["level"]), percent(level["density"]), f"{points(paired['mean'])} {low} to {high}"]
         assert row[3] == ("< 0.001" if level["p_holm"] < 0.001 else f"{level['p_holm']:.2g}")
-        assert row[4] == {"above": "better", "below": "worse"}.get(level["said"], level["said"])
+        assert row[4] == {"above": "better", "below": "worse"}.get(level["verdict"], level["verdict"])
     assert "taught less labels: Tickets within seeds (n = 4 seeds): better at 41% down to" in " ".join(
         terminal(summary(run)).split()
     )
@@ -269,10 +275,10 @@ def test_every_number_of_a_difference_is_in_the_record(two):
 def test_equivalence_is_told_with_its_margin(tmp_path):
     entry = grouped(tmp_path / "a")[1]
     for level, said in zip(entry["differences"][0]["levels"], ("inconclusive", "equivalent", "equivalent", "below")):
-        level["said"] = said
+        level["verdict"] = said
     stage = read_run(write_records(tmp_path / "b", entry))[0]
-    told = verdicts.contrast(stage.differences[0], stage.verdicts[0])
-    assert verdicts.pair(stage.differences[0]) == "taught less labels"
+    told = section.contrast(section.differences_of(stage)[0], section.verdicts_of(stage)[0])
+    assert section.pair(section.differences_of(stage)[0]) == "taught less labels"
     assert "worse at 6.87%" in told
     assert f"equivalent within {100 * DELTA:g} points at 41% down to 16.8%" in told
 
@@ -283,50 +289,115 @@ def test_equivalence_is_told_with_its_margin(tmp_path):
 def test_hunts_that_a_verdict_tells_of_are_not_drawn_one_by_one(tmp_path):
     hunts = [hunt_record(seed, FEW) for seed in range(3)]
     run = write_records(tmp_path / "a", *hunts)
-    assert [curve.stage for curve in sparsity(gather(read_run(run)))] == ["seed-0", "seed-1", "seed-2"]
+    assert [curve.stage for curve in drawn_hunts(run)] == ["seed-0", "seed-1", "seed-2"]
     write_records(run, verdict_record({"": hunts}, of=("seed-0", "seed-1")))
-    found = gather(read_run(run))
-    assert [curve.stage for curve in sparsity(found)] == ["seed-2"], "it is of two of them"
-    assert len(found.hunts) == 3, "but each has its table"
+    assert [curve.stage for curve in drawn_hunts(run)] == ["seed-2"], "it is of two of them"
+    assert len(gather(read_run(run)).stages("hunt")) == 3, "but each has its table"
     write_records(run, {**verdict_record({"": hunts}, of=("seed-0",)), "status": "failed"})
-    assert len(sparsity(gather(read_run(run)))) == 3, "one that is not finished tells of nothing"
+    assert len(drawn_hunts(run)) == 3, "one that is not finished tells of nothing"
 
 
-# Means over seeds
+# Records that lack something, are hostile or broken
 
 
-def test_means_in_words():
-    share = metric("accuracy", "max", [0.9])
-    assert spread(Estimate(3, 0.978, 0.9765, 0.9795, 0.95), share) == "97.80% ± 0.15"
-    assert spread(Estimate(1, 0.978, None, None, None), share) == "97.80%"
-    assert spread(None, share) == "—"
-    one, many = Estimate(1, 0.5, None, None, None), Estimate(3, 0.5, 0.4, 0.6, 0.9)
-    assert sample([1], ["0"], [one]) == "n = 1 seed (0), no interval"
-    assert sample([3, 3], ["0", "1", "2"], [many]) == "n = 3 seeds (0, 1, 2), 90% t intervals"
-    assert sample([3, 2, None], [], [one, many]) == "n = 2 to 3 seeds, 90% t intervals"
-    assert sample([], [], []) == "n not recorded, no interval"
+LEVEL = ("level", "density", "verdict", "why", "means", "matches", "beats", "best_step", "overlap")
+WHOLE = ("name", "hunts", "fingerprints", "seeds", "metric", "higher_is_better", "delta", "levels")
 
 
-def test_a_curve_without_a_point_is_none():
-    assert band("ticket", 0, [(None, Estimate(1, 0.5, None, None, None), False), (0.5, None, False)]) is None
+@pytest.mark.parametrize("key", [*WHOLE, *(f"levels.{key}" for key in LEVEL)])
+def test_any_part_of_a_verdict_may_be_missing(tmp_path, key):
+    entry = verdict_record({"": [hunt_record(seed, FEW[:3]) for seed in range(2)]})
+    (found,) = entry["verdicts"]
+    *_, last = key.split(".")
+    for place, part in enumerate(found["levels"] if "." in key else [found]):
+        part[last] = None
+        if place % 2:
+            del part[last]
+    run = write_records(tmp_path, entry)
+    (stage,) = read_run(run)
+    (told,) = section.verdicts_of(stage)
+    section.scores(told), section.steps(told)
+    assert section.legend(told)
+    assert section.caption(stage, told)
+    assert terminal(summary(run))
 
 
-numbers = st.floats(-10, 10)
+def test_a_page_is_drawn_of_whatever_is_left(tmp_path):
+    entry = verdict_record(
+        {"one": [hunt_record(seed) for seed in range(2)], "two": [hunt_record(seed) for seed in range(2)]}
+    )
+    first, second = entry["verdicts"]
+    for level, key in zip(first["levels"], LEVEL):
+        del level[key]
+    for key in WHOLE:
+        del second[key]
+    for level, key in zip(entry["differences"][0]["levels"], ("level", "density", "paired", "p_holm", "verdict")):
+        del level[key]
+    entry["differences"].append({})
+    page = page_of(write_records(tmp_path, entry))
+    assert len(cells(page, "tickets")) == len(DENSITIES)
+    assert "other hunts less other hunts" in page
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    leads=st.lists(numbers, min_size=2, max_size=8),
-    others=st.lists(numbers, min_size=1, max_size=8),
-    half=st.floats(0, 100),
-)
-def test_the_axis_shows_the_tickets_and_is_not_swallowed_by_the_rest(leads, others, half):
-    def drawn(y: list[float]) -> Band:
-        return Band("", 0, [1.0] * len(y), y, [v - half for v in y], [v + half for v in y], [False] * len(y))
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"verdicts": {"a": 1}}, {"verdicts": [1]}, {"verdicts": [{"levels": 1}]}, {"verdicts": [{"levels": [1]}]},
+        {"verdicts": [{"levels": [{"means": [1]}]}]}, {"verdicts": [{"levels": [{"means": {"ticket": 1}}]}]},
+        {"verdicts": [{"levels": [{"beats": {"reinit": 1}}]}]}, {"verdicts": [{"levels": [{"overlap": 1}]}]},
+        {"verdicts": [{"levels": [{"means": {"ticket": {"mean": 1, "interval": [0, 1]}}}]}]},
+        {"differences": [{"levels": [{"paired": 1}]}]},
+    ],
+)  # fmt: skip
+def test_a_malformed_verdict_is_named(tmp_path, wrong):
+    run = write_records(tmp_path, {**record("tickets", "verdict"), **wrong})
+    with pytest.raises(ValueError, match=r"tickets.record\.json.*(object|objects)"):
+        report(run / "report")
 
-    lead, rest = drawn(leads), drawn(others)
-    low, high = figures.reach([lead, rest], [lead])
-    inner, outer = figures.window([leads[::-1]])
-    assert low <= inner < outer <= high
-    assert high - low <= 9 * (outer - inner) * (1 + 1e-9)
-    assert low >= min(inner, min([*leads, *others]) - half - 0.03 * (outer - inner)) - 1e-9
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    entry = verdict_record({"": [hunt_record(seed, FEW) for seed in range(3)]})
+    level = entry["verdicts"][0]["levels"][2]
+    level["means"]["ticket"]["mean"], level["density"] = float("nan"), "half"
+    level["beats"]["reinit"]["paired"]["mean"] = None
+    rows = cells(page_of(write_records(tmp_path, entry)), "tickets")
+    assert (rows[2][1], rows[2][2], rows[2][4]) == ("—", "—", "—")
+
+
+def test_hostile_text_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>\"'&$x_1$ {{ 7*7 }} [red] \x1b[31m\x00\u202e --> \ud800 語"
+    entry = grouped(tmp_path / "a")[1]
+    for found in entry["verdicts"]:
+        found.update(name=evil + found["name"], hunts=[evil], seeds=[evil], metric=f"test/{evil}")
+        for level in found["levels"]:
+            level.update(why=evil, verdict=evil)
+            level["means"][evil] = level["means"]["ticket"]
+            level["beats"][evil] = level["matches"].get("level 0", {})
+    entry["differences"][0].update(of=evil, less=evil)
+    entry["differences"][0]["levels"][1]["verdict"] = evil
+    run = write_records(tmp_path / "b", entry)
+    page = page_of(run)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "{{ 7*7 }}" in page
+    assert "\x1b" not in terminal(summary(run))
+
+
+def test_the_page_stands_alone_and_is_the_same_again(tmp_path):
+    one, two = (page_of(grouped(tmp_path / side / "run")[0]) for side in "ab")
+    assert one == two
+    assert not re.search(r"https?:|@import|<script|<link|<iframe|javascript:", one)
+    ids = re.findall(r'\sid="([^"]+)"', one)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', one)) <= set(ids)
+    assert len(re.findall(r'<svg[^>]*role="img"[^>]*aria-label="[^"]+"', one)) == one.count("<svg")
+
+
+def test_two_verdicts_share_no_file(tmp_path):
+    run, entry = lottery(tmp_path)
+    write_records(run, {**copy.deepcopy(entry), "stage": "again", "started": "2027-01-01T00:00:00+00:00"})
+    page = page_of(run)
+    assert "<h2>Are they tickets? again</h2>" in page
+    drawn = {path.name for path in (run / "report/figures").iterdir()}
+    assert {"tickets.svg", "tickets-2.svg", "steps.svg", "steps-2.svg"} <= drawn
+    assert re.findall(r"<h3>(Figure \d)\.", page) == ["Figure 1", "Figure 2", "Figure 3"]

@@ -5,13 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from prune.tickets.sections import hunt as section
+from prune.tickets.sections.hunt import Hunt
 from tests.helpers.lottery_records import FEW, hunt_record, write_records
-from tests.workbench.report.test_report import cells, realistic
+from tests.helpers.report_records import cells, page_of, realistic
 from workbench.records import read_run
 from workbench.report import headline
+from workbench.report.format import percent
 from workbench.report.job import report
-from workbench.report.sections import stages
-from workbench.report.summary import gather, sparsity
+from workbench.report.summary import gather
+
+
+def hunts_of(run: Path) -> list[Hunt]:
+    """The hunts of a run on disk."""
+    found = gather(read_run(run))
+    return section.hunts_of(found.stages("hunt"), found)
 
 
 def test_every_control_and_measurement_is_in_the_records(tmp_path):
@@ -35,7 +43,7 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
         assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
         assert row[11] == ("0.40 stable" if level["level"] else "—")
         assert row[12] == f"{level['mask_distances'][-1]:.3g}"
-    legend = stages.columns(gather(read_run(run)).hunts[0])
+    legend = section.columns(hunts_of(run)[0])
     assert legend.startswith("Test reinit, shuffled: the accuracy of what was trained beside the ticket; dead units")
     assert legend in re.sub(r"<[^>]*>", "", page)
 
@@ -43,7 +51,7 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
 def test_controls_are_drawn_thin_beside_their_ticket(tmp_path):
     entry = hunt_record(0, FEW)
     run = write_records(tmp_path, entry)
-    (curve,) = sparsity(gather(read_run(run)))
+    (curve,) = section.sparsity(hunts_of(run))
     for arm, (x, y) in curve.controls.items():
         assert x == [level["density"] for level in entry["levels"][1:]]
         assert y == [level["controls"][arm]["metrics"]["test/accuracy"] for level in entry["levels"][1:]]
@@ -68,17 +76,17 @@ def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
 
 def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
     run = write_records(tmp_path, *realistic()[:4])
-    (hunt,) = gather(read_run(run)).hunts
-    told = stages.levels(hunt)
+    (hunt,) = hunts_of(run)
+    told = section.levels(hunt)
     assert told.headers == ["level", "density", "kept", "val accuracy", "test accuracy", "points", "took", "mask"]
-    assert stages.columns(hunt) == ""
-    assert sparsity(gather(read_run(run)))[0].controls == {}
+    assert section.columns(hunt) == ""
+    assert section.sparsity([hunt])[0].controls == {}
 
 
 def test_a_control_decides_too_whether_the_metric_is_a_share(tmp_path):
     entry = hunt_record(0, FEW)
     entry["levels"][1]["controls"]["reinit"]["metrics"]["test/accuracy"] = 97.0
-    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
+    (hunt,) = hunts_of(write_records(tmp_path, entry))
     assert not hunt.metric.share
 
 
@@ -86,9 +94,9 @@ def test_barriers_of_losses_are_in_their_unit(tmp_path):
     entry = hunt_record(0, FEW)
     entry["levels"][1]["connectivity"]["orders"] = {"barrier": 0.01234, "stable": None}
     entry["levels"][2]["connectivity"]["orders"] = {"barrier": float("nan"), "stable": False}
-    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
-    at = stages.levels(hunt).headers.index("barrier, other order")
-    told = [line.cells[at] for line in stages.levels(hunt).lines]
+    (hunt,) = hunts_of(write_records(tmp_path, entry))
+    at = section.levels(hunt).headers.index("barrier, other order")
+    told = [line.cells[at] for line in section.levels(hunt).lines]
     assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
 
 
@@ -99,8 +107,8 @@ def test_any_of_it_may_be_missing(tmp_path, key):
         level[key] = None
         if place % 2:
             del level[key]
-    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
-    assert len(stages.levels(hunt).lines) == len(FEW)
+    (hunt,) = hunts_of(write_records(tmp_path, entry))
+    assert len(section.levels(hunt).lines) == len(FEW)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,26 @@ def test_diagnoses_that_are_no_numbers_are_dashes(tmp_path):
     entry = hunt_record(0, FEW)
     entry["levels"][1]["diagnosis"] = {"units": 0, "dead": 0, "gradient_flow": "much"}
     entry["levels"][2]["diagnosis"] = {"units": 400, "dead": None, "gradient_flow": float("inf")}
-    (hunt,) = gather(read_run(write_records(tmp_path, entry))).hunts
-    told = stages.levels(hunt)
+    (hunt,) = hunts_of(write_records(tmp_path, entry))
+    told = section.levels(hunt)
     dead, flow = told.headers.index("dead units"), told.headers.index("gradient flow")
     assert [(line.cells[dead].text, line.cells[flow].text) for line in told.lines[1:3]] == [("—", "—"), ("—", "inf")]
+
+
+def test_every_number_of_a_level_table_is_in_a_record(tmp_path):
+    entry = realistic()[3]
+    rows = cells(page_of(tmp_path, realistic()), "levels")
+    dense = entry["levels"][0]["metrics"]["test/accuracy"]
+    for lv, row in zip(entry["levels"], rows, strict=True):
+        measured = lv["metrics"]
+        change = 100 * (measured["test/accuracy"] - dense)
+        assert row == [
+            str(lv["level"]),
+            percent(lv["density"]),
+            f"{lv['size']['kept']:,}",
+            f"{100 * measured['val/accuracy']:.2f}%",
+            f"{100 * measured['test/accuracy']:.2f}%",
+            f"{change:+.2f}".replace("-", "\N{MINUS SIGN}").replace("+0.00", "0.00"),
+            f"{lv['seconds']:.1f} s",
+            lv["mask_hash"][:8],
+        ]

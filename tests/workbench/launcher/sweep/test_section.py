@@ -16,11 +16,11 @@ from tests.helpers.lottery_records import (
     verdict_record,
     write_records,
 )
-from tests.workbench.report.test_report import cells, realistic, record, terminal
-from workbench.records import read_run
+from tests.helpers.report_records import cells, realistic, record, terminal
+from workbench.launcher.sweep import section
+from workbench.records import FORMAT, read_run
 from workbench.report.format import duration
 from workbench.report.job import report, summary
-from workbench.report.sections import sweeps
 from workbench.report.summary import stale
 
 ERROR = "ArithmeticError: the loss is nan at step 120: lower the learning rate"
@@ -84,7 +84,7 @@ def test_hunts_are_drawn_as_means_over_their_seeds(written):
     """Oracle: mean and t interval by hand, of the test accuracies that the hunts' own records have."""
     run, entry, page = written
     (stage,) = read_run(run)
-    told = sweeps.curves(stage)
+    told = section.curves(stage, section.levels_of(stage))
     assert told is not None
     measured, bands = told
     assert (measured.name, measured.share) == ("accuracy", True)
@@ -113,31 +113,33 @@ def test_only_levels_that_all_have_are_averaged(tmp_path):
         runs["grid"][1]["levels"][1]["metrics"]["test/accuracy"] = float("nan")
 
     (stage,) = read_run(laid_out(tmp_path, shorten))
-    relu, gelu = sweeps.curves(stage)[1]
+    relu, gelu = section.curves(stage, section.levels_of(stage))[1]
     assert relu.x == [1.0]
     assert len(gelu.x) == len(FEW)
 
 
 def test_a_run_that_was_made_anew_since_is_not_drawn(tmp_path):
     (stage,) = read_run(laid_out(tmp_path, lambda _, runs: runs["grid"][0].update(fingerprint="other")))
-    assert [len(run.levels) for run in stage.runs[:2]] == [0, len(FEW)]
+    levels = section.levels_of(stage)
+    assert [len(levels.get(run.name, ())) for run in section.runs_of(stage)[:2]] == [0, len(FEW)]
 
 
 @pytest.mark.parametrize("folder", ["../grid", "..", "/etc", "a/b", "", None, 3])
 def test_only_folders_of_the_sweep_are_read(tmp_path, folder):
     run = laid_out(tmp_path, lambda entry, _: entry["runs"][0].update(folder=folder))
-    assert read_run(run)[0].runs[0].levels == []
+    (stage,) = read_run(run)
+    assert section.runs_of(stage)[0].name not in section.levels_of(stage)
 
 
 def test_a_malformed_run_is_named(tmp_path):
     run = laid_out(tmp_path)
-    (run / "grid/activation-gelu_seed-1/record.json").write_text('{"format": 1, "levels": 3}')
+    (run / "grid/activation-gelu_seed-1/record.json").write_text('{"format": 2, "job": "hunt", "levels": 3}')
     fingerprint = read_fingerprint(run)
     (run / "grid/activation-gelu_seed-1/record.json").write_text(
-        json.dumps({"format": 1, "levels": 3, "fingerprint": fingerprint})
+        json.dumps({"format": FORMAT, "job": "hunt", "levels": 3, "fingerprint": fingerprint})
     )
     with pytest.raises(ValueError, match=r"activation-gelu_seed-1.record\.json.*levels"):
-        summary(run)
+        report(run / "report")
 
 
 def read_fingerprint(run: Path) -> str:
@@ -148,8 +150,9 @@ def read_fingerprint(run: Path) -> str:
 def test_a_sweep_that_a_verdict_tells_of_is_not_drawn_again(tmp_path):
     hunts = [hunt_record(seed, FEW[:2]) for seed in range(2)]
     run = write_records(tmp_path, sweep_record(hunts), verdict_record({"": hunts}), runs={"hunts": hunts})
-    assert not any(each.levels for stage in read_run(run) for each in stage.runs), "nor read"
-    page_of(run)
+    damaged = {"format": FORMAT, "job": "hunt", "levels": 3, "fingerprint": hunts[0]["fingerprint"]}
+    (run / "hunts" / hunts[0]["stage"] / "record.json").write_text(json.dumps(damaged))
+    page_of(run)  # nor read
     assert not (run / "report/figures/sweep.svg").exists()
     assert (run / "report/figures/tickets.svg").exists()
 
@@ -163,13 +166,13 @@ def test_many_settings_are_left_to_the_table(tmp_path):
     assert not (run / "report/figures/sweep.svg").exists()
     assert "<summary>All 25 runs</summary>" in page
     assert '<table class="means">' not in page
-    few = {"rates": hunts[: sweeps.MOST]}
+    few = {"rates": hunts[: section.MOST]}
     (stage,) = read_run(
         write_records(tmp_path / "few", sweep_record(few["rates"], "rates", lambda h: {"rate": h["seed"]}), runs=few)
     )
-    _, bands = sweeps.curves(stage)
-    assert [band.name for band in bands] == [f"rate {seed}" for seed in range(sweeps.MOST)]
-    assert sweeps.caption(stage).startswith("n = 1 seed, no interval.")
+    _, bands = section.curves(stage, section.levels_of(stage))
+    assert [band.name for band in bands] == [f"rate {seed}" for seed in range(section.MOST)]
+    assert section.caption(stage, section.levels_of(stage)).startswith("n = 1 seed, no interval.")
 
 
 def test_runs_of_other_jobs_have_a_table_and_no_figure(tmp_path):
@@ -193,7 +196,7 @@ def test_runs_of_other_jobs_have_a_table_and_no_figure(tmp_path):
 def test_a_run_that_was_finished_before_took_no_attempt(tmp_path):
     run = laid_out(tmp_path, lambda entry, _: [each.update(attempts=0) for each in entry["runs"]])
     (stage,) = read_run(run)
-    assert "attempts" not in sweeps.runs(stage).headers
+    assert "attempts" not in section.runs(stage).headers
 
 
 def test_only_some_failures_are_named_in_the_sentence(tmp_path):
@@ -202,7 +205,7 @@ def test_only_some_failures_are_named_in_the_sentence(tmp_path):
             each.update(status="failed", error="x" * 1000)
 
     (stage,) = read_run(laid_out(tmp_path, fail))
-    said = sweeps.sentence(stage)
+    said = section.sentence(stage)
     assert said.startswith("0 of 8 runs finished. Not finished: activation-relu_seed-0 (xxx")
     assert said.endswith("; and 3 more.")
     assert len(said) < 1200
@@ -229,15 +232,15 @@ def test_any_part_of_a_run_may_be_missing(tmp_path, key):
 
     run = laid_out(tmp_path, lose)
     (stage,) = read_run(run)
-    assert len(sweeps.runs(stage).lines) == 8
-    assert sweeps.curves(stage) is None or sweeps.caption(stage)
+    assert len(section.runs(stage).lines) == 8
+    assert section.curves(stage, section.levels_of(stage)) is None or section.caption(stage, section.levels_of(stage))
     assert terminal(summary(run))
 
 
 @pytest.mark.parametrize("key", ["over", "n", "metrics"])
 def test_any_part_of_a_mean_may_be_missing(tmp_path, key):
     (stage,) = read_run(laid_out(tmp_path, lambda entry, _: [each.pop(key) for each in entry["summary"]]))
-    assert sweeps.means(stage) is not None
+    assert section.means(stage) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What a report shows of hunts and of verdicts on them."""
