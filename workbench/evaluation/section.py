@@ -9,8 +9,7 @@ from workbench.report.bands import ends
 from workbench.report.blocks import Chapter, Figure, Gallery, Grid, Part, Text
 from workbench.report.cells import Cell, Line, Table, short, without_empty
 from workbench.report.format import DASH, Metric, count
-from workbench.report.rows import Summary
-from workbench.report.section import Section
+from workbench.report.section import Section, Summary
 
 ACCURACY = Metric("accuracy", "max", True)
 MOST = 5

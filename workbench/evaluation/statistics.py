@@ -151,7 +151,7 @@ def mcnemar(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> A
     interval = Interval(max(-1.0, p1 - p2 - half), min(1.0, p1 - p2 + half), confidence)
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return AccuracyDifference(
-        n, gained, lost, (gained - lost) / n, interval, p, "exact McNemar test, adjusted Wald interval"
+        n, gained, lost, (gained - lost) / n, interval, p, "exact McNemar test, adjusted Wald interval", None
     )
 
 

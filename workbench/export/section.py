@@ -6,8 +6,8 @@ from workbench.records import Export, ExportResult, Size, Stage
 from workbench.report.blocks import Chapter, Grid, Part
 from workbench.report.cells import Cell, Line, Table, exact
 from workbench.report.format import DASH, size, times
-from workbench.report.rows import Checkpoint, Outcome, Row, Summary
-from workbench.report.section import Section
+from workbench.report.rows import Checkpoint, Outcome, Row
+from workbench.report.section import Section, Summary
 
 
 def exports_of(stage: Stage) -> list[Export]:

@@ -3,8 +3,7 @@
 from workbench.report import tables
 from workbench.report.cells import Table
 from workbench.report.format import duration, plural, size, times
-from workbench.report.rows import Summary
-from workbench.report.section import Section
+from workbench.report.section import Section, Summary
 from workbench.report.summary import TOLERANCE
 
 

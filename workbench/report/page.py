@@ -16,8 +16,7 @@ from workbench.report import figures as draw
 from workbench.report import headline, tables
 from workbench.report.blocks import Chapter, Figure, Gallery, Grid, Part
 from workbench.report.format import duration, size, times
-from workbench.report.rows import Summary
-from workbench.report.section import FIGURES
+from workbench.report.section import FIGURES, Summary
 from workbench.report.summary import gather, learning, stale
 from workbench.report.svg import PALETTE, standalone
 

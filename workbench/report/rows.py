@@ -1,16 +1,10 @@
-"""What a report knows of each stage: rows of the main table, checkpoints to pick from, and the summary of a run."""
-
-from __future__ import annotations
+"""What a report knows of each stage: rows of the main table, and checkpoints to pick from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from workbench.records import Size, Stage
 from workbench.report.format import Metric
-
-if TYPE_CHECKING:
-    from workbench.report.section import Section
 
 
 @dataclass(frozen=True)
@@ -107,38 +101,3 @@ class Pick:
     bytes: float
     source: str
     test: float | None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run as a report shows it.
-
-    Attributes:
-        rows: Of the main table.
-        others: Finished stages without a row, such as a cache or a comparison.
-        unfinished: Stages that are not finished.
-        reference: The teacher, or else the first stage with a size; of a hunt its dense level.
-        pick: The checkpoint to recommend.
-        sections: In the order of the page, each with the stages that it shows.
-        covered: Names of stages that another one's section tells about, so that they are not drawn again.
-        metrics: Name and mode of a main metric -> how it is shown.
-        colours: Name of a stage -> number of its colour and marker, of those that draw a line.
-    """
-
-    rows: list[Row]
-    others: list[Stage]
-    unfinished: list[Stage]
-    reference: Row | None
-    pick: Pick | None
-    sections: list[tuple[Section, list[Stage]]]
-    covered: set[str]
-    metrics: dict[tuple[str, str], Metric]
-    colours: dict[str, int] = field(default_factory=dict)
-
-    def row(self, stage: str) -> Row | None:
-        """The row of the stage of this name."""
-        return next((row for row in self.rows if row.stage.name == stage), None)
-
-    def stages(self, job: str) -> list[Stage]:
-        """The stages of a job that its section shows."""
-        return [stage for _, stages in self.sections for stage in stages if stage.job == job]

@@ -11,14 +11,17 @@ those of jobs that the run has. So a job of another package touches that package
     probe = "mypackage.probe:SECTION"
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
 from workbench.records import Stage
 from workbench.report.blocks import Chapter, Figure
 from workbench.report.cells import Table
-from workbench.report.rows import Outcome, Summary
+from workbench.report.format import Metric
+from workbench.report.rows import Outcome, Pick, Row
 
 GROUP = "workbench.sections"
 FIGURES = 50
@@ -68,6 +71,41 @@ class Section:
     colours: Callable[[Sequence[Stage]], Sequence[str]] = lambda stages: ()
     figures: Callable[[Sequence[Stage], Summary], Sequence[Figure]] = lambda stages, summary: ()
     chapters: Callable[[Sequence[Stage], Summary], Sequence[Chapter]] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run as a report shows it.
+
+    Attributes:
+        rows: Of the main table.
+        others: Finished stages without a row, such as a cache or a comparison.
+        unfinished: Stages that are not finished.
+        reference: The teacher, or else the first stage with a size; of a hunt its dense level.
+        pick: The checkpoint to recommend.
+        sections: In the order of the page, each with the stages that it shows.
+        covered: Names of stages that another one's section tells about, so that they are not drawn again.
+        metrics: Name and mode of a main metric -> how it is shown.
+        colours: Name of a stage -> number of its colour and marker, of those that draw a line.
+    """
+
+    rows: list[Row]
+    others: list[Stage]
+    unfinished: list[Stage]
+    reference: Row | None
+    pick: Pick | None
+    sections: list[tuple[Section, list[Stage]]]
+    covered: set[str]
+    metrics: dict[tuple[str, str], Metric]
+    colours: dict[str, int] = field(default_factory=dict)
+
+    def row(self, stage: str) -> Row | None:
+        """The row of the stage of this name."""
+        return next((row for row in self.rows if row.stage.name == stage), None)
+
+    def stages(self, job: str) -> list[Stage]:
+        """The stages of a job that its section shows."""
+        return [stage for _, stages in self.sections for stage in stages if stage.job == job]
 
 
 def sections_of(jobs: Iterable[str | None]) -> dict[str, Section]:

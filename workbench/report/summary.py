@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from workbench.records import Size, Stage, expand
 from workbench.report.format import Metric, metric
-from workbench.report.rows import Checkpoint, Outcome, Pick, Row, Summary
-from workbench.report.section import Section, sections_of
+from workbench.report.rows import Checkpoint, Outcome, Pick, Row
+from workbench.report.section import Section, Summary, sections_of
 
 TOLERANCE = 0.01
 """How much worse than the reference a pick may be on validation data: one point of a share, else 1%."""

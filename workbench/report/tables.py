@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from workbench.records import Stage
 from workbench.report.cells import Cell, Line, Table, exact, seconds, short, without_empty
 from workbench.report.format import DASH, Metric, count, duration, percent, size, times
-from workbench.report.rows import Row, Summary
+from workbench.report.rows import Row
+from workbench.report.section import Summary
 from workbench.report.summary import teachers_of
 
 

@@ -9,8 +9,8 @@ from workbench.records import Barrier, HuntResult, Level, Size, Stage
 from workbench.report.blocks import Chapter, Figure, Grid, Part, Text
 from workbench.report.cells import Cell, Line, Table, seconds, short, without_empty
 from workbench.report.format import DASH, Metric, count, duration, percent
-from workbench.report.rows import Checkpoint, Outcome, Summary
-from workbench.report.section import Section
+from workbench.report.rows import Checkpoint, Outcome
+from workbench.report.section import Section, Summary
 from workbench.report.summary import TOLERANCE, near
 from workbench.report.tables import axis, sample
 

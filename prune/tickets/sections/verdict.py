@@ -18,8 +18,7 @@ from workbench.report.bands import Band, band, ends, number, sample, spread
 from workbench.report.blocks import Chapter, Figure, Gallery, Grid, Part, Text
 from workbench.report.cells import Cell, Line, Table, short, without_empty
 from workbench.report.format import DASH, Metric, count, metric, percent
-from workbench.report.rows import Summary
-from workbench.report.section import Section
+from workbench.report.section import Section, Summary
 
 TICKET, DENSE, FIRST = "ticket", "dense", "level 0"
 _KNOWN = {FIRST: "the dense network", DENSE: "the dense network trained as long"}

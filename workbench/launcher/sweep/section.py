@@ -14,8 +14,7 @@ from workbench.report.bands import Band, band, sample, spread
 from workbench.report.blocks import Chapter, Figure, Gallery, Grid, Part, Text
 from workbench.report.cells import Cell, Line, Table, seconds, short, without_empty
 from workbench.report.format import DASH, Metric, count, duration, metric, plural
-from workbench.report.rows import Summary
-from workbench.report.section import Section
+from workbench.report.section import Section, Summary
 
 MOST = 8
 """Settings drawn in one figure; more are left to the table."""
