@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from workbench.data.images import SPLIT_SEED, Batch, LabelledImages, check_loader_arguments, loader, stratified_split
+from workbench.data.images import Batch, LabelledImages, loader
+from workbench.data.prepared import check_loader_arguments
+from workbench.data.splits import SPLIT_SEED, stratified_split
 
 VALIDATION, TEST = 180, 360
 

@@ -1,4 +1,4 @@
-"""What sets of labelled images share: split, batches, standardising, augmentation and order."""
+"""Labelled images in memory: standardised, augmented, and in batches."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -6,53 +6,15 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from workbench.data.augment import Augment, augmented, random_bits
-
-SPLIT_SEED = 20_160_608
-"""Seeds every train / validation / test split, whatever the seed of a run, and a finite number of views."""
+from workbench.data.prepared import check_loader_arguments, make_loader
+from workbench.data.splits import SPLIT_SEED, stratified_split
 
 Batch = tuple[Tensor, Tensor]
-
-
-def stratified_split(labels: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
-    """Split indices at random into the rest and parts of given sizes, each class shared out in proportion.
-
-    In each part a class has its proportional number of members rounded down or up, by largest remainder, ties
-    going to the lower class. Depends on nothing but the arguments: ``numpy.random.RandomState`` is frozen by
-    numpy's policy.
-
-    Args:
-        labels: The class of each sample, [N].
-        sizes: Size of each part.
-        seed: Seed of the draw.
-
-    Returns:
-        1 + len(sizes) sorted, disjoint index arrays, together 0 .. N-1; the rest comes first.
-
-    Raises:
-        ValueError: A size below 1, or no sample left for the rest.
-    """
-    labels = np.asarray(labels)
-    if any(size < 1 for size in sizes) or sum(sizes) >= len(labels):
-        raise ValueError(
-            f"cannot split {len(labels)} samples into parts of {list(sizes)} and a rest: give sizes of "
-            f"at least 1 with a sum below {len(labels)}."
-        )
-    random = np.random.RandomState(seed)
-    pools = [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
-    parts = []
-    for size in sizes:
-        counts = np.array([len(pool) for pool in pools])
-        take, remainder = np.divmod(counts * size, counts.sum())
-        take[np.argsort(-remainder, kind="stable")[: size - take.sum()]] += 1
-        parts.append(np.sort(np.concatenate([pool[:n] for pool, n in zip(pools, take)])))
-        pools = [pool[n:] for pool, n in zip(pools, take)]
-    return [np.sort(np.concatenate(pools)), *parts]
 
 
 @final
@@ -125,26 +87,8 @@ def _as_is(batch: Any) -> Batch:
 
 
 def loader(data: LabelledImages, batch_size: int, num_workers: int, shuffle: bool) -> DataLoader[Batch]:
-    """Batches of (x, y), in stored order or, shuffled, in an order that torch's seed at this call decides.
-
-    A plain DataLoader with a generator of its own: iterating it leaves torch's global random state as it was.
-    """
-    generator = torch.Generator().manual_seed(torch.initial_seed() if shuffle else SPLIT_SEED)
-    return DataLoader(
-        data,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        generator=generator,
-        persistent_workers=num_workers > 0,
-    )
-
-
-def check_loader_arguments(batch_size: int, num_workers: int) -> None:
-    """Raise ValueError unless batch_size >= 1 and num_workers >= 0."""
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"batch_size={batch_size}, num_workers={num_workers}: give at least 1 and 0.")
+    """Batches of (x, y), as :func:`workbench.data.prepared.make_loader` makes them."""
+    return make_loader(data, batch_size, num_workers, shuffle, _as_is)
 
 
 class ImageModule(pl.LightningDataModule, ABC):
@@ -154,9 +98,9 @@ class ImageModule(pl.LightningDataModule, ABC):
     [B, C, H, W], y int64 [B].
 
     Training images may be augmented. Their views are functions of (seed, view, index), the view following from the
-    epoch: a training that was stopped in the middle of an epoch sees the rest of it as if it had not been. A finite
-    number of views is the same in every run, as the split is, so that what a teacher says about them can be kept and
-    used by any run; views without end are drawn from torch's seed at the time when the loader is made, the run's own.
+    epoch, so that a resumed training sees the same images. A finite number of views is the same in every run, as the
+    split is, so that a teacher's cached outputs serve any run; with views = 0 the seed is torch's when the loader is
+    made, the run's own.
 
     Args:
         batch_size: Samples in a batch.

@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, TypeVar, final, get_args
+from typing import Any, Literal, TypeVar, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from workbench.models.arguments import check_choice
 
 Init = Literal["own", "he"]
 M = TypeVar("M", bound=nn.Module)
@@ -259,8 +261,7 @@ def init_(module: M, activation: str, kind: Init = "own") -> M:
     Raises:
         ValueError: Unknown activation or kind, or a module without such a layer.
     """
-    if kind not in get_args(Init):
-        raise ValueError(f"init={kind!r}: use one of {', '.join(get_args(Init))}.")
+    check_choice(Init, init=kind)
     hidden = gain(activation) if kind == "own" else math.sqrt(2)
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if not layers:

@@ -1,11 +1,12 @@
 """Conv-2, Conv-4 and Conv-6, the small convolutional nets of the lottery ticket paper."""
 
-from typing import Any, final, get_args
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, init_, make
-from workbench.models.resnet import Norm, make_norm
+from workbench.models.arguments import check_choice
+from workbench.models.norms import ChannelNorm, channel_norm
 
 _CONVOLUTIONS = (2, 4, 6)
 
@@ -28,7 +29,7 @@ class Conv(nn.Module):
         hidden: Units of both hidden linear layers.
         classes: Size of the output.
         activation: A name from `workbench.models.activations`.
-        norm: Of the convolutions: "none", "batch", "group" or "layer"; see `workbench.models.resnet.make_norm`.
+        norm: Of the convolutions: "none", "batch", "group" or "layer"; see `workbench.models.norms.channel_norm`.
         in_channels: Channels of the image.
         image_size: S, height and width in pixels, at least 2, 4 or 8 for 2, 4 or 6 convolutions.
         init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
@@ -44,7 +45,7 @@ class Conv(nn.Module):
         hidden: int = 256,
         classes: int = 10,
         activation: str = "gelu",
-        norm: Norm = "none",
+        norm: ChannelNorm = "none",
         in_channels: int = 3,
         image_size: int = 32,
         init: Init = "own",
@@ -59,8 +60,7 @@ class Conv(nn.Module):
         pairs = convolutions // 2
         if image_size < 2**pairs:
             raise ValueError(f"image_size={image_size}: {pairs} poolings need at least {2**pairs} pixels.")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm={norm!r}: use one of {', '.join(get_args(Norm))}.")
+        check_choice(ChannelNorm, norm=norm)
         self.init_args: dict[str, Any] = {
             "convolutions": convolutions,
             "width": width,
@@ -78,7 +78,7 @@ class Conv(nn.Module):
             for fan_in in (before, channels):
                 layers.append(nn.Conv2d(fan_in, channels, 3, padding=1, bias=norm == "none"))
                 if norm != "none":
-                    layers.append(make_norm(norm, channels))
+                    layers.append(channel_norm(norm, channels))
                 layers.append(make(activation))
             layers.append(nn.MaxPool2d(2))
             before = channels
@@ -98,16 +98,16 @@ class Conv(nn.Module):
         return self.head(self.features(x).flatten(1))
 
 
-def Conv2(activation: str = "gelu", classes: int = 10, norm: Norm = "none", init: Init = "own") -> Conv:
+def Conv2(activation: str = "gelu", classes: int = 10, norm: ChannelNorm = "none", init: Init = "own") -> Conv:
     """Conv-2 for 32x32 pixels of 3 channels: a `Conv` of one pair of convolutions."""
     return Conv(2, classes=classes, activation=activation, norm=norm, init=init)
 
 
-def Conv4(activation: str = "gelu", classes: int = 10, norm: Norm = "none", init: Init = "own") -> Conv:
+def Conv4(activation: str = "gelu", classes: int = 10, norm: ChannelNorm = "none", init: Init = "own") -> Conv:
     """Conv-4 for 32x32 pixels of 3 channels: a `Conv` of two pairs of convolutions."""
     return Conv(4, classes=classes, activation=activation, norm=norm, init=init)
 
 
-def Conv6(activation: str = "gelu", classes: int = 10, norm: Norm = "none", init: Init = "own") -> Conv:
+def Conv6(activation: str = "gelu", classes: int = 10, norm: ChannelNorm = "none", init: Init = "own") -> Conv:
     """Conv-6 for 32x32 pixels of 3 channels: a `Conv` of three pairs of convolutions."""
     return Conv(6, classes=classes, activation=activation, norm=norm, init=init)

@@ -1,19 +1,20 @@
 """Densely connected networks for small images."""
 
 from math import floor
-from typing import Any, final, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, init_, make
-from workbench.models.resnet import Norm, make_norm
+from workbench.models.arguments import check_choice
+from workbench.models.norms import ChannelNorm, channel_norm
 
 
-def _stage(fan_in: int, channels: int, kernel: int, activation: str, norm: Norm) -> list[nn.Module]:
-    """Norm, activation and convolution, in this order."""
+def _stage(fan_in: int, channels: int, kernel: int, activation: str, norm: ChannelNorm) -> list[nn.Module]:
+    """ChannelNorm, activation and convolution, in this order."""
     conv = nn.Conv2d(fan_in, channels, kernel, padding=kernel // 2, bias=norm == "none")
-    return [make_norm(norm, fan_in), make(activation), conv]
+    return [channel_norm(norm, fan_in), make(activation), conv]
 
 
 @final
@@ -29,12 +30,12 @@ class DenseBlock(nn.Module):
         growth: Channels that a layer adds, k.
         layers: Their number.
         activation: A name from `workbench.models.activations`.
-        norm: See `workbench.models.resnet.make_norm`.
+        norm: See `workbench.models.norms.channel_norm`.
         bottleneck: Whether layers have one.
     """
 
     def __init__(
-        self, in_channels: int, growth: int, layers: int, activation: str, norm: Norm, bottleneck: bool
+        self, in_channels: int, growth: int, layers: int, activation: str, norm: ChannelNorm, bottleneck: bool
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
@@ -68,7 +69,7 @@ class DenseNet(nn.Module):
         compression: Share of the channels that is left between blocks, in (0, 1] (below 1 DenseNet-C).
         classes: Size of the output.
         activation: A name from `workbench.models.activations`.
-        norm: "batch", "group", "layer" or "none"; see `workbench.models.resnet.make_norm`.
+        norm: "batch", "group", "layer" or "none"; see `workbench.models.norms.channel_norm`.
         in_channels: Channels of the image.
         init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
@@ -84,7 +85,7 @@ class DenseNet(nn.Module):
         compression: float = 1.0,
         classes: int = 10,
         activation: str = "gelu",
-        norm: Norm = "batch",
+        norm: ChannelNorm = "batch",
         in_channels: int = 3,
         init: Init = "own",
     ) -> None:
@@ -100,8 +101,7 @@ class DenseNet(nn.Module):
         channels = 2 * growth if bottleneck else 16
         if not 0 < compression <= 1:
             raise ValueError(f"compression={compression}: give a share of the channels above 0, at most 1.")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm={norm!r}: use one of {', '.join(get_args(Norm))}.")
+        check_choice(ChannelNorm, norm=norm)
         self.init_args: dict[str, Any] = {
             "depth": depth,
             "growth": growth,
@@ -122,7 +122,7 @@ class DenseNet(nn.Module):
                 channels = kept
             features.append(DenseBlock(channels, growth, layers, activation, norm, bottleneck))
             channels += layers * growth
-        self.features = nn.Sequential(*features, make_norm(norm, channels), make(activation))
+        self.features = nn.Sequential(*features, channel_norm(norm, channels), make(activation))
         self.head = nn.Linear(channels, classes)
         init_(self, activation, init)
 
@@ -132,7 +132,7 @@ class DenseNet(nn.Module):
 
 
 def DenseNetBC(
-    depth: int = 100, growth: int = 12, activation: str = "gelu", classes: int = 10, norm: Norm = "batch"
+    depth: int = 100, growth: int = 12, activation: str = "gelu", classes: int = 10, norm: ChannelNorm = "batch"
 ) -> DenseNet:
     """DenseNet-BC: a `DenseNet` with bottlenecks and half of the channels between blocks."""
     return DenseNet(depth, growth, True, 0.5, classes, activation, norm)

@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.models.architecture import argument_to_json, describe, is_architecture
+from workbench.models.arguments import check_choice
 from workbench.models.hub import pretrained
 from workbench.paths import resolve_path
 
@@ -63,8 +64,7 @@ class SentenceEncoder(nn.Module):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling={pooling!r}: use one of {', '.join(get_args(Pooling))}.")
+        check_choice(Pooling, pooling=pooling)
         if isinstance(encoder, Mapping):
             encoder = _from_config(encoder)
         elif not isinstance(encoder, nn.Module):

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, init_, make
+from workbench.models.arguments import check_choice
 
 Norm = Literal["none", "layer", "batch"]
 
@@ -40,8 +41,7 @@ class MLP(nn.Module):
         widths = [in_features, *hidden, classes]
         if min(widths) < 1:
             raise ValueError(f"in_features={in_features}, hidden={list(hidden)}, classes={classes}: give sizes >= 1.")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm={norm!r}: use one of {', '.join(get_args(Norm))}.")
+        check_choice(Norm, norm=norm)
         self.init_args: dict[str, Any] = {
             "in_features": in_features,
             "hidden": list(hidden),

@@ -1,28 +1,14 @@
 """Residual networks for small images."""
 
 import math
-from typing import Any, Literal, final, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, init_, make
-
-Norm = Literal["batch", "group", "layer", "none"]
-_GROUPS = 8
-
-
-def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """A normalisation of feature maps [B, channels, H, W].
-
-    "batch" over batch and pixels; "group" over pixels and groups of channels, 8 groups where that divides their number
-    (Wu & He 2018, arXiv:1803.08494); "layer" over pixels and all channels; "none" is the identity.
-    """
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if norm == "none":
-        return nn.Identity()
-    return nn.GroupNorm(math.gcd(channels, _GROUPS) if norm == "group" else 1, channels)
+from workbench.models.arguments import check_choice
+from workbench.models.norms import ChannelNorm, channel_norm
 
 
 @final
@@ -36,21 +22,21 @@ class ResidualBlock(nn.Module):
         channels: Channels of the output.
         stride: Of the first convolution and of the shortcut.
         activation: f, a name from `workbench.models.activations`.
-        norm: See `make_norm`.
+        norm: See `workbench.models.norms.channel_norm`.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, activation: str, norm: Norm) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, activation: str, norm: ChannelNorm) -> None:
         super().__init__()
         bias = norm == "none"
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=bias)
-        self.norm1 = make_norm(norm, channels)
+        self.norm1 = channel_norm(norm, channels)
         self.act1 = make(activation)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.norm2 = make_norm(norm, channels)
+        self.norm2 = channel_norm(norm, channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=bias), make_norm(norm, channels)
+                nn.Conv2d(in_channels, channels, 1, stride, bias=bias), channel_norm(norm, channels)
             )
         self.act2 = make(activation)
 
@@ -79,7 +65,7 @@ class ResNet(nn.Module):
         width: Channels of the first stage.
         classes: Size of the output.
         activation: A name from `workbench.models.activations`.
-        norm: "batch", "group", "layer" or "none"; see `make_norm`.
+        norm: "batch", "group", "layer" or "none"; see `workbench.models.norms.channel_norm`.
         in_channels: Channels of the image.
         init: "own" for the activation's own gain, "he" for sqrt 2; see `workbench.models.activations.init_`.
 
@@ -93,7 +79,7 @@ class ResNet(nn.Module):
         width: int = 16,
         classes: int = 10,
         activation: str = "gelu",
-        norm: Norm = "batch",
+        norm: ChannelNorm = "batch",
         in_channels: int = 3,
         init: Init = "own",
     ) -> None:
@@ -105,8 +91,7 @@ class ResNet(nn.Module):
             )
         if min(width, classes, in_channels) < 1:
             raise ValueError(f"width={width}, classes={classes}, in_channels={in_channels}: all must be at least 1.")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm={norm!r}: use one of {', '.join(get_args(Norm))}.")
+        check_choice(ChannelNorm, norm=norm)
         self.init_args: dict[str, Any] = {
             "depth": depth,
             "width": width,
@@ -117,7 +102,9 @@ class ResNet(nn.Module):
             "init": init,
         }
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=norm == "none"), make_norm(norm, width), make(activation)
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=norm == "none"),
+            channel_norm(norm, width),
+            make(activation),
         )
         stages, before = [], width
         for channels, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):

@@ -1,7 +1,7 @@
-"""What data modules of time series share: labelled series in memory, padding, windows."""
+"""Time series in memory: labelled series, padding, windows, and the base of their data modules."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, final
+from typing import final
 
 import numpy as np
 import torch
@@ -70,15 +70,15 @@ class SeriesPadding:
 
 @final
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of one series: ``(what was seen, float32 [length, F], what came next, float32 [horizon, targets])``.
+    """Windows of one series: ``(past, float32 [length, F], future, float32 [horizon, targets])``.
 
-    Window i begins at step ``i * stride``. A missing value is 0 where it was seen, NaN where it is to be foretold.
+    Window i begins at step ``i * stride``. A missing value is 0 in the past, NaN in the future.
 
     Args:
         values: The series, standardised, float32 [T, F].
-        targets: The channels that are foretold.
-        length: Steps seen.
-        horizon: Steps foretold.
+        targets: The channels to forecast.
+        length: Steps of the past.
+        horizon: Steps of the future.
         stride: Steps from one window to the next.
 
     Raises:
@@ -93,8 +93,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
                 f"has {len(values)} steps, fewer than length + horizon = {length + horizon}: set smaller ones, or give "
                 "it more steps."
             )
-        self.seen = torch.from_numpy(np.nan_to_num(values, nan=0.0))
-        self.next = torch.from_numpy(np.ascontiguousarray(values[:, list(targets)]))
+        self.past = torch.from_numpy(np.nan_to_num(values, nan=0.0))
+        self.future = torch.from_numpy(np.ascontiguousarray(values[:, list(targets)]))
         self.length, self.horizon, self.stride = length, horizon, stride
         self.count = (len(values) - length - horizon) // stride + 1
 
@@ -105,24 +105,16 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.count:
             raise IndexError(f"there is no window {index} among {self.count}")
         now = index * self.stride + self.length
-        return self.seen[now - self.length : now], self.next[now : now + self.horizon]
+        return self.past[now - self.length : now], self.future[now : now + self.horizon]
 
 
-class Prepared(NamedTuple):
-    """What a data module of series made of its files."""
-
-    parts: dict[str, Dataset[Any]]
-    collate: Any
-    scale: Scale
-
-
-class SeriesModule(InMemoryDataModule[Prepared]):
+class SeriesModule(InMemoryDataModule[Scale]):
     """A data module over series in memory; subclasses say how to read them. Arguments as of its base."""
 
     @property
     def scale(self) -> Scale:
         """Mean and deviation of every channel, by which to get back to its unit."""
-        return self._ready.scale
+        return self._ready.info
 
     @property
     def channels(self) -> int:

@@ -1,16 +1,17 @@
 """Series of one class each."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from workbench.data.series.batches import LabelledSeries, Prepared, SeriesModule, SeriesPadding
+from workbench.data.prepared import Prepared
+from workbench.data.series.batches import LabelledSeries, SeriesModule, SeriesPadding
 from workbench.data.series.ts import Row, find_ts, read_ts, test_file_of
-from workbench.data.series.values import fit_scale, identity_scale, parse_number
-from workbench.data.text.batches import check_fractions, split_rows
+from workbench.data.series.values import Scale, fit_scale, identity_scale, parse_number
+from workbench.data.splits import Rows, check_fractions, split_classes
 from workbench.data.text.reading import read_rows
 from workbench.paths import resolve_path
 
@@ -74,42 +75,32 @@ class SeriesClassification(SeriesModule):
             raise ValueError(f"inputs={inputs!r}: give the name of an argument of the model, such as x.")
         self.inputs, self.mask = inputs, mask
         self.validation, self.testing, self.normalize = validation, testing, normalize
-        self._names: list[str] = []
 
     @property
     def names(self) -> list[str]:
-        """The classes' names by number; read now if that was not done yet."""
-        self.setup()
-        return self._names
+        """The classes' names by number; read now if necessary."""
+        return list(self._ready.names)
 
     @property
     def classes(self) -> int:
-        """Number of classes; read now if that was not done yet."""
+        """Number of classes; read now if necessary."""
         return len(self.names)
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Scale]:
         """Read, split and standardise by the training part."""
-        found, names = self._read()
-        _check_channels(found, self.path)
-        everything = sorted({label for rows in found.values() for _, label in rows})
-        strata = {part: [everything.index(label) for _, label in rows] for part, rows in found.items()}
-        parts: dict[str, Any] = split_rows(found, self.validation, self.testing, strata, self.path)
-        self._names = names or _in_order({label for _, label in parts["train"]})
-        if len(self._names) < 2:
-            raise ValueError(f"{self.path}: training has the one class {self._names[0]!r}; give at least two.")
-        numbers = {name: place for place, name in enumerate(self._names)}
-        for part, rows in parts.items():
-            if unknown := sorted({label for _, label in rows} - set(numbers)):
-                raise ValueError(f"{self.path}: {part} has the class {unknown[0]!r}, which training never saw.")
+        rows, header_names = self._read()
+        _check_channels(rows, self.path)
+        parts, names = split_classes(rows, self.validation, self.testing, self.path, header_names)
+        numbers = {name: number for number, name in enumerate(names)}
         training = [values for values, _ in parts["train"]]
         scale = fit_scale(training, self.path) if self.normalize else identity_scale(training[0].shape[1])
-        made = {
+        data = {
             part: LabelledSeries([values for values, _ in rows], [numbers[label] for _, label in rows], scale)
             for part, rows in parts.items()
         }
-        return Prepared({**made}, SeriesPadding(self.inputs, self.mask), scale)
+        return Prepared(data, SeriesPadding(self.inputs, self.mask), scale, names)
 
-    def _read(self) -> tuple[dict[str, list[Row]], list[str]]:
+    def _read(self) -> tuple[dict[str, Rows], list[str]]:
         """Rows by split, and the classes where a header names them."""
         path = Path(resolve_path(self.path))
         if path.is_dir() and self.test is None:
@@ -122,10 +113,10 @@ class SeriesClassification(SeriesModule):
             rows = read_rows(self.path, (self.series, self.label))
             return {split: list(self._rows(each, f"{self.path}, {split!r}")) for split, each in rows.items()}, []
         train = read_ts(pair[0])
-        found = {"train": train.rows}
+        splits: dict[str, Rows] = {"train": [*train.rows]}
         if pair[1] is not None:
-            found["test"] = read_ts(pair[1]).rows
-        return found, list(train.classes)
+            splits["test"] = [*read_ts(pair[1]).rows]
+        return splits, list(train.classes)
 
     def _rows(self, rows: Iterable[tuple[Any, ...]], where: str) -> Iterable[Row]:
         """Series as arrays and classes as names."""
@@ -133,12 +124,12 @@ class SeriesClassification(SeriesModule):
             if not isinstance(label, str | int) or isinstance(label, bool):
                 raise ValueError(f"{where}, row {row_number}: class {label!r} is no name or number: set label.")
             try:
-                yield _array(series, self.channels_first), str(label)
+                yield _series(series, self.channels_first), str(label)
             except ValueError as error:
                 raise ValueError(f"{where}, row {row_number}: {error}: set series.") from error
 
 
-def _array(series: Any, channels_first: bool) -> np.ndarray:
+def _series(series: Any, channels_first: bool) -> np.ndarray:
     """Float64 [L, F] out of a list of numbers, or a list of lists."""
     if not isinstance(series, list | tuple | np.ndarray) or not len(series):
         raise ValueError(f"{repr(series)[:40]} is no list of numbers")
@@ -149,9 +140,9 @@ def _array(series: Any, channels_first: bool) -> np.ndarray:
     return values.T if channels_first and isinstance(series[0], list | tuple | np.ndarray) else values
 
 
-def _check_channels(found: dict[str, list[Row]], where: object) -> None:
+def _check_channels(splits: Mapping[str, Rows], where: object) -> None:
     wanted: int | None = None
-    for split, rows in found.items():
+    for split, rows in splits.items():
         for row_number, (values, _) in enumerate(rows, 1):
             wanted = wanted or values.shape[1]
             if values.shape[1] != wanted:
@@ -159,8 +150,3 @@ def _check_channels(found: dict[str, list[Row]], where: object) -> None:
                     f"{where}, {split!r}, series {row_number}: has {values.shape[1]} channels, the first one {wanted}: "
                     "give all the same channels."
                 )
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    numeric = all(label.isdecimal() for label in labels)
-    return sorted(labels, key=lambda label: (int(label) if numeric else 0, label))

@@ -1,4 +1,4 @@
-"""One long series, whose next steps are to be foretold."""
+"""Forecasting: the next steps of one long series."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,11 @@ from typing import Any, final
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
-from workbench.data.series.batches import Prepared, SeriesModule, Windows
-from workbench.data.series.values import fit_scale, identity_scale, parse_number
-from workbench.data.text.reading import WHOLE, read_rows
+from workbench.data.prepared import Prepared
+from workbench.data.series.batches import SeriesModule, Windows
+from workbench.data.series.values import Scale, fit_scale, identity_scale, parse_number
+from workbench.data.splits import WHOLE
+from workbench.data.text.reading import read_rows
 from workbench.tasks import Regression
 
 _PARTS = ("train", "val", "test")
@@ -17,13 +19,13 @@ _PARTS = ("train", "val", "test")
 
 @final
 class SeriesForecast(SeriesModule):
-    """A table of numbers over time, in windows: so many steps are seen, the next ones are to be foretold.
+    """A table of numbers over time, in windows: ``length`` steps are given, the next ``horizon`` are the target.
 
     Batches: x float32 [B, length, F] and y float32 [B, horizon, targets], both standardised by mean and deviation of
     the training part; a missing value is 0 in x and NaN in y, which `workbench.tasks.Regression` does not count.
 
-    The rows are split in the order of time. A step that a later part foretells is in no window of an earlier part;
-    what validation and test see before their first step is the end of the part before, as in the published figures.
+    The rows are split in the order of time. A target step of a later part is in no window of an earlier part; the
+    input before the first step of validation and test is the end of the previous part, as in the published figures.
     The standard split of ETTh1 and ETTh2, 12, 4 and 4 months of 30 days, is ``split: [8640, 2880, 2880]`` (Zhou et al.
     2021, arXiv:2012.07436, section 5.1); the remaining rows are left out.
 
@@ -78,33 +80,33 @@ class SeriesForecast(SeriesModule):
         """What a recipe trains for unless it names a task: mean squared error of [B, horizon, targets]."""
         return Regression(shape=[self.horizon, len(self.targets)])
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Scale]:
         """Read, split in the order of time, standardise by the training part and cut into windows."""
-        found = {
-            name: _array(rows, self.columns, f"{self.path}, {name!r}")
+        tables = {
+            name: _table(rows, self.columns, f"{self.path}, {name!r}")
             for name, rows in read_rows(self.path, self.columns).items()
         }
-        if set(_PARTS) <= set(found):
-            training, parts = found["train"], {name: found[name] for name in _PARTS}
-        elif len(found) == 1 and {*found} <= {"train", WHOLE}:
-            (whole,) = found.values()
+        if set(_PARTS) <= set(tables):
+            training, parts = tables["train"], {name: tables[name] for name in _PARTS}
+        elif len(tables) == 1 and {*tables} <= {"train", WHOLE}:
+            (whole,) = tables.values()
             ends = self._ends(len(whole))
             training = whole[: ends[0]]
             begins = [0, *(max(0, end - self.length) for end in ends[:-1])]
             parts = {name: whole[begin:end] for name, begin, end in zip(_PARTS, begins, ends)}
         else:
             raise ValueError(
-                f"{self.path}: has the parts {', '.join(found)}, where one table is needed, or train, val and test."
+                f"{self.path}: has the parts {', '.join(tables)}, where one table is needed, or train, val and test."
             )
         scale = fit_scale([training], self.path) if self.normalize else identity_scale(len(self.columns))
         chosen = [self.columns.index(name) for name in self.targets]
-        made: dict[str, Dataset[Any]] = {}
+        data: dict[str, Dataset[Any]] = {}
         for name, values in parts.items():
             try:
-                made[name] = Windows(scale(values), chosen, self.length, self.horizon, self.stride)
+                data[name] = Windows(scale(values), chosen, self.length, self.horizon, self.stride)
             except ValueError as error:
                 raise ValueError(f"{self.path}: the part {name} {error}") from error
-        return Prepared(made, default_collate, scale)
+        return Prepared(data, default_collate, scale)
 
     def _ends(self, rows: int) -> list[int]:
         """The row after each part."""
@@ -127,12 +129,12 @@ def _check_split(split: Sequence[float]) -> None:
         )
 
 
-def _array(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], where: str) -> np.ndarray:
+def _table(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], where: str) -> np.ndarray:
     """Float64 [T, F], missing values NaN."""
-    made = []
+    values = []
     for row_number, row in enumerate(rows, 1):
         try:
-            made.append([parse_number(value) for value in row])
+            values.append([parse_number(value) for value in row])
         except ValueError as error:
             raise ValueError(f"{where}, row {row_number}: {error}: choose from {', '.join(columns)}.") from error
-    return np.array(made)
+    return np.array(values)

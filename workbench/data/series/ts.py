@@ -81,8 +81,8 @@ def find_ts(folder: Path) -> tuple[Path, Path] | None:
         return None
     trains = [file for file in files if file.name.endswith(_TRAIN)]
     if len(trains) != 1:
-        said = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder}: has {said}, not one NAME{_TRAIN}: give the path of the training file itself.")
+        value = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder}: has {value}, not one NAME{_TRAIN}: give the path of the training file itself.")
     test = test_file_of(trains[0])
     if test is None:
         raise ValueError(f"{folder}: has {trains[0].name} without its {_TEST}: put it there, or give the file itself.")
@@ -97,7 +97,7 @@ def test_file_of(train: Path) -> Path | None:
 
 def _header(path: Path, lines: Iterator[tuple[int, str]]) -> _Header:
     """Everything up to ``@data``."""
-    found: dict[str, list[str]] = {}
+    fields: dict[str, list[str]] = {}
     for line_number, line in lines:
         if line.startswith("#"):
             continue
@@ -107,50 +107,50 @@ def _header(path: Path, lines: Iterator[tuple[int, str]]) -> _Header:
         if not key.startswith("@"):
             raise ValueError(f"{where}: {line[:40]!r} stands before @data; this is another kind of file.")
         if name == "data":
-            return _check_header(path, found)
-        if name not in _KEYS or name in found:
-            what = "a second time" if name in found else f"which is none of {', '.join(_KEYS)}"
+            return _check_header(path, fields)
+        if name not in _KEYS or name in fields:
+            what = "a second time" if name in fields else f"which is none of {', '.join(_KEYS)}"
             raise ValueError(f"{where}: the header has {key}, {what}: mend it.")
         if not words and name != "problemname":
             raise ValueError(f"{where}: the header has {key} without a value: mend it.")
-        found[name] = words
+        fields[name] = words
     raise ValueError(f"{path}: has no line @data, so it is no .ts file, or ends inside its header; fetch it again.")
 
 
-def _check_header(path: Path, found: dict[str, list[str]]) -> _Header:
-    if _flag(path, found, "timestamps"):
+def _check_header(path: Path, fields: dict[str, list[str]]) -> _Header:
+    if _flag(path, fields, "timestamps"):
         raise ValueError(f"{path}: has time stamps, @timeStamps true, which are not read: give series at even steps.")
-    if not _flag(path, found, "classlabel"):
+    if not _flag(path, fields, "classlabel"):
         raise ValueError(f"{path}: has no classes (@classLabel true NAME NAME ...): give a file for classification.")
-    classes = tuple(found["classlabel"][1:])
+    classes = tuple(fields["classlabel"][1:])
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"{path}: @classLabel names {' '.join(classes) or 'none'}: two classes or more, each once.")
-    dimensions = _size(path, found, "dimensions") or _size(path, found, "dimension")
-    if _flag(path, found, "univariate"):
+    dimensions = _size(path, fields, "dimensions") or _size(path, fields, "dimension")
+    if _flag(path, fields, "univariate"):
         if (dimensions or 1) != 1:
             raise ValueError(f"{path}: says @univariate true and @dimensions {dimensions}: mend the header.")
         dimensions = 1
-    equal = _flag(path, found, "equallength")
-    length = _size(path, found, "serieslength") if equal else None
-    return _Header(classes, dimensions, length, equal, _flag(path, found, "missing", True))
+    equal = _flag(path, fields, "equallength")
+    length = _size(path, fields, "serieslength") if equal else None
+    return _Header(classes, dimensions, length, equal, _flag(path, fields, "missing", True))
 
 
-def _flag(path: Path, found: dict[str, list[str]], name: str, default: bool = False) -> bool:
-    if name not in found:
+def _flag(path: Path, fields: dict[str, list[str]], name: str, default: bool = False) -> bool:
+    if name not in fields:
         return default
-    said = found[name][0].lower()
-    if said not in ("true", "false"):
-        raise ValueError(f"{path}: the header says @{name} {said}, expected true or false: mend it.")
-    return said == "true"
+    value = fields[name][0].lower()
+    if value not in ("true", "false"):
+        raise ValueError(f"{path}: the header says @{name} {value}, expected true or false: mend it.")
+    return value == "true"
 
 
-def _size(path: Path, found: dict[str, list[str]], name: str) -> int | None:
-    if name not in found:
+def _size(path: Path, fields: dict[str, list[str]], name: str) -> int | None:
+    if name not in fields:
         return None
-    said = found[name][0]
-    if not (said.isascii() and said.isdecimal() and len(said) < _DIGITS) or int(said) < 1:
-        raise ValueError(f"{path}: the header says @{name} {said[:40]}, expected a number of at least 1: mend it.")
-    return int(said)
+    value = fields[name][0]
+    if not (value.isascii() and value.isdecimal() and len(value) < _DIGITS) or int(value) < 1:
+        raise ValueError(f"{path}: the header says @{name} {value[:40]}, expected a number of at least 1: mend it.")
+    return int(value)
 
 
 def _row(line: str, header: _Header, where: str) -> Row:

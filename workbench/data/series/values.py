@@ -20,12 +20,12 @@ def parse_number(value: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
         return float("nan")
     try:
-        found = float("_" if isinstance(value, bool) or "_" in str(value) else value)
+        parsed = float("_" if isinstance(value, bool) or "_" in str(value) else value)
     except (TypeError, ValueError):
-        found = float("inf")
-    if abs(found) > _LARGEST:
+        parsed = float("inf")
+    if abs(parsed) > _LARGEST:
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
-    return found
+    return parsed
 
 
 class Scale(NamedTuple):
@@ -58,7 +58,7 @@ def fit_scale(series: Iterable[np.ndarray], where: object) -> Scale:
         raise ValueError(f"{where}: channel {empty[0]} has no value in the training part: leave it out.")
     mean = np.where(known, values, 0.0).sum(0) / count
     std = np.sqrt(np.square(np.where(known, values - mean, 0.0)).sum(0) / count)
-    # Below what rounding makes of a constant, there is nothing to be divided by.
+    # A deviation within rounding error of a constant counts as 0.
     return Scale(mean, np.where(std > 1e-12 * np.abs(mean), std, 1.0))
 
 

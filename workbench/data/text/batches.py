@@ -1,16 +1,14 @@
-"""What text data modules share: token sequences in memory, padding and splits."""
+"""Token sequences in memory, padding, and the base of text data modules."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from workbench.data.images import SPLIT_SEED, stratified_split
 from workbench.data.prepared import InMemoryDataModule
-from workbench.data.text.reading import WHOLE, Rows
 
 Item = dict[str, Tensor]
 
@@ -73,60 +71,27 @@ class Padding:
         return batch | {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "input_ids"}
 
 
-class Prepared(NamedTuple):
-    """What a text data module made of its files."""
+class Tokenization(NamedTuple):
+    """How a text data module numbers tokens.
 
-    parts: dict[str, Dataset[Item]]
-    collate: Any
+    Args:
+        vocabulary: Token -> number; empty if token numbers were given.
+        fingerprint: SHA-256 of everything that decides which numbers a text becomes.
+    """
+
     vocabulary: dict[str, int]
     fingerprint: str
 
 
-class TextModule(InMemoryDataModule[Prepared]):
+class TextModule(InMemoryDataModule[Tokenization]):
     """A data module over text in memory; subclasses say how to read it. Arguments as of its base."""
 
     @property
     def vocabulary(self) -> dict[str, int]:
         """Token -> number; read now if that was not done yet."""
-        return self._ready.vocabulary
+        return self._ready.info.vocabulary
 
     @property
     def tokenizer(self) -> str:
         """SHA-256 of what decides which numbers a text becomes; part of a teacher's cache's fingerprint."""
-        return self._ready.fingerprint
-
-
-def check_fractions(**fractions: float) -> None:
-    """Raise ValueError unless each is between 0 and 1, and together they leave something for training."""
-    if not all(0 < each < 1 for each in fractions.values()) or sum(fractions.values()) >= 1:
-        said = ", ".join(f"{name}={value}" for name, value in fractions.items())
-        raise ValueError(f"{said}: give fractions above 0 that leave something for training.")
-
-
-def split_rows(
-    found: Mapping[str, Rows], validation: float, test: float, strata: Mapping[str, Sequence[int]], where: object
-) -> dict[str, Rows]:
-    """Rows as train, val and test: those that are there, the others cut from what is for training.
-
-    Args:
-        found: Split -> rows, as read; any that are none of the three are left out.
-        validation: Fraction to cut for validation, if there is no ``val``.
-        test: Fraction to cut for the test, if there is no ``test``.
-        strata: Split -> class of each of its rows; each class is shared out in proportion.
-        where: Named in errors.
-
-    Raises:
-        ValueError: If there is nothing to train on, or not enough to cut from.
-    """
-    source = "train" if "train" in found else WHOLE
-    if source not in found:
-        raise ValueError(f"{where}: has no split 'train', only {', '.join(map(repr, found))}.")
-    rows = found[source]
-    cut = {name: part for name, part in (("val", validation), ("test", test)) if name not in found}
-    sizes = [max(1, round(part * len(rows))) for part in cut.values()]
-    try:
-        pieces = stratified_split(strata[source], sizes, SPLIT_SEED)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    made = {name: [rows[i] for i in piece] for name, piece in zip(("train", *cut), pieces)}
-    return {name: made[name] if name in made else found[name] for name in ("train", "val", "test")}
+        return self._ready.info.fingerprint

@@ -3,8 +3,10 @@
 import os
 from typing import final
 
-from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
-from workbench.data.text.reading import Rows, read_rows
+from workbench.data.prepared import Prepared
+from workbench.data.splits import Rows, check_fractions, split_classes
+from workbench.data.text.batches import Padding, TextModule, Tokenization, TokenLists
+from workbench.data.text.reading import read_rows
 from workbench.data.text.tokens import tokens_for
 
 
@@ -12,8 +14,8 @@ from workbench.data.text.tokens import tokens_for
 class TextClassification(TextModule):
     """Texts of one class each, from a file, a folder or the hub; see `workbench.data.text.reading.read_rows`.
 
-    CLINC150's JSON, ``label text`` lines, tables and `datasets` have all been thought of. Parts that a source lacks are
-    cut from its training part, stratified and the same in every run.
+    Among them CLINC150's JSON, ``label text`` lines, tables and `datasets`. Parts that a source lacks are cut from its
+    training part, stratified and the same in every run.
 
     Batches: ``input_ids`` and ``attention_mask`` int64 [B, L], padded on the right to the longest of the batch;
     ``labels`` int64 [B]. Classes are numbered in the order of their names, or of their numbers.
@@ -57,61 +59,45 @@ class TextClassification(TextModule):
         self.path, self.text, self.label = path, text, label
         self.tokens = tokens_for(tokenizer, vocabulary, length)
         self.validation, self.test, self.out_of_scope = validation, test, out_of_scope
-        self._names: list[str] = []
 
     @property
     def names(self) -> list[str]:
-        """The classes' names by number; read now if that was not done yet."""
-        self.setup()
-        return self._names
+        """The classes' names by number; read now if necessary."""
+        return list(self._ready.names)
 
     @property
     def classes(self) -> int:
-        """Number of classes; read now if that was not done yet."""
+        """Number of classes; read now if necessary."""
         return len(self.names)
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Tokenization]:
         """Read, split, learn the tokenizer from the training part if so chosen, and tokenize."""
-        found = _labelled(read_rows(self.path, (self.text, self.label)), self.path, self.out_of_scope)
-        everything = sorted({label for rows in found.values() for _, label in rows})
-        numbers = {name: number for number, name in enumerate(everything)}
-        strata = {name: [numbers[label] for _, label in rows] for name, rows in found.items()}
-        parts = split_rows(found, self.validation, self.test, strata, self.path)
-        self._names = _in_order({label for _, label in parts["train"]})
-        if len(self._names) < 2:
-            raise ValueError(f"{self.path}: training has the one class {self._names[0]!r}; give at least two.")
-        numbers = {name: number for number, name in enumerate(self._names)}
-        for name, rows in parts.items():
-            if unknown := sorted({label for _, label in rows} - set(numbers)):
-                raise ValueError(f"{self.path}: {name} has the label {unknown[0]!r}, which training never saw.")
+        rows = _labelled(read_rows(self.path, (self.text, self.label)), self.path, self.out_of_scope)
+        parts, names = split_classes(rows, self.validation, self.test, self.path)
+        numbers = {name: number for number, name in enumerate(names)}
         tokens = self.tokens([text for text, _ in parts["train"]])
-        made = {
+        data = {
             name: TokenLists(tokens.encode(text for text, _ in rows), {"labels": [numbers[label] for _, label in rows]})
             for name, rows in parts.items()
         }
-        return Prepared({**made}, Padding(tokens.pad), tokens.vocabulary, tokens.fingerprint)
+        return Prepared(data, Padding(tokens.pad), Tokenization(tokens.vocabulary, tokens.fingerprint), names)
 
 
-def _labelled(found: dict[str, Rows], where: object, out_of_scope: bool) -> dict[str, Rows]:
+def _labelled(splits: dict[str, Rows], where: object, out_of_scope: bool) -> dict[str, Rows]:
     """Texts as they are and labels as names, in the splits that are wanted."""
-    made: dict[str, Rows] = {}
-    for name, rows in found.items():
+    labelled: dict[str, Rows] = {}
+    for name, rows in splits.items():
         for number, (text, label) in enumerate(rows, 1):
             if not isinstance(text, str) or not isinstance(label, str | int):
                 raise ValueError(
                     f"{where}, {name!r}, row {number}: text {repr(text)[:40]} and label {label!r} are not a text "
                     "and a name or number: name the columns text and label."
                 )
-        made[name] = [(text, str(label)) for text, label in rows]
+        labelled[name] = [(text, str(label)) for text, label in rows]
     if out_of_scope:
-        extra = {name: made.get(f"oos_{name}") for name in ("train", "val", "test")}
+        extra = {name: labelled.get(f"oos_{name}") for name in ("train", "val", "test")}
         if missing := [name for name, rows in extra.items() if rows is None]:
             raise ValueError(f"{where}: has no 'oos_{missing[0]}': set out_of_scope to false.")
         for name, rows in extra.items():
-            made[name] = made.get(name, []) + (rows or [])
-    return {name: rows for name, rows in made.items() if not name.startswith("oos_")}
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    numeric = all(label.isdecimal() for label in labels)
-    return sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
+            labelled[name] = labelled.get(name, []) + (rows or [])
+    return {name: rows for name, rows in labelled.items() if not name.startswith("oos_")}

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from workbench.data.hub import is_hub_name, load_from_hub
+from workbench.data.splits import WHOLE, Rows
 from workbench.paths import resolve_path
-
-Rows = list[tuple[Any, ...]]
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
 _LINES = (".all", ".txt")
 _ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", *_LINES)
-WHOLE = "all"
-"""The name of what was not split."""
 
 
 def read_text(path: Path) -> str:
@@ -85,14 +82,14 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
     """
     path = Path(resolve_path(source))
     if path.is_file():
-        found = _file(path, columns)
+        splits = _file(path, columns)
     elif path.is_dir():
-        found = _folder(path, columns)
+        splits = _folder(path, columns)
     elif not path.exists() and is_hub_name(str(source)):
-        found = _splits(load_from_hub(str(source)), columns, str(source))
+        splits = _splits(load_from_hub(str(source)), columns, str(source))
     else:
         raise ValueError(f"{path}: no such file or folder, and no name of a data set of the hub.")
-    return {_SPLITS.get(name, name): rows for name, rows in found.items()}
+    return {_SPLITS.get(name, name): rows for name, rows in splits.items()}
 
 
 def _file(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
@@ -149,21 +146,21 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _select_columns(rows: Iterable[Any], columns: Sequence[str], where: object) -> Rows:
-    found: Rows = []
+    selected: Rows = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
             if missing := [name for name in columns if row.get(name) is None]:
                 raise ValueError(
                     f"{where}, row {number}: has no {missing[0]!r}, only {', '.join(map(repr, row))}: name the columns."
                 )
-            found.append(tuple(row[name] for name in columns))
+            selected.append(tuple(row[name] for name in columns))
         elif isinstance(row, list) and len(row) == len(columns):
-            found.append(tuple(row))
+            selected.append(tuple(row))
         else:
             raise ValueError(f"{where}, row {number}: is not {', '.join(columns)} but {str(row)[:60]}.")
-    if not found:
+    if not selected:
         raise ValueError(f"{where}: has no rows.")
-    return found
+    return selected
 
 
 def _folder(folder: Path, columns: Sequence[str]) -> dict[str, Rows]:
@@ -175,25 +172,24 @@ def _folder(folder: Path, columns: Sequence[str]) -> dict[str, Rows]:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: cannot be read as a saved data set ({error}).") from error
     places = ((name, folder / f"{name}{ending}") for name in _SPLITS for ending in _ENDINGS)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for name, path in places:
         if path.is_file():
-            found.setdefault(_SPLITS[name], path)
-    if "train" not in found:
+            files.setdefault(_SPLITS[name], path)
+    if "train" not in files:
         raise ValueError(f"{folder}: has no train file ({', '.join(f'train{ending}' for ending in _ENDINGS)}).")
-    made: dict[str, Rows] = {}
-    for name, path in found.items():
+    splits: dict[str, Rows] = {}
+    for name, path in files.items():
         parts = _file(path, columns)
         if set(parts) != {WHOLE}:
             raise ValueError(f"{path}: has splits of its own, {', '.join(parts)}: give that file itself.")
-        made[name] = parts[WHOLE]
-    return made
+        splits[name] = parts[WHOLE]
+    return splits
 
 
 def _splits(loaded: Any, columns: Sequence[str], where: str) -> dict[str, Rows]:
-    splits = loaded if isinstance(loaded, dict) else {WHOLE: loaded}
-    made: dict[str, Rows] = {}
-    for name, split in splits.items():
+    rows: dict[str, Rows] = {}
+    for name, split in (loaded if isinstance(loaded, dict) else {WHOLE: loaded}).items():
         present = [column for column in columns if column in split.column_names]
-        made[str(name)] = _select_columns(iter(split.select_columns(present)), columns, f"{where}, {name!r}")
-    return made
+        rows[str(name)] = _select_columns(iter(split.select_columns(present)), columns, f"{where}, {name!r}")
+    return rows

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
-from workbench.data.text.reading import WHOLE, Rows, read_labelled, read_lines, read_rows
+from workbench.data.prepared import Prepared
+from workbench.data.splits import WHOLE, Rows, check_fractions, split_rows
+from workbench.data.text.batches import Padding, TextModule, Tokenization, TokenLists
+from workbench.data.text.reading import read_labelled, read_lines, read_rows
 from workbench.data.text.tokens import tokens_for
 from workbench.paths import resolve_path
 
@@ -58,7 +60,7 @@ class Sentences(TextModule):
         self.tokens = tokens_for(tokenizer, vocabulary, length)
         self.validation, self.test = validation, test
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Tokenization]:
         """Read, split, learn the tokenizer from the training part if so chosen, and tokenize."""
         rows: Rows = []
         files: list[int] = []
@@ -68,18 +70,18 @@ class Sentences(TextModule):
             files += [number] * len(read)
         parts = split_rows({WHOLE: rows}, self.validation, self.test, {WHOLE: files}, ", ".join(map(str, self.paths)))
         tokens = self.tokens([text for text, _ in parts["train"]])
-        made = {name: TokenLists(tokens.encode(text for text, _ in part)) for name, part in parts.items()}
-        return Prepared({**made}, Padding(tokens.pad), tokens.vocabulary, tokens.fingerprint)
+        data = {name: TokenLists(tokens.encode(text for text, _ in part)) for name, part in parts.items()}
+        return Prepared(data, Padding(tokens.pad), Tokenization(tokens.vocabulary, tokens.fingerprint))
 
     def _read(self, name: str) -> Rows:
         """(sentence, whatever was its label) of every row."""
         if self.column is None:
             path = Path(resolve_path(name))
             return read_labelled(path) if self.labelled else [(line, None) for _, line in read_lines(path)]
-        found = read_rows(name, [self.column])
-        rows = found.get("train", found.get(WHOLE))
+        splits = read_rows(name, [self.column])
+        rows = splits.get("train", splits.get(WHOLE))
         if rows is None:
-            raise ValueError(f"{name}: has no split 'train', only {', '.join(map(repr, found))}.")
+            raise ValueError(f"{name}: has no split 'train', only {', '.join(map(repr, splits))}.")
         if odd := [text for (text,) in rows if not isinstance(text, str)]:
             raise ValueError(f"{name}: column {self.column!r} has {repr(odd[0])[:40]}, which is not a text.")
         return [(text, None) for (text,) in rows]

@@ -4,8 +4,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, final
 
-from workbench.data.text.batches import Padding, Prepared, TextModule, TokenLists, check_fractions, split_rows
-from workbench.data.text.reading import Rows, read_rows
+from workbench.data.prepared import Prepared
+from workbench.data.splits import Rows, check_fractions, split_rows
+from workbench.data.text.batches import Padding, TextModule, Tokenization, TokenLists
+from workbench.data.text.reading import read_rows
 from workbench.data.text.tokens import Tokens, load
 from workbench.paths import resolve_path
 
@@ -59,16 +61,16 @@ class TextSequences(TextModule):
         self.loaded_from = tokenizer
         self.validation, self.test = validation, test
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Tokenization]:
         """Read, split and, if need be, tokenize."""
-        found = read_rows(self.path, [self.column, *([self.prompt] if self.prompt else [])])
-        strata = {name: [0] * len(rows) for name, rows in found.items()}
-        parts = split_rows(found, self.validation, self.test, strata, self.path)
+        splits = read_rows(self.path, [self.column, *([self.prompt] if self.prompt else [])])
+        strata = {name: [0] * len(rows) for name, rows in splits.items()}
+        parts = split_rows(splits, self.validation, self.test, strata, self.path)
         tokens = load(resolve_path(self.loaded_from), self.length) if self.loaded_from else None
-        made = {name: self._lists(rows, tokens, f"{self.path}, {name}") for name, rows in parts.items()}
+        data = {name: self._lists(rows, tokens, f"{self.path}, {name}") for name, rows in parts.items()}
         if tokens is None:
-            return Prepared({**made}, Padding(0), {}, "numbers as they are")
-        return Prepared({**made}, Padding(tokens.pad), tokens.vocabulary, tokens.fingerprint)
+            return Prepared(data, Padding(0), Tokenization({}, "numbers as they are"))
+        return Prepared(data, Padding(tokens.pad), Tokenization(tokens.vocabulary, tokens.fingerprint))
 
     def _lists(self, rows: Rows, tokens: Tokens | None, where: str) -> TokenLists:
         column: list[Any] = [row[0] for row in rows]

@@ -1,4 +1,4 @@
-"""Running text, to be modelled token by token."""
+"""Running text for language modelling, in blocks of tokens."""
 
 import hashlib
 import json
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from workbench.data.text.batches import Item, Prepared, TextModule, check_fractions
-from workbench.data.text.reading import WHOLE, read_rows, read_text
+from workbench.data.prepared import Prepared
+from workbench.data.splits import WHOLE, check_fractions
+from workbench.data.text.batches import Item, TextModule, Tokenization
+from workbench.data.text.reading import read_rows, read_text
 from workbench.data.text.tokens import Tokens, load
 from workbench.paths import resolve_path
 from workbench.tasks import LanguageModelling
@@ -122,23 +124,23 @@ class TextStream(TextModule):
         """What a recipe trains for unless it names a task: the next token; the text is read for their number."""
         return LanguageModelling(len(self.vocabulary))
 
-    def read(self) -> Prepared:
+    def read(self) -> Prepared[Tokenization]:
         """Read, split, number what occurs in the training part, and cut into blocks."""
         texts = self._texts()
         symbols = {name: _words(text) if self.tokens == "word" else text for name, text in texts.items()}
         symbols = _split(symbols, self.cuts)
         if self.tokens in ("char", "word"):
             special = [UNKNOWN, END] if self.tokens == "word" else [UNKNOWN]
-            coder = _SymbolTokenizer(_vocabulary(symbols["train"], special, self.size, self.min_count))
+            tokenizer = _SymbolTokenizer(_vocabulary(symbols["train"], special, self.size, self.min_count))
         else:
-            coder = _LoadedTokenizer(load(resolve_path(self.tokens), sys.maxsize))
+            tokenizer = _LoadedTokenizer(load(resolve_path(self.tokens), sys.maxsize))
         parts: dict[str, Dataset[Item]] = {}
         for name, part in symbols.items():
             try:
-                parts[name] = TokenBlocks(coder.encode(part), self.length)
+                parts[name] = TokenBlocks(tokenizer.encode(part), self.length)
             except ValueError as error:
                 raise ValueError(f"{self.sources[name] or self.sources['train']}, {name}: {error}") from error
-        return Prepared(parts, default_collate, coder.vocabulary, coder.fingerprint)
+        return Prepared(parts, default_collate, Tokenization(tokenizer.vocabulary, tokenizer.fingerprint))
 
     def _texts(self) -> dict[str, str]:
         texts: dict[str, str] = {}
@@ -153,23 +155,23 @@ class TextStream(TextModule):
         read = [read_rows(source, [self.column]) for source in sources]
         # A source for training may have splits of its own for the others; one of those has it whole, or by its name.
         wanted = [name] if name != "train" else [name, *(n for n in ("val", "test") if self.sources[n] is None)]
-        found: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for part in wanted:
             rows = [row for each in read for row in each.get(part, each.get(WHOLE, []) if part == name else [])]
             if odd := [text for (text,) in rows if not isinstance(text, str)]:
                 raise ValueError(f"{sources}: column {self.column!r} has {repr(odd[0])[:40]}, which is not a text.")
             if rows:
-                found[part] = "\n".join(text for (text,) in rows)
-        if name not in found:
+                texts[part] = "\n".join(text for (text,) in rows)
+        if name not in texts:
             raise ValueError(
                 f"{sources}: has no split {name!r}, only {', '.join(key for each in read for key in each)}."
             )
-        return found
+        return texts
 
 
 @final
 class _SymbolTokenizer:
-    """Characters or words to numbers."""
+    """A tokenizer of characters or words."""
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
         self.vocabulary = vocabulary
@@ -182,7 +184,7 @@ class _SymbolTokenizer:
 
 @final
 class _LoadedTokenizer:
-    """A text to the numbers of a loaded tokenizer, without its special tokens."""
+    """A tokenizer loaded from a folder or the hub, without its special tokens."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
@@ -210,11 +212,11 @@ def _split(parts: Mapping[str, Sequence[str]], cuts: Mapping[str, float]) -> dic
     whole = parts["train"]
     sizes = {name: round(fraction * len(whole)) for name, fraction in cuts.items() if name not in parts}
     end = len(whole) - sum(sizes.values())
-    made: dict[str, Sequence[str]] = {**parts, "train": whole[:end]}
+    split: dict[str, Sequence[str]] = {**parts, "train": whole[:end]}
     for name, size in sizes.items():
-        made[name] = whole[end : end + size]
+        split[name] = whole[end : end + size]
         end += size
-    return {name: made[name] for name in ("train", "val", "test")}
+    return {name: split[name] for name in ("train", "val", "test")}
 
 
 def _vocabulary(symbols: Sequence[str], special: Sequence[str], size: int | None, min_count: int) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """Recurrent layers on top of each other."""
 
-from typing import Any, final, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, gain
+from workbench.models.arguments import check_choice
 from workbench.models.recurrent.layer import Cell, Norm, Recurrence, RecurrentLayer
 
 _IDENTITY_STD = 1e-3
@@ -68,8 +69,7 @@ class RecurrentStack(nn.Module):
             ("init", init, Init),
             ("recurrence", recurrence, Recurrence),
         ):
-            if value not in get_args(known):
-                raise ValueError(f"{name}={value!r}: use one of {', '.join(get_args(known))}.")
+            check_choice(known, **{name: value})
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: give at least 0 and less than 1.")
         if recurrence == "identity" and cell != "rnn":

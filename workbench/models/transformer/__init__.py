@@ -1,20 +1,16 @@
 """A small transformer: a classifier of texts and series, or a language model."""
 
 import math
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from workbench.models.activations import Init, gain
+from workbench.models.arguments import check_choice
 from workbench.models.encoder import Pooling, pool
-from workbench.models.transformer.layers import (
-    Norm,
-    TransformerLayer,
-    make_norm,
-    pairwise_attention_mask,
-    rotary_embedding,
-)
+from workbench.models.norms import TokenNorm, token_norm
+from workbench.models.transformer.layers import TransformerLayer, pairwise_attention_mask, rotary_embedding
 
 Positions = Literal["learned", "rotary"]
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
@@ -56,7 +52,7 @@ class Transformer(nn.Module):
         gated: Whether feed-forward nets are gated.
         norm: "layer" or "rms".
         pre_norm: Whether norms are in front of the branches.
-        positions: "learned" embeddings, added; or "rotary", which turns queries and keys (arXiv:2104.09864).
+        positions: "learned" embeddings, added; or "rotary", which rotates queries and keys (arXiv:2104.09864).
         max_length: Most tokens of a sequence, padding included, for learned positions; rotary ones know no limit.
         dropout: Of embeddings, attention's weights and what branches add, in [0, 1).
         causal: Whether a position sees none behind it.
@@ -80,7 +76,7 @@ class Transformer(nn.Module):
         width_ffn: int = 512,
         activation: str = "gelu",
         gated: bool = False,
-        norm: Norm = "layer",
+        norm: TokenNorm = "layer",
         pre_norm: bool = True,
         positions: Positions = "learned",
         max_length: int = 512,
@@ -127,7 +123,7 @@ class Transformer(nn.Module):
             TransformerLayer(width, heads, width_ffn, activation, gated, norm, pre_norm, causal, dropout, bias)
             for _ in range(layers)
         )
-        self.norm = make_norm(norm, width, bias) if pre_norm else nn.Identity()
+        self.norm = token_norm(norm, width, bias) if pre_norm else nn.Identity()
         self.head = nn.Linear(width, classes or vocabulary or 0, bias)
         if tied:
             self.head.weight = self.embedding.weight
@@ -146,19 +142,19 @@ class Transformer(nn.Module):
         self._check_inputs(input_ids, attention_mask)
         real = None if attention_mask is None else attention_mask != 0
         if real is None:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         else:
-            places = (real.long().cumsum(1) - 1).clamp(min=0)
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
         x = self._embedded(input_ids, real)
-        turns = None
+        rotary = None
         if self.positions is None:
-            turns = rotary_embedding(places, self.head_dim, x.dtype)
+            rotary = rotary_embedding(positions, self.head_dim, x.dtype)
         else:
-            x = x + self.positions(places) * self.scale
+            x = x + self.positions(positions) * self.scale
         x = self.dropout(x)
-        allowed = None if real is None else pairwise_attention_mask(real, self.causal)
+        mask = None if real is None else pairwise_attention_mask(real, self.causal)
         for layer in self.layers:
-            x = layer(x, allowed, turns)
+            x = layer(x, mask, rotary)
         x = self.norm(x)
         return self.head(self._pooled(x, real) if self.whole else x)
 
@@ -205,13 +201,12 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError(f"width={given['width']}, heads={given['heads']}: give a number of heads that divides it.")
     if given["positions"] == "rotary" and given["width"] // given["heads"] % 2:
         raise ValueError(
-            f"width={given['width']}, heads={given['heads']}: rotary positions turn pairs, give heads of an even width."
+            f"width={given['width']}, heads={given['heads']}: rotary positions need heads of an even width."
         )
     if not 0 <= given["dropout"] < 1:
         raise ValueError(f"dropout={given['dropout']}: give at least 0 and less than 1.")
-    for name, kind in (("norm", Norm), ("positions", Positions), ("pooling", Pooling), ("init", Init)):
-        if given[name] not in get_args(kind):
-            raise ValueError(f"{name}={given[name]!r}: use one of {', '.join(get_args(kind))}.")
+    for name, kind in (("norm", TokenNorm), ("positions", Positions), ("pooling", Pooling), ("init", Init)):
+        check_choice(kind, **{name: given[name]})
 
 
 @torch.no_grad()

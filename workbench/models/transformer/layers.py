@@ -1,27 +1,26 @@
 """The layers of a transformer: attention, feed-forward net, and both with their norms."""
 
-from typing import Literal, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.models.activations import GLU, glu_width, make
+from workbench.models.norms import TokenNorm, token_norm
 
-Norm = Literal["layer", "rms"]
-Rotary = tuple[Tensor, Tensor]
-_EPS = 1e-5
+RotaryEmbedding = tuple[Tensor, Tensor]
 
 
 def rotary_embedding(
-    places: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
-) -> Rotary:
-    r"""Cosines and sines of the angles :math:`p\,\text{base}^{-2i/d}` of places p and pairs i of a head's dimensions.
+    positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
+) -> RotaryEmbedding:
+    r"""Rotary embedding: cosines and sines of the angles :math:`p\,\text{base}^{-2i/d}` of positions p and pairs i.
 
     Args:
-        places: Positions of tokens, int64 [B or 1, L].
+        positions: Of tokens, int64 [B or 1, L].
         head_dim: d, even.
-        dtype: Of what is turned; angles are float32 at least, as bfloat16 counts no further than 256.
+        dtype: Of queries and keys; angles are float32 at least, as bfloat16 has no integers beyond 256.
         base: Longest wavelength over 2 pi, in tokens.
 
     Returns:
@@ -30,32 +29,32 @@ def rotary_embedding(
     Source: Su et al. 2021, "RoFormer", arXiv:2104.09864, equations 14 and 15.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=wide)
-    angles = (places[..., None].to(wide) * base ** (-pairs / head_dim))[:, None]
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide)
+    angles = (positions[..., None].to(wide) * base ** (-pairs / head_dim))[:, None]
     return angles.cos(), angles.sin()
 
 
-def apply_rotary_embedding(x: Tensor, turns: Rotary) -> Tensor:
-    """Queries or keys [B, heads, L, d], every pair (i, i + d / 2) of a head's dimensions turned by its angle."""
-    (cos, sin), (a, b) = turns, x.chunk(2, -1)
+def apply_rotary_embedding(x: Tensor, rotary: RotaryEmbedding) -> Tensor:
+    """Queries or keys [B, heads, L, d], every pair (i, i + d / 2) of dimensions rotated by its angle."""
+    (cos, sin), (a, b) = rotary, x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def pairwise_attention_mask(real: Tensor, causal: bool) -> Tensor:
-    """Which keys a query may attend to: those of real tokens, if causal not of later ones, and always its own.
+    """Attention mask, True where a query may attend to a key: to real tokens, if causal none later, and to itself.
 
-    So what stands at padding reaches no real token, and no row of attention is without a key.
+    So padding does not affect real tokens, and every row of the mask has a True.
 
     Args:
-        real: Where tokens are real, bool [B, L].
-        causal: Whether later tokens are hidden.
+        real: True where tokens are real, bool [B, L].
+        causal: Whether later tokens are masked.
 
     Returns:
         bool [B, 1, L, L], queries before keys.
     """
     steps = torch.arange(real.shape[1], device=real.device)
-    allowed = real[:, None, None, :] | (steps[:, None] == steps)
-    return allowed & (steps[:, None] >= steps) if causal else allowed
+    mask = real[:, None, None, :] | (steps[:, None] == steps)
+    return mask & (steps[:, None] >= steps) if causal else mask
 
 
 @final
@@ -81,21 +80,21 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias)
         self.output = nn.Linear(width, width, bias)
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryEmbedding | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D].
 
         Args:
             x: Hidden states.
-            allowed: As from `pairwise_attention_mask`; None if nothing is padding.
-            turns: As from `rotary_embedding`, to turn queries and keys by.
+            mask: As from `pairwise_attention_mask`; None if nothing is padding.
+            rotary: As from `rotary_embedding`, by which queries and keys are rotated.
         """
         q, k, v = (
             part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
-        if turns is not None:
-            q, k = apply_rotary_embedding(q, turns), apply_rotary_embedding(k, turns)
+        if rotary is not None:
+            q, k = apply_rotary_embedding(q, rotary), apply_rotary_embedding(k, rotary)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout, self.causal and allowed is None)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, self.causal and mask is None)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
@@ -119,11 +118,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return self.down(self.activation(self.up(x)))
-
-
-def make_norm(norm: Norm, width: int, bias: bool) -> nn.Module:
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450), or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    return nn.LayerNorm(width, _EPS, bias=bias) if norm == "layer" else nn.RMSNorm(width, _EPS)
 
 
 @final
@@ -153,7 +147,7 @@ class TransformerLayer(nn.Module):
         width_ffn: int,
         activation: str,
         gated: bool = False,
-        norm: Norm = "layer",
+        norm: TokenNorm = "layer",
         pre_norm: bool = True,
         causal: bool = False,
         dropout: float = 0.0,
@@ -161,9 +155,9 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.norm1 = make_norm(norm, width, bias)
+        self.norm1 = token_norm(norm, width, bias)
         self.attention = Attention(width, heads, causal, dropout, bias)
-        self.norm2 = make_norm(norm, width, bias)
+        self.norm2 = token_norm(norm, width, bias)
         self.feed_forward = (
             GLU(width, glu_width(width_ffn), width, activation, bias)
             if gated
@@ -171,10 +165,10 @@ class TransformerLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None, turns: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryEmbedding | None = None) -> Tensor:
         """Hidden states [B, L, width] -> [B, L, width]; see `Attention` for the others."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm1(x), allowed, turns))
+            x = x + self.dropout(self.attention(self.norm1(x), mask, rotary))
             return x + self.dropout(self.feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, allowed, turns)))
+        x = self.norm1(x + self.dropout(self.attention(x, mask, rotary)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
