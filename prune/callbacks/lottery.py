@@ -168,7 +168,7 @@ class LotteryTicket(PolicyCallback):
             self._rewinder().restore(policy.position)
             for callback in trainer.callbacks:
                 if isinstance(callback, ResumeState):
-                    callback.forget()
+                    callback.discard()
 
     def _due(self, trainer: Any) -> bool:
         at = self.policy.rewind
