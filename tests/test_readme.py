@@ -1,13 +1,12 @@
 """What the README and the pages beside it show works as shown."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from docs import pages as site
+from tests.helpers.processes import forked
 from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import check
 
@@ -46,10 +45,12 @@ def test_every_kind_of_example_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, code in PYTHON.items() if "runs/digits" not in code])
-def test_python_runs(name: str, tmp_path: Path) -> None:
+def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.sub(r"(?<!\w)Trainer\(", QUIET, PYTHON[name])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    process = forked(exec, code, {"__name__": "__main__"}, output=tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,19 +1,22 @@
 """A recipe from the first stage to the last: killed in every stage, and in two processes."""
 
+import io
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.processes import forked, run_until_killed
+from tests.helpers.ranks import on_ranks
 from workbench.checkpoints.compact import find, read_index
+from workbench.launcher.cli import main
 
 RECIPE = """# a miniature of the main recipe
 seed_everything: 3
@@ -41,25 +44,28 @@ STAGES = ["teacher", "student", "answers", "family", "bought", "ticket", "checkp
 TRAINED = ["teacher", "student", "family", "ticket"]
 
 
-def start(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The recipe in ``folder`` on its way to ``folder/run``, in a process group of its own."""
+def arguments(folder: Path, *options: str) -> list[str]:
+    """Command-line arguments that run the recipe in ``folder`` into ``folder/run``."""
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    command = [sys.executable, "-m", *launcher, "workbench", "run", "recipe.yaml", "--out", "run", *options]
+    return ["run", str(folder / "recipe.yaml"), "--out", str(folder / "run"), *options]
+
+
+def command(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> str:
+    """What the command prints in a new interpreter; it has to succeed."""
+    line = [sys.executable, "-m", *launcher, "workbench", *arguments(folder, *options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(line, cwd=folder, env=environment, timeout=240, check=False, **pipes)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+def main_in_child(folder: Path) -> str:
+    """What the command prints in a forked process; it has to succeed."""
+    process = forked(main, "lightning", arguments(folder), output=folder / "output.txt")
+    process.join(240)
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    assert process.exitcode == 0, output
     return output
 
 
@@ -94,9 +100,11 @@ def weights(stage: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
+    """A run that nothing disturbed, in this process: forked ones need not import what it has imported."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder))
+    with pytest.raises(SystemExit) as ended:
+        main("lightning", arguments(folder))
+    assert not ended.value.code
     return folder
 
 
@@ -113,22 +121,17 @@ def test_the_run_leaves_what_it_says(whole: Path) -> None:
 
 def test_a_second_run_keeps_everything(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "run").rglob("*") if path.is_file()}
-    output = finish(start(whole))
+    output = main_in_child(whole)
     assert output.count("kept") >= len(STAGES)
     assert {path: path.stat().st_mtime_ns for path in (whole / "run").rglob("*") if path.is_file()} == before
 
 
 def test_killed_in_every_stage_it_ends_as_undisturbed(whole: Path, tmp_path: Path) -> None:
     for stage in STAGES:
-        process = start(tmp_path)
         inside = tmp_path / "run" / stage
-        while process.poll() is None and not _under_way(inside, stage):
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
+        run_until_killed(lambda: main("lightning", arguments(tmp_path)), tmp_path, partial(_under_way, inside, stage))
         assert status(tmp_path, stage) == "running"
-    finish(start(tmp_path))
+    main_in_child(tmp_path)
     assert outcome(tmp_path) == outcome(whole)
     assert not list((tmp_path / "run").rglob("last.ckpt.*"))
 
@@ -157,7 +160,7 @@ def test_two_processes(tmp_path: Path, launcher: str) -> None:
         "--data.batch_size",
         "32",
     )
-    output = finish(start(tmp_path, *options, launcher=LAUNCHERS[launcher]))
+    output = command(tmp_path, *options, launcher=LAUNCHERS[launcher])
     assert len(re.findall(r"^\w+ +[0-9.]+ s  test accuracy", output, re.MULTILINE)) == 4, "rank 0 alone speaks"
     for stage in TRAINED:
         assert record(tmp_path, stage)["world_size"] == 2
@@ -172,8 +175,14 @@ def test_two_processes(tmp_path: Path, launcher: str) -> None:
 
 
 def test_a_launcher_without_devices_is_refused(tmp_path: Path) -> None:
-    process = start(tmp_path, launcher=LAUNCHERS["torchrun"])
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode != 0
+    """In processes as torchrun starts them, which `test_two_processes` runs itself."""
+
+    def refused() -> str:
+        text = io.StringIO()
+        with redirect_stdout(text), redirect_stderr(text), pytest.raises(SystemExit) as ended:
+            main("lightning", arguments(tmp_path))
+        assert ended.value.code
+        return text.getvalue()
+
+    output = "".join(on_ranks(refused))
     assert "the launcher started 2 processes, but this stage's trainer has a world size of 1" in output
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,7 +1,7 @@
 """Run a function on several processes of one process group, as data-parallel training does."""
 
-import multiprocessing
 import os
+import queue
 import random
 import socket
 import warnings
@@ -10,32 +10,51 @@ from typing import Any
 
 import torch
 
+from tests.helpers.processes import FORK
+
 
 def on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     """Run ``function(*args)`` on ``ranks`` forked processes with torchrun's environment variables; results by rank.
 
     The function may use tensors and modules of the parent process. Results are pickled: return plain values.
+
+    Raises:
+        RuntimeError: If a rank raised an exception or died, with what each of them raised.
     """
-    port = free_port()
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-        processes = [
-            context.Process(target=_rank, args=(r, ranks, port, results, function, args)) for r in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+    processes, results = start_ranks(function, *args, ranks=ranks)
+    received: dict[int, tuple[bool, Any]] = {}
     try:
-        results_by_rank = dict(results.get(timeout=120) for _ in processes)
+        while len(received) < ranks:
+            dead = [rank for rank, process in enumerate(processes) if not process.is_alive() and rank not in received]
+            failed = not all(succeeded for succeeded, _ in received.values())
+            try:
+                rank, result = results.get(timeout=60 if failed else 1)
+                received[rank] = result
+            except queue.Empty:
+                if failed:  # the others wait for it in a collective
+                    break
+                if dead:
+                    raise RuntimeError(f"ranks {dead} died without a result") from None
+        if errors := {rank: value for rank, (succeeded, value) in received.items() if not succeeded}:
+            raise RuntimeError(f"ranks failed: {errors}")
+        for process in processes:
+            process.join()
     finally:
         for process in processes:
-            process.join(60)
             process.kill()
-    if failed := {rank: value for rank, (succeeded, value) in results_by_rank.items() if not succeeded}:
-        raise RuntimeError(f"ranks failed: {failed}")
     assert [process.exitcode for process in processes] == [0] * ranks
-    return [results_by_rank[rank][1] for rank in range(ranks)]
+    return [received[rank][1] for rank in range(ranks)]
+
+
+def start_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> tuple[list[Any], Any]:
+    """The processes of `on_ranks`, and the queue that gets (rank, (succeeded, result or error)) from each."""
+    results, port = FORK.Queue(), free_port()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
+        processes = [FORK.Process(target=_rank, args=(r, ranks, port, results, function, args)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+    return processes, results
 
 
 def free_port() -> int:

@@ -1,9 +1,7 @@
 """A cache is written once, whole, and goes on after an interruption; a folder of another cache is refused."""
 
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distill.cache import CachedTeacher, cache_teacher
+from distill.cache import CachedTeacher, cache_teacher, store
 from distill.cache.writing import write
 from distill.teacher import Teacher
 from tests.helpers.cache_data import CLASSES, WIDTH, Counting, N, loader, samples
+from tests.helpers.processes import forked
 from workbench.data import Digits
 from workbench.models import MLP
 
@@ -64,25 +63,23 @@ def test_an_interrupted_call_resumes(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_whole_shards(tmp_path: Path) -> None:
-    code = f"""
-        import os, signal, torch
-        from torch.utils.data import DataLoader, TensorDataset
-        from distill.cache import cache_teacher
-        from distill.cache import store
-        real = store.write_shard
-        def killing(file, tensors):
-            known = real(file, tensors)
+    def killed() -> None:
+        write_shard = store.write_shard
+
+        def killing(file: Path, tensors: dict[str, Tensor]) -> Any:
+            written = write_shard(file, tensors)
             if file.name == "shard-00002.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)  # it is there, and the index does not know
-            return known
+            return written
+
         store.write_shard = killing
         torch.manual_seed(0)
-        network = torch.nn.Linear(3, 2)
-        data = TensorDataset(torch.arange(30.0).reshape(10, 3), torch.zeros(10))
-        cache_teacher(network, DataLoader(data, 2), {str(tmp_path)!r}, shard_size=2)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+        network, data = nn.Linear(3, 2), TensorDataset(torch.arange(30.0).reshape(10, 3), torch.zeros(10))
+        cache_teacher(network, DataLoader(data, 2), tmp_path, shard_size=2)
+
+    process = forked(killed, output=tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
     torch.manual_seed(0)
     network, data = nn.Linear(3, 2), TensorDataset(torch.arange(30.0).reshape(10, 3), torch.zeros(10))
     (tmp_path / "train" / ".shard-00003.safetensors.1-2.tmp").write_bytes(b"half")

@@ -1,7 +1,6 @@
 """Hunts of two processes, data-parallel or with divided weights (FSDP2), against one process with batches as large."""
 
 import functools
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from prune.tickets.hunt import hunt
-from tests.helpers.ranks import _rank, free_port, on_ranks
+from tests.helpers.ranks import on_ranks, start_ranks
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.duration import Duration
@@ -212,22 +211,17 @@ def test_when_one_rank_dies_the_other_fails_and_does_not_wait(tmp_path: Path) ->
         at = At([9], functools.partial(os._exit, 7)) if os.environ["RANK"] == "1" else None
         hunted(out, "ddp", at=at, levels=1)
 
-    context = multiprocessing.get_context("fork")
-    results, port = context.Queue(), free_port()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        ranks = [context.Process(target=_rank, args=(r, 2, port, results, train, (tmp_path,))) for r in range(2)]
-        for process in ranks:
-            process.start()
+    processes, results = start_ranks(train, tmp_path)
     try:
-        rank, (fine, said) = results.get(timeout=60)
+        rank, (succeeded, said) = results.get()
+        for process in processes:
+            process.join()
     finally:
-        for process in ranks:
-            process.join(60)
+        for process in processes:
             process.kill()
-    assert (rank, fine) == (0, False)
+    assert (rank, succeeded) == (0, False)
     assert "RuntimeError" in said
-    assert ranks[1].exitcode == 7
+    assert processes[1].exitcode == 7
     assert on_ranks(functools.partial(hunted, levels=1), tmp_path, "ddp"), "it goes on"
 
 

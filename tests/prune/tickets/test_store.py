@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from prune.masks import Masks
 from prune.tickets.hunt import hunt
 from prune.tickets.store import Store
+from tests.helpers.processes import holder
 from workbench import records
 from workbench.checkpoints import compact
 from workbench.duration import Duration
@@ -206,18 +207,8 @@ def test_a_key_is_the_same_in_every_process(out: Path) -> None:
 
 
 def test_a_folder_that_is_in_use_is_left_alone(out: Path) -> None:
-    code = "import sys; from pathlib import Path; from workbench.records.lock import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.readline()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=rf"is in use by process {holder.pid}"):
-            hunted(out)
-    finally:
-        holder.communicate("\n", timeout=60)
+    with holder(out) as (other, _), pytest.raises(ValueError, match=rf"is in use by process {other.pid}"):
+        hunted(out)
     with locked(out):
         assert len(hunted(out)["levels"]) == 3, "its own lock is no obstacle"
 

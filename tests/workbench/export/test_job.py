@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,21 @@ warnings.simplefilter("error")
 import torch
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
-folder, asked, answered = sys.argv[1:]
-inputs = load_file(asked)
+import json, os, traceback
+for line in sys.stdin:
+    code, folder, asked, answered = json.loads(line)
+    if not os.fork():
+        os.dup2(2, 1)
+        status = 1
+        try:
+            inputs = load_file(asked)
+            exec(code)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 OURS = ("distill", "prune", "workbench", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
 THEIRS = ("transformers", "datasets", "onnx", "onnxruntime", "scipy", "sklearn", "jsonargparse")
@@ -129,23 +143,44 @@ def answers(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return raw if isinstance(raw, Tensor) else raw.logits
 
 
+Bare = Callable[[tuple[str, ...]], tuple[subprocess.Popen[str], Path]]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """A process that can import none of what is given, run far from this project, and its errors.
+
+    It reads what to run line by line, and forks for each.
+    """
+    started: dict[tuple[str, ...], tuple[subprocess.Popen[str], Path]] = {}
+    folder = tmp_path_factory.mktemp("bare")
+
+    def process(blocked: tuple[str, ...]) -> tuple[subprocess.Popen[str], Path]:
+        if blocked not in started:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+            command, errors = [sys.executable, "-c", BLOCKED % (blocked,)], folder / f"{len(started)}.txt"
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with errors.open("w") as stderr:
+                new = subprocess.Popen(command, stderr=stderr, cwd=folder, env=environment, **pipes)
+            started[blocked] = new, errors
+        return started[blocked]
+
+    yield process
+    for each, errors in started.values():
+        each.communicate()
+        assert each.returncode == 0, errors.read_text()
+
+
 def elsewhere(
-    tmp: Path, folder: Path, asked: dict[str, Tensor], code: str, blocked: tuple[str, ...]
+    bare: Bare, tmp: Path, folder: Path, asked: dict[str, Tensor], code: str, blocked: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """What ``code`` answers in a process that can import none of ``blocked``, run far from this project."""
     save_file(asked, tmp / "asked.safetensors")
-    text = BLOCKED % (blocked,) + code
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [
-        sys.executable,
-        "-c",
-        text,
-        str(folder),
-        str(tmp / "asked.safetensors"),
-        str(tmp / "answered.safetensors"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    process, errors = bare(blocked)
+    files = [str(path) for path in (folder, tmp / "asked.safetensors", tmp / "answered.safetensors")]
+    print(json.dumps([code, *files]), file=process.stdin, flush=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n", errors.read_text()
     return load_file(tmp / "answered.safetensors")
 
 
@@ -200,23 +235,23 @@ def umask() -> int:
     return old
 
 
-def test_the_dense_folder_loads_where_nothing_of_this_project_is(exported: Any, tmp_path: Path) -> None:
+def test_the_dense_folder_loads_where_nothing_of_this_project_is(bare: Bare, exported: Any, tmp_path: Path) -> None:
     name, out, _, model = exported
     asked, expected = questions(name, model)
-    bare = tmp_path / "moved"
-    shutil.copytree(out / "torch", bare)
+    moved = tmp_path / "moved"
+    shutil.copytree(out / "torch", moved)
     code, blocked = (TRANSFORMERS, OURS) if name == "bert" else (PLAIN_TORCH, (*OURS, *THEIRS))
-    found = elsewhere(tmp_path, bare, asked, code, blocked)
+    found = elsewhere(bare, tmp_path, moved, asked, code, blocked)
     for batch, answer in expected.items():
         assert found[batch].dtype == torch.float32
         torch.testing.assert_close(found[batch], answer, atol=2e-2, rtol=1e-2)
         assert torch.equal(found[batch].argmax(-1), answer.argmax(-1))
 
 
-def test_the_onnx_file_runs_in_stock_onnx_runtime(exported: Any, tmp_path: Path) -> None:
+def test_the_onnx_file_runs_in_stock_onnx_runtime(bare: Bare, exported: Any, tmp_path: Path) -> None:
     name, out, _, model = exported
     asked, expected = questions(name, model)
-    found = elsewhere(tmp_path, out / "onnx", asked, ONNX, (*OURS, "transformers", "onnxscript"))
+    found = elsewhere(bare, tmp_path, out / "onnx", asked, ONNX, (*OURS, "transformers", "onnxscript"))
     for batch, answer in expected.items():
         torch.testing.assert_close(found[batch], answer, atol=1e-5, rtol=1e-4)
         assert torch.equal(found[batch].argmax(-1), answer.argmax(-1))

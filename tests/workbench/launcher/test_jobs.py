@@ -1,7 +1,5 @@
 """Jobs found by entry point and read from their sources."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -9,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import forked
+from workbench.launcher.cli import main
 from workbench.launcher.jobs import Job, find_jobs
 from workbench.launcher.signatures import REQUIRED
 
@@ -119,7 +119,7 @@ def test_a_package_adds_a_job_and_cannot_take_a_name_of_ours(tmp_path: Path, mon
     assert jobs["fit"].entry.value == "workbench.training.fit:fit"
 
 
-def test_a_users_job_runs_from_the_command_line(tmp_path: Path) -> None:
+def test_a_users_job_runs_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distribution(tmp_path, "a-user", "count = a_user_jobs:count")
     (tmp_path / "a_user_jobs.py").write_text(
         "from pathlib import Path\n"
@@ -128,9 +128,9 @@ def test_a_users_job_runs_from_the_command_line(tmp_path: Path) -> None:
         "    return {'metrics': {'test/loss': float(sum(range(to)))}}\n"
     )
     (tmp_path / "r.yaml").write_text("counting: {job: count, to: 4}\n")
-    command = [sys.executable, "-m", "workbench", "run", "r.yaml", "--out", "o"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    process = forked(main, "python -m workbench", ["run", "r.yaml", "--out", "o"], output="output.txt")
+    process.join()
+    assert process.exitcode == 0, Path("output.txt").read_text()
     assert '"test/loss": 6.0' in (tmp_path / "o" / "counting" / "record.json").read_text()

@@ -2,56 +2,17 @@
 
 import errno
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import FORK, holder
 from workbench.records import lock
 from workbench.records.lock import locked
-
-FORK = multiprocessing.get_context("fork")
-
-
-def hold(folder: Path, child: bool, pipe: Connection) -> None:
-    """Work in the folder until killed; send the number of a forked child, which is past its birth, if there is one."""
-    with locked(folder):
-        children = []
-        if child:
-            ours, theirs = FORK.Pipe()
-            FORK.Process(target=live, args=(theirs,)).start()
-            children.append(ours.recv())
-        pipe.send(children)
-        pipe.recv()
-
-
-def live(pipe: Connection) -> None:
-    pipe.send(os.getpid())
-    time.sleep(600)
-
-
-@contextmanager
-def holder(folder: Path, child: bool = False) -> Iterator[tuple[multiprocessing.process.BaseProcess, list[int]]]:
-    """Another process that works in the folder, and its children."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=hold, args=(folder, child, theirs))
-    process.start()
-    children = ours.recv()
-    try:
-        yield process, children
-    finally:
-        process.kill()
-        process.join()
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_second_process_is_told_who_is_there_and_gets_in_when_the_owner_was_killed(tmp_path: Path) -> None:
@@ -164,8 +125,8 @@ def test_many_at_once_and_never_two(tmp_path: Path) -> None:
     """Processes that take and leave the lock as fast as they can: whoever is inside is alone."""
 
     def work(seed: int) -> None:
-        entered, until = 0, time.monotonic() + 20
-        while entered < 20 and time.monotonic() < until:
+        entered = 0
+        while entered < 20:
             try:
                 with locked(tmp_path):
                     os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))
@@ -173,7 +134,6 @@ def test_many_at_once_and_never_two(tmp_path: Path) -> None:
                     entered += 1
             except ValueError:
                 time.sleep(0.0005 * seed)
-        assert entered == 20
 
     processes = [FORK.Process(target=work, args=(seed,)) for seed in range(3)]
     for process in processes:

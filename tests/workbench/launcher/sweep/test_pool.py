@@ -44,7 +44,7 @@ records.write(folder, {**record, "status": "running"})
 with (folder / "tried").open("a") as tried:
     print(os.getpid(), file=tried)
 if mood == "waits" and first:
-    time.sleep(60)
+    time.sleep(600)
 if mood == "dies" or (mood == "once" and first):
     os.kill(os.getpid(), signal.SIGKILL)
 if mood == "fails":
@@ -113,9 +113,7 @@ def test_a_process_is_alone_whatever_started_this_one(light: None, monkeypatch: 
 
 
 def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
     while not true():
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
