@@ -1,8 +1,8 @@
 """A hunt whose process is killed, whose disk is full or read-only, whose checkpoints are damaged: nothing is lost."""
 
 import errno
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -11,15 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prune.tickets.store import Store
+from tests.helpers.processes import forked, run_until_killed
 from workbench.launcher.cli import main
 
 RECIPE = """
@@ -70,46 +69,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return levels(folder)
 
 
-def forked(action: Callable[[], Any]) -> Any:
-    """A process that does it, without the seconds that a new interpreter takes to import."""
-
-    def quiet() -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        action()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a process with threads
-        process = multiprocessing.get_context("fork").Process(target=quiet)
-        process.start()
-    return process
-
-
 def test_killed_at_random_moments_it_ends_as_undisturbed(tmp_path: Path, whole: dict[str, Any]) -> None:
-    """A moment is so many changes to the folder after the last kill."""
-    draw, kills = random.Random(5), 0
-    while kills < 3:
-        process = forked(lambda: run(tmp_path))
-        changes, before = draw.randrange(3, 30), None
-        while process.is_alive() and changes:
-            now = sorted(_stamps(tmp_path))
-            changes -= now != before
-            before = now
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
-        kills += 1
+    """A moment is so many changes to the folder after the last kill, of the about 480 that a hunt makes."""
+    draw = random.Random(5)
+    for _ in range(3):
+        changes, last = itertools.count(1), draw.randrange(3, 150)
+        run_until_killed(lambda: run(tmp_path), tmp_path, lambda changes=changes, last=last: next(changes) == last)
     assert run(tmp_path) == 0
     assert levels(tmp_path) == whole
     assert not leftovers(tmp_path)
-
-
-def _stamps(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every file and when it was written, in a folder that changes."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                yield f"{place}/{name}", os.stat(f"{place}/{name}").st_mtime_ns
 
 
 @pytest.mark.slow
