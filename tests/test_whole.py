@@ -21,7 +21,7 @@ from workbench.launcher.cli import main
 RECIPE = """# a miniature of the main recipe
 seed_everything: 3
 data: {class_path: workbench.data.Digits, init_args: {batch_size: 64}}
-trainer: {max_epochs: 12, accelerator: cpu}
+trainer: {max_epochs: 4, accelerator: cpu}
 teacher: {job: fit, model: {class_path: workbench.models.MLP, init_args: {hidden: [64]}}}
 student: {job: distill, teacher: teacher, model: {class_path: workbench.models.MLP, init_args: {hidden: [24]}}}
 answers: {job: cache, teacher: teacher, features: [layers.1]}
@@ -34,7 +34,7 @@ family:
   losses:
     soft: {loss: {class_path: distill.losses.DKD, init_args: {temperature: 2}}, weight: 0.5, warmup: 2ep}
     hard: {}
-    hint: {loss: distill.losses.Hint, student: layers.1, decay: 10ep}
+    hint: {loss: distill.losses.Hint, student: layers.1, decay: 3ep}
 bought: {job: compare, teacher: teacher, students: [student, family/small, family/tiny]}
 ticket: {job: hunt, start: student, levels: 2, rate: 0.5, rewind: 7it}
 checkpoint: {job: export, of: ticket, formats: [torch, onnx]}
