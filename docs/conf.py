@@ -16,7 +16,7 @@ html_title = project
 html_extra_path = ["_extra"]
 exclude_patterns = ["_extra"]
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

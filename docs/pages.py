@@ -202,30 +202,18 @@ def methods_page() -> str:
 
 def table(title: str, about: str, methods: Mapping[str, Callable[..., Any]]) -> list[str]:
     """A table of methods: name, what it does, when to use it, source."""
+    head = ["| name | what it does | formula | when to use it | source |", "| --- | --- | --- | --- | --- |"]
     rows = []
     for name, method in methods.items():
         text = inspect.cleandoc(method.__doc__ or "")
-        formula = re.search(r"^(?:Formula|formula):\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
-        use = re.search(r"^(?:When to use:\s*(.*?)|Use (?:it )?.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
-        source = re.search(r"^Source[s]?:\s*(.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
-        what = text.split("\n\n")[0].replace("\n", " ")
-        cells = [
-            f"`{name}`",
-            what + (f" {formula[1]}" if formula else ""),
-            (use[1] or use[0]) if use else "",
-            source[1] if source else "",
-        ]
+        what, *rest = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+        parts = {key.rstrip("s"): value for key, _, value in (paragraph.partition(":") for paragraph in rest)}
+        formula = next((p.removeprefix(".. math::").strip() for p in rest if p.startswith(".. math::")), "")
+        formula = formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")  # a bar would end the cell
+        cells = [f"`{name}`", what, f"${formula}$" if formula else parts.get("Formula", "").strip()]
+        cells += [parts.get("When to use", ""), parts.get("Source", parts.get("Reference", ""))]
         rows.append("| " + " | ".join(map(cell, cells)) + " |")
-    return [
-        "",
-        f"## {title}",
-        "",
-        about,
-        "",
-        "| name | what it does | when to use it | source |",
-        "| --- | --- | --- | --- |",
-        *rows,
-    ]
+    return ["", f"## {title}", "", about, "", *head, *rows]
 
 
 def cell(text: str) -> str:
