@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks import architecture
 from workbench.launcher import recipe as recipes
-from workbench.launcher.help import metavar
 from workbench.launcher.jobs import Job, find_jobs
 from workbench.launcher.signatures import REQUIRED, Parameter
 
@@ -149,19 +148,17 @@ def jobs_page() -> str:
             "| argument | type | default | |",
             "| --- | --- | --- | --- |",
         ]
-        lines += [
-            f"| `{name}` | {code(metavar(p.annotation))} | {default_of(p.default)} | {cell(p.description)} |"
-            for name, p in with_fields(job.parameters)
-        ]
-        lines += [""]
+        lines += [*(row for parameter in job.parameters for row in argument_rows(parameter)), ""]
     return "\n".join(lines)
 
 
-def with_fields(parameters: Iterable[Parameter], outer: str = "") -> Iterator[tuple[str, Parameter]]:
-    """The arguments of a job, each followed by the fields of its dataclass, by dotted key."""
-    for parameter in parameters:
-        yield f"{outer}{parameter.name}", parameter
-        yield from with_fields(parameter.fields, f"{outer}{parameter.name}.")
+def argument_rows(parameter: Parameter, above: str = "") -> Iterator[str]:
+    """A row for an argument, and one for each field of it if it is a dataclass."""
+    name = f"{above}{parameter.name}"
+    about = cell(parameter.description)
+    yield f"| `{name}` | {code(parameter.annotation)} | {default_of(parameter.default)} | {about} |"
+    for each in parameter.fields:
+        yield from argument_rows(each, f"{name}.")
 
 
 def ours() -> list[Job]:
@@ -234,7 +231,9 @@ def code(text: str) -> str:
 
 def default_of(text: str) -> str:
     """A default as a recipe would write it."""
-    return "required" if text == REQUIRED else "" if text == "None" else code(text)
+    if match := re.fullmatch(r"Duration\((\d+), '(\w+)'\)", text):
+        return code(f"{match[1]}{match[2]}")
+    return "required" if text == REQUIRED else "" if text == "None" else code(text.strip("'"))
 
 
 # How it works
