@@ -128,7 +128,7 @@ def measure(out: Path, steps: int, hidden: int) -> None:
     again = AutoModelForMaskedLM.from_pretrained(out / "sparse")
     print(f"masks of its zeros       {'the same' if masks_of_zeros(again) == masks else 'others'}")
     tuned = train(again, out, max(1, steps // 4), KeepMasked(out / "masks.safetensors"))
-    obeyed = masks.obeyed_by(again)
+    obeyed = masks.is_applied_to(again)
     print(f"tuned under its masks    eval loss {loss(tuned):.3f}, masks obeyed: {obeyed}")
     free = AutoModelForMaskedLM.from_pretrained(out / "sparse")
     train(free, out, max(1, steps // 4))

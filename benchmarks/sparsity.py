@@ -243,7 +243,7 @@ def after_dense(setting: Setting, seed: int, wanted: dict[str, list[float]]) -> 
 def scored(setting: Setting, model: nn.Module, masks: Masks, density: float, updates: int) -> Row:
     """A result, once it is certain that it is one of this density."""
     counts = masks.counts()
-    assert masks.obeyed_by(model)
+    assert masks.is_applied_to(model)
     assert sum(k for k, _ in counts.values()) == kept(sum(n for _, n in counts.values()), density)
     layers = {name: round(k / n, 4) for name, (k, n) in counts.items()}
     return {"density": density, "accuracy": accuracy(setting, model), "updates": updates, "layers": layers}

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs by layer, and the time it takes. Torch only."""
+"""Parameters, bytes, FLOPs by layer, and latency of a model. Torch only."""
 
 from prune.accounting.costs import Account, Layer, account
 from prune.accounting.timing import Comparison, Latency, compare_latency, latency

@@ -1,4 +1,4 @@
-"""Parameters, bytes and FLOPs of a model, dense and as its masks promise."""
+"""Parameters, bytes and FLOPs of a model, dense and without masked weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from prune.pruner import prunable
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that can be pruned, and what the model spends on it in one call.
+    """A weight that can be pruned, and its FLOPs in one call of the model.
 
     Attributes:
-        name: of the parameter.
-        shape: of the parameter.
-        kept: weights that the masks keep; all without a mask.
-        dense_flops: of all uses of the weight.
+        name: name of the parameter.
+        shape: its shape.
+        kept: number of weights that the masks keep; all without a mask.
+        dense_flops: FLOPs of all uses of the weight.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def total(self) -> int:
-        """Weights, kept or not."""
+        """Number of weights, kept or not."""
         return torch.Size(self.shape).numel()
 
     @property
@@ -50,18 +50,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs. ``print`` it for a table.
+    """Parameters, bytes and FLOPs of a model. ``print`` it for a table.
 
-    FLOPs are those of one call on the example inputs (of one sample, if that is the batch), a multiply-add counted as
-    2: matrix products, convolutions and attention; no biases, norms, activations or look-ups.
+    FLOPs are those of one call on the example inputs, a multiply-add counted as 2: matrix products, convolutions and
+    attention; no biases, norms, activations or look-ups.
 
     Attributes:
         layers: the weights that can be pruned or have a mask, in definition order.
-        parameters: all of the model's, shared ones once.
-        dense_flops: with every weight multiplied.
-        dense_bytes: parameters and persistent buffers as they are held.
-        fp32_bytes: the same with everything that is floating in fp32.
-        packed_bytes: the same as held, but of every masked weight one bit a position and the kept values.
+        parameters: number of all parameters, shared ones once.
+        dense_flops: FLOPs with every weight multiplied.
+        dense_bytes: bytes of parameters and persistent buffers in their dtypes.
+        fp32_bytes: the same with all floating-point values in fp32.
+        packed_bytes: ``dense_bytes``, but masked weights as one bit a position and the kept values.
     """
 
     layers: tuple[Layer, ...]
@@ -88,22 +88,22 @@ class Account:
 
     @property
     def model_density(self) -> float:
-        """Kept over all parameters: what has no mask is kept."""
+        """Kept over all parameters; parameters without a mask are kept."""
         return (self.parameters - self.prunable + self.kept) / self.parameters
 
     @property
     def stored_density(self) -> float:
-        """Packed over dense bytes; above 1 where a bit a position costs more than what is pruned."""
+        """Packed over dense bytes; above 1 if a bit a position costs more than pruning saves."""
         return self.packed_bytes / self.dense_bytes
 
     @property
     def sparse_flops(self) -> int:
-        """If only kept weights were multiplied: in theory, for dense storage multiplies zeros too."""
+        """FLOPs if only kept weights were multiplied: in theory, because dense storage multiplies zeros, too."""
         return self.dense_flops - sum(layer.dense_flops - layer.sparse_flops for layer in self.layers)
 
     @property
     def real_flops(self) -> int:
-        """What this model executes: all of ``dense_flops``. ``shrink`` it, and account for the result, for fewer."""
+        """FLOPs that this model executes: all ``dense_flops``. To execute fewer, ``shrink`` it."""
         return self.dense_flops
 
     def __str__(self) -> str:
@@ -121,13 +121,13 @@ class Account:
         ]
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
-        alive = self.parameters - self.prunable + self.kept
+        kept = self.parameters - self.prunable + self.kept
         stored = f"{self.packed_bytes:,} packed of {self.dense_bytes:,} dense, {self.stored_density:.2%}"
         return "\n".join(
             [
                 *lines,
                 f"prunable weights  {self.kept:,} of {self.prunable:,} kept, {self.prunable_density:.2%}",
-                f"all parameters    {alive:,} of {self.parameters:,} kept, {self.model_density:.2%}",
+                f"all parameters    {kept:,} of {self.parameters:,} kept, {self.model_density:.2%}",
                 f"bytes             {stored}; {self.fp32_bytes:,} in fp32",
                 f"FLOPs a call      {self.dense_flops:,} dense, {self.sparse_flops:,} sparse in theory, "
                 f"{self.real_flops:,} real",
@@ -138,13 +138,13 @@ class Account:
 def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -> Account:
     """Count parameters, bytes and FLOPs of ``model``, which is run once, in eval mode, and left as it was.
 
-    A weight's FLOPs are those of every product it takes part in, whoever computes it. What is executed in another
-    precision than it is stored in (autocast) is counted, but with no weight.
+    A weight's FLOPs are those of every product that it is part of, in any module. Products in another precision than
+    the weight is stored in (autocast) count in the total, but not for the weight.
 
     Args:
         model: on any device.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to the model's device.
-        masks: which weights are kept, by name. None for all: zeros are no mask.
+        masks: which weights are kept, by name. None for all; zeros are not taken for a mask.
 
     Raises:
         ValueError: if the model has no prunable weight, or masks do not fit it.
@@ -155,16 +155,16 @@ def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -
     kept = {first[name]: int(mask.sum()) for name, mask in (masks or {}).items()}
     named = prunable(model).keys() | kept.keys()
     weights = {group[0][0]: group[0][1] for group in groups if group[0][0] in named}
-    total, spent = _flops(model, example_inputs, weights)
-    held = [max((parameter for _, parameter in group), key=Tensor.numel) for group in groups]
-    everything = [*held, *_persistent_buffers(model)]
+    total, flops_of = _flops(model, example_inputs, weights)
+    stored_once = [max((parameter for _, parameter in group), key=Tensor.numel) for group in groups]
+    everything = [*stored_once, *_persistent_buffers(model)]
     dense = sum(tensor.nbytes for tensor in everything)
     return Account(
         layers=tuple(
-            Layer(name, tuple(weight.shape), kept.get(name, weight.numel()), spent[name])
+            Layer(name, tuple(weight.shape), kept.get(name, weight.numel()), flops_of[name])
             for name, weight in weights.items()
         ),
-        parameters=sum(parameter.numel() for parameter in held),
+        parameters=sum(parameter.numel() for parameter in stored_once),
         dense_flops=total,
         dense_bytes=dense,
         fp32_bytes=sum(4 * each.numel() if each.is_floating_point() else each.nbytes for each in everything),
@@ -173,31 +173,34 @@ def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -
 
 
 def _persistent_buffers(model: nn.Module) -> list[Tensor]:
-    """Those of the state dict, each once."""
-    found = {
+    """The buffers of the state dict, each once."""
+    buffers = {
         id(buffer): buffer
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-    return list(found.values())
+    return list(buffers.values())
 
 
 def _flops(model: nn.Module, example_inputs: Any, weights: Mapping[str, nn.Parameter]) -> tuple[int, dict[str, int]]:
-    """All of one call, and those of each weight."""
+    """FLOPs of one call, and of each weight."""
     fast = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, of which nothing is counted
-        with ready(model, example_inputs) as forward, counter, _Spent(counter, weights) as spent:
+        torch.backends.mha.set_fastpath_enabled(False)  # it runs a whole layer as one operator, which has no formula
+        with ready(model, example_inputs) as forward, counter, _FlopsByWeight(counter, weights) as by_weight:
             forward()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops(), spent.flops
+    return counter.get_total_flops(), by_weight.flops
 
 
-class _Spent(TorchDispatchMode):
-    """Books what ``counter`` counts of an operator to the weight in whose memory one of its arguments lies."""
+class _FlopsByWeight(TorchDispatchMode):
+    """Adds the FLOPs that ``counter`` counts for an operator to the weight that one of its arguments is a view of.
+
+    Arguments are compared by memory, because a module may pass a transpose or slice of its weight.
+    """
 
     def __init__(self, counter: FlopCounterMode, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -236,4 +239,4 @@ _UNCOUNTED = {
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
     torch.ops.aten._cudnn_rnn: _recurrent,
 }
-"""Operators that torch's own table of formulas lacks, by the shapes of their arguments."""
+"""Formulas for operators that torch's table lacks, by the shapes of their arguments."""

@@ -1,4 +1,4 @@
-"""A model made ready to be called on example inputs, and left as it was."""
+"""Calling a model on example inputs without changing it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from workbench.models.forward import preserve_state, to_device
 
 @contextmanager
 def ready(model: nn.Module, example_inputs: Any) -> Iterator[Callable[[], Any]]:
-    """A function that calls ``model`` in eval mode, without gradients, on ``example_inputs`` on its device.
+    """Yields a function that calls ``model`` in eval mode, without gradients, on ``example_inputs`` on its device.
 
     Inputs are a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
     """

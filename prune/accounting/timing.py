@@ -1,4 +1,4 @@
-"""The time a model takes, with its spread; and of two models, the ratio that holds on a busy machine."""
+"""The latency of a model, with its spread, and the ratio of two models, which holds on a busy machine, too."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from prune.accounting.running import ready
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds a call.
+    """Seconds per call.
 
     Attributes:
-        median: of the blocks measured, each a mean of calls one after the other.
+        median: median of the measured blocks, each the mean of consecutive calls.
         low: lower quartile of the blocks.
         high: upper quartile.
-        runs: calls in all.
+        runs: number of calls.
     """
 
     median: float
@@ -39,11 +39,11 @@ class Comparison:
     """How many times longer ``a`` takes than ``b``: above 1 where ``b`` is faster.
 
     Attributes:
-        ratio: median over pairs of blocks, one of each model right after the other.
+        ratio: median over pairs of blocks, one of each model, right after each other.
         low: lower quartile of the pairs.
         high: upper quartile.
-        a: seconds a call of the first model.
-        b: seconds a call of the second.
+        a: latency of the first model.
+        b: latency of the second.
     """
 
     ratio: float
@@ -60,7 +60,7 @@ def latency(model: nn.Module, example_inputs: Any, threads: int = 1, min_run_tim
     """Measure one call of ``model`` with ``torch.utils.benchmark``, in eval and inference mode, after warming up.
 
     Args:
-        model: on any device; a GPU is waited for. It is left as it was.
+        model: on any device; a GPU is synchronised. It is left as it was.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to the model's device.
         threads: torch's threads on the CPU.
         min_run_time: seconds to measure for.
@@ -72,22 +72,22 @@ def latency(model: nn.Module, example_inputs: Any, threads: int = 1, min_run_tim
     with ready(model, example_inputs) as forward, torch.inference_mode():
         timer = Timer("forward()", globals={"forward": forward}, num_threads=threads)
         timer.timeit(2)
-        found = timer.blocked_autorange(min_run_time=min_run_time)
-    return _latency(found.times, len(found.times) * found.number_per_run)
+        measurement = timer.blocked_autorange(min_run_time=min_run_time)
+    return _latency(measurement.times, len(measurement.times) * measurement.number_per_run)
 
 
 def compare_latency(
     a: nn.Module, b: nn.Module, example_inputs: Any, threads: int = 1, min_run_time: float = 2.0, pairs: int = 20
 ) -> Comparison:
-    """Measure two models in turns, so that whatever else the machine does slows both.
+    """Measure two models in turns, so that other load on the machine slows both.
 
     Args:
         a: the first model, say the dense one.
         b: the second.
         example_inputs: for both; see ``latency``.
         threads: torch's threads on the CPU.
-        min_run_time: seconds to measure for, about, both models together.
-        pairs: turns; who begins alternates.
+        min_run_time: approximate seconds to measure for, both models together.
+        pairs: number of turns; the first model alternates.
 
     Raises:
         ValueError: if ``threads``, ``min_run_time`` or ``pairs`` is not positive.

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from prune.callbacks.calibration import trainer_calibration
 from prune.masks import Masks
-from prune.masks.enforce import bare
+from prune.masks.enforce import unwrap_model
 from prune.policies import Policy, Timestamp
 from prune.policies.optimizers import unscaled
 from prune.policies.policy import densities
@@ -177,7 +177,9 @@ def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:
 def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:
     """Networks that the weights are averaged into, by callbacks or by the module."""
     attributes = [value for callback in trainer.callbacks for value in vars(callback).values()]
-    averages = [bare(value) for value in (*attributes, *pl_module.modules()) if isinstance(value, AveragedModel)]
+    averages = [
+        unwrap_model(value) for value in (*attributes, *pl_module.modules()) if isinstance(value, AveragedModel)
+    ]
     swa = [c._average_model for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | OtherSWA)]
     # An AveragedModel of something else, such as a critic, has other parameters.
     shapes = _shapes(network_of(pl_module))
@@ -186,7 +188,7 @@ def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:
 
 
 def _shapes(network: nn.Module) -> dict[str, Any]:
-    return {name: parameter.shape for name, parameter in bare(network).named_parameters()}
+    return {name: parameter.shape for name, parameter in unwrap_model(network).named_parameters()}
 
 
 def _check_strategy(trainer: Any) -> None:

@@ -42,7 +42,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prune.criteria import Criterion
 from prune.masks import Masks
-from prune.masks.enforce import Handle, unwrapped
+from prune.masks.enforce import Handle, unwrap_optimizer
 from prune.policies import Policy, Timestamp
 from prune.policies.calibration import Calibration
 from prune.policies.optimizers import unscaled
@@ -98,7 +98,7 @@ class PolicyCallback(TrainerCallback):
         model, self._optimizer = kwargs["model"], kwargs["optimizer"]
         if args.deepspeed:
             raise ValueError("DeepSpeed keeps weights of its own, which no mask reaches: train with DDP or FSDP2")
-        optimizer = unwrapped(self._optimizer)
+        optimizer = unwrap_optimizer(self._optimizer)
         self._restore(optimizer, state)
         self._time, self._callback_queued = _now(state), False
         hooks = [optimizer.register_state_dict_post_hook(self._store)]
@@ -158,7 +158,7 @@ class PolicyCallback(TrainerCallback):
             warnings.warn(f"training ended with {shortfall}", stacklevel=2)
         best, masks = state.best_model_checkpoint, self.masks
         # The Trainer loads the best model before this event.
-        if args.load_best_model_at_end and best and masks is not None and not masks.obeyed_by(kwargs["model"]):
+        if args.load_best_model_at_end and best and masks is not None and not masks.is_applied_to(kwargs["model"]):
             self.policy.masks = Masks.load(Path(best) / FILE)
 
     def _restore(self, optimizer: Optimizer, state: TrainerState) -> None:
@@ -208,7 +208,7 @@ class PolicyCallback(TrainerCallback):
         gradients = getattr(self._optimizer, "gradient_state", None)  # accelerate's, which counts micro-batches
         if gradients is None or gradients.sync_gradients:
             scaler = getattr(self._optimizer, "scaler", None) if self.policy.reads_gradients else None
-            with unscaled(scaler, [unwrapped(self._optimizer)]):
+            with unscaled(scaler, [unwrap_optimizer(self._optimizer)]):
                 self.policy.before_step(self._time)
 
 

@@ -1,8 +1,12 @@
-"""Masks at work on a model: weights that stay zero in any training loop, their gradients, what optimizers remember.
+"""Enforcing masks on a model: weights that stay zero in any training loop, their gradients and optimizer state.
 
 Functions take masks first, as parameter name -> bool tensor of the parameter's whole shape; ``prune.Masks`` has them
-as methods. Of a DTensor each rank masks its shard with its part of the mask, without communication. Names are found
-also in a model inside a wrapper: ``torch.compile``, DDP, ``AveragedModel``.
+as methods. Each rank masks its shard of a DTensor with its part of the mask, without communication. Names of a model
+inside a wrapper match, too: ``torch.compile``, DDP, ``AveragedModel``.
+
+Masking gradients is not enough: momentum and weight decay move weights that have no gradient. So weights are multiplied
+by their masks after every step of the optimizer, as integers: 0.0 times NaN or infinity is NaN, 0.0 times a negative
+number is -0.0, but 0 times the bits of any float is +0.0.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,13 +24,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Handle:
-    """What ``keep`` returns: takes its hooks off again, also after an exception in a ``with`` block."""
+    """Removes the hooks of ``keep``; as a context manager also after an exception."""
 
     def __init__(self, removers: Iterable[Callable[[], None]]):
         self._removers = list(removers)
 
     def remove(self) -> None:
-        """Take the hooks off; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         while self._removers:
             self._removers.pop()()
 
@@ -39,10 +43,10 @@ class Handle:
 
 @torch.no_grad()
 def apply(masks: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Set masked weights to +0.0 in place, whatever they were (negative, infinite, NaN), on any device.
+    """Set masked weights to +0.0 in place, also negative, infinite and NaN ones, on any device.
 
-    A running average of the weights, EMA or SWA, that is masked stays so while it follows a model that is kept
-    masked: apply masks to it too, whenever they change.
+    A running average of the weights, EMA or SWA, stays masked while it follows a model that is kept masked: apply masks
+    to it, too, when they change.
 
     Raises:
         ValueError: if a name or shape does not belong to ``model``, or a parameter cannot be masked (meta, sparse,
@@ -55,17 +59,15 @@ def apply(masks: Mapping[str, Tensor], model: nn.Module) -> None:
 def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handle:
     """From now on, multiply the weights by their masks after every step of ``optimizer``, in any loop.
 
-    Masking gradients alone would not do: momentum and weight decay move weights without one. Call ``apply`` first;
-    this acts only after a step. What a step makes of a masked weight, negative, infinite or NaN, becomes +0.0, for its
-    bits are multiplied, as integers of the same size (not those of complex128). The masks are held in that type and
-    follow a model that changes device or dtype, or is sharded.
-    The model and its state dict get no new keys or hooks; a copy of the optimizer does not have this one.
+    Call ``apply`` first; this acts only after a step. A masked weight is +0.0 after it, even if the step made it
+    negative, infinite or NaN (complex128 excepted). Masks follow a model that changes device or dtype, or is sharded.
+    The model and its state dict get no new keys or hooks; a copy of the optimizer does not have this hook.
 
     Args:
-        masks: those to keep.
+        masks: the masks.
         optimizer: one optimizer, or a list of them; a wrapper with an ``optimizer`` attribute (accelerate's,
             Lightning's) is unwrapped.
-        model: the model whose weights are masked. Its modules are asked for them at every step.
+        model: the model whose weights are masked. Its parameters are looked up at every step.
 
     Returns:
         A handle; ``handle.remove()`` or leaving ``with handle:`` ends it.
@@ -76,45 +78,46 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
             holds any of the masked weights.
     """
     several = isinstance(optimizer, (list, tuple))
-    optimizers = [unwrapped(each) for each in (optimizer if several else [optimizer])]
+    optimizers = [unwrap_optimizer(each) for each in (optimizer if several else [optimizer])]
     members = _members(masks, model)
-    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
-    if not any(id(member.parameter) in held for group in members.values() for member in group):
+    optimized = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    if not any(id(member.parameter) in optimized for group in members.values() for member in group):
         raise ValueError(
             f"the optimizer holds none of the masked weights ({some(masks)}), so its steps do not move "
             "them: give the optimizer that trains this model"
         )
-    mask_weights = multiplying(masks, model)
+    mask_weights = mask_multiplier(masks, model)
     return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
 
 
-def multiplying(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
-    """The function that ``keep`` hooks in: multiplies the weights by their masks, whatever it is called with."""
-    holders: dict[str, tuple[nn.Module, str]] = {}
-    for name, (path, _) in _located(masks, model).items():
+def mask_multiplier(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
+    """The hook of ``keep``: multiplies the weights by their masks, and ignores its arguments."""
+    # Modules and not parameters: ``model.to`` and ``fully_shard`` may replace parameters.
+    owners_of: dict[str, tuple[nn.Module, str]] = {}
+    for name, (path, _) in _resolve(masks, model).items():
         if not masks[name].all():
             module, _, attribute = path.rpartition(".")
-            holders[name] = model.get_submodule(module), attribute
+            owners_of[name] = model.get_submodule(module), attribute
     factors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def mask_weights(*_: Any) -> None:
         weights = []
-        for name, (module, attribute) in holders.items():
+        for name, (module, attribute) in owners_of.items():
             parameter = module.get_parameter(attribute)
             weight = _bits(local(parameter))
-            if name not in factors or not _alike(factors[name], weight):
+            if name not in factors or not _same_kind(factors[name], weight):
                 factors[name] = torch.empty_like(weight).copy_(shard(masks[name], parameter))
             weights.append(weight)
         if weights:
-            torch._foreach_mul_(weights, [factors[name] for name in holders])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(weights, [factors[name] for name in owners_of])  # pyright: ignore[reportPrivateImportUsage]
 
     return mask_weights
 
 
 @torch.no_grad()
 def mask_gradients(masks: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Zero the gradients of masked weights: before clipping, so that the norm counts only live ones.
+    """Zero the gradients of masked weights; before clipping, so that they do not count in the norm.
 
     Raises:
         ValueError: if a name or shape does not belong to ``model``, or a parameter or its gradient cannot be masked.
@@ -123,31 +126,31 @@ def mask_gradients(masks: Mapping[str, Tensor], model: nn.Module) -> None:
         for member in group:
             if (gradient := member.parameter.grad) is not None:
                 _refuse(f"the gradient of '{name}'", gradient)
-                _fill(gradient, member.seen(masks[name]))
+                _fill(gradient, member.view_of(masks[name]))
 
 
 @torch.no_grad()
 def clear_state(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> None:
-    """Zero what the optimizer remembers of masked weights, such as their momentum.
+    """Zero the optimizer state of masked weights, such as their momentum.
 
     Every state tensor of the parameter's shape is cleared; state of another shape (LBFGS keeps all parameters in one
-    vector) is left alone.
+    vector) stays.
 
     Raises:
         TypeError: if ``optimizer`` is not one.
         ValueError: if a name or shape does not belong to ``model``, or a parameter cannot be masked.
     """
-    states = unwrapped(optimizer).state
+    states = unwrap_optimizer(optimizer).state
     for name, group in _members(masks, model).items():
         for member in group:
             for key, value in states.get(member.parameter, {}).items():
                 if key != "step" and isinstance(value, Tensor) and value.shape == member.parameter.shape:
-                    _fill(value, member.seen(masks[name]))
+                    _fill(value, member.view_of(masks[name]))
 
 
 @torch.no_grad()
-def obeyed_by(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
-    """Whether the masks fit ``model`` and everything they prune is zero in it, on every rank that has a shard."""
+def is_applied_to(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether the masks fit ``model`` and all masked weights are zero, on every rank that has a shard."""
     try:
         parameters = _maskable(masks, model)
     except ValueError:
@@ -158,12 +161,12 @@ def obeyed_by(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
     )
 
 
-def fitting(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The masked parameters of ``model`` by the masks' names, after checking that names and shapes belong."""
-    return {name: parameter for name, (_, parameter) in _located(masks, model).items()}
+def masked_parameters(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The masked parameters of ``model`` by the masks' names, after checking names and shapes."""
+    return {name: parameter for name, (_, parameter) in _resolve(masks, model).items()}
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside wrappers that have it as their ``optimizer``.
 
     Raises:
@@ -178,37 +181,37 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
+    """A parameter's name without the prefixes of wrappers."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
 
 
-def _located(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Name of the mask -> name in ``model`` and parameter, after checking that names and shapes belong."""
+def _resolve(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Name of the mask -> name in ``model`` and parameter, after checking names and shapes."""
     exact = {name: (name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    known = {_plain(name): there for name, there in exact.items()} | exact
-    found = {name: known.get(name, known.get(_plain(name))) for name in masks}
-    missing = [name for name, there in found.items() if there is None]
+    by_name = {_plain(name): pair for name, pair in exact.items()} | exact
+    matches = {name: by_name.get(name, by_name.get(_plain(name))) for name in masks}
+    missing = [name for name, pair in matches.items() if pair is None]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(masks)} masks name no parameter of this {type(model).__name__}: "
             f"{some(missing)}. Give the model that the masks were made for{nearest(missing[0], exact)}"
         )
-    located = {name: there for name, there in found.items() if there is not None}
-    for name, (_, parameter) in located.items():
+    resolved = {name: pair for name, pair in matches.items() if pair is not None}
+    for name, (_, parameter) in resolved.items():
         if parameter.shape != masks[name].shape:
             raise ValueError(
                 f"mask '{name}' has shape {tuple(masks[name].shape)}, the parameter {tuple(parameter.shape)}: "
                 "give the model that the masks were made for"
             )
-    return located
+    return resolved
 
 
 def _maskable(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The masked parameters by name, after checking that they belong and have values that can be set to zero."""
-    parameters = fitting(masks, model)
+    """The masked parameters by name, after checking that they fit and have values that can be set to zero."""
+    parameters = masked_parameters(masks, model)
     for name, parameter in parameters.items():
         _refuse(f"'{name}'", parameter)
     return parameters
@@ -246,8 +249,8 @@ class _Member(NamedTuple):
     owner: nn.Parameter
     parameter: nn.Parameter
 
-    def seen(self, mask: Tensor) -> Tensor:
-        """The owner's mask as this parameter sees it, say transposed."""
+    def view_of(self, mask: Tensor) -> Tensor:
+        """The owner's mask in this parameter's shape and strides, such as transposed."""
         owner, parameter = self.owner, self.parameter
         if parameter is owner or (parameter.shape, parameter.stride()) == (owner.shape, owner.stride()):
             return mask
@@ -266,7 +269,7 @@ def _bits(weight: Tensor) -> Tensor:
     return weight if kind is None else weight.view(kind)
 
 
-def _alike(factor: Tensor, weight: Tensor) -> bool:
+def _same_kind(factor: Tensor, weight: Tensor) -> bool:
     return factor.dtype == weight.dtype and factor.device == weight.device and factor.shape == weight.shape
 
 
@@ -274,8 +277,8 @@ def _fill(values: Tensor, mask: Tensor) -> None:
     local(values).masked_fill_(~shard(mask, values), 0)
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """``model`` without wrappers that put something before the names of its parameters."""
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """``model`` without wrappers that prefix the names of its parameters."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # of torch.compile
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):

@@ -1,4 +1,4 @@
-"""Masks from wherever somebody has them: in memory, in a file of their own, or in a compact checkpoint."""
+"""Loading masks: from memory, a file of masks, or a compact checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
         return Masks.load(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a file that Masks.save wrote, or a compact checkpoint")
-    found = compact.masks(path)
-    if not found:
+    masks = compact.masks(path)
+    if not masks:
         raise ValueError(f"{path} is a compact checkpoint of a dense network, without masks: give one that has them")
-    return Masks(found)
+    return Masks(masks)

@@ -1,6 +1,6 @@
-"""Masks: which weights of a model are kept, as data with a name, a hash and a file.
+"""Masks: which weights of a model are kept, as validated data with a hash and a file.
 
-A mask is never read off the zeros of a weight: a kept weight may be 0, and a masked one may have moved.
+A mask is never inferred from the zeros of a weight: a kept weight may be 0, and a masked one may have moved.
 """
 
 import hashlib
@@ -115,18 +115,18 @@ class Masks(Mapping[str, Tensor]):
         return self.density
 
     def model_density(self, model: nn.Module) -> float:
-        """Kept over total, counted over all parameters of ``model``: kept if unmasked, once if shared."""
-        enforce.fitting(self, model)
+        """Kept over total, over all parameters of ``model``: unmasked ones are kept, shared ones count once."""
+        enforce.masked_parameters(self, model)
         total = sum(max(p.numel() for _, p in group) for group in shared_memory(model))
         kept, masked = self._totals()
         return (total - masked + kept) / total
 
     def stored_bytes(self, model: nn.Module) -> StoredBytes:
-        """What the parameters of ``model`` take on disk, shared ones once, whole and with masked weights left out."""
+        """Bytes of the parameters of ``model`` on disk, shared ones once, dense and without masked weights."""
         dense = sum(max(p.numel() * p.element_size() for _, p in group) for group in shared_memory(model))
         pruned = sum(
             int((~self[name]).sum()) * parameter.element_size() - packed_bytes(parameter.shape)
-            for name, parameter in enforce.fitting(self, model).items()
+            for name, parameter in enforce.masked_parameters(self, model).items()
         )
         return StoredBytes(dense, dense - pruned)
 
@@ -134,14 +134,14 @@ class Masks(Mapping[str, Tensor]):
         counts = self.counts().values()
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
-    # Acting on a model, as prune.masks.enforce says
+    # On a model
 
     def apply(self, model: nn.Module) -> None:
         """Set masked weights to +0.0 in place: :func:`prune.masks.enforce.apply`."""
         enforce.apply(self, model)
 
     def keep(self, optimizer: Any, model: nn.Module) -> Handle:
-        """Masked weights are zero after every step of ``optimizer`` from now on: :func:`prune.masks.enforce.keep`."""
+        """From now on masked weights are zero after every step of ``optimizer``: :func:`prune.masks.enforce.keep`."""
         return enforce.keep(self, optimizer, model)
 
     def mask_gradients(self, model: nn.Module) -> None:
@@ -149,14 +149,12 @@ class Masks(Mapping[str, Tensor]):
         enforce.mask_gradients(self, model)
 
     def clear_state(self, optimizer: Any, model: nn.Module) -> None:
-        """Zero what the optimizer remembers of masked weights: :func:`prune.masks.enforce.clear_state`."""
+        """Zero the optimizer state of masked weights: :func:`prune.masks.enforce.clear_state`."""
         enforce.clear_state(self, optimizer, model)
 
-    def obeyed_by(self, model: nn.Module) -> bool:
-        """Whether the masks fit ``model`` and everything they prune is zero in it:
-        :func:`prune.masks.enforce.obeyed_by`.
-        """
-        return enforce.obeyed_by(self, model)
+    def is_applied_to(self, model: nn.Module) -> bool:
+        """Whether masks fit ``model`` and masked weights are zero: :func:`prune.masks.enforce.is_applied_to`."""
+        return enforce.is_applied_to(self, model)
 
     # Algebra
 
@@ -260,9 +258,9 @@ class Masks(Mapping[str, Tensor]):
 
 def _shapes(metadata: Mapping[str, str]) -> dict[str, list[int]]:
     """The shapes in a file's metadata, checked."""
-    found = (metadata.get("format"), metadata.get("version"))
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"its format and version are {found}, not {(FORMAT, VERSION)}")
+    written = (metadata.get("format"), metadata.get("version"))
+    if written != (FORMAT, VERSION):
+        raise ValueError(f"its format and version are {written}, not {(FORMAT, VERSION)}")
     try:
         shapes = json.loads(metadata.get("shapes", ""))
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""How parameters lie in memory: tied weights are one weight under several names, a DTensor lies on several ranks."""
+"""Parameters in memory: tied weights are one weight under several names, a DTensor is divided over ranks."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def shared_memory(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
     """All parameters under all their names, grouped by overlapping memory, in definition order.
 
-    A parameter without memory to look at (meta, sparse, empty, a wrapper) is grouped with itself only.
+    A parameter without plain memory (meta, sparse, empty, a wrapper) is grouped with itself only.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     spans = [memory_span(parameter) for _, parameter in named]
@@ -37,19 +37,19 @@ def memory_span(parameter: Tensor) -> tuple[str, int, int, int]:
 
 
 def distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; imports nothing, since what DTensors need takes most of a second to import."""
+    """Whether it is a DTensor. Imports nothing: ``torch.distributed.tensor`` takes most of a second to import."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, detached, in the same memory: all of it, or its shard of a DTensor."""
+    """This rank's part of a tensor, detached, in the same memory: all of it, or its shard of a DTensor."""
     held: Any = tensor.detach()
     return held.to_local() if distributed(held) else held
 
 
 def shard(whole: Tensor, like: Any) -> Tensor:
-    """What this rank would hold of ``whole`` if it lay on the ranks as ``like`` does; without communication."""
+    """This rank's part of ``whole`` if it is divided over ranks as ``like`` is; without communication."""
     if not distributed(like):
         return whole.to(like.device)
     from torch.distributed.tensor import distribute_tensor
@@ -58,7 +58,7 @@ def shard(whole: Tensor, like: Any) -> Tensor:
 
 
 def gathered(part: Tensor, like: Any) -> Tensor:
-    """The whole of which every rank holds ``part``, as it does of ``like``. Called on every rank that does."""
+    """The whole tensor of which every rank has ``part``, divided as ``like`` is. Called on all of these ranks."""
     if not distributed(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -71,16 +71,16 @@ def gathered(part: Tensor, like: Any) -> Tensor:
 
 
 def owners(tensor: Any) -> tuple[Any, ...]:
-    """The process groups over which a DTensor is divided; none for what every rank has whole.
+    """The process groups over which a DTensor is divided; none for a plain or replicated tensor.
 
     Raises:
-        ValueError: if what ranks hold has yet to be summed.
+        ValueError: if the ranks' parts are partial sums.
     """
     if not distributed(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
-        raise ValueError(f"a DTensor of placements {placements} is yet to be summed: redistribute it first")
+        raise ValueError(f"a DTensor of placements {placements} holds partial sums: redistribute it first")
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 

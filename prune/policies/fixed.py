@@ -7,7 +7,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from prune.masks.enforce import fitting
+from prune.masks.enforce import masked_parameters
 from prune.masks.load import masks_of
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp
@@ -34,7 +34,7 @@ class Fixed(Policy):
         self.masks = self._fixed = masks_of(masks)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return fitting(self._fixed, model)
+        return masked_parameters(self._fixed, model)
 
     def _start(self, time: Timestamp, resumed: bool) -> None:
         for name, (kept, total) in self._fixed.counts().items():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune.masks import Masks
-from prune.masks.enforce import Handle, bare, multiplying, unwrapped
+from prune.masks.enforce import Handle, mask_multiplier, unwrap_model, unwrap_optimizer
 from prune.masks.memory import local, owners, shard, summed
 from prune.policies.calibration import Calibration, calibrated, check_frozen
 from prune.policies.optimizers import first_holding, skips_step
@@ -167,12 +167,12 @@ class Policy(ABC):
         """
         self.detach()
         try:
-            self._model = bare(model)
+            self._model = unwrap_model(model)
             several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
-            self._optimizers = [unwrapped(optimizer) for optimizer in several]
-            self._averages = [bare(average) for average in averages]
+            self._optimizers = [unwrap_optimizer(optimizer) for optimizer in several]
+            self._averages = [unwrap_model(average) for average in averages]
             self._time, self._calibration = time, calibration
-            resumed = self.masks is not None and (self._restored or self.masks.obeyed_by(self._model))
+            resumed = self.masks is not None and (self._restored or self.masks.is_applied_to(self._model))
             if not (resumed or self._restored):
                 self.masks = None
                 self._load_state({})
@@ -211,7 +211,7 @@ class Policy(ABC):
     @final
     def counts_steps_of(self, optimizer: Optimizer) -> bool:
         """Whether a step of ``optimizer`` is an update: of several, the first that holds one of the weights."""
-        return self._counted is not None and unwrapped(optimizer) is self._counted
+        return self._counted is not None and unwrap_optimizer(optimizer) is self._counted
 
     @final
     def mask_gradients(self, complete: bool = True) -> None:
@@ -363,7 +363,7 @@ class Policy(ABC):
             stayed = masks if self.masks is None or self.masks.keys() != masks.keys() else masks & self.masks
             for optimizer in self._optimizers:
                 stayed.clear_state(optimizer, self._model)
-        self._multiply = multiplying(masks, self._model)
+        self._multiply = mask_multiplier(masks, self._model)
         self.masks = masks
 
     @final

@@ -271,7 +271,7 @@ def _agreed(masks: Masks) -> Masks:
 @contextmanager
 def _masked(model: nn.Module, masks: Masks | None) -> Iterator[None]:
     """Inside, masked weights are zero; afterwards they are what they were."""
-    if masks is None or masks.obeyed_by(model):
+    if masks is None or masks.is_applied_to(model):
         yield
         return
     weights = {name: model.get_parameter(name) for name in masks}

@@ -1,4 +1,4 @@
-"""Which weights of a model pruning may touch."""
+"""Which weights of a model may be pruned."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Scope:
 def prunable(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None, smallest: int = 1
 ) -> dict[str, nn.Parameter]:
-    """The weights that pruning may touch, by first name, in definition order.
+    """The weights that may be pruned, by first name, in definition order.
 
     They are the ``weight`` of Linear and Conv layers (transposed ones and transformers' ``Conv1D`` too);
     never norms, biases or embeddings. A weight shared by several such layers appears once; one shared with
@@ -142,7 +142,7 @@ def _is_prunable(name: str, layer: nn.Module) -> bool:
 
 
 def output_weight(model: nn.Module) -> nn.Parameter | None:
-    """That of the last Linear or Conv layer in definition order, may it be pruned or, as a tied one, not."""
+    """The weight of the last Linear or Conv layer in definition order, also if it cannot be pruned, as a tied one."""
     return next(
         (
             parameter
@@ -155,7 +155,7 @@ def output_weight(model: nn.Module) -> nn.Parameter | None:
 
 
 def check_weight(name: str, weight: nn.Parameter) -> None:
-    """Whether a weight has values that can be ranked; called on every rank that has a shard of it.
+    """Refuse a weight without values that can be ranked; called on every rank that has a shard of it.
 
     Raises:
         ValueError: naming it.
@@ -176,13 +176,11 @@ def check_weight(name: str, weight: nn.Parameter) -> None:
         )
     bad = int(summed((~local(weight).isfinite()).sum(), owners(weight)))
     if bad:
-        raise ValueError(
-            f"'{name}' has {bad} NaN or infinite values of {weight.numel()}: the run that made it diverged"
-        )
+        raise ValueError(f"'{name}' has {bad} NaN or infinite values of {weight.numel()}: training diverged")
 
 
 def check_fits(what: str, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Whether there is a tensor of the right shape for every weight.
+    """Refuse tensors that lack a weight or have another shape.
 
     Raises:
         ValueError: naming one that has none.
@@ -222,7 +220,7 @@ def matching(
     Raises:
         ValueError: if a pattern matches nothing.
     """
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in patterns:
         by_name = isinstance(pattern, str)
         fits = partial(fnmatchcase, pat=pattern) if by_name else partial(_is_in, layers or {}, pattern)
@@ -233,8 +231,8 @@ def matching(
             raise ValueError(
                 f"{role} pattern {pattern!r} matches none of the {len(every)} names that {_ROLES[role]}{hint}"
             )
-        found += hits
-    return found
+        matches += hits
+    return matches
 
 
 def _is_in(layers: Mapping[str, nn.Module], kind: type, name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from prune.masks.enforce import bare, unwrapped
+from prune.masks.enforce import unwrap_model, unwrap_optimizer
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.start import Start
 from workbench.duration import Duration
@@ -127,7 +127,9 @@ class LastUpdate(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the optimizer, or set it, whoever has changed it since."""
-        index = next(i for i, each in enumerate(trainer.optimizers) if unwrapped(each) is unwrapped(optimizer))
+        index = next(
+            i for i, each in enumerate(trainer.optimizers) if unwrap_optimizer(each) is unwrap_optimizer(optimizer)
+        )
         if not self.held:
             self.groups[index] = groups_of(optimizer)
         elif index in self.groups:
@@ -184,7 +186,7 @@ class Return(Callback):
         if not self._begins(trainer):
             return
         for optimizer in trainer.optimizers if not self.start.optimizer else ():
-            unwrapped(optimizer).state.clear()
+            unwrap_optimizer(optimizer).state.clear()
         if self.start.weights is not None:
             self.load(self.start.weights)
             _average_anew(trainer, pl_module)
@@ -198,7 +200,7 @@ def _average_anew(trainer: Trainer, module: LightningModule) -> None:
     network = network_of(module)
     for average in _averages(trainer, module):
         average.n_averaged.zero_()  # the next update copies
-        twin = network_of(bare(average))
+        twin = network_of(unwrap_model(average))
         if (state := network.state_dict()).keys() == twin.state_dict().keys():
             twin.load_state_dict(state)
 

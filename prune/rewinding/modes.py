@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prune.masks.enforce import unwrapped
+from prune.masks.enforce import unwrap_optimizer
 from prune.rewinding.start import Start
 
 Trained = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ REWINDING: dict[str, Callable[[Trained], Start]] = {
 
 def groups_of(optimizer: Any) -> Groups:
     """What the optimizer steps each of its groups with, learning rate, momentum and all, copied; no parameters."""
-    groups = unwrapped(optimizer).param_groups
+    groups = unwrap_optimizer(optimizer).param_groups
     return [{name: copy.deepcopy(value) for name, value in group.items() if name != "params"} for group in groups]
 
 
@@ -40,7 +40,7 @@ def hold(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: If it has another number of groups.
     """
-    live = unwrapped(optimizer).param_groups
+    live = unwrap_optimizer(optimizer).param_groups
     if len(live) != len(groups):
         raise ValueError(f"the optimizer has {len(live)} groups, {len(groups)} were kept: give one that was made alike")
     for group, kept in zip(live, groups):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prune.masks.enforce import unwrapped
+from prune.masks.enforce import unwrap_optimizer
 from prune.masks.memory import distributed, local
 from workbench.messages import closest
 from workbench.randomness import random_state, set_random_state
@@ -190,7 +190,7 @@ def several(given: Any) -> list[Any]:
 
 def _remember(optimizer: Any, device: torch.device | str | None) -> dict[str, Any]:
     """Its hyperparameters by group, and its state by parameter, each counted from 0."""
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     number = {id(parameter): index for index, (parameter, _) in enumerate(_hosted(optimizer))}
     if foreign := [key for key in optimizer.state if id(key) not in number]:
         raise ValueError(
@@ -207,7 +207,7 @@ def _remember(optimizer: Any, device: torch.device | str | None) -> dict[str, An
 
 
 def _recall(optimizer: Any, saved: Mapping[str, Any]) -> None:
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     for group, values in zip(optimizer.param_groups, saved["groups"]):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
@@ -270,7 +270,7 @@ def _matched(what: str, saved: Sequence[Any], given: Any) -> list[tuple[Any, Any
 
 
 def _check_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> None:
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != saved["sizes"]:
         raise ValueError(

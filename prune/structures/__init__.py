@@ -45,10 +45,10 @@ def structure_named(name: str) -> Structure:
     """
     if name in STRUCTURES:
         return STRUCTURES[name]()
-    if found := re.fullmatch(r"(\d+):(\d+)", name):
-        return NM(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"(?:block)?(\d+)x(\d+)", name):
-        return Block(int(found[1]), int(found[2]))
+    if sizes := re.fullmatch(r"(\d+):(\d+)", name):
+        return NM(int(sizes[1]), int(sizes[2]))
+    if sizes := re.fullmatch(r"(?:block)?(\d+)x(\d+)", name):
+        return Block(int(sizes[1]), int(sizes[2]))
     if name in _INSTANCES:
         raise ValueError(f"structure {name!r} needs arguments: give {_INSTANCES[name]}")
     known = [*STRUCTURES, "2:4", "4x4"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import nn
 
-from prune.masks.enforce import Handle, unwrapped
+from prune.masks.enforce import Handle, unwrap_optimizer
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.snapshot import Snapshot, several
 from prune.tickets.trainee import Arm
@@ -178,7 +178,7 @@ class Level:
             raise ValueError(
                 f"rewind is {self._rewind}it, but the function made {self.step} updates only: rewind to an earlier step"
             )
-        if self.masks is not None and not self.masks.obeyed_by(self._model):
+        if self.masks is not None and not self.masks.is_applied_to(self._model):
             raise ValueError("pruned weights moved: give level.begin all optimizers that step the model")
         if "end" in self._leaves:
             self._keep(self._moments.end)
@@ -201,7 +201,7 @@ class Level:
         given = {name: self._objects.get(name) for name in ("optimizers", "schedulers") if name in parts}
         kept.restore(self._model, **given, scaler=scaler if "scaler" in parts else None, parts=parts)
         for optimizer in self._objects["optimizers"] if not (self._start.optimizer or self._resumed) else ():
-            unwrapped(optimizer).state.clear()
+            unwrap_optimizer(optimizer).state.clear()
         random = self._here["random"]
         if (self._start.random or self._resumed) and len(random) == world_size():
             set_random_state(random[rank()])
@@ -219,10 +219,10 @@ class Level:
                     hold(stepped, self._groups[index])
 
             if self._start.at == "end":
-                same(unwrapped(optimizer))
+                same(unwrap_optimizer(optimizer))
             if self._start.at == "end" or "end" in self._leaves:
                 hook = same if self._start.at == "end" else look
-                removers.append(unwrapped(optimizer).register_step_pre_hook(hook).remove)
+                removers.append(unwrap_optimizer(optimizer).register_step_pre_hook(hook).remove)
         if self._start.at == "end":
             for scheduler in self._objects.get("schedulers", ()):
                 scheduler.step = lambda *_, **__: None

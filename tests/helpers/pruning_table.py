@@ -63,13 +63,15 @@ def data(model: nn.Module) -> list[Any]:
     torch.manual_seed(1)
     labels = torch.tensor([0, 1, 2])
     if hasattr(model, "config"):
-        return [({"inputs_embeds": torch.randn(3, 4, 8)}, labels)]
+        return [{"inputs_embeds": torch.randn(3, 4, 8), "labels": labels}]
     return [(torch.randn(3, 4, 5, 5), labels)]
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, dict):
+        return F.cross_entropy(model(inputs_embeds=batch["inputs_embeds"]).logits, batch["labels"])
     inputs, labels = batch
-    return F.cross_entropy(model(**inputs).logits if isinstance(inputs, dict) else model(inputs), labels)
+    return F.cross_entropy(model(inputs), labels)
 
 
 # The rows

@@ -57,7 +57,7 @@ class Obeyed(lp.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         for network in (pl_module.network, *self.averages()):
-            assert self.of.masks is None or self.of.masks.obeyed_by(network)
+            assert self.of.masks is None or self.of.masks.is_applied_to(network)
         if self.of.masks is not self.changes[-1]:
             self.changes.append(self.of.masks)
 
@@ -236,7 +236,7 @@ def test_averages_are_as_sparse(namespace: Any, name: str, kind: str, ours_first
     seen = Obeyed(callback, lambda: [getattr(m, "module", m).network for m in [averaging._average_model]])
     pair = [callback, averaging] if ours_first else [averaging, callback]
     fit(module, *pair, seen, keep, namespace=namespace, max_epochs=3)
-    assert callback.masks.obeyed_by(module.network)
+    assert callback.masks.is_applied_to(module.network)
     for file in tmp_path.iterdir():
         saved = torch.load(file, weights_only=False)
         stored = saved["callbacks"][callback.state_key]["masks"]
@@ -281,7 +281,7 @@ def test_parts_of_a_network_may_have_their_own() -> None:
         fit(user_module(), GradualPruning(0.5, "0it", "2it", "1it"), KeepMasked(masks()))
     fit(user_module(), KeepMasked(masks()), max_epochs=1)
     fit(module := user_module(), *[KeepMasked({name: mask}) for name, mask in masks().items()], max_epochs=1)
-    assert masks().obeyed_by(module.network)
+    assert masks().is_applied_to(module.network)
 
 
 @pytest.mark.parametrize("where", ["hook", "instance"])

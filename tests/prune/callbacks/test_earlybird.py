@@ -66,7 +66,7 @@ def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
     assert early.ticket == bird.ticket
     assert early.ticket is not None
     fit(stopped, KeepMasked(early.ticket), namespace=namespace)
-    assert early.ticket.obeyed_by(stopped.network)
+    assert early.ticket.is_applied_to(stopped.network)
 
 
 @BOTH

@@ -185,7 +185,7 @@ def test_masked_weights_stay_masked_on_the_way() -> None:
     masks.apply(module.network)
     masks.apply(other)
     seen = []
-    module.network.register_forward_hook(lambda *_: seen.append(masks.obeyed_by(module.network)))
+    module.network.register_forward_hook(lambda *_: seen.append(masks.is_applied_to(module.network)))
     error_barrier(module, data, module.network.state_dict(), other.state_dict(), 3)
     assert seen == [True] * 6
 

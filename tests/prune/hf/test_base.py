@@ -327,7 +327,7 @@ def _on_ranks(folder: Path, rows: Any, given: Masks) -> Any:
     options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "max_steps": 4}
     options = {**options, "save_strategy": "steps", "save_steps": 2}
     one = trained(folder / "looking", PolicyCallback(policy), rows=rows, compute_loss_func=mean, **options)
-    assert given.obeyed_by(one.model)
+    assert given.is_applied_to(one.model)
     two = trained(folder / "gradual", pruning, **options)
     assert isinstance(two.model_wrapped, nn.parallel.DistributedDataParallel)
     rest = GradualPruning(0.2, "0it", "4it", "1it", Pruner("random"))

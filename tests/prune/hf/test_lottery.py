@@ -102,7 +102,7 @@ def test_it_is_iterative_pruning_with_rewinding_as_written_by_hand(tmp_path: Pat
     assert [(row["level"], row["steps"]) for row in ticket.levels] == [(0, 8), (1, 8), (2, 8)]
     assert ticket.masks is not None
     assert ticket.levels[-1]["mask_hash"] == ticket.masks.hash()
-    assert ticket.masks.obeyed_by(trainer.model)
+    assert ticket.masks.is_applied_to(trainer.model)
 
 
 @pytest.mark.parametrize("rewind", ["0it", "1it", "1ep"])

@@ -93,7 +93,7 @@ def test_updates_follow_the_schedule_exactly(tmp_path: Path) -> None:
     # Pruned after the update that reaches 2, at multiples of 5, and at 12.
     assert watch.alive == scheduled([0, 2, 2, 2, 5, 5, 5, 5, 5, 10, 10, 12, 12, 12, 12, 12], 2, 12, 0.2)
     assert pruning.masks is not None
-    assert pruning.masks.obeyed_by(trainer.model)
+    assert pruning.masks.is_applied_to(trainer.model)
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["density"] for row in logged] == [count / TOTAL for count in watch.alive]
     for name, (left, total) in pruning.masks.counts().items():
@@ -166,7 +166,7 @@ def test_connections_move_and_stay_as_many(growth: Any, tmp_path: Path) -> None:
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert moving.masks is not None
-            assert moving.masks.obeyed_by(kwargs["model"])
+            assert moving.masks.is_applied_to(kwargs["model"])
             seen.append(moving.masks)
 
     trainer = trained(tmp_path, moving, Look())
@@ -212,7 +212,7 @@ def test_the_best_model_has_the_masks_of_its_time(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     assert moving.masks is not None
-    assert moving.masks.obeyed_by(trainer.model)
+    assert moving.masks.is_applied_to(trainer.model)
     assert moving.masks != Masks.load(tmp_path / "checkpoint-8" / "masks.safetensors")
 
 

@@ -76,7 +76,7 @@ def test_what_cannot_be_masked_is_refused():
                 act(model)
         with pytest.raises(ValueError, match=message):
             masks.clear_state(optimizer, model)
-        assert not masks.obeyed_by(model)
+        assert not masks.is_applied_to(model)
         assert masks.model_density(model) == 1
     embedding = nn.Embedding(2, 2, sparse=True)
     embedding(torch.tensor([0])).sum().backward()

@@ -74,14 +74,14 @@ def test_a_compiled_model_by_the_names_of_the_plain_one(whole: bool):
         model = compiled
     assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
     masks.apply(compiled)
-    assert masks.obeyed_by(compiled)
+    assert masks.is_applied_to(compiled)
     assert masks.model_density(compiled) == masks.model_density(mlp())
     optimizer = OPTIMIZERS["sgd"](compiled.parameters())
     masks.keep(optimizer, compiled)
     train(compiled, optimizer, range(2))
     masks.mask_gradients(compiled)
     masks.clear_state(optimizer, compiled)
-    assert masks.obeyed_by(compiled)
+    assert masks.is_applied_to(compiled)
     if whole:
         assert zero(masks, model)
 
@@ -121,20 +121,20 @@ def test_an_average_that_is_masked_once_stays_so(multi_avg_fn: Any):
     averaged.update_parameters(model)
     masks = half(model)
     masks.apply(model)
-    assert not masks.obeyed_by(averaged)
+    assert not masks.is_applied_to(averaged)
     masks.apply(averaged)
     keys = list(averaged.state_dict())
     with masks.keep(optimizer, model):
         for step in range(1, 6):
             train(model, optimizer, range(step, step + 1))
             averaged.update_parameters(model)
-            assert masks.obeyed_by(averaged)
+            assert masks.is_applied_to(averaged)
     assert zero(masks, averaged.module)
     assert bool(averaged.module[0].weight[masks["0.weight"]].all())
     assert list(averaged.state_dict()) == keys
     fewer = masks & Masks({name: torch.rand(mask.shape) < 0.5 for name, mask in masks.items()})
     fewer.apply(averaged)
-    assert fewer.obeyed_by(averaged)
+    assert fewer.is_applied_to(averaged)
 
 
 # On two ranks
@@ -176,13 +176,13 @@ def trainings() -> dict[str, dict[str, Any]]:
             model = wrap(model)
             optimizer = make(model.parameters())
             train(model, optimizer, range(2), share)
-            assert not masks.obeyed_by(model)
+            assert not masks.is_applied_to(model)
             masks.apply(model)
             masks.clear_state(optimizer, model)
             with masks.keep(optimizer, model):
                 for step in range(2, 7):
                     train(model, optimizer, range(step, step + 1), share)
-                    assert masks.obeyed_by(model)
+                    assert masks.is_applied_to(model)
             assert masks.model_density(model) == masks.model_density(mlp())
             assert masks.stored_bytes(model) == masks.stored_bytes(mlp())
             assert list(model.state_dict()) == list(wrap(mlp()).state_dict())
@@ -220,12 +220,12 @@ def details() -> list[Any]:
     masks.keep(optimizer, model)
     train(model, optimizer, range(3), share)
     weight = model[0].weight
-    seen += [masks.obeyed_by(model), weight.dtype == torch.float32]
+    seen += [masks.is_applied_to(model), weight.dtype == torch.float32]
     seen.append(not weight.full_tensor()[~masks["0.weight"]].any() and bool(weight.full_tensor().any()))
 
     if rank == 1 and not masks["0.weight"][5:].all():
         local(weight).fill_(1)  # on one rank only; all hear of it
-    seen.append(not masks.obeyed_by(model))
+    seen.append(not masks.is_applied_to(model))
     masks.apply(model)
 
     model(batch(0)[share].float()).square().mean().backward()

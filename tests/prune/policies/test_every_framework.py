@@ -39,7 +39,7 @@ class Trained(NamedTuple):
 
 def trained(policy: Policy, model: nn.Module) -> Trained:
     assert policy.masks is not None
-    assert policy.masks.obeyed_by(model)
+    assert policy.masks.is_applied_to(model)
     return Trained(policy, {name: value.detach().clone() for name, value in model.named_parameters()}, policy.masks)
 
 

@@ -93,7 +93,7 @@ def test_a_penalty_without_a_gradient_at_0_prunes_on(name: str) -> None:
             (1e-3 * sum(layer.weight.abs().sqrt().sum() for layer in (model[0], model[2]))).backward()  # type: ignore[union-attr]
             before = policy.state_dict()["scores"]
             optimizer.step()
-            assert policy.masks is None or policy.masks.obeyed_by(model)
+            assert policy.masks is None or policy.masks.is_applied_to(model)
             if name == "movement" and 0 < index < 8:
                 scores = policy.state_dict()["scores"]
                 assert all(score.isfinite().all() and not torch.equal(score, before[n]) for n, score in scores.items())

@@ -33,7 +33,7 @@ def test_a_loop_that_is_not_touched(name: str, make: Any) -> None:
     with policy.follow(model, optimizer):
         for index in range(12):
             train(model, optimizer, index, index + 1)
-            assert policy.masks is None or policy.masks.obeyed_by(model)
+            assert policy.masks is None or policy.masks.is_applied_to(model)
     assert policy.masks is not None
     assert policy.masks.density == kept(TOTAL, density) / TOTAL
     assert not optimizer._optimizer_step_post_hooks
@@ -121,7 +121,7 @@ def test_several_optimizers(name: str) -> None:
             strangers.step()
             one.step()
             two.step()
-            assert policy.masks is None or policy.masks.obeyed_by(model)
+            assert policy.masks is None or policy.masks.is_applied_to(model)
     assert policy.state_dict()["updates"] == 12
     assert alive(model) == kept(TOTAL, POLICIES[name][1])
 
@@ -191,7 +191,7 @@ def test_wrapped_models_and_averages(name: str) -> None:
         for index in range(12):
             train(model, optimizer, index, index + 1)
             average.update_parameters(model)
-            assert policy.masks is None or policy.masks.obeyed_by(average.module)
+            assert policy.masks is None or policy.masks.is_applied_to(average.module)
     assert alive(average.module) == kept(TOTAL, POLICIES[name][1])
 
 

@@ -33,7 +33,7 @@ def test_outputs_stay_at_any_density(name: str, density: float) -> None:
     result = shrink(model, inputs, masks)
     assert_same(result, model, masks, inputs)
     assert result.masks is not None
-    assert result.masks.obeyed_by(result.model)
+    assert result.masks.is_applied_to(result.model)
     if density == 0.02:
         assert result.after < result.before
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
@@ -389,7 +389,7 @@ def test_it_trains_on_under_its_masks() -> None:
         for _ in range(2):
             result.model(inputs).square().sum().backward()
             optimizer.step()
-    assert result.masks.obeyed_by(result.model)
+    assert result.masks.is_applied_to(result.model)
 
 
 def test_positional_and_keyword_arguments() -> None:
@@ -570,7 +570,7 @@ def test_a_masked_bias_that_takes_over_a_constant_is_masked_no_longer() -> None:
     result = shrink(model, torch.randn(4, 6), {"2.bias": torch.tensor([True, False, False])})
     assert result.masks is not None
     assert result.masks["2.bias"].tolist() == [True, True, False]
-    assert result.masks.obeyed_by(result.model)
+    assert result.masks.is_applied_to(result.model)
 
 
 def test_tensors_of_a_fixed_type_inside_are_named() -> None:

@@ -54,7 +54,7 @@ def test_unstructured_zeros_of_transformers(name: str) -> None:
     torch.testing.assert_close(answer(result.model, inputs), answer(masked(model, masks), inputs), rtol=1e-4, atol=1e-5)
     assert result.after < result.before
     assert result.masks is not None
-    assert result.masks.obeyed_by(result.model)
+    assert result.masks.is_applied_to(result.model)
     if name == "gpt2":
         assert result.model.lm_head.weight is result.model.transformer.wte.weight
 

@@ -73,7 +73,7 @@ class Training:
             optimizer.zero_grad()
             if scheduler is not None:
                 scheduler.step()
-            assert level.masks is None or level.masks.obeyed_by(model)
+            assert level.masks is None or level.masks.is_applied_to(model)
             self._left -= 1
             if self._left == 0:
                 raise Stop

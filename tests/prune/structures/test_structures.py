@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prune.masks import Masks
 from prune.pruner import Pruner, prunable
-from prune.structures import FFN, NM, STRUCTURES, Balanced, Block, Channel, Head, Layout, Unstructured, structure_named
-from prune.structures.layout import whole
+from prune.structures import FFN, NM, STRUCTURES, Balanced, Block, Channel, Head, Unstructured, structure_named
 from prune.structures.weights import ranks
 from tests.helpers.ranks import on_ranks
 
@@ -201,157 +199,6 @@ def test_ranks_are_a_stable_sort(rows: list[list[tuple[float, bool]]]) -> None:
         assert sorted(found) == list(range(5))
 
 
-# Transformers
-
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
-FAMILIES: dict[str, Any] = {
-    "BERT": lambda: hf.BertModel(hf.BertConfig(**SIZES, vocab_size=9)),
-    "RoBERTa": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, vocab_size=9)),
-    "DistilBERT": lambda: hf.DistilBertModel(
-        hf.DistilBertConfig(dim=16, hidden_dim=24, n_layers=2, n_heads=4, vocab_size=9)
-    ),
-    "GPT-2": lambda: hf.GPT2Model(hf.GPT2Config(**GPT, vocab_size=9)),
-    "ViT": lambda: hf.ViTModel(hf.ViTConfig(**SIZES, image_size=8, patch_size=4)),
-    "Llama": lambda: hf.LlamaModel(hf.LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=9)),
-}
-LAST = {
-    "head": ("output.dense", "out_lin", "c_proj", "o_proj"),
-    "ffn": ("output.dense", "lin2", "c_proj", "fc2", "down_proj"),
-}
-
-
-def output(model: Any) -> Tensor:
-    inputs = torch.rand(2, 3, 8, 8) if hasattr(model.config, "image_size") else torch.arange(8).view(2, 4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model(inputs).last_hidden_state
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("structure", ["head", "ffn"])
-def test_what_falls_together_only_feeds_what_falls(structure: str, family: str) -> None:
-    """Zeroing the columns that read the units alone changes the network as much as zeroing all their weights: so the
-    other weights do nothing else, and no weight that does something else is among them."""
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("weight") and parameter.dim() == 2:
-            nn.init.normal_(parameter)
-    dense = output(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    masks = keep(structure, model, 0.5)
-    units = {"head": 2 if family == "Llama" else 4, "ffn": 64 if family == "GPT-2" else 24}[structure]
-    layout = structure_named(structure).layout(model, prunable(model))
-    assert list(layout.units.values()) == [units, units]
-    share = {mask.float().mean().item() for name, mask in masks.items() if ".0." in name}
-    assert len(share) == 1, "of each matrix of a layer equally much"
-    masks.apply(model)
-    pruned = output(model)
-    model.load_state_dict(before)
-    readers = {name: mask for name, mask in masks.items() if name.removesuffix(".weight").endswith(LAST[structure])}
-    assert len(readers) == 2
-    Masks(readers).apply(model)
-    torch.testing.assert_close(output(model), pruned)
-    assert not torch.allclose(pruned, dense, atol=1e-3)
-
-
-def test_weights_that_a_structure_does_not_cover_are_left_out() -> None:
-    model = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, vocab_size=9))
-    pruner = Pruner(structure="head")
-    masks = pruner(model, 0.5)
-    assert list(masks) == list(pruner.scope(model))
-    assert {name.split(".")[4] for name in masks} == {"attention"}
-    assert "bert.pooler.dense.weight" in prunable(model)
-    with pytest.raises(
-        ValueError, match=r"include pattern '\*pooler\*' matches only weights that Head\(\) does not cover"
-    ):
-        Pruner(structure="head", include=["*attention*", "*pooler*"])(model, 0.5)
-    some = Pruner(structure="ffn", include="*layer.1.*")(model, 0.25)
-    assert {name.split(".")[3] for name in some} == {"1"}
-    assert set(some.counts().values()) == {(96, 384)}
-
-
-def test_models_that_hold_a_transformer_are_looked_into() -> None:
-    model = nn.ModuleDict({"student": FAMILIES["BERT"](), "teacher": FAMILIES["GPT-2"]()})
-    layout = Head().layout(model, prunable(model))
-    assert [key.split(".")[0] for key in layout.units] == ["student"] * 2 + ["teacher"] * 2
-
-
-@pytest.mark.parametrize("structure", [Head(), FFN()], ids=str)
-def test_a_network_without_attention_is_refused(structure: Any) -> None:
-    with pytest.raises(ValueError, match=r"of a transformer \(BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama"):
-        Pruner(structure=structure)(nn.Linear(4, 4), 0.5)
-
-
-def test_the_output_layer_of_the_paper_is_no_attention() -> None:
-    """Heads do not cover the classifier, so nothing is pruned at its slower rate; channels do."""
-    model = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, vocab_size=9, num_labels=10))
-    heads = Pruner(structure="head", allocation="layerwise")(model, 0.5)
-    assert {kept / total for kept, total in heads.counts().values()} == {0.5}
-    slow = Pruner(structure="channel", allocation="layerwise")(model, 0.5)
-    assert slow.counts()["classifier.weight"] == (7 * 16, 160)
-
-
-# Layouts
-
-
-def test_a_weight_in_two_units_needs_both() -> None:
-    """The outputs of one layer are the inputs of the next."""
-    layout = Layout(
-        {"a": (3, 2), "b": (2, 3)},
-        {
-            "a": [("middle", torch.arange(3)[:, None])],
-            "b": [("middle", torch.arange(3)[None]), ("b", torch.arange(2)[:, None])],
-        },
-    )
-    assert layout.units == {"middle": 3, "b": 2}
-    assert layout.matrices == {"middle": [(3, 2), (2, 3)], "b": [(2, 3)]}
-    scores = {"a": torch.tensor([[1.0, 3], [5, 7], [0, 0]]), "b": torch.tensor([[2.0, 4, 6], [8, 10, 12]])}
-    units = layout.pool(scores)
-    assert units["middle"].tolist() == [14 / 4, 26 / 4, 18 / 4]
-    assert units["b"].tolist() == [4, 10]
-    masks = layout.spread({"middle": torch.tensor([True, False, True]), "b": torch.tensor([False, True])})
-    assert masks["a"].tolist() == [[True] * 2, [False] * 2, [True] * 2]
-    assert masks["b"].tolist() == [[False] * 3, [True, False, True]]
-    assert {key: flags.tolist() for key, flags in (layout.unpruned(masks) or {}).items()} == {
-        "middle": [True, False, True],
-        "b": [False, True],
-    }
-
-
-def test_pruned_weights_count_as_nothing_in_a_unit() -> None:
-    layer = nn.Linear(2, 3, bias=False)
-    within = Masks({"weight": torch.tensor([[True, False], [True, True], [False, False]])})
-    layout = Channel().layout(layer, prunable(layer))
-    scores = {"weight": torch.tensor([[4.0, math.nan], [1, 2], [math.inf, -math.inf]])}
-    assert layout.pool(scores, within)["weight"].tolist() == [2.0, 1.5, 0.0]
-    kept = Pruner(structure="channel")(layer, 1 / 3, within, scores=scores)
-    assert kept["weight"].tolist() == [[True, False], [False] * 2, [False] * 2]
-    with pytest.raises(ValueError, match="only 2 left"):
-        Pruner(structure="channel")(layer, 0.9, within)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_any_precision_is_pooled_in_double(dtype: torch.dtype) -> None:
-    layer = nn.Linear(300, 5).to(dtype)
-    pooled = Channel().layout(layer, prunable(layer)).pool({"weight": layer.weight.detach()})["weight"]
-    assert pooled.dtype == torch.float64
-    torch.testing.assert_close(pooled, layer.weight.detach().double().mean(1))
-
-
-def test_layouts_that_make_no_sense() -> None:
-    rows = torch.arange(3)[:, None]
-    with pytest.raises(ValueError, match="give both of all"):
-        Layout({"a": (3, 2)}, {"b": [("b", rows)]})
-    with pytest.raises(ValueError, match="give both of all"):
-        Layout({}, {})
-    with pytest.raises(ValueError, match=r"units of 'a' in 'a' have shape \(3, 1\), the weight \(4, 2\)"):
-        Layout({"a": (4, 2)}, {"a": [("a", rows)]})
-    with pytest.raises(ValueError, match=r"units \[1, 3\] of 'a' have no weights"):
-        Layout({"a": (3, 2)}, {"a": [("a", rows * 2)]})
-
-
 # Names, and what cannot be
 
 
@@ -435,8 +282,3 @@ def test_a_sharded_network_is_pruned_like_a_whole_one(structure: str) -> None:
     assert first == second
     assert first[0] == first[2]
     assert first[1].startswith("'0.weight' has 1 NaN or infinite values of 72")
-
-
-def test_whole_leaves_plain_tensors_alone() -> None:
-    tensor = torch.ones(2)
-    assert whole(tensor) is tensor
