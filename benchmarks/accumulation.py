@@ -65,7 +65,7 @@ def gradient(pieces: int, ranks: int = 1, naive: bool = False) -> list[float]:
     )
     module.validation_step = None  # type: ignore[assignment, method-assign]
     if naive:
-        module._global_mean.weigh = lambda loss, count, trainer: loss  # type: ignore[method-assign]
+        module._global_mean.scale_loss = lambda loss, count, trainer: loss  # type: ignore[method-assign]
     before = nn.utils.parameters_to_vector(student.parameters()).detach().clone()
     mine = rows()[int(os.environ.get("RANK", "0")) :: ranks] if ranks > 1 else rows()
     options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}

@@ -171,7 +171,7 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         """
         if trainer.optimizers and optimizer is trainer.optimizers[0]:
             average_gradients(self.objective)
-            self._global_mean.settle(self.objective.projectors.parameters(), trainer)
+            self._global_mean.scale_gradients(self.objective.projectors.parameters(), trainer)
             self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         if isinstance(result, StepOutput):
             if self.objective.projects:
                 # The module weights its own gradients by these counts; the projectors are not part of it.
-                self._global_mean.weigh(loss.detach(), result.positions, module.trainer)
+                self._global_mean.scale_loss(loss.detach(), result.positions, module.trainer)
             return result._replace(loss=loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 

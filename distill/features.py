@@ -18,7 +18,7 @@ _TOKENS = re.compile(r"\*\*|\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
 
 @final
 class Features(Mapping[str, Tensor]):
-    """What :func:`capture` saw in the model's last forward, by name, in the order of the modules.
+    """Inputs and outputs of submodules in the model's last forward, by name, in the order of the modules.
 
     Reading a name that the last forward did not fill, or filled more than once, is an error, never a tensor of an
     earlier forward. A copy, such as the one that comes with a copy of the model, is empty and stays so.
@@ -27,7 +27,7 @@ class Features(Mapping[str, Tensor]):
     def __init__(self, names: Iterable[str] = (), clone: bool = False) -> None:
         self._names = list(names)
         self._clone = clone
-        self._found: dict[str, tuple[Tensor | None, int | None]] = {}
+        self._captured: dict[str, tuple[Tensor | None, int | None]] = {}
         self._calls: dict[str, int] = {}
         self._running = self._graph = False
 
@@ -35,14 +35,14 @@ class Features(Mapping[str, Tensor]):
         name = name.removesuffix(":output")
         if name not in self._names:
             raise KeyError(f"{name!r} is not captured: {', '.join(self._names) or 'the capture has ended'}")
-        if name not in self._found:
+        if name not in self._captured:
             raise ValueError(
                 f"{name!r} was not called since the features were last taken: run the model inside the with block, or "
                 "capture a part that its forward calls"
             )
         if (calls := self._calls[name]) > 1:
             raise ValueError(f"{name!r} was called {calls} times in one forward: capture a part that is called once")
-        tensor, version = self._found[name]
+        tensor, version = self._captured[name]
         if tensor is None:
             raise ValueError(f"{name!r} has no tensor there: capture another part of the model")
         if version is not None and tensor._version != version:
@@ -78,7 +78,7 @@ class Features(Mapping[str, Tensor]):
         return taken
 
     def _clear(self) -> None:
-        self._found, self._calls = {}, {}
+        self._captured, self._calls = {}, {}
 
     def _close(self) -> None:
         self._clear()
@@ -97,7 +97,7 @@ class Features(Mapping[str, Tensor]):
     def _put(self, name: str, value: Any) -> None:
         if name not in self._names or _recomputing():
             return
-        tensor = _first(value)
+        tensor = _first_tensor(value)
         if self._running and self._graph and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
             raise ValueError(
                 f"{name!r} is computed without a graph by reentrant activation checkpointing, so no loss on it could "
@@ -107,12 +107,12 @@ class Features(Mapping[str, Tensor]):
             tensor = tensor.clone()
         # Parts may be called outside of a forward of the whole; the last such call counts.
         self._calls[name] = self._calls.get(name, 0) + 1 if self._running else 1
-        self._found[name] = tensor, None if tensor is None or tensor.is_inference() else tensor._version
+        self._captured[name] = tensor, None if tensor is None or tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -> Iterator[Features]:
-    """Keep the inputs or outputs of submodules while the model runs.
+    """Capture inputs or outputs of submodules while the model runs.
 
     ::
 
@@ -210,10 +210,10 @@ def make_projector(student: Tensor, teacher: Tensor) -> nn.Module:
     return maps[0] if maps else nn.Identity()
 
 
-def matches(name: str, place: str) -> bool:
-    """Whether ``name``, as :func:`capture` yields it, is what the path or pattern ``place`` stands for."""
-    (path, _, side), (pattern, _, wanted) = name.partition(":"), place.partition(":")
-    return (side or "output") == (wanted or "output") and _regex(pattern).fullmatch(path) is not None
+def matches(name: str, wanted: str) -> bool:
+    """Whether ``name``, as :func:`capture` yields it, is matched by the path or pattern ``wanted``."""
+    (path, _, side), (pattern, _, wanted_side) = name.partition(":"), wanted.partition(":")
+    return (side or "output") == (wanted_side or "output") and _regex(pattern).fullmatch(path) is not None
 
 
 def _put_input(features: Features, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -224,12 +224,12 @@ def _put_output(features: Features, name: str, module: nn.Module, args: Any, out
     features._put(name, output)
 
 
-def _first(value: Any) -> Tensor | None:
+def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a nest of sequences and mappings."""
     if isinstance(value, Tensor):
         return value
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return next((found for part in parts if (found := _first(part)) is not None), None)
+    return next((tensor for part in parts if (tensor := _first_tensor(part)) is not None), None)
 
 
 def _recomputing() -> bool:
@@ -276,10 +276,10 @@ def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         path, _, side = name.partition(":")
         if side not in ("", "input", "output"):
             raise ValueError(f"{name!r} ends in ':{side}': ':input' or ':output' can be captured")
-        found = [known for known in modules if _regex(path).fullmatch(known)]
-        if not found:
+        matching = [known for known in modules if _regex(path).fullmatch(known)]
+        if not matching:
             raise ValueError(f"{name!r} matches no submodule of {type(model).__name__}: {_near(path, list(modules))}")
-        wanted |= {known + (":input" if side == "input" else "") for known in found}
+        wanted |= {known + (":input" if side == "input" else "") for known in matching}
     return {name: module for path, module in modules.items() for name in (f"{path}:input", path) if name in wanted}
 
 

@@ -1,4 +1,4 @@
-"""Teacher: a trained network, or several, asked and never taught."""
+"""Teacher: a trained network, or several, frozen and in eval mode."""
 
 import copy
 import hashlib
@@ -24,17 +24,17 @@ TeacherSource = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
 Average = Literal["logits", "probabilities"]
 _HALF = (torch.bfloat16, torch.float16)
-# Where a configuration was read from and by which version is not what it says.
+# These entries of a configuration say where it came from, not what it configures.
 _PASSING = ("_name_or_path", "transformers_version")
 
 
 @final
 class Teacher:
-    """A frozen network in eval mode, owned by nobody; or several, whose answers are averaged.
+    """A frozen network in eval mode outside of every module tree; or several, whose outputs are averaged.
 
     Not an ``nn.Module``: whoever holds it does not get its weights in ``parameters()``, in the optimizer, in DDP
-    buckets, in the state dict or in a checkpoint, and ``train()`` on the holder does not wake it. Copies of the
-    holder share it.
+    buckets, in the state dict or in a checkpoint, and ``train()`` on the holder leaves it in eval mode. Copies of
+    the holder share it.
 
     Several teachers with weights w_i, which are scaled to sum 1, answer with the tensor of logits
     sum_i w_i z_i (``average="logits"``) or log sum_i w_i softmax(z_i) (``"probabilities"``).
@@ -104,14 +104,14 @@ class Teacher:
             what = "several teachers" if len(self._members) > 1 else "a function"
             raise ValueError(f"features {names} are asked of {what}: only a single network has them")
         if len(self._members) == 1:
-            return self._members[0].ask(args, kwargs, names)
-        answers = [logits_of(member.ask(args, kwargs, [])[0], "a teacher to be averaged") for member in self._members]
-        if odd := [list(each.shape) for each in answers if each.shape != answers[0].shape]:
+            return self._members[0].run(args, kwargs, names)
+        outputs = [logits_of(member.run(args, kwargs, [])[0], "a teacher to be averaged") for member in self._members]
+        if others := [list(each.shape) for each in outputs if each.shape != outputs[0].shape]:
             raise ValueError(
-                f"teachers to be averaged give logits {list(answers[0].shape)} and {odd[0]}: "
+                f"teachers to be averaged give logits {list(outputs[0].shape)} and {others[0]}: "
                 "give ones over the same classes"
             )
-        return averaged(answers, self.weights, self.average), {}
+        return averaged(outputs, self.weights, self.average), {}
 
     def fingerprint(self) -> str:
         """SHA-256 of what it is made of: architecture, weights, precision, and of several how they are averaged.
@@ -124,7 +124,7 @@ class Teacher:
         return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
-        # It never changes, and may be far larger than what learns from it.
+        # A teacher never changes, and may be far larger than its student: copies share it.
         return self
 
     @property
@@ -160,7 +160,7 @@ def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Averag
 
 @final
 class _Member:
-    """One network, or one function, and how it is asked."""
+    """One network, or one function, with its precision."""
 
     def __init__(self, source: TeacherSource, precision: Precision | None, compile: bool) -> None:
         self.network: nn.Module | None = None
@@ -186,7 +186,7 @@ class _Member:
         self.network = network.requires_grad_(False).eval()
         self._compile = compile
 
-    def ask(self, args: Sequence[Any], kwargs: Mapping[str, Any], features: list[str]) -> tuple[Any, dict[str, Tensor]]:
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], features: list[str]) -> tuple[Any, dict[str, Tensor]]:
         """The raw output, and the features."""
         if self.network is None:
             assert self._function is not None
@@ -350,7 +350,7 @@ def _is_plain(model: Any) -> bool:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in eval mode; afterwards each of its parts is in the mode that it was in."""
+    """Put the module into eval mode for a while; afterwards every submodule is back in its own mode."""
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()

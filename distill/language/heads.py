@@ -1,4 +1,4 @@
-"""Vocabularies compared, and output layers taken off and put back. Torch only."""
+"""Comparison of vocabularies, and models without their output layer. Torch only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _AFTER_HEAD = (
 
 
 def check_vocabulary(student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int]) -> int:
-    """Make sure that a number means the same token to both models.
+    """Check that an id means the same token to both models.
 
     Args:
         student_tokens: Token -> id, such as ``tokenizer.get_vocab()`` gives.
@@ -35,14 +35,14 @@ def check_vocabulary(student_tokens: Mapping[str, int], teacher_tokens: Mapping[
     if not student_tokens:
         raise ValueError("the student's vocabulary is empty: give token -> id, such as tokenizer.get_vocab()")
     if differing := sorted(dict(student_tokens.items() ^ teacher_tokens.items())):
-        said = "; ".join(
+        examples = "; ".join(
             f"{token!r} is {student_tokens.get(token, 'unknown')} to the student and "
             f"{teacher_tokens.get(token, 'unknown')} to the teacher"
             for token in differing[:3]
         )
         raise ValueError(
             f"the vocabularies differ in {len(differing)} of {len({*student_tokens, *teacher_tokens})} tokens "
-            f"({said}): give both models one tokenizer"
+            f"({examples}): give both models one tokenizer"
         )
     return max(student_tokens.values()) + 1
 
@@ -101,13 +101,13 @@ def headless(model: nn.Module) -> Iterator[nn.Module]:
             f"{type(owner).__name__} changes its logits after the head ({', '.join(changes)} in its config): "
             "use its logits and distill.losses"
         )
-    places = [(parent, name) for parent in owner.modules() for name, child in parent._modules.items() if child is head]
+    sites = [(parent, name) for parent in owner.modules() for name, child in parent._modules.items() if child is head]
     try:
-        for parent, name in places:
+        for parent, name in sites:
             parent._modules[name] = nn.Identity()
         yield head
     finally:
-        for parent, name in places:
+        for parent, name in sites:
             parent._modules[name] = head
 
 
@@ -128,8 +128,8 @@ def check_headless(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         logits = model.eval()(*args, **kwargs).logits
         with headless(model) as head:
-            found = head(model(*args, **kwargs).logits)
-        same = found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-2)
+            computed = head(model(*args, **kwargs).logits)
+        same = computed.shape == logits.shape and torch.allclose(computed.float(), logits.float(), rtol=1e-2, atol=1e-2)
     except RuntimeError:
         same = False
     finally:

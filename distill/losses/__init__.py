@@ -1,8 +1,8 @@
-"""Distillation losses: pure functions, and a module of each. Imports torch only.
+"""Distillation losses: pure functions, each also as a module. Imports torch only.
 
 Logits are [..., classes]: summed over classes, averaged over positions. Features are [B, ..., width] or, as images,
-[B, channels, H, W]. All compute in at least fp32, outside autocast, and give the teacher no gradient. ``valid`` says
-which positions count: what stands elsewhere, NaN included, changes neither the value nor the gradient.
+[B, channels, H, W]. All compute in at least fp32, outside autocast, and give the teacher no gradient. ``valid``
+marks valid positions: values at other positions, NaN included, change neither the loss nor its gradient.
 """
 
 from distill.losses.controls import label_smoothing, shuffled_off_class

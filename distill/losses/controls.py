@@ -26,10 +26,10 @@ def label_smoothing(student: Tensor, labels: Tensor, smoothing: float = 0.1, val
         student: Logits z [..., classes]; a class at ``-inf`` is none of the C that share the smoothing.
         labels: y, int64 [...], a class at each valid position; anything elsewhere.
         smoothing: s in [0, 1).
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ, a label is no class, or the smoothing is out of range.
@@ -69,12 +69,12 @@ def shuffled_off_class(
         student: Logits [..., classes].
         teacher: Logits of the same shape; a class at ``-inf`` takes no part and stays there.
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
         labels: y, int64 [...], a class at each valid position; anything elsewhere.
         generator: Where the chance comes from, on the logits' device; torch's own if None.
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ, a label is no class, or the temperature is not positive and finite.

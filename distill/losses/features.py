@@ -21,10 +21,10 @@ def hint(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tenso
     Args:
         student: Feature [B, ..., D] or [B, C, H, W], after its projector.
         teacher: Feature of the same shape.
-        valid: Bool over leading axes, True where a position counts; all of them if None.
+        valid: Bool over leading axes, True at valid positions; all if None.
 
     Returns:
-        A scalar: mean over the width and valid positions; 0 with its graph if none is valid.
+        A scalar: mean over the width and valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ.
@@ -44,10 +44,10 @@ def cosine(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Ten
     Args:
         student: Feature [B, ..., D] or [B, C, H, W], after its projector; the angle is taken over D or C.
         teacher: Feature of the same shape.
-        valid: Bool over leading axes, True where a position counts; all of them if None.
+        valid: Bool over leading axes, True at valid positions; all if None.
 
     Returns:
-        A scalar from 0 to 2: mean over valid positions; 1 at a vector of zeros; 0 with its graph if none is valid.
+        A scalar from 0 to 2: mean over valid positions; 1 at a zero vector; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ.
@@ -71,10 +71,10 @@ def attention_transfer(student: Tensor, teacher: Tensor, valid: Tensor | None = 
     Args:
         student: Feature [B, C, H, W] or [B, L, D].
         teacher: Feature of the same shape but for the channels.
-        valid: Bool over leading axes, True where a position counts; all of them if None.
+        valid: Bool over leading axes, True at valid positions; all if None.
 
     Returns:
-        A scalar: mean over valid positions; 0 with its graph if none is valid.
+        A scalar: mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If positions differ, or there is only one for a sample.
@@ -146,10 +146,10 @@ def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None
     Args:
         student: Feature [B, ...].
         teacher: Feature [B, ...], of any other shape.
-        valid: Bool over leading axes of both: a position that does not count is 0, a sample without any left out.
+        valid: Bool over leading axes of both: invalid positions are 0, samples without a valid one are left out.
 
     Returns:
-        A scalar: sum over pairs by the square of the samples that count; 0 with its graph if none does.
+        A scalar: sum over pairs divided by the squared number of valid samples; 0 with its graph if there is none.
 
     Raises:
         ValueError: If the features are not of as many samples.
@@ -173,10 +173,10 @@ def rkd_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) 
     Args:
         student: Feature [B, ...], flattened.
         teacher: Feature [B, ...], of any other shape.
-        valid: Bool over leading axes of both: a position that does not count is 0, a sample without any left out.
+        valid: Bool over leading axes of both: invalid positions are 0, samples without a valid one are left out.
 
     Returns:
-        A scalar: sum over pairs by the square of the samples that count; 0 with its graph if none does.
+        A scalar: sum over pairs divided by the squared number of valid samples; 0 with its graph if there is none.
 
     Raises:
         ValueError: If the features are not of as many samples.
@@ -207,10 +207,10 @@ def rkd_angle(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
     Args:
         student: Feature [B, ...], flattened.
         teacher: Feature [B, ...], of any other shape.
-        valid: Bool over leading axes of both: a position that does not count is 0, a sample without any left out.
+        valid: Bool over leading axes of both: invalid positions are 0, samples without a valid one are left out.
 
     Returns:
-        A scalar: sum over triples by the cube of the samples that count; 0 with its graph if none does.
+        A scalar: sum over triples divided by the cubed number of valid samples; 0 with its graph if there is none.
 
     Raises:
         ValueError: If the features are not of as many samples.
@@ -238,7 +238,7 @@ def rkd(
     Args:
         student: Feature [B, ...], flattened.
         teacher: Feature [B, ...], of any other shape.
-        valid: Bool over leading axes of both: a position that does not count is 0, a sample without any left out.
+        valid: Bool over leading axes of both: invalid positions are 0, samples without a valid one are left out.
         distance: Weight of the distances, at least 0; at 0 they are not computed.
         angle: Weight of the angles, at least 0; the authors take twice that of the distances.
 

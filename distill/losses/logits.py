@@ -36,11 +36,11 @@ def soft_target(student: Tensor, teacher: Tensor, temperature: float = 4.0, vali
         student: Logits [..., classes].
         teacher: Logits of the same shape; ``-inf`` marks a class that takes no probability.
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None. What stands elsewhere, NaN included,
-            changes neither the value nor the gradient.
+        valid: Bool [...], True at valid positions; all if None. Values at other positions, NaN included, change neither
+            the loss nor its gradient.
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ or the temperature is not positive and finite.
@@ -74,7 +74,7 @@ def mix(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
-    r"""The divergence the other way round: it seeks one mode of the teacher, where soft targets cover all.
+    r"""Reverse KL: seeks one mode of the teacher, where soft targets cover all modes.
 
     .. math:: T^2 \, \mathrm{KL}\bigl(\sigma(z^s / T) \,\|\, \sigma(z^t / T)\bigr)
 
@@ -83,10 +83,10 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
         teacher: Logits of the same shape; a class at ``-inf`` is left out of both distributions, since any
             probability that a student gave it would cost infinitely much.
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ or the temperature is not positive and finite.
@@ -117,11 +117,11 @@ def jsd(
         teacher: Logits of the same shape; ``-inf`` marks a class that takes no probability (at beta 1 it is left out of
             both, see :func:`reverse_kl`).
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
         beta: Weight of the teacher in the mixture, in [0, 1].
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ, the temperature is not positive and finite, or beta is outside [0, 1].
@@ -145,7 +145,7 @@ def jsd(
 
 
 def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    r"""Squared distance of the logits themselves, not softened.
+    r"""Squared distance of the logits, without softmax or temperature.
 
     .. math:: \lVert z^s - z^t \rVert^2
 
@@ -154,10 +154,10 @@ def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
     Args:
         student: Logits [..., classes].
         teacher: Logits of the same shape; a class at ``-inf`` is left out.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
 
     Returns:
-        A scalar: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ.
@@ -182,25 +182,25 @@ def dkd(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Tensor:
-    r"""Decoupled distillation: how sure of the labelled class, and how the rest is shared out, weighed apart.
+    r"""Decoupled distillation: separate weights for the label's probability and for those of the other classes.
 
     .. math:: T^2 \bigl(\alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s)\bigr)
 
     with :math:`b = (p_y, 1 - p_y)` and :math:`\hat p` the softmax over the classes other than the label y. Soft targets
     are alpha 1 and beta :math:`1 - p^t_y`. The complement :math:`1 - p_y` is formed in log space: a teacher that is
-    sure to the last bit is no trouble.
+    certain to the last bit does not overflow.
 
     Args:
         student: Logits [..., classes], two classes at least.
         teacher: Logits of the same shape; ``-inf`` marks a class that takes no probability.
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
         labels: int64 [...], a class at each valid position; anything elsewhere.
         alpha: Weight of the labelled class against the rest (TCKD), at least 0.
         beta: Weight of the rest among themselves (NCKD), at least 0.
 
     Returns:
-        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes differ, a label is no class, the temperature is not positive and finite, a weight is
@@ -219,9 +219,9 @@ def dkd(
         zt = zero_invalid(upcast(teacher.detach()), valid) / temperature
         others_s, others_t = zs.masked_fill(label, -INF), zt.masked_fill(label, -INF)
         sure = divergence(_label_or_not(zt, others_t, label), _label_or_not(zs, others_s, label))
-        # A teacher that rules out every other class has nothing to say about their shares.
-        silent = (others_t == -INF).all(-1, keepdim=True)
-        others_s, others_t = others_s.masked_fill(silent, 0.0), others_t.masked_fill(silent, 0.0)
+        # If the teacher gives every other class probability 0, there is no distribution over them to match.
+        no_others = (others_t == -INF).all(-1, keepdim=True)
+        others_s, others_t = others_s.masked_fill(no_others, 0.0), others_t.masked_fill(no_others, 0.0)
         shares = divergence(torch.log_softmax(others_t, -1), torch.log_softmax(others_s, -1))
         return average(alpha * sure + beta * shares, valid, temperature)
 
@@ -241,7 +241,7 @@ def dist(
     inter: float = 1.0,
     intra: float = 1.0,
 ) -> Tensor:
-    r"""DIST: match the teacher's relations, not its probabilities: correlated over classes, and over the batch.
+    r"""DIST: matches the teacher by Pearson correlation, over the classes and over the batch.
 
     .. math:: T^2 \bigl(\beta \, \overline{1 - \rho(p^s_{i\cdot}, p^t_{i\cdot})}
         + \gamma \, \overline{1 - \rho(p^s_{\cdot j}, p^t_{\cdot j})}\bigr)
@@ -255,7 +255,7 @@ def dist(
         student: Logits [..., classes]; all axes but the last are the batch.
         teacher: Logits of the same shape; a class at ``-inf`` is left out of the correlations.
         temperature: T > 0; the same for both.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
         inter: beta, weight of the relations between classes, at least 0.
         intra: gamma, weight of the relations within a class over the batch, at least 0.
 

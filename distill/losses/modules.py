@@ -1,7 +1,7 @@
-"""The losses as modules: their numbers set once, called alike. Each only delegates to its function."""
+"""The losses as modules: numbers are set and checked once, ``forward`` is the same for all and calls the function."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -24,8 +24,8 @@ class LogitLoss(nn.Module, ABC):
     """A loss on logits; a scalar, the mean over valid positions.
 
     Attributes:
-        needs_labels: Whether it must be given labels.
-        needs_teacher: Whether it looks at the teacher; one that does not takes anything in its place.
+        needs_labels: Whether it needs hard labels.
+        needs_teacher: Whether it needs the teacher; other losses take any tensor in its place.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class LogitLoss(nn.Module, ABC):
         """The loss of logits [..., classes], ``valid`` bool [...] and ``labels`` int64 [...]."""
 
     def extra_repr(self) -> str:
-        """The numbers it was made with."""
+        """The loss's numbers."""
         return _numbers(self)
 
 
@@ -57,7 +57,7 @@ class FeatureLoss(nn.Module, ABC):
         """The loss of features [B, ...], ``valid`` bool over leading axes."""
 
     def extra_repr(self) -> str:
-        """The numbers it was made with."""
+        """The loss's numbers."""
         return _numbers(self)
 
 
@@ -78,8 +78,8 @@ class SoftTarget(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are not looked at."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        """The loss; labels are not used."""
+        student, teacher = _standardized(self, student, teacher, valid)
         return soft_target(student, teacher, self.temperature, valid)
 
 
@@ -100,8 +100,8 @@ class ReverseKL(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are not looked at."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        """The loss; labels are not used."""
+        student, teacher = _standardized(self, student, teacher, valid)
         return reverse_kl(student, teacher, self.temperature, valid)
 
 
@@ -124,8 +124,8 @@ class JSD(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are not looked at."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        """The loss; labels are not used."""
+        student, teacher = _standardized(self, student, teacher, valid)
         return jsd(student, teacher, self.temperature, valid, beta=self.beta)
 
 
@@ -144,8 +144,8 @@ class LogitMSE(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are not looked at."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        """The loss; labels are not used."""
+        student, teacher = _standardized(self, student, teacher, valid)
         return logit_mse(student, teacher, valid)
 
 
@@ -174,7 +174,7 @@ class DKD(LogitLoss):
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are needed."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        student, teacher = _standardized(self, student, teacher, valid)
         return dkd(
             student, teacher, self.temperature, valid, labels=_labels(self, labels), alpha=self.alpha, beta=self.beta
         )
@@ -202,8 +202,8 @@ class DIST(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are not looked at."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        """The loss; labels are not used."""
+        student, teacher = _standardized(self, student, teacher, valid)
         return dist(student, teacher, self.temperature, valid, inter=self.inter, intra=self.intra)
 
 
@@ -227,7 +227,7 @@ class ShuffledOffClass(LogitLoss):
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are needed."""
-        student, teacher = _given(student, teacher, valid, self.standardize)
+        student, teacher = _standardized(self, student, teacher, valid)
         return shuffled_off_class(student, teacher, self.temperature, valid, labels=_labels(self, labels))
 
 
@@ -250,7 +250,7 @@ class LabelSmoothing(LogitLoss):
     def forward(
         self, student: Tensor, teacher: Tensor | None = None, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss; labels are needed, the teacher is not looked at."""
+        """The loss; labels are needed, the teacher is not used."""
         return label_smoothing(student, _labels(self, labels), self.smoothing, valid)
 
 
@@ -339,8 +339,9 @@ class RKD(FeatureLoss):
         return rkd(student, teacher, valid, distance=self.distance, angle=self.angle)
 
 
-def _given(student: Tensor, teacher: Tensor, valid: Tensor | None, zscores: bool) -> tuple[Tensor, Tensor]:
-    if not zscores:
+def _standardized(loss: Any, student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both logits, as z-scores if the loss standardizes."""
+    if not loss.standardize:
         return student, teacher
     check_logits(student, teacher, valid)
     return standardize(student, valid), standardize(teacher.detach(), valid)

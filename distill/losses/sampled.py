@@ -28,10 +28,10 @@ def sampled_soft_target(
         weights: w [..., K], at least 0, with a sum of about 1; 0 where there are fewer than K, whatever stands beside.
         log_probs: log p [..., K] of the teacher at this temperature, exact: normalised over all classes.
         temperature: T > 0 at which the sample was taken; the student is softened by the same.
-        valid: Bool [...], True where a position counts; all of them if None.
+        valid: Bool [...], True at valid positions; all if None.
 
     Returns:
-        A scalar in nats: sum over the sample, mean over valid positions; 0 with its graph if none is valid.
+        A scalar in nats: sum over the sample, mean over valid positions; 0 with its graph if no position is valid.
 
     Raises:
         ValueError: If shapes do not fit, an id that counts is no class, or the temperature is not positive and finite.

@@ -1,4 +1,4 @@
-"""A student cut from its teacher: fewer layers, narrower ones, another activation; the rest of the weights kept."""
+"""cut_student: a student made of its teacher's weights, with fewer or narrower layers or another activation."""
 
 import copy
 from collections.abc import Sequence
@@ -95,5 +95,5 @@ def cut_student(
 
 
 def _refuse(teacher: nn.Module, given: dict[str, Any], allowed: str) -> None:
-    if odd := [f"{name}={value}" for name, value in given.items() if value is not None]:
-        raise ValueError(f"{', '.join(odd)}: of a {type(teacher).__name__} can be changed {allowed}")
+    if refused := [f"{name}={value}" for name, value in given.items() if value is not None]:
+        raise ValueError(f"{', '.join(refused)}: of a {type(teacher).__name__} can be changed {allowed}")

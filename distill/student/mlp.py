@@ -1,4 +1,4 @@
-"""Multilayer perceptrons cut: hidden layers and their units."""
+"""Cuts multilayer perceptrons: hidden layers and their units."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,13 +36,13 @@ def cut_mlp(
         student = type(teacher)(**{**teacher.init_args, "hidden": widths}).to(weight.device, weight.dtype)
     read = torch.arange(ins[0], device=weight.device)
     with torch.no_grad():
-        for index, (theirs, mine) in enumerate(zip(parts, _stages(student.layers))):
-            linear, units = theirs[0], torch.arange(theirs[0].out_features, device=weight.device)
+        for index, (old, new) in enumerate(zip(parts, _stages(student.layers))):
+            linear, units = old[0], torch.arange(old[0].out_features, device=weight.device)
             if index < len(widths):
                 units = keep(norms(linear.weight, linear.bias) * norms(parts[index + 1][0].weight.T), widths[index])
-            mine[0].weight.copy_(linear.weight[units][:, read])
-            mine[0].bias.copy_(linear.bias[units])
-            for norm, other in zip(mine[1:], theirs[1:]):
+            new[0].weight.copy_(linear.weight[units][:, read])
+            new[0].bias.copy_(linear.bias[units])
+            for norm, other in zip(new[1:], old[1:]):
                 state = {name: tensor[units] if tensor.dim() else tensor for name, tensor in other.state_dict().items()}
                 norm.load_state_dict(state)
             read = units
@@ -50,11 +50,11 @@ def cut_mlp(
 
 
 def _stages(layers: Iterable[nn.Module]) -> list[list[Any]]:
-    """The linear layers, each with the norm behind it."""
-    found: list[list[Any]] = []
+    """The linear layers, each followed by its norm, if it has one."""
+    stages: list[list[Any]] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            found.append([layer])
+            stages.append([layer])
         elif list(layer.state_dict()):
-            found[-1].append(layer)
-    return found
+            stages[-1].append(layer)
+    return stages

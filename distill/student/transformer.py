@@ -1,4 +1,18 @@
-"""Transformers cut: layers, heads, hidden and feed-forward units of BERT, RoBERTa, DistilBERT, GPT-2 and ViT."""
+"""Cuts transformers: layers, heads, hidden and feed-forward units of BERT, RoBERTa, DistilBERT, GPT-2 and ViT.
+
+A student is built from the teacher's configuration with smaller sizes, and filled from the teacher's state dict in
+three steps. The order matters, since each step reads tensors in the widths that the step before left:
+
+1. layers: every tensor of student layer i comes from the teacher's layer ``chosen[i]``, by name;
+2. inside each layer, by names of the teacher (``picks``): heads, dimensions of a head, feed-forward units. The weights
+   that produce such a unit and those that read it are cut by the same indices;
+3. hidden units (:func:`_fill`): one choice for the whole model, because the residual stream adds the outputs of all
+   layers unit by unit. Every axis is cut that is as long as the teacher's hidden size and has the student's in the
+   student.
+
+Invariants: scores and norms are in float64; of equal scores the lower index wins; kept units stay in order; a query and
+its key keep the same dimensions, a value and the output projection too; tied weights stay tied, or the cut is refused.
+"""
 
 import copy
 import inspect
@@ -14,8 +28,8 @@ from workbench.models.activations import swap_activation
 from workbench.models.anatomy import Anatomy, at, base_of
 
 Sizes = tuple[int, int, int]  # hidden, heads, feed-forward
-Picks = dict[str, list[tuple[int, Tensor]]]  # tensor: (axis, indices to keep along it)
-Scales = dict[str, tuple[int, int, float]]  # tensor: (axis, length, factor of that many entries along it)
+Picks = dict[str, list[tuple[int, Tensor]]]  # name of a tensor -> (axis, indices to keep along it)
+Scales = dict[str, tuple[int, int, float]]  # name of a tensor -> (axis, length, factor): scales the first entries
 
 
 def cut_transformer(
@@ -44,11 +58,12 @@ def cut_transformer(
         config.hidden_size, config.num_attention_heads = after[:2]
         setattr(config, anatomy.ffn, after[2])
     student = _built(teacher, config)
+    # "encoder.layer" of a plain BertModel, "bert.encoder.layer" of one with a head.
     prefix = next(name for name, module in teacher.named_modules() if module is blocks)
     picks, scales = _picks(blocks, anatomy, prefix, chosen, before, after, teacher.config)
     renamed = {f"{prefix}.{new}.": f"{prefix}.{old}." for new, old in enumerate(chosen)}
     _fill(student, teacher, prefix, renamed, picks, scales, (before[0], after[0]))
-    # What the configuration cannot say was put in afterwards.
+    # An activation that no configuration can name was swapped in after the teacher was built: do the same here.
     swapped: Any = getattr(teacher, "swapped_activation", None)
     return student if swapped is None else swap_activation(student, swapped)
 
@@ -79,10 +94,10 @@ def _hidden_and_heads(config: Any, hidden: int | None, heads: int | None) -> tup
 
 def _built(teacher: nn.Module, config: Any) -> nn.Module:
     """An untrained model of the teacher's class, without the parts that the teacher was built without."""
-    known = inspect.signature(type(teacher)).parameters
+    accepted = inspect.signature(type(teacher)).parameters
     optional = {"add_pooling_layer": "pooler", "use_mask_token": "embeddings.mask_token"}
     names = {name for name, _ in [*teacher.named_modules(), *teacher.named_parameters()]}
-    given = {flag: part in names for flag, part in optional.items() if flag in known}
+    given = {flag: part in names for flag, part in optional.items() if flag in accepted}
     weight = next(teacher.parameters())
     with torch.random.fork_rng(devices=[]):
         student = type(teacher)(config, **given).to(weight.device)
@@ -98,43 +113,46 @@ def _picks(
     picks: Picks = {}
     scales: Scales = {}
     for new, old in enumerate(chosen):
-        block, place = blocks[old], f"{prefix}.{old}"
+        block, path = blocks[old], f"{prefix}.{old}"
         factor, units = 1.0, []
         if before[:2] != after[:2]:
             width, narrow = before[0] // before[1], after[0] // after[1]
             pairs, values = _heads(block, anatomy, before[1], after[1], narrow)
             units.append((anatomy.output, False, values))
             if len(anatomy.inputs) == 1:
+                # GPT-2 has one matrix for queries, keys and values, one after the other.
                 rows = torch.cat([pairs, pairs + before[0], values + 2 * before[0]])
                 units.append((anatomy.inputs[0], True, rows))
             else:
                 units += [(part, True, rows) for part, rows in zip(anatomy.inputs, (pairs, pairs, values))]
             if getattr(config, "scale_attn_weights", True):
+                # The student divides scores by sqrt(narrow), the teacher by sqrt(width): its queries make up for it.
                 factor = math.sqrt(narrow / width)
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            # Scores are divided by the number of the layer, which is another in the student.
             factor *= (new + 1) / (old + 1)
         if before[2] != after[2]:
             (up, bias), (down, _) = _matrix(block, anatomy.up), _matrix(block, anatomy.down)
             kept = keep(norms(up, bias) * norms(down.T), after[2])
             units += [(anatomy.up, True, kept), (anatomy.down, False, kept)]
         for part, out, kept in units:
-            picks.setdefault(f"{place}.{part}.weight", []).append((_axis(at(block, part), out), kept))
+            picks.setdefault(f"{path}.{part}.weight", []).append((_axis(at(block, part), out), kept))
             if out:
-                picks.setdefault(f"{place}.{part}.bias", []).append((0, kept))
+                picks.setdefault(f"{path}.{part}.bias", []).append((0, kept))
         if factor != 1:
             query = anatomy.inputs[0]
-            scales[f"{place}.{query}.weight"] = (_axis(at(block, query), True), after[0], factor)
-            scales[f"{place}.{query}.bias"] = (0, after[0], factor)
+            scales[f"{path}.{query}.weight"] = (_axis(at(block, query), True), after[0], factor)
+            scales[f"{path}.{query}.bias"] = (0, after[0], factor)
     return picks, scales
 
 
 def _heads(block: nn.Module, anatomy: Anatomy, count: int, heads: int, narrow: int) -> tuple[Tensor, Tensor]:
     """The rows of queries and keys to keep, and those of values."""
-    made = [_matrix(block, part) for part in anatomy.inputs]
-    if len(made) == 1:
-        [(weight, bias)] = made
-        made = list(zip(weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)))
-    q, k, v = (norms(*part) for part in made)
+    matrices = [_matrix(block, part) for part in anatomy.inputs]
+    if len(matrices) == 1:
+        [(weight, bias)] = matrices
+        matrices = list(zip(weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)))
+    q, k, v = (norms(*part) for part in matrices)
     o = norms(_matrix(block, anatomy.output)[0].T)
     width = len(o) // count
     kept = keep(o.unflatten(0, (count, width)).norm(dim=1), heads)
@@ -166,16 +184,16 @@ def _fill(
     scales: Scales,
     size: tuple[int, int],
 ) -> None:
-    """Give the student the teacher's tensors, the picked part of them, and the important hidden units of that."""
+    """Fill the student with the picked part of each of the teacher's tensors, then cut the hidden units."""
     source: dict[str, Tensor] = teacher.state_dict(keep_vars=True)
     taken: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = student.state_dict(keep_vars=True)
     origin = {name: _renamed(name, renamed) for name in targets}
     kept = tuple(renamed.values())
     needed = {name for name in source if name.startswith(kept) or not name.startswith(f"{prefix}.")}
-    if odd := sorted(needed ^ set(origin.values())):
+    if unmatched := sorted(needed ^ set(origin.values())):
         raise ValueError(
-            f"the teacher is not what its configuration builds, {odd[0]!r} is only in one of them: give a plain "
+            f"the teacher is not what its configuration builds, {unmatched[0]!r} is only in one of them: give a plain "
             f"{type(student).__name__}, without adapters or parts of your own"
         )
     for name, old in origin.items():
@@ -189,6 +207,8 @@ def _fill(
         taken[name] = tensor
     axes = {name: list(_residual(taken[name], target, size)) for name, target in targets.items()}
     if any(axes.values()):
+        # Importance of a hidden unit: the gains of all norms times the norms of the embeddings and heads around the
+        # layers, see cut_student.
         gains: list[Tensor] = []
         sums: dict[tuple[int, int], Tensor] = {}  # a tied tensor counts once
         for name, target in targets.items():
@@ -201,6 +221,7 @@ def _fill(
         for name, along in axes.items():
             for axis in along:
                 taken[name] = taken[name].index_select(axis, units)
+    # Tied weights are one tensor under several names: all of them must have been cut alike.
     first: dict[int, Tensor] = {}
     for name, target in targets.items():
         if taken[name].shape != target.shape:

@@ -1,4 +1,4 @@
-"""Which layers and which units of a teacher a student keeps. Torch only."""
+"""Selects the layers and units of a teacher that a student keeps. Torch only."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,8 +16,8 @@ def chosen_layers(count: int, layers: Sequence[int] | None, every: int | None) -
     if layers is None:
         return list(range(0, count, every or 1))
     chosen = list(layers)
-    if odd := [layer for layer in chosen if not 0 <= layer < count]:
-        raise ValueError(f"layers={chosen}: the teacher has no layer {odd[0]}, only 0 to {count - 1}")
+    if missing := [layer for layer in chosen if not 0 <= layer < count]:
+        raise ValueError(f"layers={chosen}: the teacher has no layer {missing[0]}, only 0 to {count - 1}")
     if not chosen or any(a >= b for a, b in pairwise(chosen)):
         raise ValueError(f"layers={chosen}: give at least one, each once and in ascending order")
     return chosen
@@ -37,7 +37,7 @@ def norms(weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def smaller(name: str, given: int, own: int) -> int:
-    """``given``, once it is known to be a size that the teacher's ``own`` can be cut to."""
+    """``given``, checked: a size that the teacher's ``own`` can be cut to."""
     if not 1 <= given <= own:
         raise ValueError(f"{name}={given}: the teacher has {own}, give 1 to {own}")
     return given
