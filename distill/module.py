@@ -384,4 +384,4 @@ def distill(
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
     )
-    return train_and_save(module, data, out, trainer=trainer, seed_everything=seed_everything, checkpoint=checkpoint)
+    return train_and_save(module, data, out, trainer=trainer, seed=seed_everything, checkpoint=checkpoint)
