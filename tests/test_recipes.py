@@ -1,10 +1,12 @@
 """Every bundled recipe is found, checked against its jobs, and run for two steps."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.data_files import small_data_sets
+from workbench import records
 from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import check, run
 
@@ -80,6 +82,9 @@ def test_a_recipe_runs_for_two_steps(path: Path, tmp_path: Path, data: Path, mon
     changes += [(f"{name}.{key}", value) for name in hunts for key, value in (("rewind", "1it"), ("density", "0.5"))]
     recipe = recipes.read(path, changes)
     check(recipe)
-    records = run(recipe, tmp_path)
-    assert [record["status"] for record in records] == ["finished"] * len(recipe.stages)
+    finished = run(recipe, tmp_path)
+    assert [record["status"] for record in finished] == ["finished"] * len(recipe.stages)
     assert (tmp_path / "report" / "index.html").is_file(), "each tells what came of it"
+    written = [json.loads(each.read_text()) for each in tmp_path.glob("**/record.json") if "level_" not in str(each)]
+    assert len(written) >= len(finished)
+    assert {record.get("stage"): broken for record in written if (broken := records.violations(record))} == {}

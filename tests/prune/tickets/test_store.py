@@ -146,6 +146,10 @@ RECORDS = {
     "half-written": ('{"format": 2, "status": "fini', "is not JSON"),
     "empty": ("", "is not JSON"),
     "a list": ("[]", "record format 'list'"),
+    "of an earlier version": (
+        '{"format": 1, "status": "finished"}',
+        "written by an earlier version .*move .*level_01 aside",
+    ),
     "of another version": ('{"format": 99, "status": "finished"}', "record format 99"),
     "without its parts": ('{"format": 2, "status": "finished", "fingerprint": "KEY"}', "is damaged: no metrics, "),
 }

@@ -208,6 +208,15 @@ def test_a_record_that_cannot_be_read_is_refused_or_moved_aside(plugin: Any, out
     assert (out / "replaced" / "first-1" / "record.json").read_bytes() == text.encode("latin-1")
 
 
+def test_a_run_of_an_earlier_version_is_refused_in_a_sentence(plugin: Any, out: Path) -> None:
+    (out / "first").mkdir(parents=True)
+    earlier = {"format": 1, "status": "finished", "versions": {"distill-prune": "0.0.9"}}
+    (out / "first" / "record.json").write_text(json.dumps(earlier))
+    with pytest.raises(RecipeError, match=r"written by an earlier version \(distill-prune 0.0.9, .* another --out"):
+        execute(out)
+    assert plugin.calls == []
+
+
 def test_a_failing_stage_stops_the_run_and_is_tried_again(plugin: Any, out: Path, monkeypatch: Any) -> None:
     plugin.answer["metrics"] = {1, 2}
     with pytest.raises(StageError, match="stage 'first': ValueError: the job returned 'metrics', which is not JSON"):
