@@ -51,7 +51,7 @@ def shrink(
     network, kept = compact.load(source), compact.masks(source)
     inputs = load_example_inputs(folder, Path(of), source.parent)
     if not inputs and data is not None:
-        inputs = example_inputs(module_for(network, data, task), data)
+        inputs = example_inputs(module_for(network, data, task=task), data)
     if not inputs:
         raise ValueError(f"{of} has no example inputs to trace the network with: give data")
     call = example_call(network, inputs)
@@ -59,7 +59,7 @@ def shrink(
     smaller = shrink_network(network, call, masks)
     result: dict[str, Any] = {"metrics": record.get("metrics", {}), "monitor": record.get("monitor", ["loss", "min"])}
     if data is not None:
-        result["metrics"] = evaluate(module_for(smaller.model, data, task), data, out)
+        result["metrics"] = evaluate(module_for(smaller.model, data, task=task), data, out)
     smaller.model.eval()
     one = example_call(network, {name: value[:1] for name, value in inputs.items()})
     before, after = account(network, one, masks), account(smaller.model, one, smaller.masks)

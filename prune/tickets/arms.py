@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prune.allocation import Global
+from prune.allocation import Global, Layers
 from prune.criteria import seeded
 from prune.masks import Masks
 from prune.pruner import Pruner
@@ -157,7 +157,7 @@ def random(hunt: Hunt, level: int) -> Arm:
     candidates = layout.candidates(scores, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a layer that was lifted to its floor is no collapse to be told of
-        counts = Global()(scores, _density(layout, masks), within=candidates)
+        counts = Global()(Layers(scores, _density(layout, masks), candidates))
     kept = layout.select(scores, counts, candidates)
     return Arm(began(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
 

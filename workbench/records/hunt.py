@@ -20,7 +20,7 @@ class Barrier:
         heights: What is measured there.
         metric: What is measured.
         split: On which data.
-        refreshed: Whether batch norms were measured anew at each point.
+        recalibrated: Whether batch norms were measured anew at each point.
         twin: Of the training with another order of the data, its metrics.
     """
 
@@ -32,7 +32,7 @@ class Barrier:
     heights: list[Unbounded] = field(default_factory=list)
     metric: str | None = None
     split: str | None = None
-    refreshed: bool | None = None
+    recalibrated: bool | None = None
     twin: Metrics = field(default_factory=dict)
 
 
