@@ -93,7 +93,7 @@ def test_a_name_is_asked_of_the_hub(monkeypatch):
         (b'{"test": [["a", "x"]]}', "has no split 'train', only 'test'"),
         (b'{"train": [["a", "x"], ["b", "x"], ["c", "x"]]}', "one class 'x'"),
         (b'{"train": [["a", "x"]]}', "cannot split 1 samples"),
-        (b'{"train": [["a", "x"], ["b", "y"]], "test": [["a", "x"]], "val": [["c", "z"]]}', "val has the label 'z'"),
+        (b'{"train": [["a", "x"], ["b", "y"]], "test": [["a", "x"]], "val": [["c", "z"]]}', "val has the class 'z'"),
     ],
 )
 def test_broken_files_are_named(tmp_path, content, message):
