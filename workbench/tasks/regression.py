@@ -21,8 +21,8 @@ class Regression(Task):
     A batch is a tuple (x, y), more inputs coming before y, or a mapping with ``labels``, whose other entries the model
     gets by keyword. A target that is NaN counts neither in the loss nor in the metrics.
 
-    Loss, mean over valid elements with e = output - target: ``mse`` e^2; ``mae`` |e|; ``huber`` e^2 / 2 up to
-    |e| = delta, delta (|e| - delta / 2) beyond (Huber 1964, "Robust estimation of a location parameter").
+    Loss, mean over valid elements with e = output - target: ``mse`` e^2; ``mae`` ``|e|``; ``huber`` e^2 / 2 up to
+    ``|e| = delta``, ``delta (|e| - delta / 2)`` beyond (Huber 1964, "Robust estimation of a location parameter").
 
     Args:
         kind: The loss.
