@@ -441,11 +441,11 @@ def test_embeddings_imitate_their_teacher() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"student": {}}, "a family of 'nothing'"),
+        ({"student": {}}, "a family of nothing"),
         ({"student": {"a.b": MLP(6, [4], 3)}}, r"a family of 'a\.b'"),
         ({"losses": {}}, "nothing to learn from"),
         ({"chunked": True}, "chunked is for language models, and the task is Classification"),
-        ({"student": {"half": MLP(6, [4], 3)}}, "a family of 'half': .* not torch's"),
+        ({"student": {"half": MLP(6, [4], 3)}}, r"a family of 'half': .* no attributes of torch\.nn\.ModuleDict"),
         ({"task": Embedding(), "losses": SoftTargets(2.0)}, "but Embedding has neither classes nor labels"),
         ({"task": LanguageModelling(9, label_smoothing=0.1), "chunked": True}, "chunked smooths no labels"),
         ({"task": LanguageModelling(9), "chunked": True, "teacher": Teacher([MLP(), MLP()])}, "one live teacher"),
@@ -483,7 +483,7 @@ def test_a_cache_cannot_be_asked_what_to_imitate(tmp_path: Path) -> None:
 
 def test_a_family_follows_no_single_metric() -> None:
     scheduler = functools.partial(ReduceLROnPlateau, monitor="val/small/loss")
-    with pytest.raises(ValueError, match="ReduceLROnPlateau would follow one metric for all"):
+    with pytest.raises(ValueError, match="ReduceLROnPlateau would follow one metric"):
         run(DistillModule(members(), teacher(), Classification(3), optimizer=SGD, lr_scheduler=scheduler))
 
 
