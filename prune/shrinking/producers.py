@@ -49,7 +49,7 @@ def producers_of(model: nn.Module, layers: Sequence[str], call: Call) -> dict[st
 
     Args:
         model: in eval mode.
-        layers: paths of the layers that are asked about.
+        layers: paths of the consuming layers.
         call: what to call the model with.
 
     Returns:
