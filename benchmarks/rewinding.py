@@ -26,11 +26,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from prune.rewinding.modes import Rewind
 from prune.tickets.hunt import hunt
 from workbench import records
 from workbench.data import Augment
 from workbench.data.parquet import ParquetImages
-from workbench.duration import Duration
 from workbench.evaluation.statistics import Estimate, mean, paired
 from workbench.models import ResNet
 from workbench.training import CPUThreads
@@ -66,14 +66,13 @@ def run(options: argparse.Namespace) -> None:
     updates = options.epochs * -(-len(images.parts["train"]) // options.batch)
     for seed in options.seeds:
         for way in options.ways:
-            rewinding, share = WAYS[way]
+            mode, share = WAYS[way]
             pl.seed_everything(seed, verbose=False)
             hunt(
                 model=ResNet(options.depth, options.width, activation="relu"),
                 data=images,
                 density=DENSITIES,
-                rewind=Duration(round(share * updates), "it"),
-                rewinding=rewinding,  # type: ignore[arg-type]
+                rewind=Rewind(f"{round(share * updates)}it", mode),  # type: ignore[arg-type]
                 optimizer=functools.partial(
                     torch.optim.SGD, lr=options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
                 ),

@@ -9,23 +9,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prune.accounting import account
     from prune.callbacks import DynamicSparsity, EarlyBird, GradualPruning, KeepMasked, LotteryTicket
+    from prune.levels import Levels
     from prune.masks import Masks
     from prune.pruner import Pruner
     from prune.rewinding.lightning import RewindPoint
+    from prune.rewinding.modes import Rewind
     from prune.rewinding.snapshot import Snapshot
     from prune.shrinking import Coupled, Shrunk, shrink
+    from prune.tickets.controls import Controls
     from prune.tickets.find import find_tickets
     from prune.tickets.hunt import hunt
 
 __all__ = [
+    "Controls",
     "Coupled",
     "DynamicSparsity",
     "EarlyBird",
     "GradualPruning",
     "KeepMasked",
+    "Levels",
     "LotteryTicket",
     "Masks",
     "Pruner",
+    "Rewind",
     "RewindPoint",
     "Shrunk",
     "Snapshot",
@@ -36,14 +42,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "Controls": "prune.tickets.controls",
     "Coupled": "prune.shrinking",
     "DynamicSparsity": "prune.callbacks",
     "EarlyBird": "prune.callbacks",
     "GradualPruning": "prune.callbacks",
     "KeepMasked": "prune.callbacks",
+    "Levels": "prune.levels",
     "LotteryTicket": "prune.callbacks",
     "Masks": "prune.masks.masks",
     "Pruner": "prune.pruner",
+    "Rewind": "prune.rewinding.modes",
     "RewindPoint": "prune.rewinding.lightning",
     "Shrunk": "prune.shrinking",
     "Snapshot": "prune.rewinding.snapshot",

@@ -29,7 +29,7 @@ FLOORS = {
         "pruner",
         "allocation structures",
         "rewinding criteria connectivity topk",
-        "masks schedule",
+        "masks schedule levels",
     ),
     "distill": (
         "module callbacks hf",
@@ -44,7 +44,8 @@ FLOORS = {
 TORCH_ONLY = {
     "prune": (
         *("masks", "topk", "structures", "criteria", "allocation", "schedule", "pruner", "policies", "accounting"),
-        "rewinding.snapshot",
+        "levels",
+        *("rewinding.snapshot", "rewinding.modes", "rewinding.start"),
     ),
     "distill": ("losses", "features", "language"),
 }

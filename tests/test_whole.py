@@ -36,7 +36,7 @@ family:
     hard: {}
     hint: {loss: distill.losses.Hint, student: layers.1, decay: 3ep}
 bought: {job: compare, teacher: teacher, students: [student, family/small, family/tiny]}
-ticket: {job: hunt, start: student, levels: 2, rate: 0.5, rewind: 7it}
+ticket: {job: hunt, start: student, levels: {count: 2, rate: 0.5}, rewind: 7it}
 checkpoint: {job: export, of: ticket, formats: [torch, onnx]}
 report: {job: report}
 """

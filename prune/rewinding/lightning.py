@@ -1,4 +1,4 @@
-"""Rewind points: everything that training had after k optimizer updates, kept to return to; and returning in part."""
+"""Rewind points as Lightning checkpoints: written at one update of level 0, and restored in part by later levels."""
 
 import itertools
 import math
@@ -24,12 +24,12 @@ _NEVER = 2**62
 
 
 class RewindPoint(Checkpoint):
-    """Writes Lightning's checkpoint at one moment of training: the point that every later level starts from.
+    """Writes Lightning's checkpoint after so many updates: the point that every later level starts from.
 
     The file holds weights, buffers, optimizer, schedulers, loop counters, callbacks and, through
     :class:`workbench.training.resume.ResumeState`, the random state; the data order follows from seed and epoch.
-    "After
-    k steps" means after k optimizer updates, whatever the gradient accumulation. A point at the end of an epoch is
+    "After k
+    steps" means after k optimizer updates, whatever the gradient accumulation. A point at the end of an epoch is
     taken after its validation. A ``Checkpoint``, so that other callbacks have seen the end of the epoch before it.
 
     Args:
@@ -95,20 +95,21 @@ class RewindPoint(Checkpoint):
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
-    """Optimizer updates in an epoch; 0 if nobody knows before it ends."""
+    """Optimizer updates in an epoch; 0 if that is unknown before it ends."""
     batches = trainer.num_training_batches
     return 0 if batches == float("inf") else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 @final
-class LastUpdate(Callback):
-    """Knows what the optimizers' last steps were made with, learning rate and all; or makes every step with that.
+class LastLearningRate(Callback):
+    """Records the learning rate, momentum and so on of each optimizer's last step; or holds them, for fine-tuning.
 
-    After the last step a scheduler has gone on: a cosine is then at zero, where nothing would be trained.
+    What a checkpoint has in the optimizer's groups is not that: after the last step a scheduler has gone on, and a
+    cosine is then at zero, where nothing would be trained.
 
     Args:
-        held: Steps are made as the last one was, and schedulers stand still; for this the checkpoint that training
-            starts from must be of a training in which another one of these was there.
+        held: Make every step with the recorded values, and stop the schedulers. The checkpoint that training starts
+            from must be of a training that recorded them.
     """
 
     def __init__(self, held: bool = False) -> None:
@@ -116,7 +117,7 @@ class LastUpdate(Callback):
         self.groups: dict[int, Groups] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how many updates are asked for, if anybody knows; or set the optimizers and stop the schedulers."""
+        """Record how many updates are planned, if that is known; or set the optimizers and stop the schedulers."""
         if not self.held and pl_module.automatic_optimization:
             steps = trainer.estimated_stepping_batches
             self.budget = steps if math.isfinite(steps) else 0
@@ -126,7 +127,7 @@ class LastUpdate(Callback):
             hold(trainer.optimizers[index], groups)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the optimizer, or set it, whoever has changed it since."""
+        """Record the optimizer's groups; or set them, against any callback that has changed them since."""
         index = next(
             i for i, each in enumerate(trainer.optimizers) if unwrap_optimizer(each) is unwrap_optimizer(optimizer)
         )
@@ -136,25 +137,25 @@ class LastUpdate(Callback):
             hold(optimizer, self.groups[index])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add it. Not in a state of its own, which Lightning would miss where no such callback is."""
+        """Add the record. Not as a callback's state, which Lightning would miss where there is no such callback."""
         checkpoint["last_update"] = {"groups": self.groups, "budget": self.budget}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take it up."""
+        """Read the record."""
         if (last := checkpoint.get("last_update")) is not None:
             self.groups, self.budget = last["groups"], last["budget"]
 
 
 @final
-class Return(Callback):
-    """Makes of a training that starts from the checkpoint of a moment one that goes back there only in part.
+class PartialRestore(Callback):
+    """Restores a level's starting checkpoint only in part, as its :class:`~prune.rewinding.start.Start` says.
 
-    With other weights than that moment's, running averages of the weights start anew. What starts from the end of
-    another training has its counters, schedules and history, but nothing of what its callbacks knew. A training that
-    is resumed from a checkpoint of its own is left alone.
+    Where weights are not the checkpoint's, running averages of the weights start anew. A training that starts from the
+    end of level 0 takes its counters, schedules and history from there, but not the state of its callbacks. A training
+    that is resumed from a checkpoint of its own is left alone.
 
     Args:
-        path: The checkpoint of the moment.
+        path: The checkpoint that the level starts from.
         start: Which parts of it.
         load: Gives the network its weights.
 
@@ -167,8 +168,8 @@ class Return(Callback):
         self.path, self.start, self.load = path, start, load
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take out what is not to be restored: callbacks and loops are asked for theirs later."""
-        if not self._begins(trainer):
+        """Take out what is not to be restored, before callbacks and loops read the checkpoint."""
+        if not self._starts_level(trainer):
             return
         if not self.start.random:
             checkpoint["resume"]["random"] = []
@@ -178,12 +179,12 @@ class Return(Callback):
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"] - 1
             checkpoint["resume"]["plateau"] = []
-            known = checkpoint["callbacks"]
-            checkpoint["callbacks"] = {key: known[key] for key in known if key == History.__qualname__}
+            states = checkpoint["callbacks"]
+            checkpoint["callbacks"] = {key: states[key] for key in states if key == History.__qualname__}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change what has been restored, before masks are put on it."""
-        if not self._begins(trainer):
+        if not self._starts_level(trainer):
             return
         for optimizer in trainer.optimizers if not self.start.optimizer else ():
             unwrap_optimizer(optimizer).state.clear()
@@ -191,7 +192,7 @@ class Return(Callback):
             self.load(self.start.weights)
             _average_anew(trainer, pl_module)
 
-    def _begins(self, trainer: Trainer) -> bool:
+    def _starts_level(self, trainer: Trainer) -> bool:
         return trainer.ckpt_path is not None and Path(trainer.ckpt_path) == self.path
 
 

@@ -1,4 +1,4 @@
-"""Where a training begins, part by part."""
+"""Where a training starts, part by part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins, part by part: what is rewound, and what is not.
+    """Where a training starts, part by part.
 
     Args:
-        at: The moment of level 0 that counters, schedules and whatever is not named below are taken from: ``"first"``
-            before its first update, ``"point"`` the rewind point, ``"end"`` after its last update.
-        weights: The network's state dict, if its weights and buffers are not those of that moment.
-        optimizer: Whether the optimizer's state is that of that moment; otherwise it starts empty.
-        random: Whether random state is that of that moment; otherwise it follows from the training's seed, as the order
+        at: The checkpoint of level 0 that counters, schedules and all that is not named below are taken from:
+            ``"first"`` before its first update, ``"point"`` the rewind point, ``"end"`` after its last update.
+        weights: The network's state dict, if its weights and buffers are not the checkpoint's.
+        optimizer: Whether the optimizer's state is the checkpoint's; otherwise it starts empty.
+        random: Whether random state is the checkpoint's; otherwise it follows from the training's seed, as the order
             of the data always does.
     """
 
@@ -26,7 +26,7 @@ class Start:
     random: bool = True
 
     def described(self, same_order: bool) -> dict[str, Any]:
-        """What was and what was not put back to the moment ``at``, for the record.
+        """Which parts are as at ``at`` and which are not, for the record.
 
         Args:
             same_order: Whether the seed, and so the order of the data, is that of level 0.

@@ -1,16 +1,17 @@
 """The trainings of a level: the ticket, and the controls that it has to beat.
 
-Every arm says from where, under which masks and with which seed it is trained: a pure function of the hunt's seed and
-of what is on disk, the same on every rank. A control of a level is paired with its ticket: the same order of the data,
-the same random numbers in training, the same end.
+An arm is a function ``(hunt, level) -> Arm``: from where, under which masks and with which seed it is trained. It
+depends on nothing but the hunt's seed and what is on disk, and is the same on every rank. A control is paired with the
+ticket of its level: the same order of the data, the same random numbers in training, the same end.
 """
 
 import copy
+import hashlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ from prune.allocation import Global, Layers
 from prune.criteria import seeded
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.rewinding.modes import REWINDING, Trained
+from prune.rewinding.modes import MODES, Rewind, StateDict, start_of
 from prune.rewinding.start import Start
 from prune.structures import Layout
-from prune.tickets.densities import derived
+from prune.tickets.controls import Controls
 from prune.tickets.reinit import reinitialised
 from prune.tickets.store import TICKET, Store
 from prune.tickets.trainee import Arm, Trainee
@@ -36,19 +37,17 @@ class Hunt:
 
     Args:
         trainee: What is trained.
-        pruner: Decides the masks.
+        pruner: Selects the masks.
         densities: Of each level; the first is 1.
         store: The levels on disk.
-        rewinding: A name in ``REWINDING``.
-        order: Whether every level sees the data in the same order, or in one of its own.
-        controls: Names in ``ARMS`` of what is trained beside the ticket, from level 1 on.
-        other: Folder of another hunt, whose masks the control ``other`` has.
-        fall: How far below level 0 the validation score may fall before the hunt ends.
+        rewind: What goes back when a level begins, and whether levels share the order of the data.
+        controls: What is trained beside the ticket.
+        max_drop: How far below level 0 the validation score may drop before the hunt ends; None for no bound.
         patience: For how many levels in a row.
-        given: The ticket, where it was found in another hunt; then nothing is rewound.
-        study: Masks of the network as it is -> what to record of it.
-        connect: Two state dicts of the network -> the barrier between them. With it every ticket has a twin, from level
-            0 on, and is compared with it and with the last level.
+        ticket: The ticket, where another hunt found it; then nothing is rewound.
+        diagnose: Masks of the network as it is -> what to record of it.
+        barrier: Two state dicts of the network -> the error barrier between them. With it every level from 0 on has a
+            twin, and is compared with it and with the level before.
 
     Attributes:
         untrained: The network as it was at first, in one piece, for a control with new initial weights.
@@ -58,65 +57,54 @@ class Hunt:
     pruner: Pruner
     densities: tuple[float, ...]
     store: Store
-    rewinding: str = "all"
-    order: Literal["same", "fresh"] = "same"
-    controls: tuple[str, ...] = ()
-    other: Path | None = None
-    fall: float | None = None
+    rewind: Rewind = field(default_factory=Rewind)
+    controls: Controls = field(default_factory=Controls)
+    max_drop: float | None = None
     patience: int = 1
-    given: Arm | None = None
-    study: Callable[[Masks], dict[str, Any]] | None = None
-    connect: Callable[[Trained, Trained], dict[str, Any]] | None = None
+    ticket: Arm | None = None
+    diagnose: Callable[[Masks], dict[str, Any]] | None = None
+    barrier: Callable[[StateDict, StateDict], dict[str, Any]] | None = None
     untrained: nn.Module | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        check_names("rewinding", [self.rewinding], REWINDING)
-        check_names("order", [self.order], ("same", "fresh"))
-        check_names("controls", self.controls, [name for name in ARMS if name != TICKET])
-        if not (self.fall or 0) >= 0 or self.patience < 1:
-            said = f"fall is {self.fall} and patience {self.patience}"
-            raise ValueError(f"{said}: give a fall of 0 or more, and at least 1 level")
-        if "reinit" in self.controls:
+        if "reinit" in self.controls.names:
             object.__setattr__(self, "untrained", copy.deepcopy(self.trainee.network))
 
     def arms(self, level: int) -> tuple[str, ...]:
-        """What is trained at a level, in order."""
-        controls = self.controls if level else ()
-        return (TICKET, *controls, *(("twin",) if self.connect is not None and "twin" not in controls else ()))
+        """Names of what is trained at a level, in order."""
+        controls = self.controls.names if level else ()
+        return (TICKET, *controls, *(("twin",) if self.barrier is not None and "twin" not in controls else ()))
 
     def part(self, level: int, arm: str) -> tuple[int, int, str]:
         """Which of how many trainings the one of ``arm`` at ``level`` is, and its label, for a progress bar."""
-        levels = range(len(self.densities)) if self.given is None else (level,)
+        levels = range(len(self.densities)) if self.ticket is None else (level,)
         trainings = [(each, name) for each in levels for name in self.arms(each)]
         label = f"level {level}{'' if arm == TICKET else f', {arm}'}, density {self.densities[level]:.1%}"
         return trainings.index((level, arm)), len(trainings), label
 
     def seed(self, level: int) -> int:
-        """Of the data order and everything random at ``level``: the ticket's and its controls' alike."""
-        return self.trainee.seed if self.order == "same" or level == 0 else derived(self.trainee.seed, level, "order")
+        """Of the data order and everything random at ``level``: the same for the ticket and its controls."""
+        same = self.rewind.order == "same" or level == 0
+        return self.trainee.seed if same else derived_seed(self.trainee.seed, level, "order")
 
 
-def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is none of those known.
-
-    Raises:
-        ValueError: Naming it and them.
-    """
-    if odd := [name for name in given if name not in known]:
-        raise ValueError(f"{what} has {odd[0]!r}: choose of {list(known)}")
+def derived_seed(seed: int, *names: str | int) -> int:
+    """A seed for the purpose that ``names`` say: the same in every hunt of the same seed, whatever else it does."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def ticket(hunt: Hunt, level: int) -> Arm:
-    """Level 0 is dense; another one prunes the last one's weights and rewinds."""
-    if hunt.given is not None:
-        return hunt.given
+    """Level 0 is dense; every other level prunes the weights of the level before and rewinds."""
+    if hunt.ticket is not None:
+        return hunt.ticket
     if level == 0:
-        moments = ("point", "end") if hunt.rewinding == "fine_tuning" else ("point",)
-        return Arm(Start("first"), None, hunt.trainee.seed, moments)
+        saves = ("point", "end") if MODES[hunt.rewind.mode].moment == "end" else ("point",)
+        return Arm(Start("first"), None, hunt.trainee.seed, saves)
     trained = hunt.store.weights(level - 1)
     hunt.trainee.load(trained)
-    masks = hunt.trainee.pruned(hunt.pruner, hunt.densities[level], hunt.store.masks(level - 1))
-    return Arm(rewound(hunt, trained), masks, hunt.seed(level))
+    masks = hunt.trainee.select_masks(hunt.pruner, hunt.densities[level], hunt.store.masks(level - 1))
+    return Arm(_start(hunt, trained), masks, hunt.seed(level))
 
 
 def reinit(hunt: Hunt, level: int) -> Arm:
@@ -127,8 +115,8 @@ def reinit(hunt: Hunt, level: int) -> Arm:
     Source: Frankle & Carbin 2019, arXiv:1803.03635, section 2; Frankle et al. 2020, arXiv:1912.05671.
     """
     network = hunt.trainee.network if hunt.untrained is None else hunt.untrained
-    weights = reinitialised(network, derived(hunt.trainee.seed, level, "reinit"))
-    return Arm(_ordered(hunt, Start("first", weights)), hunt.store.masks(level), hunt.seed(level))
+    weights = reinitialised(network, derived_seed(hunt.trainee.seed, level, "reinit"))
+    return Arm(_in_order(hunt, Start("first", weights)), hunt.store.masks(level), hunt.seed(level))
 
 
 def shuffled(hunt: Hunt, level: int) -> Arm:
@@ -142,9 +130,9 @@ def shuffled(hunt: Hunt, level: int) -> Arm:
     layout, masks = _units(hunt, level)
     alive = layout.unpruned(masks) or {}
     counts = {key: int(units.sum()) for key, units in alive.items()}
-    scores = _scores(layout, derived(hunt.trainee.seed, level, "shuffled"))
+    scores = _scores(layout, derived_seed(hunt.trainee.seed, level, "shuffled"))
     kept = layout.select(scores, counts, layout.candidates(scores, None))
-    return Arm(began(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
+    return Arm(ticket_start(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
 
 
 def random(hunt: Hunt, level: int) -> Arm:
@@ -153,13 +141,13 @@ def random(hunt: Hunt, level: int) -> Arm:
     No layer keeps less than the floor of :class:`prune.allocation.Global`.
     """
     layout, masks = _units(hunt, level)
-    scores = _scores(layout, derived(hunt.trainee.seed, level, "random"))
+    scores = _scores(layout, derived_seed(hunt.trainee.seed, level, "random"))
     candidates = layout.candidates(scores, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a layer that was lifted to its floor is no collapse to be told of
+        warnings.simplefilter("ignore")  # a layer lifted to its floor is no collapse
         counts = Global()(Layers(scores, _density(layout, masks), candidates))
     kept = layout.select(scores, counts, candidates)
-    return Arm(began(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
+    return Arm(ticket_start(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
 
 
 def dense(hunt: Hunt, level: int) -> Arm:
@@ -172,56 +160,58 @@ def dense(hunt: Hunt, level: int) -> Arm:
     Source: Renda et al. 2020, arXiv:2003.02389 (its retraining, here without pruning).
     """
     trained = hunt.store.weights(level - 1, TICKET if level == 1 else "dense")
-    start = REWINDING["fine_tuning" if hunt.rewinding == "fine_tuning" else "learning_rate"](trained)
-    return Arm(_ordered(hunt, start), None, hunt.seed(level))
+    start = start_of("fine_tuning" if hunt.rewind.mode == "fine_tuning" else "learning_rate", trained)
+    return Arm(_in_order(hunt, start), None, hunt.seed(level))
 
 
 def other(hunt: Hunt, level: int) -> Arm:
     """The ticket's start under the mask that another hunt in the same network has at this level.
 
     Raises:
-        ValueError: As :func:`theirs`; or if the mask is of another density.
+        ValueError: As :func:`other_masks`; or if the mask is of another density.
     """
     layout, masks = _units(hunt, level)
-    found, folder = theirs(hunt, level), hunt.store.folder(level)
-    one, two = _density(layout, found), _density(layout, masks)
+    masks_of_other, folder = other_masks(hunt, level), hunt.store.folder(level)
+    one, two = _density(layout, masks_of_other), _density(layout, masks)
     if abs(one - two) * sum(layout.units.values()) > len(layout.units):
-        said = f"{_other(hunt, level)} has density {one:.4g}, {folder} {two:.4g}"
-        raise ValueError(f"{said}: name a hunt of the same densities")
-    return Arm(began(hunt, level), found, hunt.seed(level))
+        raise ValueError(
+            f"{_other_folder(hunt, level)} has density {one:.4g}, {folder} {two:.4g}: name a hunt of the same densities"
+        )
+    return Arm(ticket_start(hunt, level), masks_of_other, hunt.seed(level))
 
 
-def theirs(hunt: Hunt, level: int) -> Masks:
-    """The mask that the other hunt has at a level.
+def other_masks(hunt: Hunt, level: int) -> Masks:
+    """The masks of the hunt ``controls.other`` at a level.
 
     Raises:
-        ValueError: If none is named, it has no such finished level, its mask is of another network, or the control here
-            was trained with another one.
+        ValueError: If it has no such finished level, its masks are of another network, or the control here was trained
+            under other ones.
     """
-    place, folder = _other(hunt, level), hunt.store.folder(level)
-    if records.finished(place) is None:
-        raise ValueError(f"{place} is no finished level, and {folder} is to have its mask: finish that hunt first")
-    found = Masks(compact.masks(place))
+    source, folder = _other_folder(hunt, level), hunt.store.folder(level)
+    if records.finished(source) is None:
+        raise ValueError(f"{source} is no finished level, and {folder} is to have its mask: finish that hunt first")
+    masks = Masks(compact.masks(source))
     weights = hunt.pruner.scope(hunt.trainee.network)
-    shapes, expected = ({name: tuple(each.shape) for name, each in of.items()} for of in (found, weights))
-    if odd := [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]:
-        said = f"{odd[0]!r} is {shapes.get(odd[0], 'not pruned')} there, {expected.get(odd[0], 'not pruned')} here"
-        raise ValueError(f"{place} and {folder} prune different networks: {said}")
-    if hunt.store.finished(level, "other") is not None and hunt.store.masks(level, "other") != found:
-        raise ValueError(f"{folder / 'other'} was trained under another mask than {place} has: move it aside")
-    return found
+    there, here = ({name: tuple(each.shape) for name, each in of.items()} for of in (masks, weights))
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            shapes = f"{there.get(name, 'not pruned')} there, {here.get(name, 'not pruned')} here"
+            raise ValueError(f"{source} and {folder} prune different networks: {name!r} is {shapes}")
+    if hunt.store.finished(level, "other") is not None and hunt.store.masks(level, "other") != masks:
+        raise ValueError(f"{folder / 'other'} was trained under another mask than {source} has: move it aside")
+    return masks
 
 
 def check_other(hunt: Hunt) -> None:
     """Make sure, before anything is trained, that the control ``other`` has its masks.
 
-    All of them, or where ``fall`` may end the hunt before the last level, the first.
+    All of them; where ``max_drop`` may end the hunt before its last level, those of level 1.
 
     Raises:
-        ValueError: As :func:`theirs`.
+        ValueError: As :func:`other_masks`.
     """
-    for level in range(1, len(hunt.densities) if hunt.fall is None else 2) if "other" in hunt.controls else ():
-        theirs(hunt, level)
+    for level in range(1, len(hunt.densities) if hunt.max_drop is None else 2) if hunt.controls.other else ():
+        other_masks(hunt, level)
 
 
 def twin(hunt: Hunt, level: int) -> Arm:
@@ -231,30 +221,30 @@ def twin(hunt: Hunt, level: int) -> Arm:
 
     Source: Frankle et al. 2020, arXiv:1912.05671, section 2 (instability analysis).
     """
-    seed = derived(hunt.trainee.seed, level, "twin")
+    seed = derived_seed(hunt.trainee.seed, level, "twin")
     if level == 0:
         return Arm(Start("point", random=False), None, seed)
-    return Arm(replace(began(hunt, level), random=False), hunt.store.masks(level), seed)
+    return Arm(replace(ticket_start(hunt, level), random=False), hunt.store.masks(level), seed)
 
 
-def rewound(hunt: Hunt, trained: Trained) -> Start:
-    """Where a level starts whose last one ended with the weights ``trained``."""
-    return _ordered(hunt, REWINDING[hunt.rewinding](trained))
-
-
-def began(hunt: Hunt, level: int) -> Start:
+def ticket_start(hunt: Hunt, level: int) -> Start:
     """Where the ticket of a level beyond 0 started."""
-    return rewound(hunt, hunt.store.weights(level - 1)) if hunt.given is None else hunt.given.start
+    return _start(hunt, hunt.store.weights(level - 1)) if hunt.ticket is None else hunt.ticket.start
 
 
-def _other(hunt: Hunt, level: int) -> Path:
-    if hunt.other is None:
-        raise ValueError("the control 'other' is the mask of another hunt, and none is named: give its folder as other")
-    return Store(hunt.other, "").folder(level)
+def _start(hunt: Hunt, trained: StateDict) -> Start:
+    """Where a level starts; ``trained`` are the weights at the end of the level before."""
+    return _in_order(hunt, start_of(hunt.rewind.mode, trained))
 
 
-def _ordered(hunt: Hunt, start: Start) -> Start:
-    return start if hunt.order == "same" else replace(start, random=False)
+def _other_folder(hunt: Hunt, level: int) -> Path:
+    assert hunt.controls.other, "Controls has the arm only with a hunt"
+    return Store(Path(hunt.controls.other), "").folder(level)
+
+
+def _in_order(hunt: Hunt, start: Start) -> Start:
+    """``start``, with random state from the level's seed where every level has an order of its own."""
+    return start if hunt.rewind.order == "same" else replace(start, random=False)
 
 
 def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:

@@ -35,15 +35,16 @@ def best_of(history: Sequence[Mapping[str, float]], after: int = 0) -> dict[str,
 
 @final
 class EarlyStop(Checkpoint):
-    """Ends a training after so many validations without a better score, and gives the module its best weights back.
+    """Ends a training after so many validations without a better score, and restores its best weights.
 
-    They are the weights and buffers that were validated best, whoever ended training; of equally good ones the
-    earliest. A ``Checkpoint``, so that whatever else looks at a validation has done so, and before what keeps the end
-    of training. All of it is part of the trainer's checkpoints. Ranks go by the mean of their scores.
+    They are the weights and buffers that were validated best, also if something else ended training; of equally good
+    ones the earliest. A ``Checkpoint``, so that it runs after other callbacks' validation hooks, and before the
+    callback that saves the end of training. Its state is part of the trainer's checkpoints. Ranks use the mean of their
+    scores.
 
     Args:
         patience: After how many, 1 or more.
-        after: Validations count from here on: what a hunt's level did before its rewind point is not its own.
+        after: Validations count from here on: those before the rewind point are not a level's own.
         monitor: The validation metric by its name without prefix, and its better direction.
 
     Attributes:
@@ -66,7 +67,7 @@ class EarlyStop(Checkpoint):
         self._weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to go by; end a training at once that was to end when it was resumed."""
+        """Check that something is validated; end a training at once that was about to end when it was stopped."""
         if not trainer.enable_validation:
             raise ValueError(
                 f"early_stop is {self.patience}, but nothing is validated: give the data module a val_dataloader, the "
@@ -88,25 +89,25 @@ class EarlyStop(Checkpoint):
                 f"early_stop goes by {self.score}, which is not logged, only {sorted(trainer.callback_metrics)}: log "
                 "it in validation_step"
             )
-        found = torch.as_tensor(trainer.callback_metrics[self.score], device=trainer.strategy.root_device)
-        score = self.sign * float(trainer.strategy.reduce(found.float(), reduce_op="mean"))
+        value = torch.as_tensor(trainer.callback_metrics[self.score], device=trainer.strategy.root_device)
+        score = self.sign * float(trainer.strategy.reduce(value.float(), reduce_op="mean"))
         if math.isfinite(score) and (self._best is None or score > self._best[0]):
             self._best, self._waited = (score, trainer.global_step), 0
-            self._weights = {name: full_tensor(t).detach().to("cpu", copy=True) for name, t in _held(pl_module)}
+            self._weights = {name: full_tensor(t).detach().to("cpu", copy=True) for name, t in _tensors(pl_module)}
         else:
             self._waited += 1
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the best weights back."""
+        """Restore the best weights."""
         step = None if self._best is None else self._best[1]
         self.ended = {"epoch": trainer.current_epoch, "step": trainer.global_step, "best_step": step}
-        for name, tensor in _held(pl_module) if self._weights else ():
+        for name, tensor in _tensors(pl_module) if self._weights else ():
             local(tensor).copy_(shard(self._weights[name], tensor))
         self._weights = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where a training was resumed at its very end, which Lightning does not call one."""
+        """The same, where a training was resumed at its very end: Lightning calls no ``on_train_end`` then."""
         if not self.ended:
             self.on_train_end(trainer, pl_module)
 
@@ -127,5 +128,5 @@ class EarlyStop(Checkpoint):
         trainer.should_stop = trainer.should_stop or self._waited >= self.patience
 
 
-def _held(module: LightningModule) -> list[tuple[str, Tensor]]:
+def _tensors(module: LightningModule) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]

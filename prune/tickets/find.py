@@ -1,4 +1,4 @@
-"""A hunt over a function that trains: for loops that are nobody's Trainer."""
+"""A hunt over a function that trains: for training loops without a Trainer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,16 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
+from prune.levels import Levels
 from prune.masks import Masks
 from prune.masks.memory import distributed
 from prune.pruner import Pruner
+from prune.rewinding.modes import Rewind
 from prune.rewinding.snapshot import Snapshot
 from prune.tickets.arms import Hunt
-from prune.tickets.densities import densities_of
+from prune.tickets.controls import ControlName, Controls
 from prune.tickets.identity import settings_of
-from prune.tickets.level import Level, Moments
+from prune.tickets.level import Checkpoints, Level
 from prune.tickets.search import search
 from prune.tickets.store import Store
 from prune.tickets.trainee import Arm, Trainee
@@ -34,15 +36,9 @@ def find_tickets(
     train: Train,
     *,
     density: float | Sequence[float] | None = None,
-    levels: int | None = None,
-    rate: float = 0.2,
-    fall: float | None = None,
-    patience: int = 1,
-    rewind: str | Duration = "0it",
-    rewinding: str = "all",
-    order: Literal["same", "fresh"] = "same",
-    controls: Iterable[str] = (),
-    other: str | Path | None = None,
+    levels: int | Levels | None = None,
+    rewind: str | Duration | Rewind = "0it",
+    controls: Sequence[ControlName] | Controls = (),
     pruner: Pruner | None = None,
     loader: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -53,32 +49,27 @@ def find_tickets(
 ) -> list[dict[str, Any]]:
     """Hunt a lottery ticket in a training that is a function: ``prune.hunt`` for a loop of your own.
 
-    ``train(model, level)`` trains the model in place and returns its metrics. It is called for every level, and for
-    every control of a level, and has to do the same every time: make its optimizer, and schedulers if it has some, say
-    ``level.begin(optimizer, scheduler)``, and make its updates. What is pruned stays zero by itself.
+    ``train(model, level)`` trains the model in place and returns its metrics. It is called for every level and every
+    control of a level, and has to do the same each time: make its optimizer, and schedulers if it has some, call
+    ``level.begin(optimizer, scheduler)``, and make its updates. Pruned weights are kept at zero.
 
-    What is stopped, at any moment, goes on when called again with a model made alike, seeded as before: of a level that
-    was begun from its last snapshot, on the CPU with the same bits.
+    A hunt that was stopped, at any moment, goes on when called again with a model made alike, seeded as before: a level
+    that had begun from its last snapshot, on the CPU with the same bits.
 
     Args:
         model: The network. Afterwards it has the weights of the last level.
         train: The function.
-        density: As for ``prune.hunt``: share of the prunable weights to reach, or the density of every level.
-        levels: How many times to prune, instead.
-        rate: Share of the remaining weights pruned at each level.
-        fall: End once the score has fallen by more than this below level 0's.
-        patience: For how many levels in a row it has to have fallen.
-        rewind: Where each level starts, in updates: "0it" is the initial weights, "500it" after 500 updates.
-        rewinding: What goes back there: ``"all"``, ``"weights"``, ``"learning_rate"`` or with ``"fine_tuning"``
-            nothing. In fine-tuning ``level.step`` goes on from the end, learning rates are held at the last ones used,
-            and ``scheduler.step()`` does nothing.
-        order: Whether ``level.seed`` is the same at every level, or another one at each.
-        controls: Trained beside the ticket at each level: ``"reinit"``, ``"shuffled"``, ``"random"``, ``"dense"``,
-            ``"twin"``.
-        other: Folder of another hunt in the same network: its mask is one more control.
+        density: Share of the prunable weights to reach, or the density of every level.
+        levels: How many times to prune, instead; or all about the levels. ``early_stop`` is the function's business.
+        rewind: Where each level starts, in updates: "0it" is the initial weights, "500it" after 500 updates; or all
+            about rewinding. In fine-tuning ``level.step`` goes on from the end, learning rates are held at the last
+            ones used, and ``scheduler.step()`` does nothing. With a fresh order ``level.seed`` is another one at each
+            level.
+        controls: Trained beside the ticket at each level: names, or all about the controls but ``connectivity`` and
+            ``diagnose``, which are for ``prune.hunt``.
         pruner: Which weights go; the smallest of the whole network by default.
-        loader: Batches that a criterion is shown which looks at data.
-        loss: Model and batch -> loss, for a criterion that wants one.
+        loader: Batches for a criterion that needs data.
+        loss: Model and batch -> loss, for a criterion that needs one.
         monitor: The metric that levels are compared by, which the function returns as ``val/NAME``, and its direction.
         seed: Of everything random in training.
         checkpoint: Updates between two snapshots to resume from.
@@ -97,7 +88,7 @@ def find_tickets(
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from prune import find_tickets
+        >>> from prune import Levels, find_tickets
         >>> _ = torch.manual_seed(0)
         >>> inputs = torch.randn(160, 8)
         >>> labels = (inputs[:, 0] * inputs[:, 1] > 0).long()
@@ -114,32 +105,31 @@ def find_tickets(
         ...         scheduler.step()
         ...     right = model(inputs[128:]).argmax(1) == labels[128:]
         ...     return {"val/accuracy": right.float().mean()}
-        >>> levels = find_tickets(model, train, density=0.25, rate=0.5, rewind="8it", controls=["random"])
+        >>> levels = find_tickets(model, train, levels=Levels(2, rate=0.5), rewind="8it", controls=["random"])
         >>> [level["density"] for level in levels], levels[2]["steps"]
         ([1.0, 0.5, 0.25], [8, 40])
         >>> levels[2]["controls"]["random"]["metrics"].keys()
         dict_keys(['val/accuracy'])
     """
-    densities, out = densities_of(density, levels, rate, fall), Path(out)
-    controls = (*controls, *(("other",) if other else ()))
-    point, every = _updates("rewind", rewind, 0), _updates("checkpoint", checkpoint, 1)
+    levels, rewind, controls, out = _parsed(levels, density, rewind, controls, out)
+    densities, point = levels.densities(), _updates("rewind", rewind.at, 0)
     pruner = Pruner(seed=seed) if pruner is None else pruner
     pruner.check(model, *densities)
-    chosen = {"rate": rate, "densities": densities, "rewind": point, "rewinding": rewinding, "order": order}
-    chosen |= {"train": train, "pruner": pruner, "monitor": monitor, "seed": seed}
-    settings = settings_of(model, **chosen)
+    chosen = {"rate": levels.rate, "densities": densities, "rewind": rewind.settings(), "monitor": monitor}
+    settings = settings_of(model, model, **chosen, train=train, pruner=pruner, seed=seed)
+    every = _updates("checkpoint", checkpoint, 1)
     trainee = FunctionTrainee(model, train, seed, point, every, out / "checkpoints", monitor, loader, loss)
     store = Store(out, records.fingerprint(settings), settings)
-    given = {"controls": controls, "other": None if other is None else Path(other), "fall": fall, "patience": patience}
+    ends = {"max_drop": levels.max_drop, "patience": levels.patience}
     with locked(out):
-        done = search(Hunt(trainee, pruner, densities, store, rewinding, order, **given))
+        done = search(Hunt(trainee, pruner, densities, store, rewind, controls, **ends))
     model.load_state_dict(store.weights(len(done) - 1))
     return done
 
 
 @final
 class FunctionTrainee(Trainee):
-    """Trains a model by calling a function; moments of level 0 are files of its own.
+    """Trains a model by calling a function; snapshots are files of its own.
 
     Args:
         network: The model.
@@ -147,10 +137,10 @@ class FunctionTrainee(Trainee):
         seed: Of level 0.
         rewind: Updates before the rewind point.
         every: Updates between two snapshots to resume from.
-        folder: Where the moments are kept.
+        folder: Where the snapshots of level 0 are kept.
         monitor: The main metric without its prefix, and its direction.
-        loader: Batches for a criterion that looks at data.
-        loss: The loss for a criterion that wants one.
+        loader: Batches for a criterion that needs data.
+        loss: The loss for a criterion that needs one.
 
     Raises:
         ValueError: If the model's weights are sharded.
@@ -178,11 +168,11 @@ class FunctionTrainee(Trainee):
 
     def train(self, arm: Arm, folder: Path, part: tuple[int, int, str], level: int) -> dict[str, Any]:
         """See :class:`Trainee`."""
-        moments = Moments(self._point, self._end, folder / "checkpoints" / "last.pt")
+        checkpoints = Checkpoints(self._point, self._end, folder / "checkpoints" / "last.pt")
         with same_random_state(arm.seed):
             self.network.train()
             self.network.zero_grad()
-            running = Level(self.network, arm, level, self.rewind, self.every, moments, self._first)
+            running = Level(self.network, arm, level, self.rewind, self.every, checkpoints, self._first)
             try:
                 returned = self.function(self.network, running)
             finally:
@@ -201,7 +191,7 @@ class FunctionTrainee(Trainee):
         """See :class:`Trainee`."""
         self.network.load_state_dict(weights)
 
-    def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
+    def select_masks(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
         with same_random_state(self.seed):
             return pruner(self.network, density, within=within, loader=self.loader, loss=self.loss)
@@ -214,7 +204,7 @@ class FunctionTrainee(Trainee):
         barrier()
         result["size"] = size_of(self.network, masks, folder / "compact")
 
-    def points(self) -> dict[str, str]:
+    def point_hashes(self) -> dict[str, str]:
         """See :class:`Trainee`."""
         paths = {"point": self._point, "end": self._end}
         return {name: sha256(path) for name, path in paths.items() if path.is_file()}
@@ -222,13 +212,32 @@ class FunctionTrainee(Trainee):
     def _checked(self, returned: Any) -> dict[str, float]:
         name = f"val/{self.monitor[0]}"
         if not isinstance(returned, Mapping) or name not in returned:
-            found = sorted(returned) if isinstance(returned, Mapping) else type(returned).__name__
-            raise ValueError(f"the function returned {found}: return metrics by name, with {name!r} (see monitor)")
+            what = sorted(returned) if isinstance(returned, Mapping) else type(returned).__name__
+            raise ValueError(f"the function returned {what}: return metrics by name, with {name!r} (see monitor)")
         return {str(key): float(value) for key, value in returned.items()}
+
+
+def _parsed(
+    levels: int | Levels | None,
+    density: float | Sequence[float] | None,
+    rewind: str | Duration | Rewind,
+    controls: Sequence[ControlName] | Controls,
+    out: str | Path,
+) -> tuple[Levels, Rewind, Controls, Path]:
+    """The short spellings of arguments as the objects that they mean.
+
+    Raises:
+        ValueError: If one is out of range, or needs a Trainer.
+    """
+    spec, controls = Levels.parse(levels, density), Controls.parse(controls)
+    if spec.early_stop is not None or controls.connectivity:
+        needs = "levels.early_stop" if spec.early_stop is not None else "controls.connectivity"
+        raise ValueError(f"{needs} needs a LightningModule and its data: use prune.hunt, or leave it out")
+    return spec, Rewind.parse(rewind), controls, Path(out)
 
 
 def _updates(what: str, given: str | Duration, least: int) -> int:
     duration = Duration.parse(given)
     if duration.unit != "it" or duration.value < least:
-        raise ValueError(f"{what} is {duration}: a function has updates only, give {max(least, 500)}it or the like")
+        raise ValueError(f"{what} is {duration}: a function counts updates only, give {max(least, 500)}it or the like")
     return duration.value

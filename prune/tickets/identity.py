@@ -1,4 +1,4 @@
-"""What makes one hunt another: everything that its levels depend on, as far as it can be told, as JSON."""
+"""The settings that a hunt's levels depend on, as JSON: the hunt's fingerprint, and what to say when one differs."""
 
 import functools
 import inspect
@@ -14,26 +14,29 @@ from workbench import messages
 from workbench.distributed.ranks import digest
 from workbench.launcher.arguments import SHOWN
 from workbench.models.architecture import describe
-from workbench.training.module import network_of
 
-# Where and how a level is trained, and by whom it is watched, does not make it another one.
+# Which device trains a level, and which callbacks observe it, does not make it another one.
 _ELSEWHERE = ("accelerator", "devices", "num_nodes", "strategy", "callbacks", "plugins", "enable_checkpointing")
 INITIAL, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
 _DEPTH, _LONGEST = 4, 100
 
 
 def settings_of(
-    module: nn.Module, data: Any = None, trainer: Mapping[str, Any] | None = None, **chosen: Any
+    module: nn.Module,
+    network: nn.Module,
+    data: Any = None,
+    trainer: Mapping[str, Any] | None = None,
+    **chosen: Any,
 ) -> dict[str, Any]:
-    """The settings of a hunt in ``module`` before it is trained, to make its key of and to compare with others.
+    """The settings of a hunt in ``module`` before it is trained, to make its fingerprint of and compare with others.
 
     Args:
-        module: Known by its class, arguments and architecture, and by the SHA-256 of its initial weights.
+        module: Known by its class and arguments, and by the SHA-256 of its initial weights.
+        network: The part of it that is pruned, known by its architecture.
         data: Known by its class and by those of its arguments that it keeps under their names.
-        trainer: Arguments of Lightning's Trainer, of which those count that can change what comes out.
+        trainer: Arguments of Lightning's Trainer, of which those count that can change the result.
         chosen: Arguments of the hunt.
     """
-    network = network_of(module)
     budget = {name: value for name, value in (trainer or {}).items() if name not in (*_ELSEWHERE, *SHOWN)}
     return {
         **{name: plain(value) for name, value in chosen.items()},

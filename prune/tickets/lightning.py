@@ -1,4 +1,4 @@
-"""A LightningModule with its data module and Trainer as what a hunt trains."""
+"""A hunt's trainee in Lightning."""
 
 import copy
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,8 +17,9 @@ from prune.callbacks import KeepMasked
 from prune.callbacks.calibration import calibration
 from prune.masks import Masks
 from prune.pruner import Pruner
-from prune.rewinding.lightning import LastUpdate, Return, RewindPoint
+from prune.rewinding.lightning import LastLearningRate, PartialRestore, RewindPoint
 from prune.tickets.early_stop import EarlyStop, best_of
+from prune.tickets.subject import Subject
 from prune.tickets.trainee import Arm, Trainee
 from workbench import progress
 from workbench.distributed.ranks import barrier, full_tensor, rank
@@ -34,7 +35,6 @@ from workbench.training.loop import (
     train,
     training_loader,
 )
-from workbench.training.module import network_of
 from workbench.training.resume import check_checkpoint
 from workbench.training.save import save_network
 
@@ -44,46 +44,42 @@ WEIGHTS = "rewind.safetensors"
 
 @final
 class LightningTrainee(Trainee):
-    """Trains a module in Lightning; the moments of level 0 are Lightning's checkpoints: its rewind point, and its end
+    """Trains a module in Lightning. Level 0 saves Lightning checkpoints for later levels: its rewind point, and its end
     where later levels are fine-tuned.
 
-    Weights that a training is to start with are those of the network. What else the module has, a projector of a
-    distillation say, is as it was at the moment, and before the first update as the module is now.
+    Weights that a training starts with are the network's. Other parts of the module, such as a projector of a
+    distillation, are the checkpoint's, and before the first update as the module was given.
 
     Args:
-        module: The module.
-        data: Its data module.
-        trainer: Arguments of Lightning's Trainer.
-        seed: Of level 0.
+        subject: The module, its data, Trainer and seed.
         rewind: Where the rewind point is.
-        folder: Where the moments are kept.
+        folder: Where its checkpoints are kept.
         checkpoint: How often what a stopped training resumes from is written.
-        batches: How many training batches a criterion looks at that looks at data.
+        batches: How many training batches a criterion that needs data is calibrated on.
         early_stop: After how many validations without a better score a training ends; None trains to the end.
-        watched: Folder of a training -> callbacks that only look on.
+        observers: Folder of a training -> callbacks that observe it.
     """
 
     def __init__(
         self,
-        module: LightningModule,
-        data: LightningDataModule,
-        trainer: Mapping[str, Any] | None,
-        seed: int,
+        subject: Subject,
         rewind: Duration,
         folder: Path,
         checkpoint: Duration,
         batches: int,
         early_stop: int | None = None,
-        watched: Callable[[Path], list[Callback]] = lambda _: [],
+        observers: Callable[[Path], list[Callback]] = lambda _: [],
     ) -> None:
-        apart = {name: value for name, value in (trainer or {}).items() if name not in ("callbacks", "logger")}
+        module, trainer = subject.module, subject.trainer
+        # Ranks have to meet before the module's weights are copied; this Trainer trains nothing.
+        bare = {name: value for name, value in trainer.items() if name not in ("callbacks", "logger")}
         with quiet_lightning(progress.current() is not None):
-            init_process_group(make_trainer(apart, (), folder))
-        self.module, self.data, self.trainer, self.seed = module, data, trainer, seed
-        self.network = network_of(module)
+            init_process_group(make_trainer(bare, (), folder))
+        self.module, self.data, self.trainer, self.seed = module, subject.data, trainer, subject.seed
+        self.network = subject.network
         self.rewind, self.point = rewind, folder / "rewind.ckpt"
         self.checkpoint, self.batches = checkpoint, batches
-        self.early_stop, self.watched = early_stop, watched
+        self.early_stop, self.observers = early_stop, observers
         self._end, self._weights = folder / "end.ckpt", folder / WEIGHTS
         self._untouched = {name: _copied(value) for name, value in module.state_dict().items()}
 
@@ -96,57 +92,59 @@ class LightningTrainee(Trainee):
                 self.load(arm.start.weights)
         callbacks, early = self._callbacks(arm, start)
         with warnings.catch_warnings():
-            # What only looks on at a level, and is in its checkpoints, is another one at the next.
+            # The rewind point has the state of level 0's EarlyBird; every level has one of its own.
             warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['EarlyBird")
             result = train(
                 self.module,
                 self.data,
-                trainer=self._further() if start == self._end else self.trainer,
+                trainer=self._trainer_after_end() if start == self._end else self.trainer,
                 seed=arm.seed,
                 out=folder,
                 checkpoint=self.checkpoint,
                 start=start,
-                callbacks=[*callbacks, *self.watched(folder)],
+                callbacks=[*callbacks, *self.observers(folder)],
                 part=part,
             )
-        if arm.leaves and not self.point.is_file():
+        if arm.saves and not self.point.is_file():
             raise ValueError(f"level 0 was stopped before the rewind point {self.rewind}: rewind to an earlier one")
-        if arm.leaves:
+        if arm.saves:
             check_checkpoint(self.point, f"move {folder} aside to train it anew")
             self._keep_weights()
-        if "end" in arm.leaves:
+        if "end" in arm.saves:
             self._keep_end(folder)
         del result["masks"]  # level 0 has none, the others the arm's
         result["best"] = best_of(result["history"], 0 if start is None else _counters(start)[0])
         # Beside the history, so that the last level, which nothing follows, has one like the others'.
-        far = [row.pop("mask_distance") for row in result["history"] if "mask_distance" in row]
-        return {**result, **({"mask_distances": far} if far else {}), **({"stopped": early.ended} if early else {})}
+        distances = [row.pop("mask_distance") for row in result["history"] if "mask_distance" in row]
+        return {
+            **result,
+            **({"mask_distances": distances} if distances else {}),
+            **({"stopped": early.ended} if early else {}),
+        }
 
     def _callbacks(self, arm: Arm, start: Path | None) -> tuple[list[Callback], EarlyStop | None]:
-        """What makes a plain training that of ``arm``, in order."""
-        made: list[Callback] = [] if start is None else [Return(start, arm.start, self.load)]
-        made += [LastUpdate()] if "end" in arm.leaves else []
-        made += [RewindPoint(self.rewind, self.point)] if arm.leaves else []
-        if start == self._end:
-            made.append(LastUpdate(held=True))
-        if arm.masks is not None:
-            made.append(KeepMasked(arm.masks))
+        """The callbacks that make a plain training that of ``arm``, in order."""
+        callbacks: list[Callback] = [] if start is None else [PartialRestore(start, arm.start, self.load)]
+        callbacks += [LastLearningRate()] if "end" in arm.saves else []
+        callbacks += [RewindPoint(self.rewind, self.point)] if arm.saves else []
+        callbacks += [LastLearningRate(held=True)] if start == self._end else []
+        callbacks += [] if arm.masks is None else [KeepMasked(arm.masks)]
         if self.early_stop is None:
-            return made, None
+            return callbacks, None
         early = EarlyStop(self.early_stop, self.rewind, monitor_of(self.module))
-        return [*made, early], early
+        return [*callbacks, early], early
 
-    def _further(self) -> dict[str, Any]:
-        """Arguments of a Trainer that goes on from the end, for as long as one from the rewind point does."""
-        given = dict(self.trainer or {})
-        begun, _, _ = _counters(self.point)
-        ended, epochs, budget = _counters(self._end)
-        if self.rewind.unit == "ep" and given.get("max_steps", -1) in (-1, None):
-            return {**given, "max_epochs": epochs + given["max_epochs"] - self.rewind.value}
-        return {**given, "max_epochs": -1, "max_steps": ended + max(ended, budget) - begun}
+    def _trainer_after_end(self) -> dict[str, Any]:
+        """Arguments of a Trainer that goes on from the end of level 0, for as long as one from the rewind point."""
+        trainer = dict(self.trainer)
+        point, _, _ = _counters(self.point)
+        end, epochs, budget = _counters(self._end)
+        if self.rewind.unit == "ep" and trainer.get("max_steps", -1) in (-1, None):
+            return {**trainer, "max_epochs": epochs + trainer["max_epochs"] - self.rewind.value}
+        return {**trainer, "max_epochs": -1, "max_steps": end + max(end, budget) - point}
 
     def _keep_end(self, folder: Path) -> None:
-        """Keep the checkpoint of the end. What was resumed at its very end has written it as the last of its way."""
+        """Keep the checkpoint of the end. A training that was resumed at its very end wrote it as its last one."""
         written = [path for name in ("ended", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
         if rank() == 0:
             with atomic_file(self._end) as temporary:
@@ -159,36 +157,36 @@ class LightningTrainee(Trainee):
             path = next(path for path, each in self.module.named_modules() if each is self.network)
             prefix = f"{path}." if path else ""
             state = torch.load(self.point, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
-            found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+            weights = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
             with atomic_file(self._weights) as temporary:
-                save_file({name: value.contiguous().clone() for name, value in found.items()}, temporary)
+                save_file({name: value.contiguous().clone() for name, value in weights.items()}, temporary)
         barrier()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """See :class:`Trainee`."""
         load_full_state_dict(self.network, weights)
 
-    def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
+    def select_masks(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         """See :class:`Trainee`."""
         module, data, seed = self.module, self.data, self.seed
-        shown = calibration(
+        batches = calibration(
             pruner.axes.criterion, module, lambda: training_loader(module, data, seed), self.batches, data
         )
         with same_random_state(seed):
-            return pruner(self.network, density, within=within, **shown)
+            return pruner(self.network, density, within=within, **batches)
 
     def save(self, folder: Path, result: dict[str, Any], masks: Masks) -> None:
         """See :class:`Trainee`."""
         save_network(self.module, self.data, folder, result, masks, example=False)
 
-    def points(self) -> dict[str, str]:
+    def point_hashes(self) -> dict[str, str]:
         """See :class:`Trainee`."""
         paths = {"point": self.point, "end": self._end, "weights": self._weights}
         return {name: sha256(path) for name, path in paths.items() if path.is_file()}
 
 
 def _copied(value: Any) -> Any:
-    """A copy on the CPU, of all of a tensor."""
+    """A copy on the CPU, of all shards of a tensor."""
     return full_tensor(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
@@ -196,18 +194,18 @@ def check_criterion(pruner: Pruner, trainer: Mapping[str, Any] | None) -> None:
     """Make sure, before anything is trained, that the pruner can score a network trained so.
 
     Raises:
-        ValueError: If it looks at batches and the weights will be divided among ranks.
+        ValueError: If it needs data and the weights will be sharded.
     """
     name, strategy = pruner.axes.criterion.name, (trainer or {}).get("strategy")
     if pruner.axes.criterion.needs_loader and isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
-            f"criterion {name!r} looks at single batches, and what ModelParallelStrategy divides says nothing of them: "
+            f"criterion {name!r} needs single batches, which ModelParallelStrategy has not: "
             "score by magnitude or random, or train with strategy: ddp"
         )
 
 
 def _counters(path: Path) -> tuple[int, int, int]:
-    """Updates and epochs done at a checkpoint, and how many updates were to be done, 0 if nobody knows."""
+    """Updates and epochs done at a checkpoint, and how many updates were planned, 0 if that is unknown."""
     checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     return checkpoint["global_step"], epochs, checkpoint.get("last_update", {}).get("budget", 0)

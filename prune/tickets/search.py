@@ -1,4 +1,8 @@
-"""The loop of iterative magnitude pruning: train, prune, rewind, repeat."""
+"""Iterative magnitude pruning with rewinding: train, prune, rewind, repeat.
+
+Everything here is idempotent: a training whose record is on disk is not trained again, so a search that was stopped at
+any moment goes on when called again.
+"""
 
 import time
 from collections.abc import Mapping
@@ -6,67 +10,75 @@ from typing import Any
 
 from prune.masks import Masks
 from prune.tickets.arms import ARMS, Hunt, check_other
-from prune.tickets.densities import enough
+from prune.tickets.scores import has_dropped
 from prune.tickets.store import TICKET
 
 
 def search(hunt: Hunt) -> list[dict[str, Any]]:
-    """Train, prune, rewind, repeat: the records of the levels, each with those of its controls."""
+    """Train level 0 dense, then prune, rewind and train until the last density, or the score has dropped.
+
+    Returns:
+        The record of every level, with those of its ``controls`` and its ``connectivity``.
+    """
     hunt.store.check()
     check_other(hunt)
     levels: list[dict[str, Any]] = []
     for level in range(len(hunt.densities)):
-        done = {arm: trained(hunt, level, arm) for arm in (TICKET, *(hunt.controls if level else ()))}
-        controls = {arm: record for arm, record in done.items() if arm != TICKET}
-        levels.append({**done[TICKET], **({"controls": controls} if controls else {}), **_connected(hunt, level)})
-        if enough(levels, hunt.fall, hunt.patience):
+        record = train_arm(hunt, level, TICKET)
+        if level and hunt.controls.names:
+            record["controls"] = {arm: train_arm(hunt, level, arm) for arm in hunt.controls.names}
+        if hunt.barrier is not None:
+            record["connectivity"] = _connectivity(hunt, level)
+        levels.append(record)
+        if has_dropped(levels, hunt.max_drop, hunt.patience):
             break
     return levels
 
 
-def trained(hunt: Hunt, level: int, arm: str) -> dict[str, Any]:
-    """The record of one training of a level, which is trained unless it is whole on disk."""
-    if (record := hunt.store.finished(level, arm)) is not None:
-        return _told(record)
-    began, folder = time.monotonic(), hunt.store.folder(level, arm)
-    if level or arm != TICKET:
-        _check_points(hunt)
-    what = ARMS[arm](hunt, level)
-    result = hunt.trainee.train(what, folder, hunt.part(level, arm), level)
-    masks = Masks.ones(hunt.pruner.scope(hunt.trainee.network)) if what.masks is None else what.masks
-    masks.apply(hunt.trainee.network)
-    hunt.trainee.save(folder, result, masks)
-    result |= {"diagnosis": hunt.study(masks)} if hunt.study else {}
-    rewind = what.start.described(same_order=what.seed == hunt.trainee.seed)
-    result |= {"seconds": round(time.monotonic() - began, 3), "rewind": rewind}
-    points = {"points": hunt.trainee.points()} if what.leaves else {}
-    return _told(hunt.store.keep(level, arm, {**result, **points}, masks))
+def train_arm(hunt: Hunt, level: int, name: str) -> dict[str, Any]:
+    """Train one arm of a level and write its record, unless that is on disk already; return the record."""
+    if (record := hunt.store.finished(level, name)) is not None:
+        return _without_identity(record)
+    started, folder, trainee = time.monotonic(), hunt.store.folder(level, name), hunt.trainee
+    if level or name != TICKET:
+        _check_rewind_point(hunt)
+    arm = ARMS[name](hunt, level)
+    result = trainee.train(arm, folder, hunt.part(level, name), level)
+    masks = Masks.ones(hunt.pruner.scope(trainee.network)) if arm.masks is None else arm.masks
+    masks.apply(trainee.network)
+    trainee.save(folder, result, masks)
+    if hunt.diagnose:
+        result["diagnosis"] = hunt.diagnose(masks)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    result["rewind"] = arm.start.described(same_order=arm.seed == trainee.seed)
+    if arm.saves:
+        result["points"] = trainee.point_hashes()
+    return _without_identity(hunt.store.keep(level, name, result, masks))
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training's record belongs into the hunt's."""
+def _without_identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's record without what all trainings of the hunt have in common."""
     return {name: value for name, value in record.items() if name not in ("format", "settings", "fingerprint")}
 
 
-def _connected(hunt: Hunt, level: int) -> dict[str, Any]:
-    """The barriers of a level, ``orders`` to its twin and ``levels`` to the level before; nothing if nobody asks."""
-    if hunt.connect is None:
-        return {}
-    if (found := hunt.store.noted(level, "connectivity")) is None:
-        twin = trained(hunt, level, "twin")
-        ticket = hunt.store.weights(level)
-        found = {"orders": {**hunt.connect(ticket, hunt.store.weights(level, "twin")), "twin": twin["metrics"]}}
+def _connectivity(hunt: Hunt, level: int) -> dict[str, Any]:
+    """The error barriers of a level: ``orders`` to its twin, ``levels`` to the level before."""
+    assert hunt.barrier is not None, "asked for"
+    barriers = hunt.store.measurement(level, "connectivity")
+    if barriers is None:
+        twin, ticket = train_arm(hunt, level, "twin"), hunt.store.weights(level)
+        barriers = {"orders": {**hunt.barrier(ticket, hunt.store.weights(level, "twin")), "twin": twin["metrics"]}}
         if level:
-            found["levels"] = hunt.connect(ticket, hunt.store.weights(level - 1))
-        hunt.store.note(level, "connectivity", found)
-    return {"connectivity": found}
+            barriers["levels"] = hunt.barrier(ticket, hunt.store.weights(level - 1))
+        hunt.store.save_measurement(level, "connectivity", barriers)
+    return barriers
 
 
-def _check_points(hunt: Hunt) -> None:
-    """Refuse moments of level 0 that are not those that it kept."""
+def _check_rewind_point(hunt: Hunt) -> None:
+    """Refuse checkpoints of level 0 that are not those that it saved."""
     first = hunt.store.finished(0) or {}
-    here = hunt.trainee.points()
+    on_disk = hunt.trainee.point_hashes()
     for name, digest in first.get("points", {}).items():
-        if here.get(name) != digest:
-            state = "was altered" if name in here else "is missing"
+        if on_disk.get(name) != digest:
+            state = "was altered" if name in on_disk else "is missing"
             raise ValueError(f"the rewind {name} {state}: move level_00 aside to train it anew, levels are kept")

@@ -33,8 +33,8 @@ class Store:
 
     Args:
         out: The hunt's folder.
-        key: What tells this hunt from another: levels of another key are refused.
-        settings: What the key stands for, as far as it is known, kept with every level to say what differs.
+        key: Fingerprint of this hunt: levels of another one are refused.
+        settings: What the fingerprint is of, as far as it is known, kept with every level to say what differs.
     """
 
     def __init__(self, out: Path, key: str, settings: Mapping[str, Any] | None = None) -> None:
@@ -55,15 +55,18 @@ class Store:
         for folder in self._folders():
             if (record := self._record(folder)) is None:
                 continue
-            if odd := [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]:
-                raise ValueError(f"{folder / 'record.json'} is damaged: no {', '.join(odd)} in it. {_remedy(folder)}")
+            if missing := [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]:
+                damage = f"no {', '.join(missing)} in it"
+                raise ValueError(f"{folder / 'record.json'} is damaged: {damage}. {_remedy(folder)}")
             try:
-                where = compact.find(folder)
-                index, masks = compact.read_index(where), Masks(compact.masks(where))
+                checkpoint = compact.find(folder)
+                index, masks = compact.read_index(checkpoint), Masks(compact.masks(checkpoint))
             except ValueError as error:
                 raise ValueError(f"{error}. {_remedy(folder)}") from error
             if record.get("checkpoint", index["sha256"]) != index["sha256"] or record["mask_hash"] != masks.hash():
-                raise ValueError(f"{where} is not what {folder / 'record.json'} was written for. {_remedy(folder)}")
+                raise ValueError(
+                    f"{checkpoint} is not what {folder / 'record.json'} was written for. {_remedy(folder)}"
+                )
 
     def finished(self, level: int, arm: str = TICKET) -> dict[str, Any] | None:
         """The record of a whole training of this hunt, or None.
@@ -94,25 +97,25 @@ class Store:
         barrier()
         return record
 
-    def noted(self, level: int, name: str) -> dict[str, Any] | None:
-        """What :meth:`note` wrote of a level under ``name``, or None.
+    def measurement(self, level: int, name: str) -> dict[str, Any] | None:
+        """What :meth:`save_measurement` wrote of a level under ``name``, or None.
 
         Raises:
             ValueError: If the file is damaged.
         """
         path = self.folder(level) / f"{name}.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}): remove it to measure it anew") from error
-        return found["found"] if found["fingerprint"] == self.key else None
+        return content["found"] if content["fingerprint"] == self.key else None
 
-    def note(self, level: int, name: str, found: Mapping[str, Any]) -> None:
+    def save_measurement(self, level: int, name: str, values: Mapping[str, Any]) -> None:
         """Keep what was measured of a finished level, beside its record. On every rank."""
         if rank() == 0:
-            write_json(self.folder(level) / f"{name}.json", {"fingerprint": self.key, "found": found})
+            write_json(self.folder(level) / f"{name}.json", {"fingerprint": self.key, "found": values})
         barrier()
 
     def weights(self, level: int, arm: str = TICKET) -> dict[str, Tensor]:
@@ -124,7 +127,7 @@ class Store:
         return Masks(compact.masks(self.folder(level, arm)))
 
     def _folders(self) -> Iterator[Path]:
-        """Every folder that may hold a training, whatever the plan says."""
+        """Every folder that may hold a training, also of levels and controls that are not asked for now."""
         for folder in sorted(self.out.glob("level_*")):
             yield from (folder, *sorted(path.parent for path in folder.glob("*/record.json")))
 
@@ -134,8 +137,8 @@ class Store:
             return None
         if record.get("fingerprint") != self.key:
             other = difference(record.get("settings") or {}, self.settings) if self.settings else ""
-            made = f", made with {other}" if other else ""
-            raise ValueError(f"{folder} is a level of another hunt{made}: choose another out, or move it aside")
+            why = f", made with {other}" if other else ""
+            raise ValueError(f"{folder} is a level of another hunt{why}: choose another out, or move it aside")
         return record
 
 

@@ -1,4 +1,4 @@
-"""What a hunt trains, and from where: the hunt says what, a trainee knows how."""
+"""What a hunt trains: the hunt decides from where and under which masks, a trainee knows how to train."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ class Arm:
         start: Where it begins.
         masks: What stays at zero; None for a dense one.
         seed: Of its data order and of everything random in it.
-        leaves: The moments that it keeps for later ones to start from: ``"point"``, ``"end"``.
+        saves: The checkpoints that it keeps for later levels to start from: ``"point"``, ``"end"``.
     """
 
     start: Start
     masks: Masks | None
     seed: int
-    leaves: tuple[str, ...] = ()
+    saves: tuple[str, ...] = ()
 
 
 class Trainee(ABC):
     """Something that can be trained again and again: a LightningModule with its data, or a function.
 
     Attributes:
-        network: What is pruned, and shipped.
+        network: What is pruned and saved.
         seed: Of level 0.
     """
 
@@ -43,7 +43,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def train(self, arm: Arm, folder: Path, part: tuple[int, int, str], level: int) -> dict[str, Any]:
-        """Train the network in place, resuming what was begun in ``folder``; it leaves the moments that ``arm`` says.
+        """Train the network in place, or resume a training in ``folder``; save the checkpoints that ``arm`` names.
 
         Args:
             arm: From where, under which masks.
@@ -52,7 +52,7 @@ class Trainee(ABC):
             level: Of the hunt.
 
         Returns:
-            ``metrics``, ``history``, ``monitor``, ``world_size`` and whatever else belongs into the record.
+            For the record: ``metrics``, ``history``, ``monitor``, ``world_size`` and more.
         """
 
     @abstractmethod
@@ -60,13 +60,13 @@ class Trainee(ABC):
         """Give the network this whole state dict."""
 
     @abstractmethod
-    def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
-        """Masks of ``density`` for the network as it is now; criteria that look at data are shown the training data."""
+    def select_masks(self, pruner: Pruner, density: float, within: Masks) -> Masks:
+        """Masks of ``density`` for the network as it is now; a criterion that needs data gets the training data."""
 
     @abstractmethod
     def save(self, folder: Path, result: dict[str, Any], masks: Masks) -> None:
         """Write the network as a compact checkpoint to ``folder/compact``; adds ``size`` to ``result``."""
 
     @abstractmethod
-    def points(self) -> dict[str, str]:
-        """SHA-256 of the moments of level 0 that later levels start from, by name."""
+    def point_hashes(self) -> dict[str, str]:
+        """SHA-256 of the checkpoints of level 0 that later levels start from, by name."""

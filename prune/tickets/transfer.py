@@ -8,15 +8,17 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prune.levels import Levels
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewinding.start import Start
 from prune.tickets.arms import Hunt
+from prune.tickets.controls import ControlName, Controls
 from prune.tickets.identity import settings_of
 from prune.tickets.lightning import WEIGHTS, LightningTrainee
-from prune.tickets.search import trained
+from prune.tickets.search import train_arm
 from prune.tickets.store import TICKET, Store
-from prune.tickets.subject import coupled, subject
+from prune.tickets.subject import Subject, coupled, subject
 from prune.tickets.trainee import Arm
 from workbench import records
 from workbench.checkpoints import compact
@@ -32,7 +34,6 @@ from workbench.training.module import (
     LRSchedulerCallable,
     OptimizerCallable,
     SupervisedModule,
-    network_of,
     with_optimizer,
 )
 from workbench.training.save import save_network
@@ -47,7 +48,7 @@ def transfer(
     model: nn.Module | None = None,
     data: LightningDataModule | None = None,
     task: Task | None = None,
-    controls: list[Literal["reinit", "shuffled", "random"]] | None = None,
+    controls: list[ControlName] | Controls | None = None,
     optimizer: OptimizerCallable | None = None,
     lr_scheduler: LRSchedulerCallable | None = None,
     trainer: Mapping[str, Any] | None = None,
@@ -64,15 +65,14 @@ def transfer(
         start: The hunt.
         level: Which ticket: the sparsest within tolerance (the last level where only the dense network is), or the
             last, or a number.
-        weights: The ticket begins with those of the hunt's rewind point, or only its mask is taken, over the own
-            initial weights of the network.
-        model: The network to train instead: with another activation, or of other classes. Weights of which the hunt's
-            network has none of this name and shape, such as those of an output of other classes, keep their own
+        weights: Whether the ticket starts with the weights of the hunt's rewind point, or only its mask is taken, over
+            the network's own initial weights.
+        model: The network to train instead: with another activation, or of other classes. Weights that the hunt's
+            network does not have by name and shape, such as those of an output of other classes, keep their own
             initial values and are not pruned.
         data: The data module.
         task: Loss and metrics of a plain network; those of the hunt where its data stay.
-        controls: What is trained beside the ticket, from the same start: shuffled has its mask shuffled within each
-            layer, random a random mask, and reinit new initial weights under its mask.
+        controls: What is trained beside the ticket, from the same start: reinit, shuffled or random.
         optimizer: Instead of the hunt's.
         lr_scheduler: With the optimizer; stepped once an epoch, constant by default.
         trainer: Arguments of Lightning's Trainer that replace the hunt's.
@@ -87,57 +87,72 @@ def transfer(
     Raises:
         ValueError: If there is no such ticket, its weights were altered, or nothing of it fits the network.
     """
-    place, levels = _ticket(Path(start), level)
+    folder, levels = _ticket(Path(start), level)
     number = levels[-1]["level"]
-    given = {"model": model, "data": data, "task": task, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-    made = arguments_of(Path(start), {} if seed_everything is None else {"seed_everything": seed_everything})
-    module, data, settings, seed = _subject_now(made, **given)
-    network = network_of(module)
-    before = compact.tensors(place) if weights == "own" else _rewind_point(Path(start), levels[0])
-    left = unlike(network, before)
-    masks = _fitting(network, compact.masks(place), place, left)
-    state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    spec = _controls(controls)
+    instead = {"model": model, "data": data, "task": task, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    hunted = arguments_of(Path(start), {} if seed_everything is None else {"seed_everything": seed_everything})
+    of = _subject(hunted, trainer, **instead)
+    before = compact.tensors(folder) if weights == "own" else _rewind_point(Path(start), levels[0])
+    left = unlike(of.network, before)
+    masks = _fitting(of.network, compact.masks(folder), folder, left)
+    state = {name: value.detach().clone() for name, value in of.network.state_dict().items()}
     if weights == "rewound":
         state |= {name: value for name, value in before.items() if name in state and value.shape == state[name].shape}
-    settings = {**settings, **(trainer or {})}
-    chosen_here = {"masks": masks.hash(), "weights": weights, "seed": seed}
-    chosen_here |= {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-    known = settings_of(module, data, settings, of=levels[-1]["mask_hash"], **chosen_here)
-    key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(known)
-    structure = coupled(module, data) if made["structure"] == "coupled" else made["structure"]
+    settings = settings_of(
+        of.module,
+        of.network,
+        of.data,
+        of.trainer,
+        of=levels[-1]["mask_hash"],
+        masks=masks.hash(),
+        weights=weights,
+        seed=of.seed,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+    )
+    key = (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings)
+    pruner, early_stop = hunted["pruner"] or Pruner(), Levels.parse(hunted["levels"], hunted["density"]).early_stop
+    start_now = Duration(0, "it")
     moved = Hunt(
-        LightningTrainee(
-            module,
-            data,
-            settings,
-            seed,
-            Duration(0, "it"),
-            out / "checkpoints",
-            checkpoint,
-            made["batches"],
-            made["early_stop"],
-        ),
-        Pruner(structure=structure),
+        LightningTrainee(of, start_now, out / "checkpoints", checkpoint, hunted["batches"], early_stop),
+        Pruner(structure=coupled(of) if pruner.structure == "coupled" else pruner.structure),
         (*(each["density"] for each in levels[:-1]), masks.density),
-        Store(out, key, known),
-        controls=tuple(controls or ()),
-        given=Arm(Start("first", state), masks, seed),
+        Store(out, key, settings),
+        controls=spec,
+        ticket=Arm(Start("first", state), masks, of.seed),
     )
     with locked(out):
         moved.store.check()
-        done = {arm: trained(moved, number, arm) for arm in (TICKET, *moved.controls)}
+        done = {arm: train_arm(moved, number, arm) for arm in (TICKET, *spec.names)}
         ticket = done.pop(TICKET)
         moved.trainee.load(moved.store.weights(number))
         last = {name: ticket[name] for name in _KEPT if name in ticket}
-        save_network(module, data, out, last, masks)
+        save_network(of.module, of.data, out, last, masks)
     return {
         **last,
-        "seed": seed,
+        "seed": of.seed,
         "of": {"level": number, "mask_hash": levels[-1]["mask_hash"], "weights": weights},
         "left": left,
         "controls": done,
         "seconds": round(sum(record["seconds"] for record in (ticket, *done.values())), 3),
     }
+
+
+def _controls(given: list[ControlName] | Controls | None) -> Controls:
+    """The controls that a ticket without levels has.
+
+    Raises:
+        ValueError: If one needs levels: the dense network trained as long, another hunt's masks, or a barrier.
+    """
+    controls = Controls.parse(given)
+    odd = [name for name in controls.names if name not in ("reinit", "shuffled", "random")]
+    if odd or controls.connectivity:
+        name = odd[0] if odd else "connectivity"
+        raise ValueError(
+            f"controls has {name!r}, which needs the levels of a hunt: choose from reinit, shuffled, random"
+        )
+    return controls
 
 
 def unlike(network: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
@@ -146,7 +161,7 @@ def unlike(network: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
     return [name for name, parameter in network.named_parameters() if shapes.get(name) != parameter.shape]
 
 
-def _fitting(network: nn.Module, masks: Mapping[str, Tensor], place: Path, left: Collection[str]) -> Masks:
+def _fitting(network: nn.Module, masks: Mapping[str, Tensor], folder: Path, left: Collection[str]) -> Masks:
     """Those masks that are for weights of ``network``.
 
     Raises:
@@ -158,7 +173,7 @@ def _fitting(network: nn.Module, masks: Mapping[str, Tensor], place: Path, left:
     name, mask = next(iter(masks.items()))
     here = dict(network.named_parameters()).get(name)
     raise ValueError(
-        f"{place} prunes nothing that {type(network).__name__} has by name and shape: {name!r} is {tuple(mask.shape)} "
+        f"{folder} prunes nothing that {type(network).__name__} has by name and shape: {name!r} is {tuple(mask.shape)} "
         f"there, {'missing' if here is None else tuple(here.shape)} here; give a model with the layers of that hunt's"
     )
 
@@ -168,10 +183,10 @@ def _ticket(hunt: Path, level: int | str) -> tuple[Path, list[dict[str, Any]]]:
     record = records.read(hunt) or {}
     if not record.get("levels"):
         raise ValueError(f"{hunt} is no finished hunt: name a stage of job hunt that is finished")
-    place, found = select_level(hunt, "last" if level == "winning" and not record.get("winning") else level)
-    if not found["level"]:
+    folder, ticket = select_level(hunt, "last" if level == "winning" and not record.get("winning") else level)
+    if not ticket["level"]:
         raise ValueError(f"level 0 of {hunt} is dense: name one from 1 to {len(record['levels']) - 1}")
-    return place, record["levels"][: found["level"] + 1]
+    return folder, record["levels"][: ticket["level"] + 1]
 
 
 def _rewind_point(hunt: Path, dense: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -185,29 +200,30 @@ def _rewind_point(hunt: Path, dense: Mapping[str, Any]) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _subject_now(
-    made: Mapping[str, Any],
+def _subject(
+    hunted: Mapping[str, Any],
+    trainer: Mapping[str, Any] | None,
     model: nn.Module | None,
     data: LightningDataModule | None,
     task: Task | None,
     optimizer: OptimizerCallable | None,
     lr_scheduler: LRSchedulerCallable | None,
-) -> tuple[LightningModule, LightningDataModule, Mapping[str, Any], int]:
-    """What is trained, on what, how, with which seed: as in the hunt that was given ``made``, but for what is given."""
-    plain = {name: made[name] for name in ("model", "task", "optimizer", "lr_scheduler")}
-    shared = (made[name] for name in ("start", "data", "trainer", "seed_everything"))
-    module, hunted, settings, seed = subject(*shared, **plain)
+) -> Subject:
+    """The subject of the hunt with the arguments ``hunted``, except for what is given instead."""
+    plain = {name: hunted[name] for name in ("model", "task", "optimizer", "lr_scheduler")}
+    of = subject(hunted["start"], hunted["data"], hunted["trainer"], hunted["seed_everything"], **plain)
+    settings = {**of.trainer, **(trainer or {})}
     if model is None and data is None and task is None:
-        return with_optimizer(module, optimizer, lr_scheduler), hunted, settings or {}, seed
-    theirs = module if isinstance(module, SupervisedModule) else None
+        return Subject(with_optimizer(of.module, optimizer, lr_scheduler), of.data, settings, of.seed)
+    supervised = of.module if isinstance(of.module, SupervisedModule) else None
     if model is None:
-        model = module if theirs is None else theirs.network
+        model = of.module if supervised is None else supervised.network
     if not isinstance(model, LightningModule):
         if optimizer is None:
-            optimizer, lr_scheduler = made["optimizer"], made["lr_scheduler"]
-        if optimizer is None and theirs is not None:
-            optimizer, lr_scheduler = theirs.optimizer, theirs.lr_scheduler
-        if task is None and data is None and theirs is not None:
-            task = theirs.task
-    module = module_for(model, data or hunted, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler)
-    return module, data or hunted, settings or {}, seed
+            optimizer, lr_scheduler = hunted["optimizer"], hunted["lr_scheduler"]
+        if optimizer is None and supervised is not None:
+            optimizer, lr_scheduler = supervised.optimizer, supervised.lr_scheduler
+        if task is None and data is None and supervised is not None:
+            task = supervised.task
+    module = module_for(model, data or of.data, task=task, optimizer=optimizer, lr_scheduler=lr_scheduler)
+    return Subject(module, data or of.data, settings, of.seed)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prune.pruner import Pruner
+from prune.rewinding.modes import Rewind
 from prune.tickets.arms import Hunt
+from prune.tickets.controls import Controls
 from prune.tickets.lightning import LightningTrainee
 from prune.tickets.search import search
 from prune.tickets.store import Store
+from prune.tickets.subject import Subject
 from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.tasks import Classification
@@ -116,17 +119,31 @@ def trainee(out: Path, of: lp.LightningModule | None = None, rewind: str = "8it"
     checkpoint = Duration.parse(options.pop("checkpoint", "1ep"))
     early_stop, data = options.pop("early_stop", None), options.pop("data", None) or Blobs()
     of = module(**options) if of is None else of
-    return LightningTrainee(of, data, given, 1, Duration.parse(rewind), out / "checkpoints", checkpoint, 2, early_stop)
+    subject = Subject(of, data, given, 1)
+    return LightningTrainee(subject, Duration.parse(rewind), out / "checkpoints", checkpoint, 2, early_stop)
 
 
 def run_hunt(
     out: Path,
     of: LightningTrainee,
     densities: Iterable[float] = (1.0, 0.6, 0.3),
+    mode: Any = "all",
+    order: Any = "same",
+    controls: Iterable[Any] = (),
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Search with a trainee; the records of the levels."""
-    return search(Hunt(of, Pruner(seed=1), tuple(densities), Store(out, "key"), **options))
+    return search(
+        Hunt(
+            of,
+            Pruner(seed=1),
+            tuple(densities),
+            Store(out, "key"),
+            Rewind(mode=mode, order=order),
+            Controls(tuple(controls)),
+            **options,
+        )
+    )
 
 
 def weights(out: Path, level: int) -> dict[str, Tensor]:

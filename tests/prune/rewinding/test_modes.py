@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import lr_scheduler
 
-from prune.rewinding.modes import REWINDING, groups_of, hold
+from prune.rewinding.modes import MODES, Rewind, groups_of, hold, table
 from tests.helpers.hunt_training import ADAMW, BATCHES, SGD, Blobs, Net, Stop, Watch, run_hunt, same, trainee, weights
 from workbench.checkpoints import compact
+from workbench.duration import Duration
 from workbench.randomness import set_random_state
 
 TOTAL = 3 * BATCHES
@@ -26,11 +27,11 @@ RATES += [(mode, schedule) for mode in ("all", "fine_tuning") for schedule in ("
 
 
 @pytest.mark.parametrize(("mode", "schedule"), RATES)
-def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: str, schedule: str) -> None:
+def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: Any, schedule: str) -> None:
     watch = Watch()
     optimizer = ADAMW if schedule == "one-cycle" else SGD
     of = trainee(tmp_path, optimizer=optimizer, scheduler=SCHEDULES[schedule], trainer={"callbacks": [watch]})
-    run_hunt(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    run_hunt(tmp_path, of, (1.0, 0.6), mode=mode)
     rates, then = watch.rates
     assert len(rates) == TOTAL
     assert len(then) == TOTAL - 8
@@ -43,14 +44,14 @@ def test_learning_rates_are_what_the_mode_promises(tmp_path: Path, mode: str, sc
         assert then == rates[8:]
 
 
-STARTS = [*((mode, "8it") for mode in REWINDING), ("weights", "0it"), ("fine_tuning", "2ep"), ("learning_rate", "2ep")]
+STARTS = [*((mode, "8it") for mode in MODES), ("weights", "0it"), ("fine_tuning", "2ep"), ("learning_rate", "2ep")]
 
 
 @pytest.mark.parametrize(("mode", "rewind"), STARTS)
-def test_where_a_level_starts(tmp_path: Path, mode: str, rewind: str) -> None:
+def test_where_a_level_starts(tmp_path: Path, mode: Any, rewind: str) -> None:
     watch = Watch()
     of = trainee(tmp_path, rewind=rewind, trainer={"callbacks": [watch]})
-    run_hunt(tmp_path, of, (1.0, 0.6), rewinding=mode)
+    run_hunt(tmp_path, of, (1.0, 0.6), mode=mode)
     k = {"0it": 0, "8it": 8, "2ep": 12}[rewind]
     (_, dense, held) = watch.weights[0][k]
     step, start, momenta = watch.weights[1][0]
@@ -76,14 +77,14 @@ def test_a_fresh_order_is_another_one_and_the_same_every_time(tmp_path: Path) ->
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("mode", REWINDING)
-def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hunt_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, mode: Any) -> None:
     options: dict[str, Any] = {"scheduler": SCHEDULES["one-cycle"], "checkpoint": "4it", "optimizer": ADAMW}
-    whole = run_hunt(tmp_path / "whole", trainee(tmp_path / "whole", **options), (1.0, 0.5), rewinding=mode)
+    whole = run_hunt(tmp_path / "whole", trainee(tmp_path / "whole", **options), (1.0, 0.5), mode=mode)
     for left in [9, 14, 7, -1]:
         of = trainee(tmp_path / "pieces", trainer={"callbacks": [Watch(left)]}, **options)
         try:
-            pieces = run_hunt(tmp_path / "pieces", of, (1.0, 0.5), rewinding=mode)
+            pieces = run_hunt(tmp_path / "pieces", of, (1.0, 0.5), mode=mode)
         except Stop:
             continue
     for level in range(2):
@@ -104,7 +105,7 @@ def test_learning_rate_rewinding_is_a_continuation_by_hand(tmp_path: Path) -> No
     """Trained weights, all else of the rewind point, and a loop without Lightning."""
     watch = Watch()
     of = trainee(tmp_path, scheduler=SCHEDULES["cosine"], trainer={"callbacks": [watch]})
-    run_hunt(tmp_path, of, (1.0, 1.0), rewinding="learning_rate")
+    run_hunt(tmp_path, of, (1.0, 1.0), mode="learning_rate")
     point = torch.load(tmp_path / "checkpoints" / "rewind.ckpt", weights_only=False)
     model = Net()
     model.load_state_dict(weights(tmp_path, 0))
@@ -135,3 +136,26 @@ def test_held_groups_are_those_that_were_kept() -> None:
     assert optimizer.param_groups[0]["params"] == [weight]
     with pytest.raises(ValueError, match="has 2 groups, 1 were kept"):
         hold(optimizer, kept[:1])
+
+
+def test_the_documentation_has_the_table_of_modes() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tickets.md").read_text(encoding="utf-8")
+    assert table() in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": "2 epochs"}, "duration '2 epochs'"),
+        ({"mode": "nothing"}, r"rewind.mode is 'nothing': choose one of \['all', 'weights'"),
+        ({"order": "other"}, r"rewind.order is 'other': choose one of \['same', 'fresh'\]"),
+    ],
+)
+def test_what_is_no_rewinding_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rewind(**arguments)
+
+
+def test_a_bare_duration_is_where_to_rewind_to() -> None:
+    assert Rewind.parse("2ep") == Rewind.parse(Duration(2, "ep")) == Rewind("2ep")
+    assert Rewind.parse(Rewind("3it", "weights")).settings() == {"at": "3it", "mode": "weights", "order": "same"}

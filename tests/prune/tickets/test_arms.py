@@ -11,18 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prune.levels import Levels
 from prune.masks import Masks
 from prune.pruner import Pruner
+from prune.rewinding.modes import MODES, Rewind
 from prune.rewinding.start import Start
 from prune.shrinking import Coupled
-from prune.tickets.arms import ARMS, Hunt, began, check_other
-from prune.tickets.densities import derived
+from prune.tickets.arms import ARMS, Hunt, check_other, derived_seed, ticket_start
+from prune.tickets.controls import Controls
 from prune.tickets.reinit import reinitialised
 from prune.tickets.store import Store
 from prune.tickets.trainee import Arm, Trainee
 from tests.helpers.ranks import on_ranks
 from tests.prune.tickets.test_hunt import run
 from workbench.checkpoints import compact
+from workbench.records.source import Source
 from workbench.training.save import save_network
 
 DENSITIES = (1.0, 0.5, 0.25)
@@ -44,13 +47,13 @@ class Drifting(Trainee):
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self.network.load_state_dict(weights)
 
-    def pruned(self, pruner: Pruner, density: float, within: Masks) -> Masks:
+    def select_masks(self, pruner: Pruner, density: float, within: Masks) -> Masks:
         return pruner(self.network, density, within=within)
 
     def save(self, folder: Path, result: dict[str, Any], masks: Masks) -> None:
         save_network(self.network, None, folder, result, masks, example=False)
 
-    def points(self) -> dict[str, str]:
+    def point_hashes(self) -> dict[str, str]:
         return {}
 
 
@@ -101,6 +104,10 @@ def hunted(
     for level in range(3):
         train(hunt, level, "ticket")
     return hunt
+
+
+def other_of(hunt: Hunt) -> Controls:
+    return Controls(other=Source(hunt.store.out))
 
 
 def masks_of(hunt: Hunt, arm: str, level: int = 2) -> Masks:
@@ -190,89 +197,86 @@ def _applied(hunt: Hunt, masks: Masks) -> Masks:
     return masks
 
 
-REWINDINGS = ("all", "weights", "learning_rate", "fine_tuning")
-
-
-@pytest.mark.parametrize("rewinding", REWINDINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", ["same", "fresh"])
-def test_controls_are_paired_with_their_ticket(tmp_path: Path, rewinding: str, order: Any) -> None:
-    hunt = hunted(tmp_path, rewinding=rewinding, order=order)
-    ticket, trained = began(hunt, 2), hunt.store.weights(1)
-    replaced = replace(hunt, other=hunted(tmp_path / "other", seed=2).store.out)
+def test_controls_are_paired_with_their_ticket(tmp_path: Path, mode: Any, order: Any) -> None:
+    hunt = hunted(tmp_path, rewind=Rewind(mode=mode, order=order))
+    ticket, trained = ticket_start(hunt, 2), hunt.store.weights(1)
+    replaced = replace(hunt, controls=other_of(hunted(tmp_path / "other", seed=2)))
     for name in ("shuffled", "random", "other"):
         arm = ARMS[name](replaced, 2)
         assert (arm.start.at, arm.start.optimizer, arm.start.random) == (ticket.at, ticket.optimizer, ticket.random)
-        assert (arm.start.weights is None) == (rewinding in ("all", "weights"))
+        assert (arm.start.weights is None) == (mode in ("all", "weights"))
         assert arm.start.weights is None or all(torch.equal(arm.start.weights[n], trained[n]) for n in trained)
         assert arm.seed == hunt.seed(2)
     new = ARMS["reinit"](hunt, 2)
-    expected = reinitialised(hunt.trainee.network, derived(1, 2, "reinit"))
+    expected = reinitialised(hunt.trainee.network, derived_seed(1, 2, "reinit"))
     assert new.start.weights is not None
     assert all(torch.equal(new.start.weights[name], value) for name, value in expected.items())
     assert (new.start.at, new.start.random, new.seed) == ("first", order == "same", hunt.seed(2))
     assert new.masks == hunt.store.masks(2)
-    assert hunt.seed(2) == (1 if order == "same" else derived(1, 2, "order"))
+    assert hunt.seed(2) == (1 if order == "same" else derived_seed(1, 2, "order"))
 
 
 def test_initial_weights_are_new_at_every_level_and_the_same_in_every_hunt_of_the_seed(tmp_path: Path) -> None:
-    one, other = hunted(tmp_path / "a"), hunted(tmp_path / "b", "2:4", "uniform", rewinding="weights")
+    one, other = hunted(tmp_path / "a"), hunted(tmp_path / "b", "2:4", "uniform", rewind=Rewind(mode="weights"))
     first, second = (ARMS["reinit"](one, level).start.weights or {} for level in (1, 2))
     assert not torch.equal(first["fc.weight"], second["fc.weight"])
     assert torch.equal(second["fc.weight"], (ARMS["reinit"](other, 2).start.weights or {})["fc.weight"])
 
 
-@pytest.mark.parametrize("rewinding", REWINDINGS)
-def test_the_dense_control_goes_on_from_its_last_weights(tmp_path: Path, rewinding: str) -> None:
-    hunt = hunted(tmp_path, rewinding=rewinding)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_dense_control_goes_on_from_its_last_weights(tmp_path: Path, mode: Any) -> None:
+    hunt = hunted(tmp_path, rewind=Rewind(mode=mode))
     for level in (1, 2):
         before = hunt.store.weights(0) if level == 1 else hunt.store.weights(1, "dense")
         arm = train(hunt, level, "dense")
         assert arm.masks is None
-        assert (arm.start.at, arm.seed) == ("end" if rewinding == "fine_tuning" else "point", 1)
+        assert (arm.start.at, arm.seed) == ("end" if mode == "fine_tuning" else "point", 1)
         assert arm.start.weights is not None
         assert all(torch.equal(arm.start.weights[name], value) for name, value in before.items())
     assert hunt.store.masks(2, "dense").density == 1
 
 
 def test_a_twin_differs_in_data_order_and_randomness_only(tmp_path: Path) -> None:
-    hunt = hunted(tmp_path, rewinding="learning_rate")
-    arm, ticket = ARMS["twin"](hunt, 2), began(hunt, 2)
+    hunt = hunted(tmp_path, rewind=Rewind(mode="learning_rate"))
+    arm, ticket = ARMS["twin"](hunt, 2), ticket_start(hunt, 2)
     assert arm.masks == hunt.store.masks(2)
     assert (arm.start.at, arm.start.optimizer, arm.start.random) == (ticket.at, ticket.optimizer, False)
-    assert arm.seed == derived(1, 2, "twin")
-    assert ARMS["twin"](hunt, 0) == Arm(Start("point", random=False), None, derived(1, 0, "twin"))
+    assert arm.seed == derived_seed(1, 2, "twin")
+    assert ARMS["twin"](hunt, 0) == Arm(Start("point", random=False), None, derived_seed(1, 0, "twin"))
 
 
 def test_the_mask_of_another_hunt(tmp_path: Path) -> None:
     theirs = hunted(tmp_path / "theirs", seed=2)
-    ours = hunted(tmp_path / "ours", other=theirs.store.out)
+    ours = hunted(tmp_path / "ours", controls=other_of(theirs))
     assert masks_of(ours, "other") == theirs.store.masks(2) != ours.store.masks(2)
 
 
 def test_another_hunt_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     ours = hunted(tmp_path / "ours")
-    with pytest.raises(ValueError, match="none is named: give its folder as other"):
-        ARMS["other"](ours, 1)
+    with pytest.raises(ValueError, match=r"controls has 'other': give the hunt whose mask it has as controls\.other"):
+        Controls(arms=("other",))  # type: ignore[arg-type]
     theirs = hunted(tmp_path / "theirs", seed=2)
     (tmp_path / "theirs" / "level_02" / "record.json").unlink()
     with pytest.raises(ValueError, match=r"theirs/level_02 is no finished level, and .*ours/level_02 is to have"):
-        ARMS["other"](replace(ours, other=theirs.store.out), 2)
+        ARMS["other"](replace(ours, controls=other_of(theirs)), 2)
     narrow = Hunt(Drifting(Net(12)), Pruner(exclude=["conv.*"]), DENSITIES, Store(tmp_path / "narrow", "key"))
     for level in range(2):
         train(narrow, level, "ticket")
     with pytest.raises(ValueError, match=r"different networks: 'fc.weight' is \(12, 8\) there, \(16, 8\) here"):
-        ARMS["other"](replace(ours, other=tmp_path / "narrow"), 1)
+        ARMS["other"](replace(ours, controls=other_of(narrow)), 1)
     sparser = Hunt(Drifting(Net()), Pruner(), (1.0, 0.4), Store(tmp_path / "sparser", "key"))
     for level in range(2):
         train(sparser, level, "ticket")
     with pytest.raises(ValueError, match=r"sparser/level_01 has density 0\.4, .*ours/level_01 0\.5: name a hunt of"):
-        ARMS["other"](replace(ours, other=tmp_path / "sparser"), 1)
+        ARMS["other"](replace(ours, controls=other_of(sparser)), 1)
 
 
 def test_a_ticket_found_elsewhere_gives_its_controls_their_start(tmp_path: Path) -> None:
     found = hunted(tmp_path / "found")
     given = Arm(Start("first", weights=found.store.weights(0)), found.store.masks(2), 9)
-    moved = replace(found, store=Store(tmp_path / "moved", "key"), given=given)
+    moved = replace(found, store=Store(tmp_path / "moved", "key"), ticket=given)
     assert train(moved, 2, "ticket") is given
     for name in ("shuffled", "random"):
         assert ARMS[name](moved, 2).start is given.start
@@ -329,8 +333,15 @@ def test_batches_and_noise_are_those_of_the_ticket(tmp_path: Path, order: str, l
     """20 updates in a training, and the rewind point after the 13th."""
     watch = Watch()
     controls = ["reinit", "shuffled", "random", "dense"]
-    options: dict[str, Any] = {"levels": levels, "rate": 0.5, "rewind": "13it", "order": order, "controls": controls}
-    result = run(tmp_path, None, {"callbacks": [watch]}, **options)
+    rewind = Rewind("13it", order=order)  # type: ignore[arg-type]
+    result = run(
+        tmp_path,
+        None,
+        {"callbacks": [watch]},
+        levels=Levels(levels, rate=0.5),
+        rewind=rewind,
+        controls=controls,
+    )
     for level in range(1, levels + 1):
         ticket = str(tmp_path / f"level_{level:02d}")
         for name in ("shuffled", "random", "dense", "reinit"):
@@ -358,8 +369,8 @@ def test_batches_and_noise_are_those_of_the_ticket(tmp_path: Path, order: str, l
 
 def test_another_hunt_is_looked_at_before_training_and_again(tmp_path: Path) -> None:
     theirs = hunted(tmp_path / "theirs", seed=2)
-    ours = Hunt(Drifting(Net()), Pruner(), DENSITIES, Store(tmp_path / "ours", "key"), controls=("other",))
-    ours = replace(ours, other=theirs.store.out)
+    ours = Hunt(Drifting(Net()), Pruner(), DENSITIES, Store(tmp_path / "ours", "key"))
+    ours = replace(ours, controls=other_of(theirs))
     check_other(ours)
     for level in range(2):
         train(ours, level, "ticket")
@@ -367,8 +378,8 @@ def test_another_hunt_is_looked_at_before_training_and_again(tmp_path: Path) -> 
     check_other(ours)
     third = hunted(tmp_path / "third", seed=3)
     with pytest.raises(ValueError, match=r"level_01/other was trained under another mask than .*third/level_01 has"):
-        check_other(replace(ours, other=third.store.out))
+        check_other(replace(ours, controls=other_of(third)))
     (tmp_path / "theirs" / "level_02" / "record.json").unlink()
     with pytest.raises(ValueError, match=r"theirs/level_02 is no finished level"):
         check_other(ours)
-    check_other(replace(ours, fall=0.1))
+    check_other(replace(ours, max_drop=0.1))

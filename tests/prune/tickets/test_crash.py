@@ -29,8 +29,7 @@ ticket:
   data: {class_path: workbench.data.Digits, init_args: {batch_size: 256}}
   optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}
   trainer: {max_epochs: 3, accelerator: cpu}
-  levels: 3
-  rate: 0.5
+  levels: {count: 3, rate: 0.5}
   rewind: 4it
   controls: [shuffled]
   checkpoint: 3it

@@ -145,7 +145,7 @@ def test_resumed_at_the_very_end_of_the_budget_it_still_gives_the_best_weights(t
 
     def run(out: Path, *more: lp.Callback) -> list[dict[str, Any]]:
         length = {"max_epochs": 3, "callbacks": [Scored([0.5, 0.9, 0.6]), *more]}
-        return run_hunt(out, trainee(out, early_stop=5, trainer=length), (1.0, 0.5), rewinding="fine_tuning")
+        return run_hunt(out, trainee(out, early_stop=5, trainer=length), (1.0, 0.5), mode="fine_tuning")
 
     whole = run(tmp_path / "a")
     with pytest.raises(Stop):

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 import prune.tickets.find
 from prune import Masks, Pruner, find_tickets
-from prune.rewinding.modes import REWINDING
+from prune.levels import Levels
+from prune.rewinding.modes import MODES, Rewind
+from prune.tickets.controls import Controls
 from tests.helpers.hunt_training import same, weights
 from tests.helpers.ranks import on_ranks
 from workbench import load
@@ -97,10 +99,10 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.M
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-@pytest.mark.parametrize("mode", REWINDING)
-def test_where_a_level_starts(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_where_a_level_starts(tmp_path: Path, mode: Any) -> None:
     train = Training(COSINE)
-    levels = hunted(tmp_path, train, rewinding=mode)
+    levels = hunted(tmp_path, train, rewind=Rewind(f"{POINT}it", mode))
     dense, *rest = train.calls
     for number, call in enumerate(rest, 1):
         masks = compact.masks(tmp_path / f"level_{number:02d}")
@@ -123,7 +125,7 @@ def test_where_a_level_starts(tmp_path: Path, mode: str) -> None:
 def test_rate_zero_repeats_level_zero_bit_for_bit(tmp_path: Path) -> None:
     for rewind in ("0it", "5it"):
         out = tmp_path / rewind
-        levels = hunted(out, Training(CYCLE, optimizer=ADAMW), density=None, levels=1, rate=0.0, rewind=rewind)
+        levels = hunted(out, Training(CYCLE, optimizer=ADAMW), density=None, levels=Levels(1, rate=0.0), rewind=rewind)
         assert same(weights(out, 0), weights(out, 1))
         assert levels[0]["metrics"] == levels[1]["metrics"]
 
@@ -169,9 +171,9 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float, inp
 
 
 @pytest.mark.parametrize("mode", ["all", "fine_tuning"])
-def test_killed_again_and_again_it_ends_as_undisturbed(tmp_path: Path, mode: str) -> None:
+def test_killed_again_and_again_it_ends_as_undisturbed(tmp_path: Path, mode: Any) -> None:
     controls = ["reinit", "dense"] if mode == "fine_tuning" else []
-    options: dict[str, Any] = {"rewinding": mode, "order": "fresh", "controls": controls, "density": [0.5]}
+    options: dict[str, Any] = {"rewind": Rewind(f"{POINT}it", mode, "fresh"), "controls": controls, "density": [0.5]}
     whole = hunted(tmp_path / "whole", Training(CYCLE, optimizer=ADAMW), **options)
     stops = 0
     for left in [6, 11, 5, 8, 13, 4, 12, 7, -1]:
@@ -222,7 +224,7 @@ def test_a_loop_of_numbers_with_a_scaler_and_several_optimizers(tmp_path: Path) 
             level.advance()
         return accuracy(model)  # type: ignore[return-value]
 
-    levels = hunted(tmp_path, train, density=[1.0, 0.5], levels=None, rewinding="fine_tuning")
+    levels = hunted(tmp_path, train, density=[1.0, 0.5], levels=None, rewind=Rewind(f"{POINT}it", "fine_tuning"))
     assert levels[1]["steps"] == [TOTAL, TOTAL + TOTAL - POINT]
 
 
@@ -286,7 +288,7 @@ MISTAKES = {
     "no update": "made no update at level 0, which begins at step 0",
     "short": "rewind is 5it, but the function made 5 updates only",
     "stray": "pruned weights moved: give level.begin all optimizers",
-    "own sampler": "order of this loader cannot be gone back to",
+    "own sampler": "order of this loader cannot be repeated",
     "no metrics": "the function returned NoneType: return metrics by name, with 'val/accuracy'",
     "no monitor": r"the function returned \['accuracy'\]",
 }
@@ -300,17 +302,17 @@ def test_mistakes_of_the_function_are_named(tmp_path: Path, what: str) -> None:
 
 def test_a_fine_tuning_that_ends_where_it_begins_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no update at level 1, which begins at step 14: .*level.until"):
-        hunted(tmp_path, functools.partial(careless, what=""), rewinding="fine_tuning")
+        hunted(tmp_path, functools.partial(careless, what=""), rewind=Rewind(f"{POINT}it", "fine_tuning"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rewind": "1ep"}, "rewind is 1ep: a function has updates only, give 500it"),
+        ({"rewind": "1ep"}, "rewind is 1ep: a function counts updates only, give 500it"),
         ({"checkpoint": "0it"}, "checkpoint is 0it"),
-        ({"rewinding": "some"}, "rewinding has 'some': choose of"),
-        ({"order": "other"}, "order has 'other'"),
-        ({"controls": ["ticket"]}, "controls has 'ticket': choose of"),
+        ({"controls": ["ticket"]}, "controls has 'ticket': choose from"),
+        ({"controls": Controls(connectivity=True)}, "controls.connectivity needs a LightningModule"),
+        ({"density": None, "levels": Levels(2, early_stop=3)}, "levels.early_stop needs a LightningModule"),
         ({"density": 2.0}, "density is 2"),
         ({"pruner": Pruner(include=["encoder*"])}, "encoder"),
     ],

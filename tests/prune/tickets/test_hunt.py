@@ -13,9 +13,14 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 
 from prune.callbacks import KeepMasked
+from prune.levels import Levels
 from prune.masks import Masks
+from prune.pruner import Pruner
+from prune.rewinding.modes import Rewind
 from prune.schedule import geometric, kept
-from prune.tickets.hunt import _winning, hunt
+from prune.tickets.controls import Controls
+from prune.tickets.hunt import hunt
+from prune.tickets.scores import sparsest_winning
 from workbench import load, records
 from workbench.checkpoints import compact
 from workbench.data import Digits
@@ -76,7 +81,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS, ids=POINTS)
 def test_rate_zero_makes_level_one_equal_level_zero(tmp_path: Path, point: str) -> None:
     rewind, trainer, options = POINTS[point]
-    result = run(tmp_path, None, trainer, levels=1, rate=0.0, rewind=rewind, **options)
+    result = run(tmp_path, None, trainer, levels=Levels(1, rate=0.0), rewind=rewind, **options)
     zero, one = (compact.tensors(tmp_path / f"level_{level:02d}") for level in (0, 1))
     assert zero.keys() == one.keys()
     assert all(torch.equal(zero[name], one[name]) for name in zero)
@@ -99,20 +104,21 @@ def test_any_criterion_structure_and_allocation(tmp_path: Path, choice: dict[str
     def model() -> nn.Module:
         return MLP(64, [24], 10) if choice["criterion"] == "wanda" else Noisy()
 
-    run(tmp_path, seeded(model), {"max_epochs": 1}, density=0.2, rate=0.5, rewind="1it", batches=3, **choice)
+    options: dict[str, Any] = {"levels": Levels(density=0.2, rate=0.5), "batches": 3, "pruner": Pruner(**choice)}
+    run(tmp_path, seeded(model), {"max_epochs": 1}, rewind="1it", **options)
     masks = [Masks(compact.masks(tmp_path / f"level_{level:02d}")) for level in range(1, 4)]
     assert masks[2].is_subset(masks[1])
     assert masks[1].is_subset(masks[0])
     assert masks[2].density == pytest.approx(0.125, abs=0.06)
     shutil.rmtree(tmp_path / "level_03")
     lost = masks[2]
-    run(tmp_path, seeded(model), {"max_epochs": 1}, density=0.2, rate=0.5, rewind="1it", batches=3, **choice)
+    run(tmp_path, seeded(model), {"max_epochs": 1}, rewind="1it", **options)
     assert Masks(compact.masks(tmp_path / "level_03")) == lost
 
 
 def test_a_density_that_the_structure_does_not_allow_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"density 0\.8 is above the 0\.5 that NM\(n=2, m=4\) allows"):
-        run(tmp_path, None, levels=2, structure="2:4", rewind="0it")
+        run(tmp_path, None, levels=2, pruner=Pruner(structure="2:4"), rewind="0it")
     assert not (tmp_path / "level_00").exists()
 
 
@@ -128,7 +134,7 @@ def test_rewinding_three_times_starts_from_the_same_weights(tmp_path: Path) -> N
         def __deepcopy__(self, memo: Any) -> "Watch":
             return self
 
-    run(tmp_path, None, {"callbacks": [Watch()]}, levels=3, rate=0.3, rewind="5it")
+    run(tmp_path, None, {"callbacks": [Watch()]}, levels=Levels(3, rate=0.3), rewind="5it")
     assert len(seen) == 4
     for level in (1, 2, 3):
         masks = compact.masks(tmp_path / f"level_{level:02d}")
@@ -143,10 +149,9 @@ def test_levels_keep_exactly_what_they_say(tmp_path: Path, allocation: str) -> N
         tmp_path,
         MLP(64, [20], 10),
         {"max_epochs": 1},
-        levels=3,
-        rate=0.4,
+        levels=Levels(3, rate=0.4),
         rewind="0it",
-        allocation=allocation,
+        pruner=Pruner(allocation=allocation),
     )
     total = 64 * 20 + 20 * 10
     before: Masks | None = None
@@ -178,7 +183,7 @@ def test_pruned_weights_stay_zero_under_momentum_and_decay(tmp_path: Path) -> No
             return self
 
     trainer = {"callbacks": [Watch()], "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
-    run(tmp_path, None, trainer, levels=1, rate=0.5, rewind="1it", optimizer=ADAMW)
+    run(tmp_path, None, trainer, levels=Levels(1, rate=0.5), rewind="1it", optimizer=ADAMW)
     assert len(steps) == 18, "every batch of level 1 after the two that the rewind point holds"
     assert all(steps)
 
@@ -196,8 +201,7 @@ def test_a_stopped_hunt_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
                 raise Stop
 
     options: dict[str, Any] = {
-        "levels": 2,
-        "rate": 0.5,
+        "levels": Levels(2, rate=0.5),
         "rewind": "3it",
         "checkpoint": Duration(4, "it"),
         "optimizer": SGD,
@@ -219,35 +223,35 @@ def test_a_stopped_hunt_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 
 
 def test_a_level_without_a_record_is_trained_again(tmp_path: Path) -> None:
-    first = run(tmp_path, levels=2, rate=0.5, rewind="1it")
+    first = run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
     (tmp_path / "level_02" / "record.json").unlink()
-    second = run(tmp_path, levels=2, rate=0.5, rewind="1it")
+    second = run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
     assert [level["mask_hash"] for level in first["levels"]] == [level["mask_hash"] for level in second["levels"]]
     assert first["metrics"] == second["metrics"]
 
 
 def test_an_altered_or_missing_rewind_point_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, levels=2, rate=0.5, rewind="1it")
+    run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
     shutil.rmtree(tmp_path / "level_02")
     point = tmp_path / "checkpoints" / "rewind.ckpt"
     content = bytearray(point.read_bytes())
     content[len(content) // 2] ^= 1
     point.write_bytes(content)
     with pytest.raises(ValueError, match="was altered"):
-        run(tmp_path, levels=2, rate=0.5, rewind="1it")
+        run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
     point.unlink()
     with pytest.raises(ValueError, match="is missing"):
-        run(tmp_path, levels=2, rate=0.5, rewind="1it")
+        run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
 
 
 def test_the_levels_of_another_hunt_are_refused(tmp_path: Path) -> None:
-    run(tmp_path, levels=1, rate=0.5, rewind="1it")
+    run(tmp_path, levels=Levels(1, rate=0.5), rewind="1it")
     with pytest.raises(ValueError, match="level of another hunt"):
-        run(tmp_path, levels=1, rate=0.4, rewind="1it")
+        run(tmp_path, levels=Levels(1, rate=0.4), rewind="1it")
 
 
 def test_the_winning_level_is_chosen_on_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, levels=2, rate=0.5, rewind="1it")
+    run(tmp_path, levels=Levels(2, rate=0.5), rewind="1it")
     scores = [(0.9, 0.9), (0.895, 0.5), (0.7, 0.99)]  # level 2 is best on test data, worst on validation data
     for level, (val, test) in enumerate(scores):
         folder = tmp_path / f"level_{level:02d}"
@@ -255,7 +259,7 @@ def test_the_winning_level_is_chosen_on_validation_data(tmp_path: Path, monkeypa
         assert record is not None
         record["metrics"] |= {"val/accuracy": val, "test/accuracy": test}
         records.write(folder, record)
-    assert run(tmp_path, levels=2, rate=0.5, rewind="1it", tolerance=0.01)["winning"] == 1
+    assert run(tmp_path, levels=Levels(2, rate=0.5, tolerance=0.01), rewind="1it")["winning"] == 1
 
 
 @pytest.mark.parametrize(
@@ -264,15 +268,16 @@ def test_the_winning_level_is_chosen_on_validation_data(tmp_path: Path, monkeypa
         ({}, "give density .* or levels"),
         ({"density": 0.1, "levels": 3}, "only one of them"),
         ({"density": 1.5}, "density is 1.5"),
-        ({"levels": 2, "rate": 1.0}, "rate is 1.0"),
+        ({"levels": {"count": 2, "rate": 1.0}}, "rate is 1.0"),
         ({"levels": 1, "rewind": "9ep"}, "rewind is 9ep, 90 steps, but a level trains for 20 steps only"),
         ({"levels": 1, "rewind": "20it"}, "rewind is 20it, 20 steps, but a level trains for 20 steps only"),
-        ({"levels": 1, "rewind": "1it", "include": ["encoder.*"]}, "encoder"),
+        ({"levels": 1, "rewind": "1it", "pruner": Pruner(include=["encoder.*"])}, "encoder"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    levels = options.get("levels")
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, **options)
+        run(tmp_path, **{**options, **({"levels": Levels(**levels)} if isinstance(levels, dict) else {})})
     assert not (tmp_path / "level_00" / "record.json").exists()
 
 
@@ -291,11 +296,12 @@ def test_a_diverged_level_is_not_pruned(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="not finite after training"),
         pytest.raises(ValueError, match="diverged"),
     ):
-        run(tmp_path / "unwatched", levels=1, rewind="1it", optimizer=explode, diagnose=False)
+        run(tmp_path / "unwatched", levels=1, rewind="1it", optimizer=explode, controls=Controls(diagnose=False))
 
 
 def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
-    result = run(tmp_path, levels=2, rate=0.6, rewind="1it", controls=["shuffled"], connectivity=True)
+    controls = Controls(("shuffled",), connectivity=True)
+    result = run(tmp_path, levels=Levels(2, rate=0.6), rewind="1it", controls=controls)
     dense, one, two = result["levels"]
     assert dense["diagnosis"]["units"] == 24
     assert one["controls"]["shuffled"]["diagnosis"]["gradient_flow"] > 0
@@ -306,7 +312,7 @@ def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
             found = level["connectivity"][pair]
             assert len(found["heights"]) == 11
             assert found["ends"][0] == pytest.approx(1 - level["metrics"]["val/accuracy"], abs=0.2)
-    again = run(tmp_path, levels=2, rate=0.6, rewind="1it", controls=["shuffled"], connectivity=True)
+    again = run(tmp_path, levels=Levels(2, rate=0.6), rewind="1it", controls=controls)
     assert again["levels"] == result["levels"]
 
 
@@ -314,20 +320,21 @@ def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
     ("options", "left"),
     [
         ({}, []),
-        ({"rewinding": "weights"}, ["optimizers", "random state"]),
-        ({"rewinding": "learning_rate"}, ["weights", "buffers"]),
+        ({"mode": "weights"}, ["optimizers"]),
+        ({"mode": "learning_rate"}, ["weights", "buffers"]),
         ({"order": "fresh"}, ["random state", "data order"]),
     ],
 )
 def test_what_was_not_rewound_is_recorded(tmp_path: Path, options: dict[str, Any], left: list[str]) -> None:
-    level = run(tmp_path, levels=1, rate=0.5, rewind="3it", **options)["levels"][1]
+    level = run(tmp_path, levels=Levels(1, rate=0.5), rewind=Rewind("3it", **options))["levels"][1]
     assert level["rewind"]["at"] == "point"
     assert level["rewind"]["not rewound"] == left
     assert len(level["rewind"]["rewound"]) == 7 - len(left)
 
 
 def test_looking_on_changes_nothing(tmp_path: Path) -> None:
-    one, two = (run(tmp_path / str(seen), levels=1, rate=0.5, rewind="3it", diagnose=seen) for seen in (True, False))
+    options: dict[str, Any] = {"levels": Levels(1, rate=0.5), "rewind": "3it"}
+    one, two = (run(tmp_path / str(on), controls=Controls(diagnose=on), **options) for on in (True, False))
     assert [level["mask_hash"] for level in one["levels"]] == [level["mask_hash"] for level in two["levels"]]
     assert one["history"] == two["history"]
 
@@ -362,7 +369,7 @@ def test_a_level_stopped_before_the_rewind_point_is_refused_again_and_again(tmp_
 def test_the_winner_by_score_and_direction(mode: str, scores: list[float | None], winner: int | None) -> None:
     metrics = [{} if score is None else {"val/x": score} for score in scores]
     levels = [{"monitor": ["x", mode], "metrics": each} for each in metrics]
-    assert _winning(levels, 0.01) == winner
+    assert sparsest_winning(levels, 0.01) == winner
 
 
 def test_density_zero_is_refused(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def settings(network: nn.Module | None = None, trainer: dict[str, Any] | None = 
     torch.manual_seed(seed)
     module = TaskModule(MLP(4, [3], 2) if network is None else network, Classification(2))
     data = Data(1, Path("x"))
-    before = settings_of(module, data, trainer, rate=0.5)
+    before = settings_of(module, module.network, data, trainer, rate=0.5)
     data.setup()
-    assert settings_of(module, data, trainer, rate=0.5) == before, "setup makes it no other data"
+    assert settings_of(module, module.network, data, trainer, rate=0.5) == before, "setup makes it no other data"
     json.dumps(before)
     return before
 

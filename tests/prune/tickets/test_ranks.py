@@ -15,6 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from prune.levels import Levels
+from prune.pruner import Pruner
+from prune.rewinding.modes import Rewind
 from prune.tickets.hunt import hunt
 from tests.helpers.ranks import on_ranks, start_ranks
 from workbench import load
@@ -102,11 +105,10 @@ def hunted(out: Path, strategy: str = "", model: Any = None, at: lp.Callback | N
         model=MLP(8, [12], 3).double() if model is None else model(),
         data=Blobs(8 if strategy else 16),
         trainer={**trainer, "callbacks": [at] if at else []},
-        rate=0.5,
         out=out,
         seed_everything=1,
         checkpoint=Duration(4, "it"),
-        **{"levels": 2, "rewind": Duration(3, "it"), **options},
+        **{"levels": Levels(2, rate=0.5), "rewind": Duration(3, "it"), **options},
     )
     levels = [
         {
@@ -148,7 +150,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"optimizer": ADAMW, "rewind": Duration(0, "it"), "controls": ["reinit"]},
     ),
     "fsdp2": ("fsdp2", {"optimizer": ADAMW, "controls": ["random", "dense"]}),
-    "fsdp2, a module of one's own": ("fsdp2", {"model": Own, "rewinding": "learning_rate"}),
+    "fsdp2, a module of one's own": ("fsdp2", {"model": Own, "rewind": Rewind("3it", "learning_rate")}),
 }
 SLOW = list(CASES)[2:]
 
@@ -226,8 +228,8 @@ def test_when_one_rank_dies_the_other_fails_and_does_not_wait(tmp_path: Path) ->
 
 
 def test_what_divided_weights_cannot_be_asked_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="criterion 'snip' looks at single batches"):
-        on_ranks(functools.partial(hunted, criterion="snip"), tmp_path, "fsdp2")
+    with pytest.raises(RuntimeError, match="criterion 'snip' needs single batches"):
+        on_ranks(functools.partial(hunted, pruner=Pruner("snip")), tmp_path, "fsdp2")
     assert not (tmp_path / "level_00").exists()
 
 

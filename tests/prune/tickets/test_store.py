@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from prune.levels import Levels
 from prune.masks import Masks
+from prune.pruner import Pruner
+from prune.rewinding.modes import Rewind
 from prune.tickets.hunt import hunt
 from prune.tickets.store import Store
 from tests.helpers.processes import holder
@@ -48,8 +51,14 @@ class Blobs(lp.LightningDataModule):
 
 def hunted(out: Path, **options: Any) -> Any:
     lp.seed_everything(1, verbose=False)
-    given: dict[str, Any] = {"model": lambda: MLP(4, [6], 2), "data": Blobs(), "rate": 0.5, "optimizer": SGD}
-    given |= {"rewind": Duration(0, "it"), "controls": ["random"], "seed_everything": 1, "levels": 2, **options}
+    given: dict[str, Any] = {"model": lambda: MLP(4, [6], 2), "data": Blobs(), "optimizer": SGD}
+    given |= {
+        "rewind": Duration(0, "it"),
+        "controls": ["random"],
+        "seed_everything": 1,
+        "levels": Levels(2, rate=0.5),
+        **options,
+    }
     trainer = {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **given.pop("trainer", {})}
     return hunt(**{**given, "model": given["model"]()}, trainer=trainer, out=out)
 
@@ -166,9 +175,9 @@ def test_a_damaged_record_is_named(out: Path, case: str) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "rate": ({"rate": 0.4}, "rate 0.5 instead of 0.4"),
-    "rewinding": ({"rewinding": "weights"}, "rewinding all instead of weights"),
-    "point": ({"rewind": Duration(1, "it")}, "rewind 0it instead of 1it"),
+    "rate": ({"levels": Levels(2, rate=0.4)}, "rate 0.5 instead of 0.4"),
+    "mode": ({"rewind": Rewind("0it", "weights")}, "rewind.mode all instead of weights"),
+    "point": ({"rewind": Duration(1, "it")}, "rewind.at 0it instead of 1it"),
     "activation": ({"model": lambda: MLP(4, [6], 2, activation="relu", init="he")}, "activation gelu instead of relu"),
     "width": ({"model": lambda: MLP(4, [7], 2)}, r"hidden \[6\] instead of \[7\]"),
     "weights": ({"model": lambda: (torch.rand(1), MLP(4, [6], 2))[1]}, "other initial weights"),
@@ -178,7 +187,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"trainer": {"max_epochs": 2}}, "trainer.max_epochs 1 instead of 2"),
     "clipping": ({"trainer": {"gradient_clip_val": 1.0}}, "trainer.gradient_clip_val nothing instead of 1.0"),
     "optimizer": ({"optimizer": functools.partial(torch.optim.SGD, lr=0.2)}, "optimizer.lr 0.1 instead of 0.2"),
-    "names": ({"include": ["layers.0.*"]}, r"include nothing instead of \[\"layers.0.\*\"\]"),
+    "names": ({"pruner": Pruner(include=["layers.0.*"])}, r"pruner.include null instead of \[layers.0.\*\]"),
 }
 
 
@@ -196,7 +205,12 @@ def test_how_and_where_it_runs_makes_no_other_hunt(out: Path) -> None:
         pass
 
     watched = {"callbacks": [Watch()], "enable_model_summary": True, "log_every_n_steps": 1, "devices": 1}
-    assert len(hunted(out, trainer=watched, controls=[], tolerance=0.5, fall=9.0)["levels"]) == 3
+    assert (
+        len(
+            hunted(out, trainer=watched, controls=[], levels=Levels(2, rate=0.5, tolerance=0.5, max_drop=9.0))["levels"]
+        )
+        == 3
+    )
 
 
 @pytest.mark.slow

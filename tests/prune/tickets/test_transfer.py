@@ -29,9 +29,16 @@ seed_everything: 3
 model: {class_path: workbench.models.MLP, init_args: {hidden: [12], activation: relu, norm: batch}}
 teacher: {job: fit, trainer: {max_epochs: 1}}
 student: {job: distill, teacher: teacher, alpha: 1.0}
-plain: {job: hunt, levels: 2, rate: 0.5, rewind: 0it}
-late: {job: hunt, levels: 1, rate: 0.5, rewind: 3it, tolerance: 1.0}
-taught: {job: hunt, model: null, data: null, optimizer: null, start: student, levels: 1, rate: 0.5, rewind: 0it}
+plain: {job: hunt, levels: {count: 2, rate: 0.5}, rewind: 0it}
+late: {job: hunt, levels: {count: 1, rate: 0.5, tolerance: 1.0}, rewind: 3it}
+taught:
+  job: hunt
+  model: null
+  data: null
+  optimizer: null
+  start: student
+  levels: {count: 1, rate: 0.5}
+  rewind: 0it
 """
 
 
