@@ -101,5 +101,5 @@ def _save_graph(network: nn.Module, inputs: Mapping[str, Tensor], file: Path) ->
         program.state_dict[name] = nn.Parameter(empty, requires_grad=False) if trained else empty
     with warnings.catch_warnings():
         # Weights were replaced by expanded scalars on purpose.
-        warnings.filterwarnings("ignore", "No complete tensor loaded_outputs in the group")
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
         torch.export.save(program, file)
