@@ -1,6 +1,7 @@
 """The arrows between files, read from their sources, and what importing a package costs."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ TORCH_ONLY_GROUND = (
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that the file imports, anywhere in it, in full."""
     found: set[str] = set()
@@ -243,3 +245,149 @@ def test_tests_mirror_the_packages() -> None:
         for test in (ROOT / "tests" / package).glob("test_*.py"):
             name = test.stem.removeprefix("test_")
             assert (ROOT / package / f"{name}.py").exists() or (ROOT / package / name).is_dir(), test
+
+
+# Where each source is tested
+
+TESTED_IN: dict[str, str] = {
+    "workbench.checkpoints.int8": "distill/test_teacher.py",
+    "workbench.data.hub": "workbench/data/test_images.py",
+    "workbench.data.prepared": "workbench/data/test_images.py",
+    "workbench.data.series.batches": "workbench/data/series/test_forecast.py",
+    "workbench.data.splits": "workbench/data/test_digits.py",
+    "workbench.export.inputs": "workbench/export/test_job.py",
+    "workbench.export.onnx": "workbench/export/test_job.py",
+    "workbench.export.torch": "workbench/export/test_job.py",
+    "workbench.export.tracing": "workbench/export/test_job.py",
+    "workbench.launcher.lineage": "workbench/launcher/test_runner.py",
+    "workbench.launcher.runs": "workbench/launcher/sweep/test_job.py",
+    "workbench.launcher.sweep.in_place": "workbench/launcher/sweep/test_job.py",
+    "workbench.launcher.sweep.progress": "workbench/launcher/sweep/test_pool.py",
+    "workbench.launcher.sweep.task": "workbench/launcher/sweep/test_job.py",
+    "workbench.models.architecture": "workbench/models/test_resize.py",
+    "workbench.models.arguments": "workbench/models/test_models.py",
+    "workbench.models.norms": "workbench/models/test_models.py",
+    "workbench.models.recurrent.heads": "workbench/models/test_recurrent.py",
+    "workbench.models.recurrent.layer": "workbench/models/test_recurrent.py",
+    "workbench.models.recurrent.stack": "workbench/models/test_recurrent.py",
+    "workbench.models.transformer.layers": "workbench/models/test_transformer.py",
+    "workbench.records.codec": "workbench/records/test_record.py",
+    "workbench.records.comparison": "workbench/evaluation/test_section.py",
+    "workbench.records.estimates": "workbench/report/test_bands.py",
+    "workbench.records.export": "workbench/export/test_job.py",
+    "workbench.records.hunt": "prune/tickets/sections/test_hunt.py",
+    "workbench.records.network": "workbench/records/test_stages.py",
+    "workbench.records.source": "workbench/launcher/test_arguments.py",
+    "workbench.records.sweep": "workbench/launcher/sweep/test_section.py",
+    "workbench.records.verdict": "prune/tickets/sections/test_verdict.py",
+    "workbench.report.blocks": "workbench/report/test_page.py",
+    "workbench.report.cells": "workbench/report/test_tables.py",
+    "workbench.report.rows": "workbench/report/test_tables.py",
+    "workbench.report.svg": "workbench/report/test_figures.py",
+    "workbench.tasks.base": "workbench/tasks/test_classification.py",
+    "workbench.tasks.imitation": "distill/test_module.py",
+    "workbench.training.callbacks": "workbench/training/test_loop.py",
+    "workbench.training.fit": "workbench/training/test_loop.py",
+    "workbench.training.resume": "workbench/training/test_loop.py",
+    "workbench.training.save": "workbench/distributed/test_sharding.py",
+    "distill.hf_labels": "distill/test_hf.py",
+    "distill.losses.reduction": "distill/losses/test_logits.py",
+    "distill.student.units": "distill/student/test_cut_student.py",
+    "prune.accounting.running": "prune/accounting/test_costs.py",
+    "prune.callbacks.loop_rewind": "prune/callbacks/test_lottery.py",
+    "prune.masks.load": "prune/policies/test_fixed.py",
+    "prune.policies.calibration": "prune/policies/test_policy.py",
+    "prune.policies.iterative": "prune/policies/test_policy.py",
+    "prune.policies.optimizers": "prune/hf/test_base.py",
+    "prune.policies.ownership": "prune/policies/test_policy.py",
+    "prune.policies.timestamp": "prune/policies/test_dynamic.py",
+    "prune.rewinding.lightning": "prune/callbacks/test_base.py",
+    "prune.rewinding.start": "prune/tickets/test_arms.py",
+    "prune.shrinking.architecture": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.equivalence": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.find": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.producers": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.surgery": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.units": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.unused": "prune/shrinking/test_shrink.py",
+    "prune.structures.axes": "prune/structures/test_structures.py",
+    "prune.structures.groups": "prune/structures/test_structures.py",
+    "prune.structures.weights": "prune/structures/test_structures.py",
+    "prune.tickets.controls": "prune/tickets/test_arms.py",
+    "prune.tickets.diagnose": "prune/tickets/test_hunt.py",
+    "prune.tickets.level": "prune/tickets/test_find.py",
+    "prune.tickets.scores": "prune/tickets/test_hunt.py",
+    "prune.tickets.search": "prune/tickets/test_lightning.py",
+    "prune.tickets.subject": "prune/tickets/test_hunt.py",
+    "prune.tickets.trainee": "prune/tickets/test_arms.py",
+}
+"""Sources without a test file or folder of their name: which file tests them, relative to tests/."""
+
+MODULES = architecture.modules()
+
+
+def defines(name: str) -> bool:
+    """Whether the module defines functions or classes; else it only hands on names of others."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return any(isinstance(node, kinds) and node.name not in ("__getattr__", "__dir__") for node in tree.body)
+
+
+def is_package(name: str) -> bool:
+    return name in MODULES and MODULES[name].name == "__init__.py"
+
+
+def namesakes(name: str) -> list[Path]:
+    """Of a/b.py tests/a/test_b.py and the folder tests/a/b, as far as they are there."""
+    place = ROOT.joinpath("tests", *name.split("."))
+    file = place.with_name(f"test_{place.name}.py")
+    return [path for path in (file, place) if path.is_file() or any(path.glob("**/test_*.py"))]
+
+
+@functools.cache
+def uses(path: Path) -> frozenset[str]:
+    """Modules that the file imports, and those from which a package that it imports hands on the names."""
+    modules: set[str] = set()
+    todo = list(imports(path))
+    while todo:
+        full = todo.pop()
+        folder, _, name = full.rpartition(".")
+        modules |= {full, folder}
+        if is_package(full) and MODULES[full] != path:
+            modules |= {each.rpartition(".")[0] for each in imports(MODULES[full])}
+        elif is_package(folder) and MODULES[folder] != path:
+            todo += [each for each in imports(MODULES[folder]) if each.endswith(f".{name}") and each != full]
+    return frozenset(modules & MODULES.keys())
+
+
+@functools.cache
+def reaches(name: str) -> frozenset[str]:
+    """What the module and the modules of its folder that it uses, directly or not, import."""
+    folder, todo, inside = name if is_package(name) else name.rpartition(".")[0], [name], set()
+    while todo:
+        module = todo.pop()
+        inside.add(module)
+        todo += [each for each in uses(MODULES[module]) - inside if each.rpartition(".")[0] == folder]
+    return frozenset(inside.union(*(uses(MODULES[module]) for module in inside)))
+
+
+SOURCES = [name for name, path in MODULES.items() if path.name != "__main__.py" and defines(name)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_is_tested_in_one_place(name: str) -> None:
+    """In a file or a folder of its name, or, where there is none, in the file that the table names."""
+    own = namesakes(name)
+    if not is_package(name):  # of a package the file tests its __init__, the folder its modules
+        assert len(own) < 2, "one file or one folder"
+    assert own or name in TESTED_IN, "write tests/.../test_<name>.py, or name the file in TESTED_IN that tests it"
+    assert not (own and name in TESTED_IN), f"{own[0]} has its name: remove the row of TESTED_IN"
+
+
+@pytest.mark.parametrize(("name", "test"), TESTED_IN.items())
+def test_the_file_that_tests_a_source_imports_it(name: str, test: str) -> None:
+    """The module, a package that hands its names on, or what imports it and hides it from users."""
+    path = ROOT / "tests" / test
+    assert name in SOURCES, "there is no such source: remove or rename the row"
+    assert path.is_file(), "there is no such test file"
+    assert any(name in reaches(module) for module in uses(path))
