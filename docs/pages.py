@@ -1,6 +1,7 @@
 """Pages that the documentation makes from the code: recipes, jobs, tables of methods, records, and a picture."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import architecture
+from workbench import records
 from workbench.launcher import recipe as recipes
 from workbench.launcher.jobs import Job, find_jobs
 from workbench.launcher.signatures import REQUIRED, Parameter
@@ -58,6 +60,7 @@ def pages() -> dict[str, str]:
     }
     made |= {f"reference/{name}.md": api_page(*row) for name, row in API.items()}
     made |= {"how/rooms.svg": architecture.svg(), "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
+    made |= {f"_extra/schemas/{job}.json": json.dumps(records.json_schema(job), indent=2) for job in records.jobs()}
     return made
 
 
@@ -244,7 +247,7 @@ def write() -> None:
     for name, content in pages().items():
         path = Path(__file__).parent / name
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
 
 
@@ -268,5 +271,36 @@ def floors() -> str:
 
 @cache
 def schemas() -> str:
-    """The JSON Schema of every job's record."""
-    return ""
+    """Fields of every job's record, those that all share first; the JSON Schema of each is a file beside the page."""
+    properties = {job: records.json_schema(job)["properties"] for job in records.jobs()}
+    shared = {name for name in properties["report"] if all(name in fields for fields in properties.values())}
+    lines = ["## Every record", "", *fields_table({name: properties["fit"][name] for name in sorted(shared)})]
+    for job, fields in properties.items():
+        own = {name: field for name, field in fields.items() if name not in shared}
+        link = f'<a href="../schemas/{job}.json">JSON Schema</a>'
+        lines += [f"## {job}", "", link, "", *(fields_table(own) if own else [])]
+    return "\n".join(lines)
+
+
+def fields_table(fields: Mapping[str, Any]) -> list[str]:
+    """A row for each field of a record."""
+    rows = [
+        f"| `{name}` | {code(type_of(field))} | {cell(field.get('description', ''))} |"
+        for name, field in fields.items()
+    ]
+    return ["| field | type | |", "| --- | --- | --- |", *rows, ""]
+
+
+def type_of(schema: Mapping[str, Any]) -> str:
+    """A JSON Schema in a word or two."""
+    if "$ref" in schema:
+        return schema["$ref"].rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(type_of(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(map(str, schema["enum"]))
+    if schema.get("type") == "array" and "items" in schema:
+        return f"list of {type_of(schema['items'])}"
+    if schema.get("type") == "object" and schema.get("additionalProperties"):
+        return f"{type_of(schema['additionalProperties'])} by name"
+    return str(schema.get("type", "any"))
