@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from prune import GradualPruning
 from prune.callbacks.lottery import LotteryTicket
+from prune.levels import Levels
 from tests.helpers.ranks import on_ranks
 
 QUIET: dict[str, Any] = {
@@ -183,7 +184,7 @@ def our_resets() -> str:
     module = Module()
     first = [layer.weight.detach().clone() for layer in layers(module)]
     look = Begun(lambda m: drift(m, first))
-    fit(module, LotteryTicket(levels=3, rate=0.2, rewind="0it"), look, epochs=1)
+    fit(module, LotteryTicket(Levels(3, rate=0.2), rewind="0it"), look, epochs=1)
     return "off theta_0 by " + ", ".join(f"{value:.3f}" for value in look.found[1:])
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import prune
 from prune import LotteryTicket, Masks, Pruner
+from prune.levels import Levels
 from prune.policies import Fixed
 from prune.rewinding.snapshot import Snapshot
 from prune.schedule import kept
@@ -113,7 +114,7 @@ def test_ranks_hold_the_same_sparse_network() -> None:
 
 def test_three_resets_end_at_the_first_weights() -> None:
     """ModelPruning trains the very tensors that it keeps to go back to."""
-    ticket, first = LotteryTicket(levels=3, rate=0.2, rewind="0it"), net()
+    ticket, first = LotteryTicket(Levels(3, rate=0.2), rewind="0it"), net()
     begun: list[bool] = []
 
     class Begun(lp.Callback):

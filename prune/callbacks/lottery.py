@@ -8,12 +8,12 @@ from torch import Tensor
 
 from prune.callbacks.base import PolicyCallback
 from prune.callbacks.loop_rewind import LoopRewind
-from prune.policies.iterative import REWINDS, Iterative
+from prune.policies.iterative import Iterative
 from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
 from workbench.training.resume import ResumeState
 
-_ALWAYS = ("counters", "random state", "other callbacks")
+_OTHERS = ("counters", "random state", "other callbacks", "data order")
 _UNSUITED = {
     "Timer": "max_time is that of the whole fit, and would end every level after the first at once: give max_epochs or "
     "max_steps",
@@ -41,7 +41,10 @@ class LotteryTicket(PolicyCallback):
     step that loggers count, which grows over the levels. After a rewind point inside an epoch, that epoch's training
     means are over its rest.
 
-    Counters and the place in the data go back whatever ``rewinds`` says.
+    With another ``Rewind.mode`` only part of it goes back, as :mod:`prune.rewinding.modes` has it in a table. In
+    fine-tuning nothing does: a level trains on from the end of level 0 for as many updates as others train from the
+    rewind point, with ``fit_loop.max_epochs`` and ``max_steps`` raised meanwhile. Only other callbacks start each level
+    with what they knew at the rewind point.
 
     Logged per epoch: ``level``, ``density`` and ``density/<parameter>``;
     ``ModelCheckpoint(filename="{level:.0f}-{step}")`` keeps the levels apart. The point is kept in memory, on the CPU,
@@ -67,6 +70,7 @@ class LotteryTicket(PolicyCallback):
         super().__init__(policy)
         self._loops: LoopRewind | None = None
         self._owed, self._logged = False, (-1, -1)
+        self._limits: tuple[int | None, int] = (None, -1)
 
     @property
     def levels(self) -> list[dict[str, Any]]:
@@ -80,7 +84,9 @@ class LotteryTicket(PolicyCallback):
         _check(trainer)
         loop = trainer.fit_loop
         vars(loop).pop("run", None)  # of a fit that failed before it ran
-        run = loop.run
+        run, self._limits = loop.run, (loop.max_epochs, loop.epoch_loop.max_steps)
+        if self.policy.resumed and self.policy.fine_tunes:  # before Lightning checks that a checkpoint is within limits
+            self._set_limits(trainer, self.policy.position["limits"])
 
         def levels() -> None:
             del loop.run
@@ -91,6 +97,7 @@ class LotteryTicket(PolicyCallback):
                     run()
             finally:
                 self._loops = None
+                self._set_limits(trainer, self._limits)
 
         loop.run = levels
 
@@ -150,7 +157,7 @@ class LotteryTicket(PolicyCallback):
 
     def steps_schedulers(self) -> bool:
         """Whether learning rates follow their schedulers, rather than stay where level 0 left them."""
-        return "schedulers" in REWINDS[self.policy.rewinds] or self.policy.level == 0 or self.policy.finished
+        return not self.policy.fine_tunes
 
     # What it does
 
@@ -163,6 +170,9 @@ class LotteryTicket(PolicyCallback):
         if policy.level == len(policy.targets) - 1:
             trainer.should_stop = policy.stopped
             self._turn(trainer)
+        elif policy.point is not None and policy.starts_at_end and policy.level == 0:
+            self._owed = True  # training is where the next level starts
+            self._set_limits(trainer, self._limits_from_here(trainer))
         elif policy.point is not None:
             self._owed = True
             self._rewinder().restore(policy.position)
@@ -175,10 +185,8 @@ class LotteryTicket(PolicyCallback):
         return at.value == (trainer.global_step if at.unit == "it" else trainer.current_epoch)
 
     def _take(self, trainer: Any, inside_epoch: bool) -> None:
-        module, scaler = trainer.lightning_module, getattr(trainer.precision_plugin, "scaler", None)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.policy.position = self._rewinder().position(inside_epoch)
-        self.policy.point = Snapshot.take(module, trainer.optimizers, schedulers or None, scaler, rng=False)
+        self.policy.position = {**self._rewinder().position(inside_epoch), "step": trainer.global_step}
+        self.policy.point = Snapshot.take(trainer.lightning_module, **self._objects(trainer), rng=False)
         if (obstacle := self._rewinder().data_obstacle()) is not None and trainer.is_global_zero:
             warnings.warn(f"the order of the data is not rewound: {obstacle}", stacklevel=2)
 
@@ -189,40 +197,57 @@ class LotteryTicket(PolicyCallback):
         stopped = bool(trainer.should_stop or policy.stopped)
         policy.end_level(stopped=stopped, rewound=rewound, kept=kept)
         if not policy.finished:
-            policy.start_next_level(lambda: self._rewind(trainer))
+            if policy.starts_at_end and policy.level == 0:
+                self._take_end(trainer)
+            module, objects = trainer.lightning_module, self._objects(trainer)
+            policy.start_next_level(module, lambda: self._rewind(trainer), **objects)
             now = {"level": float(policy.level), **policy.densities()}
             trainer._logger_connector._callback_metrics.update({n: torch.tensor(value) for n, value in now.items()})
 
+    def _take_end(self, trainer: Any) -> None:
+        """Take the end of level 0 as where levels start; other callbacks keep their state of the rewind point."""
+        limits, callbacks = self._limits_from_here(trainer), self.policy.position["callbacks"]
+        self._take(trainer, inside_epoch=False)
+        self.policy.position |= {"limits": limits, "callbacks": callbacks}
+
+    def _limits_from_here(self, trainer: Any) -> tuple[int | None, int]:
+        """``max_epochs`` and ``max_steps`` that give a level from here on as much as from the rewind point."""
+        (epochs, steps), at, end = self._limits, self.policy.rewind, trainer.global_step
+        if at.unit == "ep" and epochs is not None and steps == -1:
+            return trainer.current_epoch + epochs - at.value, -1
+        return -1, end + max(end, steps) - self.policy.position["step"]
+
+    @staticmethod
+    def _set_limits(trainer: Any, limits: tuple[int | None, int]) -> None:
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = limits
+
+    @staticmethod
+    def _objects(trainer: Any) -> dict[str, Any]:
+        """What a snapshot is taken of beside the module."""
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return {"optimizers": trainer.optimizers, "schedulers": schedulers or None, "scaler": scaler}
+
     def _record(self) -> tuple[list[str], list[str]]:
         """What was rewound when this level began, and what was not."""
-        policy = self.policy
-        if policy.level == 0 or policy.point is None:
-            return [], []
-        obstacle = self._rewinder().data_obstacle()
-        chosen = REWINDS[self.policy.rewinds]
-        rewound = [part for part in policy.point.what if part in chosen]
-        kept = [part for part in policy.point.what if part not in chosen]
-        return [*rewound, *_ALWAYS, *([] if obstacle else ["data order"])], [
-            *kept,
-            *(["data order"] if obstacle else []),
-        ]
+        rewound, kept = self.policy.parts(*_OTHERS)
+        if "data order" in rewound and self._rewinder().data_obstacle():
+            return [name for name in rewound if name != "data order"], [*kept, "data order"]
+        return rewound, kept
 
     def _rewind(self, trainer: Any) -> None:
-        module, point = trainer.lightning_module, self.policy.point
-        assert point is not None, "taken"
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        given = {"optimizers": trainer.optimizers, "schedulers": schedulers}
-        given["scaler"] = getattr(trainer.precision_plugin, "scaler", None)
-        parts = [part for part in point.what if part in REWINDS[self.policy.rewinds]]
-        point.restore(module, **{name: value for name, value in given.items() if name in parts}, parts=parts)
-        module.zero_grad()
+        trainer.lightning_module.zero_grad()
         self._rewinder().restore(self.policy.position)
+        if "limits" in self.policy.position:
+            self._set_limits(trainer, self.policy.position["limits"])
         self._step = trainer.global_step
 
     def _scores(self, trainer: Any) -> dict[str, float]:
         """The metrics that are one number, without those that say which level this is."""
-        own, found = {"level", *self.policy.densities()}, trainer.callback_metrics
-        return {n: float(v) for n, v in found.items() if n not in own and (not isinstance(v, Tensor) or v.numel() == 1)}
+        own, metrics = {"level", *self.policy.densities()}, trainer.callback_metrics
+        return {
+            n: float(v) for n, v in metrics.items() if n not in own and (not isinstance(v, Tensor) or v.numel() == 1)
+        }
 
     def _rewinder(self) -> LoopRewind:
         assert self._loops is not None, "in a fit"

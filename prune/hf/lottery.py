@@ -4,12 +4,11 @@ from functools import partial
 from typing import Any, cast, final
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from prune.hf.base import PolicyCallback, updates_per_epoch
-from prune.policies.iterative import REWINDS, Iterative
+from prune.policies.iterative import Iterative
 from prune.policies.signature import takes_arguments_of
 from prune.rewinding.snapshot import Snapshot
 
@@ -24,7 +23,7 @@ class LotteryTicket(PolicyCallback):
 
     ::
 
-        Trainer(model, args, ..., callbacks=[LotteryTicket(levels=4, rate=0.3, rewind="100it")]).train()
+        Trainer(model, args, ..., callbacks=[LotteryTicket(Levels(4, rate=0.3), rewind="100it")]).train()
 
     The Trainer's budget, ``max_steps`` or ``num_train_epochs``, is that of all levels, for a Trainer cannot train
     longer than it was told: of T updates, each of n + 1 levels has S = (T + n k) / (n + 1), of which those after
@@ -34,7 +33,8 @@ class LotteryTicket(PolicyCallback):
     model is pruned to the next density, nested in the last masks, and goes back to the rewind point, where nothing
     was pruned: weights, buffers, optimizer, schedule and gradient scaler.
 
-    What does not go back: the Trainer's counters, the order of the data, which goes on, and the random state. The
+    With another ``Rewind.mode`` only part of that goes back, as :mod:`prune.rewinding.modes` has it in a table. In any
+    mode the Trainer's counters, the order of the data and the random state go on, and are not rewound. The
     best model is the best of the last level; a callback that stops training ends the hunt.
 
     The point is kept in memory, on the CPU, and is part of the optimizer's state in checkpoints: what is resumed goes
@@ -94,7 +94,10 @@ class LotteryTicket(PolicyCallback):
                 policy.point = Snapshot.take(kwargs["model"], rng=False, **parts)
         if state.global_step == self._end():
             self._close(state)
-            policy.start_next_level(lambda: self._rewind(kwargs["model"], parts))
+            if policy.starts_at_end and policy.level == 0:
+                policy.point = Snapshot.take(kwargs["model"], rng=False, **parts)
+            policy.start_next_level(kwargs["model"], **parts)
+        policy.hold()  # the Trainer has stepped the scheduler
 
     def on_evaluate(
         self,
@@ -118,16 +121,8 @@ class LotteryTicket(PolicyCallback):
         policy = self.policy
         if policy.finished or state.global_step != self._end() or policy.point is None:
             return
-        what = policy.point.what if policy.level else ()
-        chosen = REWINDS[self.policy.rewinds]
-        rewound, kept = [p for p in what if p in chosen], [p for p in what if p not in chosen]
+        rewound, kept = policy.parts()
         policy.end_level(steps=self._length, rewound=rewound, kept=[*kept, *(_NEVER if policy.level else ())])
-
-    def _rewind(self, model: nn.Module, given: dict[str, Any]) -> None:
-        point = self.policy.point
-        assert point is not None, "taken"
-        parts = [part for part in point.what if part in REWINDS[self.policy.rewinds]]
-        point.restore(model, **{name: value for name, value in given.items() if name in parts}, parts=parts)
 
 
 def level_length(total: int, prunings: int, point: int) -> int:
@@ -158,10 +153,10 @@ def schedule_levels(args: TrainingArguments, scheduler: Any, total: int, length:
     """
     if not isinstance(scheduler, LambdaLR):
         return
-    theirs, ours = (_lambda(args, scheduler.optimizer.defaults["lr"], steps) for steps in (total, length))
+    of_budget, of_level = (_lambda(args, scheduler.optimizer.defaults["lr"], steps) for steps in (total, length))
     for index, each in enumerate(scheduler.lr_lambdas):
-        if _alike(each, theirs):
-            scheduler.lr_lambdas[index] = partial(_until, ours, length)
+        if _alike(each, of_budget):
+            scheduler.lr_lambdas[index] = partial(_until, of_level, length)
     if scheduler.last_epoch == 0:
         for group, base, each in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
             group["lr"] = base * each(0)

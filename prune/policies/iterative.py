@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import nn
 
+from prune.levels import Levels
 from prune.masks import Masks
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp
 from prune.pruner import Pruner
+from prune.rewinding.modes import MODES, Groups, Rewind, groups_of, hold, restore
 from prune.rewinding.snapshot import Snapshot
-from prune.schedule import geometric, levels_to
 from workbench.duration import Duration
-
-_MODEL, _REST = ("weights", "buffers"), ("optimizers", "schedulers", "scaler")
-REWINDS = {"all": (*_MODEL, *_REST), "weights": _MODEL, "learning_rate": _REST, "nothing": ()}
 
 
 @final
@@ -26,25 +24,25 @@ class Iterative(Policy):
     goes back to the rewind point, before which nothing was pruned. The last level is trained to its end.
 
     It does not know when a level ends: a callback calls, in this order, :meth:`record_metrics` after every epoch,
-    sets :attr:`point` and :attr:`position` at the rewind point, and at the end of a level calls :meth:`end_level`, then
-    :meth:`start_next_level` unless :attr:`finished`.
+    sets :attr:`point` and :attr:`position` at the rewind point, and in fine-tuning (:attr:`starts_at_end`) once more at
+    the end of level 0; at the end of a level it calls :meth:`end_level`, then :meth:`start_next_level` unless
+    :attr:`finished`.
 
     Args:
-        levels: How many times to prune. Or give ``density``.
-        rate: Share of the remaining weights pruned at each level, in [0, 1); 0 for the control that prunes nothing.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels.
+        levels: How many times to prune, or in which steps: ``Levels(density=0.1, rate=0.3)``. Or give ``density``.
+        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. A list is the density of
+            every level.
         rewind: Where each level after 0 starts: "0it" at the initial weights, "500it" after 500 updates of level 0,
-            "2ep" after two epochs of it.
+            "2ep" after two epochs of it; or also what goes back there: ``Rewind("2ep", mode="weights")``.
         pruner: Which weights go; the smallest of the whole network by default.
-        rewinds: ``"all"``; ``"weights"``, with the learning rate staying where the level ended; ``"learning_rate"``,
-            all but weights and buffers (learning-rate rewinding); or ``"nothing"`` of the two: fine-tuning at the last
-            learning rate.
         batches: How many training batches a criterion that needs data is calibrated on, 1 or more.
 
     Attributes:
         level: The one that is trained, from 0.
         targets: The density of each level.
-        point: What training had at ``rewind``, or None until then.
+        rewind: The rewind point.
+        mode: What goes back there, a name in ``prune.rewinding.modes.MODES``.
+        point: What training had where levels start, or None until then.
         position: What the callback needs besides to go back there.
         resumed: Whether a state has been loaded since it was last attached.
         stopped: Whether that was the state of a level that was asked to end early.
@@ -66,26 +64,21 @@ class Iterative(Policy):
 
     def __init__(
         self,
-        levels: int | None = None,
-        rate: float = 0.2,
-        density: float | None = None,
-        rewind: str | Duration = "1ep",
+        levels: int | Levels | None = None,
+        density: float | list[float] | None = None,
+        rewind: str | Duration | Rewind = "1ep",
         pruner: Pruner | None = None,
-        rewinds: Literal["all", "weights", "learning_rate", "nothing"] = "all",
         batches: int = 16,
     ) -> None:
-        self.rewind = Duration.parse(rewind)
+        start = Rewind.parse(rewind)
+        self.rewind, self.mode = start.point, start.mode
         super().__init__(self.rewind, batches=batches)
-        if (levels is None) == (density is None):
-            raise ValueError("give levels (e.g. 10) or density (e.g. 0.1), and only one of them")
-        if levels is not None and not isinstance(levels, int):
-            raise ValueError(f"levels is {levels!r}: give how many times to prune, an integer such as 10")
-        if rewinds not in REWINDS:
-            raise ValueError(f"rewinds is {rewinds!r}: one of {list(REWINDS)}")
-        count = levels if levels is not None else levels_to(1.0 if density is None else density, rate)
-        self.targets = geometric(rate, count)
+        if start.order != "same":
+            raise ValueError("rewind.order is 'fresh', which needs a training of its own a level: use prune.hunt")
+        spec = Levels.parse(levels, density)
+        spec.check_fixed("LotteryTicket")
+        self.targets = list(spec.densities())
         self.pruner = Pruner() if pruner is None else pruner
-        self.rewinds = rewinds
         self._reset()
 
     def _reset(self) -> None:
@@ -97,6 +90,17 @@ class Iterative(Policy):
         self._highest: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self.resumed = self.stopped = False
+        self._groups: list[Groups] = []
+
+    @property
+    def starts_at_end(self) -> bool:
+        """Whether levels start at the end of level 0 rather than at the rewind point: in fine-tuning."""
+        return MODES[self.mode].moment == "end"
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the level that is trained holds the last learning rate of level 0, and follows no schedule."""
+        return self.starts_at_end and self.level > 0 and not self.finished
 
     @property
     def finished(self) -> bool:
@@ -134,16 +138,35 @@ class Iterative(Policy):
         self.stopped = False
         return row
 
-    def start_next_level(self, rewind: Callable[[], Any]) -> None:
-        """Select masks of the next density by the trained weights, then ``rewind()``, then enforce the masks.
+    def parts(self, *others: str) -> tuple[list[str], list[str]]:
+        """What went back when the level began and what did not: parts of the point and ``others``; none at level 0."""
+        names = [*self.point.what, *others] if self.level and self.point is not None else []
+        row = MODES[self.mode]
+        return [name for name in names if row.returns(name)], [name for name in names if not row.returns(name)]
+
+    def start_next_level(self, model: nn.Module, then: Callable[[], Any] = lambda: None, **objects: Any) -> None:
+        """Select masks of the next density by the trained weights, go to where the level starts, enforce the masks.
+
+        Args:
+            model: What the point was taken of.
+            then: Called when training is there, before the masks are enforced.
+            objects: ``optimizers``, ``schedulers`` and ``scaler`` that the point was taken of.
 
         Raises:
             ValueError: If the density cannot be met, or weights are not finite.
         """
+        assert self.point is not None, "taken"
         masks = self._select(self.pruner, self.targets[self.level + 1])
-        rewind()
+        restore(self.point, self.mode, model, **objects)
+        then()
         self.level += 1
         self._enforce(masks)
+        self.hold()
+
+    def hold(self) -> None:
+        """In fine-tuning, give the optimizers the learning rate, momentum and so on of level 0's last update."""
+        for optimizer, groups in zip(self._optimizers, self._groups) if self.fine_tunes else ():
+            hold(optimizer, groups)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return self.pruner.scope(model)
@@ -161,7 +184,9 @@ class Iterative(Policy):
         return False
 
     def _read_gradients(self, time: Timestamp) -> None:
-        pass
+        if self.starts_at_end and self.level == 0:
+            self._groups = [groups_of(optimizer) for optimizer in self._optimizers]
+        self.hold()
 
     def _after_update(self, time: Timestamp) -> None:
         pass
@@ -174,6 +199,7 @@ class Iterative(Policy):
             "point": None if self.point is None else self.point.state_dict(),
             "position": self.position,
             "metrics": [self._last, self._lowest, self._highest],
+            "groups": self._groups,
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +213,7 @@ class Iterative(Policy):
             )
         self.level, self.rows, self.position = state["level"], list(state["rows"]), state["position"]
         self._last, self._lowest, self._highest = map(dict, state["metrics"])
+        self._groups = state["groups"]
         if state["point"] is not None:
             self.point = Snapshot()
             self.point.load_state_dict(state["point"])

@@ -42,7 +42,7 @@ class Mode(NamedTuple):
     def returns(self, part: str) -> bool:
         """Whether a part goes back, by its name as in a :class:`~prune.rewinding.snapshot.Snapshot`."""
         # The gradient scaler counts steps, as a schedule does.
-        return getattr(self, "schedulers" if part == "scaler" else part.replace(" ", "_")) == BACK
+        return getattr(self, "schedulers" if part == "scaler" else part.replace(" ", "_"), BACK) == BACK
 
 
 MODES: dict[str, Mode] = {

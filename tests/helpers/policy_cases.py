@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from prune.levels import Levels
 from prune.policies import Dynamic, Fixed, Gradual, Iterative, Policy
 from prune.pruner import Pruner
 
@@ -50,5 +51,5 @@ CASES = {
     "taylor": _gradual("taylor", allocation="uniform"),
     "rigl": _dynamic(),
     "set": _dynamic(growth="set", decay="constant"),
-    "iterative": Case(Iterative, "LotteryTicket", lambda _: {"levels": 1, "rate": 0.5, "rewind": "2it"}, 0.5),
+    "iterative": Case(Iterative, "LotteryTicket", lambda _: {"levels": Levels(1, rate=0.5), "rewind": "2it"}, 0.5),
 }

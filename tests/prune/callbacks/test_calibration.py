@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from prune import GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.callbacks.calibration import calibration
 from prune.criteria import CRITERIA
+from prune.levels import Levels
 from workbench import TaskModule
 from workbench.tasks import Classification
 
@@ -146,7 +147,7 @@ def test_a_callback_prunes_before_the_first_update(namespace: Any, criterion: st
 
 
 def test_a_ticket_by_a_criterion_of_the_loss() -> None:
-    ticket = LotteryTicket(levels=2, rate=0.5, rewind="0it", pruner=Pruner("taylor", allocation="uniform"), batches=2)
+    ticket = LotteryTicket(Levels(2, rate=0.5), rewind="0it", pruner=Pruner("taylor", allocation="uniform"), batches=2)
     fit(lp, theirs(lp), DataLoader(TensorDataset(X, Y), 4), ticket)
     assert [row["density"] for row in ticket.levels] == pytest.approx([1, 0.5, 0.25], abs=0.02)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prune import EarlyBird, KeepMasked, LotteryTicket, Pruner
+from prune.levels import Levels
 from prune.masks import Masks
 from tests.helpers.lightning_training import ADAMW, BOTH, SGD, data, fit, two_optimizers, user_module
 from workbench import TaskModule
@@ -124,7 +125,7 @@ def test_in_a_hunt_every_level_has_its_own_ticket() -> None:
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             lengths.append(len(bird.distances))
 
-    fit(user_module(), LotteryTicket(levels=2, rate=0.5, rewind="0it"), bird, Noted(), max_epochs=3)
+    fit(user_module(), LotteryTicket(Levels(2, rate=0.5), rewind="0it"), bird, Noted(), max_epochs=3)
     assert lengths == [0, 1, 2] * 3
 
 

@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPl
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from prune import LotteryTicket
+from prune.levels import Levels
 from prune.masks import Masks
+from prune.rewinding.modes import Rewind
 from prune.schedule import geometric, kept
 from tests.helpers.lightning_training import ADAMW, BOTH, QUIET, SGD, TOTAL
 from tests.helpers.ranks import on_ranks
@@ -175,7 +177,7 @@ GATHER: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3, "val_ch
 )
 def test_rate_0_repeats_level_0(namespace: Any, rewind: str, options: dict[str, Any], left: int) -> None:
     """Pitfalls "Pruning and tickets" 4, with dropout, batch norm, shuffling, a schedule and validation."""
-    ticket = LotteryTicket(levels=2, rate=0.0, rewind=rewind)
+    ticket = LotteryTicket(Levels(2, rate=0.0), rewind=rewind)
     scheduler = functools.partial(CosineAnnealingLR, T_max=4)
     watch = fit(theirs(namespace, ADAMW, scheduler), ticket, namespace=namespace, **options)
     first = watch.batches[0]
@@ -214,7 +216,7 @@ def test_the_order_of_the_data_goes_back(kind: str, rewind: str) -> None:
         "stateful": with_epoch_order(shuffled(), 7),
         "two": [shuffled(), shuffled(generator=torch.Generator())],
     }[kind]
-    ticket = LotteryTicket(levels=2, rate=0.0, rewind=rewind)
+    ticket = LotteryTicket(Levels(2, rate=0.0), rewind=rewind)
     watch = fit(Two() if kind == "two" else theirs(), ticket, loader=loader)
     first = watch.batches[0]
     seen = [record[3] for record in first.values()]
@@ -226,7 +228,7 @@ def test_the_order_of_the_data_goes_back(kind: str, rewind: str) -> None:
 
 
 def test_workers_draw_the_same_again() -> None:
-    ticket = LotteryTicket(levels=1, rate=0.0, rewind="2it")
+    ticket = LotteryTicket(Levels(1, rate=0.0), rewind="2it")
     watch = fit(theirs(), ticket, loader=shuffled(num_workers=1, persistent_workers=True), max_epochs=2)
     assert all(alike(record, watch.batches[0][where]) for where, record in watch.batches[1].items())
 
@@ -239,7 +241,7 @@ def asking(optimizer: Any = SGD) -> Any:
 
 @pytest.mark.parametrize("rewind", ["0it", "2it", "1ep"])
 def test_a_schedule_may_ask_how_long_training_is(rewind: str) -> None:
-    watch = fit(asking(), LotteryTicket(levels=1, rate=0.0, rewind=rewind))
+    watch = fit(asking(), LotteryTicket(Levels(1, rate=0.0), rewind=rewind))
     first, again = watch.batches
     assert len({float(record[1][0]) for record in first.values()}) == 3 * BATCHES
     assert list(again) == list(first)[{"0it": 0, "2it": 2, "1ep": BATCHES}[rewind] :]
@@ -300,7 +302,7 @@ def by_hand(
 @pytest.mark.parametrize(("optimizer", "rewind"), [(SGD, 0), (SGD, 8), (ADAMW, 6)])
 def test_three_levels_are_those_of_a_bare_loop(optimizer: Any, rewind: int) -> None:
     """And theta_k does not drift: pitfalls "Pruning and tickets" 3."""
-    ticket = LotteryTicket(levels=3, rate=0.4, rewind=f"{rewind}it")
+    ticket = LotteryTicket(Levels(3, rate=0.4), rewind=f"{rewind}it")
     module = theirs(lp, optimizer, functools.partial(CosineAnnealingLR, T_max=3), dropout=0.0)
     watch = fit(module, ticket, loader=DataLoader(data(), 4))
     expected = by_hand(optimizer, rewind, 3, 0.4)
@@ -352,13 +354,15 @@ def rows(ticket: LotteryTicket, without: set[str]) -> list[dict[str, Any]]:
         (theirs, "1ep", {"max_steps": 9, "max_epochs": -1}, ["0-6", "1-9", "2-9"]),
         (theirs, "4it", {"max_epochs": 2}, ["0-2", "0-4", "1-8", "1-12"]),
         (asking, "2it", {"max_epochs": 2}, ["0-1", "1-8", "1-12"]),
+        (theirs, Rewind("1ep", "fine_tuning"), {"max_epochs": 2}, ["0-6", "0-12", "1-15", "1-18", "2-16"]),
+        (theirs, Rewind("2it", "weights"), {"max_epochs": 2}, ["0-12", "1-8"]),
     ],
 )
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(
-    make: Any, rewind: str, options: dict[str, Any], points: list[str], tmp_path: Path
+    make: Any, rewind: Any, options: dict[str, Any], points: list[str], tmp_path: Path
 ) -> None:
     def run(*more: Any, path: Path | None = None) -> tuple[Any, ...]:
-        ticket, module = LotteryTicket(levels=2, rate=0.3, rewind=rewind), make(optimizer=ADAMW)
+        ticket, module = LotteryTicket(Levels(2, rate=0.3), rewind=rewind), make(optimizer=ADAMW)
         keep = [Keep(tmp_path, ticket)] if path is None else []
         watch = fit(
             module, ticket, ResumeState(), *keep, loader=with_epoch_order(shuffled(), 7), ckpt_path=path, **options
@@ -383,7 +387,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(
 
 
 def test_a_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
-    ticket = LotteryTicket(levels=1, rate=0.3, rewind="1it")
+    ticket = LotteryTicket(Levels(1, rate=0.3), rewind="1it")
     fit(theirs(), ticket, Keep(tmp_path, ticket), max_epochs=1)
     state = torch.load(tmp_path / "1-6", weights_only=True)["callbacks"]["LotteryTicket"]
     assert state["level"] == 1
@@ -413,7 +417,7 @@ class Log(lp.loggers.Logger, pl.loggers.Logger):  # type: ignore[misc]
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @BOTH
 def test_levels_are_logged_and_keep_checkpoints_of_their_own(namespace: Any, tmp_path: Path) -> None:
-    ticket, log = LotteryTicket(levels=2, rate=0.5, rewind="1ep"), Log()
+    ticket, log = LotteryTicket(Levels(2, rate=0.5), rewind="1ep"), Log()
     keep = namespace.callbacks.ModelCheckpoint(tmp_path, "{level:.0f}-{epoch}", monitor="val", save_top_k=1)
     watch = fit(theirs(namespace), ticket, keep, namespace=namespace, logger=log, log_every_n_steps=1)
     epochs = [row for _, row in log.rows if "level" in row]
@@ -443,7 +447,7 @@ def test_levels_are_logged_and_keep_checkpoints_of_their_own(namespace: Any, tmp
 @BOTH
 def test_a_request_to_stop_ends_the_level(namespace: Any) -> None:
     """And patience is that of the level."""
-    ticket = LotteryTicket(levels=2, rate=0.3, rewind="0it")
+    ticket = LotteryTicket(Levels(2, rate=0.3), rewind="0it")
     stop = namespace.callbacks.EarlyStopping("val", patience=1, min_delta=10.0)
     watch = fit(theirs(namespace), ticket, stop, namespace=namespace, max_epochs=5)
     assert [len(batches) for batches in watch.batches] == [2 * BATCHES] * 3
@@ -462,7 +466,7 @@ def test_plateaus_and_one_cycles_are_of_the_level() -> None:
         functools.partial(ReduceLROnPlateau, patience=0, threshold=10.0),
         functools.partial(OneCycleLR, max_lr=0.2, total_steps=18),
     ):
-        watch = fit(theirs(lp, SGD, scheduler), ticket := LotteryTicket(levels=2, rate=0.0, rewind="1ep"))
+        watch = fit(theirs(lp, SGD, scheduler), ticket := LotteryTicket(Levels(2, rate=0.0), rewind="1ep"))
         rates = [[record[1] for record in batches.values()] for batches in watch.batches]
         assert rates[0][6:] == rates[1] == rates[2]
         assert len({rate[0] for rate in rates[0]}) > 2
@@ -473,12 +477,12 @@ def test_plateaus_and_one_cycles_are_of_the_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewinds", "model", "rest"),
-    [("all", True, True), ("weights", True, False), ("learning_rate", False, True), ("nothing", False, False)],
+    ("mode", "model", "rest"),
+    [("all", True, True), ("weights", True, False), ("learning_rate", False, True), ("fine_tuning", False, False)],
 )
-def test_what_goes_back_can_be_chosen(rewinds: Any, model: bool, rest: bool) -> None:
-    """Rewinding, learning-rate rewinding and fine-tuning (Renda et al. 2020), and the fourth of them."""
-    ticket = LotteryTicket(levels=2, rate=0.5, rewind="1ep", rewinds=rewinds)
+def test_what_goes_back_can_be_chosen(mode: Any, model: bool, rest: bool) -> None:
+    """Rewinding, weight and learning-rate rewinding and fine-tuning (Renda et al. 2020), as in a hunt."""
+    ticket = LotteryTicket(Levels(2, rate=0.5), rewind=Rewind("1ep", mode))
     watch = fit(theirs(lp, ADAMW, functools.partial(CosineAnnealingLR, T_max=4), 0.0), ticket)
     names = list(watch.starts[0])
     ends = [dict(zip(names, bits)) for bits in watch.ends()]
@@ -491,12 +495,31 @@ def test_what_goes_back_can_be_chosen(rewinds: Any, model: bool, rest: bool) -> 
             live = value != 0 if name in masks else torch.ones_like(value, dtype=torch.bool)
             assert torch.equal(value[live], before[name][live]), name
     rates = [[record[1][0] for record in batches.values()] for batches in watch.batches]
-    last = rates[0][-1]
-    assert rates[1] == rates[2] == (rates[0][6:] if rest else [last * 0 + watch.batches[0][(2, 5)][1][0]] * 12)
+    last_used = rates[0][-2]  # the last is noted after the schedule's step
+    assert rates[0][-1] != last_used
+    assert rates[1] == rates[2] == ([last_used] * 12 if mode == "fine_tuning" else rates[0][6:])
+    steps = [[record[0] for record in batches.values()] for batches in watch.batches]
+    first = 18 if mode == "fine_tuning" else 6
+    assert steps[1] == steps[2] == list(range(first + 1, first + 13))
+    seen = [[record[3] for record in batches.values()] for batches in watch.batches]
+    assert alike(seen[1], seen[0][6:]) == (mode != "fine_tuning")
     row = ticket.levels[2]
     assert (("weights" in row["rewound"]), ("optimizers" in row["rewound"])) == (model, rest)
     assert (("weights" in row["kept"]), ("optimizers" in row["kept"])) == (not model, not rest)
-    assert row["rewound"][-1] == "data order"
+    assert ("data order" in row["rewound"], "counters" in row["rewound"]) == (mode != "fine_tuning",) * 2
+    assert "other callbacks" in row["rewound"]
+
+
+def test_weight_rewinding_empties_the_optimizer_and_rewinds_its_schedule() -> None:
+    sizes: list[int] = []
+
+    class Sizes(lp.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            sizes.append(len(trainer.optimizers[0].state))
+
+    for mode in ("weights", "all"):
+        fit(theirs(lp, ADAMW), LotteryTicket(Levels(1, rate=0.5), rewind=Rewind("1ep", mode)), Sizes())  # type: ignore[arg-type]
+    assert (sizes[18], sizes[30 + 18]) == (0, 6)
 
 
 # Modules that step by hand
@@ -524,7 +547,7 @@ def adversaries(accumulate: int = 1) -> Any:
 @pytest.mark.parametrize("rewind", ["0it", "4it", "1ep"])
 def test_two_optimizers_stepped_by_hand(rewind: str) -> None:
     """Lightning counts two steps a batch."""
-    ticket = LotteryTicket(levels=2, rate=0.0, rewind=rewind)
+    ticket = LotteryTicket(Levels(2, rate=0.0), rewind=rewind)
     watch = fit(adversaries(), ticket, max_epochs=2)
     left = {"0it": 0, "4it": 2, "1ep": 6}[rewind]
     for batches in watch.batches[1:]:
@@ -566,7 +589,7 @@ class Backwards(Sampler):
 def test_data_of_unknown_order(loader: DataLoader, said: str) -> None:
     """Between epochs the order is said not to go back; inside one there is no going back."""
     with pytest.warns(UserWarning, match=f"the order of the data is not rewound: {said}"):
-        watch = fit(theirs(), ticket := LotteryTicket(levels=1, rate=0.0, rewind="1ep"), loader=loader, max_epochs=2)
+        watch = fit(theirs(), ticket := LotteryTicket(Levels(1, rate=0.0), rewind="1ep"), loader=loader, max_epochs=2)
     assert ticket.levels[1]["kept"] == ["data order"]
     assert [len(batches) for batches in watch.batches] == [12, 6]
     with pytest.raises(ValueError, match=f"lies inside an epoch, but {said}.*: rewind to the end of an epoch"):
@@ -591,13 +614,13 @@ def test_what_cannot_be_right_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, r"give levels \(e.g. 10\) or density"),
-        ({"levels": 1, "density": 0.5}, r"give levels \(e.g. 10\) or density"),
+        ({}, "give density .* or levels"),
+        ({"levels": 1, "density": 0.5}, "give density .* or levels"),
         ({"levels": -1}, "levels is -1"),
-        ({"levels": 1, "rate": 1.0}, "rate is 1.0"),
+        ({"levels": 1, "rewind": Rewind(order="fresh")}, "rewind.order is 'fresh', which needs a training of its own"),
         ({"density": 0.0}, "density is 0.0"),
         ({"levels": 1, "rewind": "1 epoch"}, "duration '1 epoch'"),
-        ({"levels": 1, "rewinds": "some"}, "rewinds is 'some'"),
+        ({"levels": Levels(1, max_drop=0.1)}, "trains all levels, and has no max_drop"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
@@ -606,7 +629,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
 
 
 def test_density_gives_the_levels() -> None:
-    assert LotteryTicket(density=0.1, rate=0.5).policy.targets == [1, 0.5, 0.25, 0.125, 0.0625]
+    assert LotteryTicket(Levels(density=0.1, rate=0.5)).policy.targets == [1, 0.5, 0.25, 0.125, 0.0625]
 
 
 def test_a_layer_that_collapses_is_named() -> None:
@@ -614,12 +637,12 @@ def test_a_layer_that_collapses_is_named() -> None:
     with torch.no_grad():
         module.network[4].weight.mul_(1e-6)
     with pytest.warns(UserWarning, match=r"layer collapse: '4\.weight'"):
-        fit(module, LotteryTicket(levels=1, rate=0.7, rewind="0it"), max_epochs=1, limit_train_batches=2)
+        fit(module, LotteryTicket(Levels(1, rate=0.7), rewind="0it"), max_epochs=1, limit_train_batches=2)
 
 
 def test_a_second_fit() -> None:
     """Of the ticket: it trains on under its masks. Of another network: a hunt."""
-    module, ticket = theirs(), LotteryTicket(levels=2, rate=0.5, rewind="0it")
+    module, ticket = theirs(), LotteryTicket(Levels(2, rate=0.5), rewind="0it")
     fit(module, ticket, max_epochs=1)
     masks, levels = ticket.masks, list(ticket.levels)
     watch = fit(module, again := copy.deepcopy(ticket), max_epochs=2)
@@ -636,7 +659,7 @@ def test_a_fit_that_failed_leaves_nothing_behind() -> None:
             if ticket.policy.level == 1:
                 raise RuntimeError("enough")
 
-    ticket, module = LotteryTicket(levels=2, rate=0.5, rewind="0it"), theirs()
+    ticket, module = LotteryTicket(Levels(2, rate=0.5), rewind="0it"), theirs()
     trainer = lp.Trainer(**QUIET, max_epochs=1, callbacks=[ticket, Fails()])
     with pytest.raises(RuntimeError, match="enough"):
         trainer.fit(module, shuffled(), DataLoader(data(), 8))
@@ -649,7 +672,7 @@ def test_a_fit_that_failed_leaves_nothing_behind() -> None:
 
 
 def test_a_run_of_one_batch() -> None:
-    ticket = LotteryTicket(levels=2, rate=0.5, rewind="500it")
+    ticket = LotteryTicket(Levels(2, rate=0.5), rewind="500it")
     fit(theirs(), ticket, fast_dev_run=True)
     assert [row["steps"] for row in ticket.levels] == [1, 1, 1]
 
@@ -669,7 +692,11 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
     for namespace in (lp, pl):
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--callback", type=namespace.Callback)
-        arguments = {"density": 0.1, "rate": 0.3, "rewind": "100it", "pruner": {"allocation": "uniform"}}
+        arguments = {
+            "levels": {"density": 0.1, "rate": 0.3},
+            "rewind": {"at": "100it", "mode": "weights"},
+            "pruner": {"allocation": "uniform"},
+        }
         given = {"class_path": "prune.LotteryTicket", "init_args": arguments}
         made = parser.instantiate(parser.parse_object({"callback": given})).callback
         assert isinstance(made, LotteryTicket)
@@ -678,7 +705,7 @@ def test_a_parser_takes_it_in_either_namespace() -> None:
 
 def hunted(folder: Path) -> Any:
     def run(*more: Any, path: Path | None = None) -> tuple[Any, ...]:
-        module, ticket = theirs(), LotteryTicket(levels=2, rate=0.3, rewind="2it")
+        module, ticket = theirs(), LotteryTicket(Levels(2, rate=0.3), rewind="2it")
         keep = [Keep(folder, ticket)] if path is None else []
         options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
         watch = fit(module, ticket, ResumeState(), *keep, loader=shuffled(), ckpt_path=path, **options)

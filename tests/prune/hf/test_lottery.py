@@ -10,6 +10,8 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from prune import Pruner
 from prune.hf import LotteryTicket
 from prune.hf.lottery import level_length, schedule_levels
+from prune.levels import Levels
+from prune.rewinding.modes import MODES, Rewind
 from prune.schedule import kept
 from tests.helpers.ranks import on_ranks
 from tests.helpers.transformers_training import (
@@ -93,7 +95,7 @@ def by_hand(levels: int, rate: float, length: int, point: int) -> tuple[dict[str
 
 def test_it_is_iterative_pruning_with_rewinding_as_written_by_hand(tmp_path: Path) -> None:
     """Three levels of eight updates, of which five after the rewind point."""
-    ticket, states = LotteryTicket(levels=2, rate=0.5, rewind="3it", pruner=UNIFORM), States()
+    ticket, states = LotteryTicket(Levels(2, rate=0.5), rewind="3it", pruner=UNIFORM), States()
     trainer = trained(tmp_path, ticket, states, max_steps=18, **{**SGD, **LINEAR})
     expected, rates = by_hand(2, 0.5, 8, 3)
     assert states.rates == pytest.approx(rates)
@@ -110,7 +112,7 @@ def test_it_is_iterative_pruning_with_rewinding_as_written_by_hand(tmp_path: Pat
 def test_at_rate_0_every_level_is_the_first(rewind: str, optimizer: Any, tmp_path: Path) -> None:
     """Bit for bit, where every batch is the same."""
     states, point = States(), {"0it": 0, "1it": 1, "1ep": 2}[rewind]
-    ticket = LotteryTicket(levels=2, rate=0.0, rewind=rewind)
+    ticket = LotteryTicket(Levels(2, rate=0.0), rewind=rewind)
     rows, batch = sentences(4) * 2, {"per_device_train_batch_size": 4, "max_steps": 6 + 2 * (6 - point)}
     trained(tmp_path, ticket, states, rows=rows, **{**optimizer, **LINEAR, **batch})
     first = states.after[point:6]
@@ -118,17 +120,20 @@ def test_at_rate_0_every_level_is_the_first(rewind: str, optimizer: Any, tmp_pat
     assert not same(first[-1], first[-2])
 
 
-@pytest.mark.parametrize("rewinds", ["all", "weights", "learning_rate", "nothing"])
-def test_what_goes_back_is_what_was_asked_for(rewinds: Any, tmp_path: Path) -> None:
-    ticket, states = LotteryTicket(levels=1, rate=0.5, rewind="1it", rewinds=rewinds), States()
+@pytest.mark.parametrize("mode", MODES)
+def test_what_goes_back_is_what_was_asked_for(mode: Any, tmp_path: Path) -> None:
+    ticket, states = LotteryTicket(Levels(1, rate=0.5), rewind=Rewind("1it", mode)), States()
     trained(tmp_path, ticket, states, max_steps=11, **{**ADAMW, **LINEAR})
-    source = states.after[0] if rewinds in ("all", "weights") else states.after[5]
+    source = states.after[0] if mode in ("all", "weights") else states.after[5]
     assert ticket.masks is not None
     assert same(states.before[6], {n: v * ticket.masks[n] if n in ticket.masks else v for n, v in source.items()})
-    goes_on = states.rates[1:6] if rewinds in ("all", "learning_rate") else [0.0] * 5
+    goes_on = [states.rates[5]] * 5 if mode == "fine_tuning" else states.rates[1:6]
     assert states.rates[6:] == goes_on
     rewound, stayed = ticket.levels[1]["rewound"], ticket.levels[1]["kept"]
-    assert ("weights" in rewound, "optimizers" in rewound) == (source is states.after[0], goes_on[0] > 0)
+    assert ("weights" in rewound, "optimizers" in rewound) == (
+        source is states.after[0],
+        mode in ("all", "learning_rate"),
+    )
     assert {*rewound, *stayed} == {
         "weights",
         "buffers",
@@ -145,7 +150,7 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
     """At the point, inside a level, at its end, and inside the last; with dropout."""
 
     def run(**more: Any) -> tuple[Trainer, LotteryTicket]:
-        ticket = LotteryTicket(levels=2, rate=0.5, rewind="2it", pruner=UNIFORM)
+        ticket = LotteryTicket(Levels(2, rate=0.5), rewind="2it", pruner=UNIFORM)
         options = {"max_steps": 14, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
         options |= {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": sentences(4)}
         return trained(tmp_path, ticket, model=bert(dropout=0.2), **options, **more), ticket
@@ -166,7 +171,7 @@ def drop_time(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_best_model_is_of_the_last_level(tmp_path: Path) -> None:
     ticket, losses = (
-        LotteryTicket(levels=2, rate=0.5, rewind="0it", pruner=UNIFORM),
+        LotteryTicket(Levels(2, rate=0.5), rewind="0it", pruner=UNIFORM),
         iter([1.0, 2.0, 3.0, 4.0, 8.0, 9.0]),
     )
     both = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
@@ -191,7 +196,7 @@ def test_the_best_model_is_of_the_last_level(tmp_path: Path) -> None:
 
 
 def test_a_second_training_keeps_the_ticket_and_another_model_starts_anew(tmp_path: Path) -> None:
-    ticket, watch = LotteryTicket(levels=1, rate=0.5, rewind="0it"), Watch()
+    ticket, watch = LotteryTicket(Levels(1, rate=0.5), rewind="0it"), Watch()
     trainer = trained(tmp_path, ticket, max_steps=4)
     found, rows = ticket.masks, list(ticket.levels)
     trainer.add_callback(watch)
@@ -211,7 +216,7 @@ def test_a_hunt_that_is_stopped_says_so(tmp_path: Path) -> None:
             return control
 
     with pytest.warns(UserWarning, match="training ended with level 1 of 2"):
-        trained(tmp_path, LotteryTicket(levels=2, rate=0.5, rewind="0it"), Enough(), max_steps=6)
+        trained(tmp_path, LotteryTicket(Levels(2, rate=0.5), rewind="0it"), Enough(), max_steps=6)
 
 
 # Length and schedule
@@ -277,7 +282,7 @@ def test_a_scheduler_of_ones_own_is_left_alone(tmp_path: Path) -> None:
 def test_budgets_that_do_not_do(given: Any, options: Any, said: str, tmp_path: Path) -> None:
     watch = Watch()
     with pytest.raises(ValueError, match=said):
-        trained(tmp_path, LotteryTicket(rate=0.5, **given), watch, **options)
+        trained(tmp_path, LotteryTicket(**{**given, "levels": Levels(given["levels"], rate=0.5)}), watch, **options)
     assert not watch.alive
 
 
@@ -288,8 +293,8 @@ def test_what_cannot_be_rewound_is_refused(tmp_path: Path) -> None:
     stream = SimpleNamespace(gradient_accumulation_steps=1, fsdp=None)
     with pytest.raises(ValueError, match="rewind is 1ep, but the data has no length"):
         LotteryTicket(levels=1).on_epoch_begin(stream, None, None, train_dataloader=iter([]))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rewinds is 'none': one of"):
-        LotteryTicket(levels=1, rewinds="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rewind.mode is 'none': choose one of"):
+        LotteryTicket(levels=1, rewind=Rewind(mode="none"))  # type: ignore[arg-type]
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     trained(tmp_path, **options)
     with pytest.raises(ValueError, match="training goes on at step 4, after the rewind point 1it: start anew"):
@@ -297,7 +302,7 @@ def test_what_cannot_be_rewound_is_refused(tmp_path: Path) -> None:
 
 
 def _on_ranks(folder: Path) -> Any:
-    ticket = LotteryTicket(levels=2, rate=0.5, rewind="1it", pruner=UNIFORM)
+    ticket = LotteryTicket(Levels(2, rate=0.5), rewind="1it", pruner=UNIFORM)
     trainer = trained(folder, ticket, max_steps=7, ddp_backend="gloo")
     return [v.tolist() for v in weights(trainer.model).values()], [row["mask_hash"] for row in ticket.levels]
 

@@ -66,7 +66,7 @@ def by_loop(case: Case, folder: Path, resume: bool) -> Trained:
                 policy.point = Snapshot.take(model, optimizer, rng=False)
             if isinstance(policy, Iterative) and update == 9:
                 policy.end_level()
-                policy.start_next_level(lambda: policy.point.restore(model, optimizer))
+                policy.start_next_level(model, optimizers=optimizer)
             bare_loop.train(model, optimizer, update, update + 1)
         if isinstance(policy, Iterative):
             policy.end_level()

@@ -14,6 +14,7 @@ import prune
 import prune.callbacks
 import prune.hf
 import prune.policies
+from prune.levels import Levels
 from prune.policies import Policy
 from tests.helpers.policy_cases import CASES
 
@@ -44,7 +45,7 @@ def test_every_argument_is_described(name: str) -> None:
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "GradualPruning": {"density": 0.1, "begin": "1ep", "end": "3ep", "every": "100it"},
     "DynamicSparsity": {"density": 0.1, "begin": "1ep", "end": "3ep", "every": "100it", "growth": "set"},
-    "LotteryTicket": {"levels": 3, "rate": 0.5, "rewind": "10it"},
+    "LotteryTicket": {"levels": Levels(3, rate=0.5), "rewind": "10it"},
 }
 
 
