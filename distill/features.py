@@ -73,9 +73,9 @@ class Features(Mapping[str, Tensor]):
         Raises:
             ValueError: If one cannot be read.
         """
-        taken = dict(self)
+        features = dict(self)
         self._clear()
-        return taken
+        return features
 
     def _clear(self) -> None:
         self._captured, self._calls = {}, {}
@@ -276,10 +276,10 @@ def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         path, _, side = name.partition(":")
         if side not in ("", "input", "output"):
             raise ValueError(f"{name!r} ends in ':{side}': ':input' or ':output' can be captured")
-        matching = [known for known in modules if _regex(path).fullmatch(known)]
+        matching = [module_path for module_path in modules if _regex(path).fullmatch(module_path)]
         if not matching:
             raise ValueError(f"{name!r} matches no submodule of {type(model).__name__}: {_near(path, list(modules))}")
-        wanted |= {known + (":input" if side == "input" else "") for known in matching}
+        wanted |= {module_path + (":input" if side == "input" else "") for module_path in matching}
     return {name: module for path, module in modules.items() for name in (f"{path}:input", path) if name in wanted}
 
 
@@ -297,10 +297,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _near(path: str, known: list[str]) -> str:
+def _near(path: str, names: list[str]) -> str:
     for wrapper in ("module.", "_orig_mod."):
         if path.startswith(wrapper):
             return f"leave out {wrapper!r}, names are those of the model inside"
-    close = difflib.get_close_matches(path, known, n=5, cutoff=0.5)
-    close = close or [name for name in known if "." not in name][:10]
+    close = difflib.get_close_matches(path, names, n=5, cutoff=0.5)
+    close = close or [name for name in names if "." not in name][:10]
     return f"near are {', '.join(close)}" if close else "it has none"

@@ -267,8 +267,8 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
     soft = terms["soft"].loss if "soft" in terms else None
     hard = terms["hard"].loss if "hard" in terms else None
     if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize or hard is not None:
-        given = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
-        raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {given}")
+        losses = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
+        raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {losses}")
     if task.label_smoothing:
         raise ValueError(f"chunked smooths no labels, and label_smoothing is {task.label_smoothing}: leave one away")
     if not isinstance(teacher, Teacher) or isinstance(teacher.module, nn.ModuleList):

@@ -137,8 +137,8 @@ class Teacher:
         networks = [member.network for member in self._members]
         if any(network is None for network in networks):
             raise ValueError("the teacher is a function: it has no module to look at")
-        found: list[Any] = networks
-        return found[0] if len(found) == 1 else nn.ModuleList(found)
+        modules: list[Any] = networks
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
 
 def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Average = "logits") -> Tensor:
@@ -168,8 +168,8 @@ class _Member:
         self._precision = precision
         if callable(source) and not isinstance(source, nn.Module):
             if precision is not None or compile:
-                asked = f"precision {precision!r}" if precision is not None else "compile"
-                raise ValueError(f"{asked} is asked of a function: only a network's can be chosen here")
+                option = f"precision {precision!r}" if precision is not None else "compile"
+                raise ValueError(f"{option} is asked of a function: only a network's can be chosen here")
             self._function = source
             return
         if not isinstance(source, nn.Module | str | Path):
@@ -218,8 +218,8 @@ class _Member:
         own = next((tensor for tensor in state if tensor.is_floating_point()), None)
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if own is None or first is None:
-            known = first if own is None else own
-            return args, kwargs, "cpu" if known is None else known.device.type
+            reference = first if own is None else own
+            return args, kwargs, "cpu" if reference is None else reference.device.type
         if own.device != first.device:
             self.network.to(first.device)
         dtype = own.dtype
@@ -339,8 +339,8 @@ def _class_for(name: str) -> Any:
 
 
 def _with_missing(cls: Any, name: str, **options: Any) -> tuple[nn.Module, list[str]]:
-    model, found = cls.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
-    return model, sorted(found["missing_keys"])
+    model, info = cls.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
+    return model, sorted(info["missing_keys"])
 
 
 def _is_plain(model: Any) -> bool:

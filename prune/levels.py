@@ -65,10 +65,10 @@ class Levels:
         Raises:
             ValueError: If a value is out of range, or they give both a number of levels and a density.
         """
-        made = levels if isinstance(levels, Levels) else cls(levels)
+        parsed = levels if isinstance(levels, Levels) else cls(levels)
         if density is None:
-            return made
-        return replace(made, density=list(density) if isinstance(density, Sequence) else density)
+            return parsed
+        return replace(parsed, density=list(density) if isinstance(density, Sequence) else density)
 
     def densities(self) -> tuple[float, ...]:
         """The density of every level, from 1 down.
@@ -92,12 +92,12 @@ class Levels:
             ValueError: Naming the driver and the settings.
         """
         needs_scores = ("max_drop", "patience", "early_stop", "tolerance")
-        given = [
+        unsupported = [
             each.name for each in fields(self) if each.name in needs_scores if getattr(self, each.name) != each.default
         ]
-        if given:
+        if unsupported:
             raise ValueError(
-                f"{driver} trains all levels, and has no {', '.join(given)}: leave it out, or use prune.hunt"
+                f"{driver} trains all levels, and has no {', '.join(unsupported)}: leave it out, or use prune.hunt"
             )
 
 

@@ -98,8 +98,8 @@ def _part(name: str, score: Tensor, within: Mapping[str, Tensor] | None) -> _Par
     if within is None:
         return _Part(name, score, local(score), None, score.numel())
     if name not in within or within[name].shape != score.shape:
-        given = f"has shape {tuple(within[name].shape)} there" if name in within else "is missing there"
-        raise ValueError(f"`within` does not fit: '{name}' {given}, its scores have shape {tuple(score.shape)}")
+        problem = f"has shape {tuple(within[name].shape)} there" if name in within else "is missing there"
+        raise ValueError(f"`within` does not fit: '{name}' {problem}, its scores have shape {tuple(score.shape)}")
     allowed = shard(within[name], score).flatten()
     return _Part(name, score, local(score), allowed, int(within[name].sum()))
 

@@ -61,10 +61,10 @@ class CachedTeacher:
         if not self._splits:
             raise ValueError(f"{path} holds no teacher cache: write one with distill.cache_teacher or a cache stage")
         if teacher is not None:
-            asked = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-            given = {"precision": asked.precision, "teacher": asked.fingerprint()}
+            live = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+            fingerprint = {"precision": live.precision, "teacher": live.fingerprint()}
             for split in self._splits.values():
-                split.compare(given)
+                split.compare(fingerprint)
 
     @property
     def splits(self) -> list[str]:
@@ -92,8 +92,8 @@ class CachedTeacher:
         if type(loader) is not DataLoader:
             raise ValueError(f"the loader is a {type(loader).__name__}, which cannot be made again: give a DataLoader")
         cached = self._split(split)
-        given: dict[str, Any] = {"samples": len(loader.dataset), "views": views_of(loader.dataset)}  # type: ignore[arg-type]
-        cached.compare(given)
+        fingerprint: dict[str, Any] = {"samples": len(loader.dataset), "views": views_of(loader.dataset)}  # type: ignore[arg-type]
+        cached.compare(fingerprint)
         tokenizer = tokenizer_digest(loader.dataset, loader.collate_fn)
         if self.verify:
             cached.compare({} if tokenizer is None else {"tokenizer": tokenizer})
@@ -124,8 +124,8 @@ def open_teacher(source: str | Path, **options: Any) -> Teacher | CachedTeacher:
         ValueError: If there is neither, or options are given for a cache.
     """
     if isinstance(source, (str, Path)) and next(_folders(Path(source)), None) is not None:
-        if given := [name for name, value in options.items() if value]:
-            raise ValueError(f"{given[0]} is given, but '{source}' is a cache: give it where the cache is made")
+        if set_options := [name for name, value in options.items() if value]:
+            raise ValueError(f"{set_options[0]} is given, but '{source}' is a cache: give it where the cache is made")
         return CachedTeacher(source)
     return Teacher(source, **options)
 
@@ -144,17 +144,17 @@ class _Split:
         self.entries, self.plan = disk.entries_of(index), disk.plan_of(index)
         self.samples: int = index["fingerprint"]["samples"]
         self.views: int = index["fingerprint"]["views"]
-        for known in index["shards"]:
-            disk.check_shard(folder, known, thorough=verify)
+        for shard in index["shards"]:
+            disk.check_shard(folder, shard, thorough=verify)
         self._starts = np.array([part.view * self.samples + part.start for part in self.plan])
         self._open: dict[int, disk.Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
 
-    def compare(self, given: dict[str, Any]) -> None:
-        """Raises: ValueError: if one of the ``given`` parts of the fingerprint differs."""
-        if difference := disk.difference(self.index["fingerprint"], given):
+    def compare(self, fingerprint: dict[str, Any]) -> None:
+        """Raises: ValueError: if one of the parts of ``fingerprint`` differs from what is stored."""
+        if difference := disk.difference(self.index["fingerprint"], fingerprint):
             raise ValueError(f"{self.folder} is stale, it was made with {difference}: cache again into another folder")
 
     def look_up(self, indices: Sequence[int], digests: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:

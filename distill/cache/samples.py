@@ -104,21 +104,21 @@ def digests(data: Any, count: int) -> Tensor:
         count: How many samples there are.
     """
     if isinstance(data, list) and len(data) == count:
-        found = np.frombuffer(b"".join(map(digest, data)), dtype=np.uint8)
+        packed = np.frombuffer(b"".join(map(digest, data)), dtype=np.uint8)
     else:
         sums = np.zeros(count, dtype=np.uint64)
         for name, rows in _rows(data, count, ""):
             own = rows if isinstance(rows, np.ndarray) else np.frombuffer(b"".join(map(digest, rows)), dtype=np.uint8)
             sums += _mixed(own.reshape(count, -1), name)
-        found = sums.view(np.uint8)
-    return torch.from_numpy(found.reshape(count, DIGEST).copy())
+        packed = sums.view(np.uint8)
+    return torch.from_numpy(packed.reshape(count, DIGEST).copy())
 
 
 def digest(value: Any) -> bytes:
     """BLAKE2b of 8 bytes over the values in a sample, or in any nest of mappings, sequences, tensors and scalars."""
-    made = hashlib.blake2b(digest_size=DIGEST)
-    _feed(made, value)
-    return made.digest()
+    blake = hashlib.blake2b(digest_size=DIGEST)
+    _feed(blake, value)
+    return blake.digest()
 
 
 def probe(dataset: Any, collate: Callable[[Any], Any]) -> dict[str, str]:
@@ -143,7 +143,7 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
         )
     step = max(len(dataset) // _TRIED, 1)
     indices = [EpochIndex(index, view % views) for view, index in enumerate(range(0, len(dataset), step))][:_TRIED]
-    made: list[tuple[Tensor, bytes]] = []
+    reads: list[tuple[Tensor, bytes]] = []
     for seed in (1, 2):
         with same_random_state(seed):
             first = digests(fetch(dataset, indices), len(indices))
@@ -151,11 +151,11 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
         with same_random_state(3):
             data = fetch(dataset, indices)
         with same_random_state(seed):
-            made.append((first, digest(collate(data))))
-    (one, batch), (other, again) = made
-    if odd := [int(index) for index, a, b in zip(indices, one, other) if not torch.equal(a, b)]:
+            reads.append((first, digest(collate(data))))
+    (one, batch), (other, again) = reads
+    if changing := [int(index) for index, a, b in zip(indices, one, other) if not torch.equal(a, b)]:
         raise ValueError(
-            f"{name} gives another sample {odd[0]} each time, as random augmentation does, and a cache would hold "
+            f"{name} gives another sample {changing[0]} each time, as random augmentation does, and a cache would hold "
             "answers to inputs that never come again: let it draw from (index, index.epoch), see "
             "workbench.training.order.EpochIndex, "
             "and say in an attribute 'views' how many there are; or take the augmentation away"
@@ -169,7 +169,7 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
 
 def tokenizer_digest(*owners: Any) -> str | None:
     """SHA-256 of the first ``tokenizer`` that one of the owners has, without its momentary padding; None without."""
-    tokenizer = next((found for owner in owners if (found := getattr(owner, "tokenizer", None)) is not None), None)
+    tokenizer = next((own for owner in owners if (own := getattr(owner, "tokenizer", None)) is not None), None)
     if tokenizer is None:
         return None
     whole = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -202,32 +202,32 @@ def _rows(value: Any, count: int, name: str) -> Iterator[tuple[str, Any]]:
         yield f"{name}:all", [value] * count
 
 
-def _feed(made: Any, value: Any) -> None:
+def _feed(blake: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
-        made.update(f"{value.dtype}{list(value.shape)}".encode())
-        made.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        blake.update(f"{value.dtype}{list(value.shape)}".encode())
+        blake.update(value.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, np.ndarray) and value.dtype != object:
-        made.update(f"{value.dtype}{list(value.shape)}".encode())
-        made.update(np.ascontiguousarray(value).tobytes())
+        blake.update(f"{value.dtype}{list(value.shape)}".encode())
+        blake.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
         for key, each in value.items():
-            made.update(f"{key!r}:".encode())
-            _feed(made, each)
+            blake.update(f"{key!r}:".encode())
+            _feed(blake, each)
     elif isinstance(value, (list, tuple)):
         if all(isinstance(each, (int, float, str)) for each in value):
-            made.update(repr(list(value)).encode())
+            blake.update(repr(list(value)).encode())
             return
-        made.update(f"[{len(value)}]".encode())
+        blake.update(f"[{len(value)}]".encode())
         for each in value:
-            _feed(made, each)
+            _feed(blake, each)
     elif isinstance(value, (int, float, str, bytes, bool, type(None), np.generic)):
-        made.update(repr(value).encode())
+        blake.update(repr(value).encode())
     elif hasattr(value, "tobytes"):  # a picture
-        made.update(f"{getattr(value, 'mode', '')}{getattr(value, 'size', '')}".encode())
-        made.update(value.tobytes())
+        blake.update(f"{getattr(value, 'mode', '')}{getattr(value, 'size', '')}".encode())
+        blake.update(value.tobytes())
     else:
-        made.update(pickle.dumps(value, protocol=4))
+        blake.update(pickle.dumps(value, protocol=4))
 
 
 def _mixed(rows: np.ndarray, name: str) -> np.ndarray:

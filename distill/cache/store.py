@@ -175,11 +175,11 @@ def plan_of(index: Mapping[str, Any]) -> list[Part]:
     return parts(index["fingerprint"]["samples"], index["fingerprint"]["views"], index["shard_size"])
 
 
-def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+def difference(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """The first part of the fingerprint that differs, in words; None if all parts that both have are equal."""
     for name, words in PARTS.items():
-        if name in stored and name in given and stored[name] != given[name]:
-            return f"{words} ({_short(stored[name])} there, {_short(given[name])} here)"
+        if name in stored and name in expected and stored[name] != expected[name]:
+            return f"{words} ({_short(stored[name])} there, {_short(expected[name])} here)"
     return None
 
 

@@ -344,9 +344,9 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _shard_size(given: int | None, packed: Any, batch_size: int) -> int:
+def _shard_size(shard_size: int | None, packed: Any, batch_size: int) -> int:
     """Samples in a shard, a multiple of the batch's."""
-    wanted = given if given is not None else _SHARD_BYTES * len(packed["digest"]) // max(_bytes(packed), 1)
+    wanted = shard_size if shard_size is not None else _SHARD_BYTES * len(packed["digest"]) // max(_bytes(packed), 1)
     return max(-(-wanted // batch_size), 1) * batch_size
 
 

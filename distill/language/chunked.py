@@ -210,11 +210,11 @@ class _Chunked(torch.autograd.Function):
             )
         # Divided only here, after a loss scale that keeps small numbers from vanishing in fp16.
         scale = grad_outputs[0] / ctx.count
-        made = [
+        gradients = [
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
-        return (*made, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Head:

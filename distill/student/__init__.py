@@ -84,8 +84,8 @@ def cut_student(
             raise ValueError(f"hidden={list(hidden)}: a transformer has one hidden size, give a number")
         student = cut_transformer(teacher, anatomy, layers, every, hidden, heads, ffn)
     else:
-        given = {"layers": layers, "every": every, "hidden": hidden, "heads": heads, "ffn": ffn}
-        _refuse(teacher, given, "activation; others of BERT, RoBERTa, DistilBERT, GPT-2, ViT and workbench.models.MLP")
+        sizes = {"layers": layers, "every": every, "hidden": hidden, "heads": heads, "ffn": ffn}
+        _refuse(teacher, sizes, "activation; others of BERT, RoBERTa, DistilBERT, GPT-2, ViT and workbench.models.MLP")
         student = copy.deepcopy(teacher)
     if activation is not None:
         swap_activation(student, activation)
@@ -94,6 +94,6 @@ def cut_student(
     return student.train()
 
 
-def _refuse(teacher: nn.Module, given: dict[str, Any], allowed: str) -> None:
-    if refused := [f"{name}={value}" for name, value in given.items() if value is not None]:
+def _refuse(teacher: nn.Module, options: dict[str, Any], allowed: str) -> None:
+    if refused := [f"{name}={value}" for name, value in options.items() if value is not None]:
         raise ValueError(f"{', '.join(refused)}: of a {type(teacher).__name__} can be changed {allowed}")

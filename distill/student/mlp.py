@@ -18,10 +18,10 @@ def cut_mlp(
     chosen = chosen_layers(len(own), layers, every)
     widths = [own[layer] for layer in chosen]
     if hidden is not None:
-        given = [hidden] * len(chosen) if isinstance(hidden, int) else list(hidden)
-        if len(given) != len(chosen):
-            raise ValueError(f"hidden={given}: the student has {len(chosen)} hidden layers, give as many widths")
-        widths = [smaller("hidden", width, most) for width, most in zip(given, widths)]
+        wanted = [hidden] * len(chosen) if isinstance(hidden, int) else list(hidden)
+        if len(wanted) != len(chosen):
+            raise ValueError(f"hidden={wanted}: the student has {len(chosen)} hidden layers, give as many widths")
+        widths = [smaller("hidden", width, most) for width, most in zip(wanted, widths)]
     stages = _stages(teacher.layers)
     parts = [stages[layer] for layer in [*chosen, -1]]
     ins = [teacher.init_args["in_features"], *(own[layer] for layer in chosen)]

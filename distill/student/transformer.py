@@ -97,10 +97,10 @@ def _built(teacher: nn.Module, config: Any) -> nn.Module:
     accepted = inspect.signature(type(teacher)).parameters
     optional = {"add_pooling_layer": "pooler", "use_mask_token": "embeddings.mask_token"}
     names = {name for name, _ in [*teacher.named_modules(), *teacher.named_parameters()]}
-    given = {flag: part in names for flag, part in optional.items() if flag in accepted}
+    flags = {flag: part in names for flag, part in optional.items() if flag in accepted}
     weight = next(teacher.parameters())
     with torch.random.fork_rng(devices=[]):
-        student = type(teacher)(config, **given).to(weight.device)
+        student = type(teacher)(config, **flags).to(weight.device)
     if hasattr(teacher, "generation_config"):
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
@@ -186,7 +186,7 @@ def _fill(
 ) -> None:
     """Fill the student with the picked part of each of the teacher's tensors, then cut the hidden units."""
     source: dict[str, Tensor] = teacher.state_dict(keep_vars=True)
-    taken: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = student.state_dict(keep_vars=True)
     origin = {name: _renamed(name, renamed) for name in targets}
     kept = tuple(renamed.values())
@@ -204,8 +204,8 @@ def _fill(
             axis, length, factor = scales[old]
             tensor = tensor.clone()
             tensor.narrow(axis, 0, length).mul_(factor)
-        taken[name] = tensor
-    axes = {name: list(_residual(taken[name], target, size)) for name, target in targets.items()}
+        tensors[name] = tensor
+    axes = {name: list(_residual(tensors[name], target, size)) for name, target in targets.items()}
     if any(axes.values()):
         # Importance of a hidden unit: the gains of all norms times the norms of the embeddings and heads around the
         # layers, see cut_student.
@@ -214,24 +214,24 @@ def _fill(
         for name, target in targets.items():
             for axis in axes[name]:
                 if target.dim() > 1 and not name.startswith(f"{prefix}."):
-                    sums[id(target), axis] = norms(taken[name].movedim(axis, 0))
+                    sums[id(target), axis] = norms(tensors[name].movedim(axis, 0))
                 elif target.dim() == 1 and name.endswith(".weight"):
-                    gains.append(taken[name].double().abs())
+                    gains.append(tensors[name].double().abs())
         units = keep(torch.stack(gains).sum(0) * torch.stack(list(sums.values())).sum(0), size[1])
         for name, along in axes.items():
             for axis in along:
-                taken[name] = taken[name].index_select(axis, units)
+                tensors[name] = tensors[name].index_select(axis, units)
     # Tied weights are one tensor under several names: all of them must have been cut alike.
     first: dict[int, Tensor] = {}
     for name, target in targets.items():
-        if taken[name].shape != target.shape:
+        if tensors[name].shape != target.shape:
             raise ValueError(
-                f"{name!r} is {list(taken[name].shape)} of the teacher and {list(target.shape)} of a "
+                f"{name!r} is {list(tensors[name].shape)} of the teacher and {list(target.shape)} of a "
                 f"{type(student).__name__} of these sizes: it cannot be cut so"
             )
-        if not torch.equal(first.setdefault(id(target), taken[name]), taken[name]):
+        if not torch.equal(first.setdefault(id(target), tensors[name]), tensors[name]):
             raise ValueError(f"{type(student).__name__} ties {name!r} to another weight, and its teacher does not")
-        target.data = taken[name].clone(memory_format=torch.contiguous_format)
+        target.data = tensors[name].clone(memory_format=torch.contiguous_format)
 
 
 def _renamed(name: str, renamed: dict[str, str]) -> str:

@@ -36,8 +36,8 @@ def norms(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return rows.norm(dim=1)
 
 
-def smaller(name: str, given: int, own: int) -> int:
-    """``given``, checked: a size that the teacher's ``own`` can be cut to."""
-    if not 1 <= given <= own:
-        raise ValueError(f"{name}={given}: the teacher has {own}, give 1 to {own}")
-    return given
+def smaller(name: str, size: int, own: int) -> int:
+    """``size``, checked: one that the teacher's ``own`` can be cut to."""
+    if not 1 <= size <= own:
+        raise ValueError(f"{name}={size}: the teacher has {own}, give 1 to {own}")
+    return size

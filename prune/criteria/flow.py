@@ -79,9 +79,9 @@ def _ones(inputs: Any, dtype: torch.dtype) -> Any:
         rest = {name: _ones(value, dtype) for name, value in inputs.items() if name not in masks}
         return {**rest, **{name: torch.ones_like(value[:1]) for name, value in masks.items()}}
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ValueError(
-            f"an input is {given}, but SynFlow sends ones through the network: give floating inputs (embeddings as "
+            f"an input is {kind}, but SynFlow sends ones through the network: give floating inputs (embeddings as "
             "inputs_embeds in place of token ids), or use another criterion"
         )
     return torch.ones_like(inputs[:1], dtype=dtype)

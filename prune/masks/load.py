@@ -10,21 +10,21 @@ from prune.masks import Masks
 from workbench.checkpoints import compact
 
 
-def masks_of(given: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
-    """``given`` as Masks; a path is that of a file that ``Masks.save`` wrote, or of a compact checkpoint.
+def masks_of(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
+    """``source`` as Masks; a path is that of a file that ``Masks.save`` wrote, or of a compact checkpoint.
 
     Raises:
-        TypeError: If ``given`` is neither a mapping nor a path.
+        TypeError: If ``source`` is neither a mapping nor a path.
         FileNotFoundError: If there is nothing at the path.
         ValueError: If masks are not valid, or there are none in the checkpoint.
     """
-    if isinstance(given, Masks):
-        return given
-    if isinstance(given, Mapping):
-        return Masks(given)
-    if not isinstance(given, str | os.PathLike):
-        raise TypeError(f"masks are {given!r}: give parameter name -> bool tensor, or the path of a file of masks")
-    path = Path(given)
+    if isinstance(source, Masks):
+        return source
+    if isinstance(source, Mapping):
+        return Masks(source)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"masks are {source!r}: give parameter name -> bool tensor, or the path of a file of masks")
+    path = Path(source)
     if path.is_file():
         return Masks.load(path)
     if not path.exists():

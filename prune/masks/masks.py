@@ -60,8 +60,8 @@ class Masks(Mapping[str, Tensor]):
             if not (isinstance(name, str) and name != ""):
                 raise ValueError(f"mask name {name!r} is not a parameter name: give non-empty strings")
             if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-                given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(f"mask '{name}' is {given}: give a torch.bool tensor, True where the weight is kept")
+                actual = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"mask '{name}' is {actual}: give a torch.bool tensor, True where the weight is kept")
             if mask.is_meta or distributed(mask):
                 kind = "on the meta device" if mask.is_meta else "a DTensor"
                 raise ValueError(f"mask '{name}' is {kind}: give a plain tensor that holds the whole mask")

@@ -57,10 +57,10 @@ class Fixed(Policy):
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         if self.masks is not None and self.masks != self._fixed:
-            stored, given = self.masks.hash(), self._fixed.hash()
+            stored, fixed = self.masks.hash(), self._fixed.hash()
             self.masks = self._fixed
             raise ValueError(
-                f"what is resumed was trained under mask {stored[:12]}, but mask {given[:12]} is given: resume with "
+                f"what is resumed was trained under mask {stored[:12]}, but mask {fixed[:12]} is given: resume with "
                 "the same mask, or start anew from its weights"
             )
 

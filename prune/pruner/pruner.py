@@ -290,12 +290,12 @@ def _unit_density(layout: Layout, within: Masks) -> float:
     return sum(int(mask.sum()) for mask in unpruned.values()) / sum(layout.units.values())
 
 
-def _parsed(axis: str, given: Any, known: Mapping[str, Any]) -> Any:
-    if isinstance(given, str):
-        if given not in known:
-            raise ValueError(f"unknown {axis} {given!r}{nearest(given, known)}")
-        return known[given]
-    fits = {"criterion": isinstance(given, Criterion), "structure": hasattr(given, "layout")}
-    if isinstance(given, type) or not fits.get(axis, callable(given)):
-        raise TypeError(f"{axis} is {given!r}: give one of {list(known)} or an instance")
-    return given
+def _parsed(axis: str, value: Any, table: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        if value not in table:
+            raise ValueError(f"unknown {axis} {value!r}{nearest(value, table)}")
+        return table[value]
+    fits = {"criterion": isinstance(value, Criterion), "structure": hasattr(value, "layout")}
+    if isinstance(value, type) or not fits.get(axis, callable(value)):
+        raise TypeError(f"{axis} is {value!r}: give one of {list(table)} or an instance")
+    return value

@@ -137,8 +137,8 @@ def prunable(
 
 def _is_prunable(name: str, layer: nn.Module) -> bool:
     # Conv1D is how transformers' GPT-2 spells Linear; known by name, so that transformers need not be there.
-    known = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or type(layer).__name__ == "Conv1D"
-    return known and name.rpartition(".")[2] == "weight"
+    prunable_type = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or type(layer).__name__ == "Conv1D"
+    return prunable_type and name.rpartition(".")[2] == "weight"
 
 
 def output_weight(model: nn.Module) -> nn.Parameter | None:
@@ -179,20 +179,20 @@ def check_weight(name: str, weight: nn.Parameter) -> None:
         raise ValueError(f"'{name}' has {bad} NaN or infinite values of {weight.numel()}: training diverged")
 
 
-def check_fits(what: str, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def check_fits(what: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Refuse tensors that lack a weight or have another shape.
 
     Raises:
         ValueError: naming one that has none.
     """
-    if missing := sorted(weights.keys() - given.keys()):
+    if missing := sorted(weights.keys() - tensors.keys()):
         raise ValueError(
             f"`{what}` and this pruner differ in {missing}: give {'masks' if what == 'within' else what} of this "
             "model, made with the same structure, include and exclude"
         )
     for name, weight in weights.items():
-        if given[name].shape != weight.shape:
-            shapes = f"{tuple(given[name].shape)}, the weight {tuple(weight.shape)}"
+        if tensors[name].shape != weight.shape:
+            shapes = f"{tuple(tensors[name].shape)}, the weight {tuple(weight.shape)}"
             raise ValueError(f"`{what}` has '{name}' of shape {shapes}: give those of this model")
 
 

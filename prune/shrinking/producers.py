@@ -127,8 +127,8 @@ class _ProducersMode(TorchDispatchMode):
             return None
         tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         sets = [self.producers(tensor) for tensor in tensors if tensor.numel()]  # a cache begins empty
-        known = [each for each in sets if each is not None]
-        return frozenset().union(*known) if known and len(known) == len(sets) else None
+        producers = [each for each in sets if each is not None]
+        return frozenset().union(*producers) if producers and len(producers) == len(sets) else None
 
 
 def _changes_border(padding: Any = 0, ceil: bool = False, counts: bool = True, divisor: int | None = None) -> bool:

@@ -51,5 +51,5 @@ def structure_named(name: str) -> Structure:
         return Block(int(sizes[1]), int(sizes[2]))
     if name in _INSTANCES:
         raise ValueError(f"structure {name!r} needs arguments: give {_INSTANCES[name]}")
-    known = [*STRUCTURES, "2:4", "4x4"]
-    raise ValueError(f"unknown structure {name!r}{nearest(name, known)} Any n:m or rows x columns is one, too")
+    names = [*STRUCTURES, "2:4", "4x4"]
+    raise ValueError(f"unknown structure {name!r}{nearest(name, names)} Any n:m or rows x columns is one, too")

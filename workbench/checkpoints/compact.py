@@ -253,9 +253,9 @@ def _tied_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     for name, tensor in state.items():
         is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not is_dense or _dtype_name(tensor.dtype) not in _CODES:
-            given = f"{tensor.dtype} {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind = f"{tensor.dtype} {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"{name!r} in the model's state is a {given}: a compact checkpoint holds dense tensors of "
+                f"{name!r} in the model's state is a {kind}: a compact checkpoint holds dense tensors of "
                 f"{', '.join(_CODES)} that have values"
             )
         # Names with the same memory, shape and strides are one tied weight, stored once.

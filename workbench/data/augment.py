@@ -53,11 +53,11 @@ def random_bits(indices: Sequence[int], views: int, seed: int, count: int) -> np
         count: Decisions a sample.
     """
     epochs = [getattr(index, "epoch", None) for index in indices]
-    known = [epoch for epoch in epochs if epoch is not None]
-    if len(known) < len(epochs):
+    numbers = [epoch for epoch in epochs if epoch is not None]
+    if len(numbers) < len(epochs):
         drawn = torch.randint(-(2**63), 2**63 - 1, (count, len(epochs)))
         return drawn.numpy().view(np.uint64)
-    view = np.array([epoch % views if views else epoch for epoch in known], dtype=np.uint64)
+    view = np.array([epoch % views if views else epoch for epoch in numbers], dtype=np.uint64)
     state = _mix(_mix(_mix(np.full(len(epochs), seed & _MASK, np.uint64)) + view) + np.array(indices, np.uint64))
     steps = np.array([(_STEP * (n + 1)) & _MASK for n in range(count)], np.uint64)
     return _mix(state + steps[:, None])

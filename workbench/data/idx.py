@@ -70,8 +70,8 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile, path: Path, ndim: int, room: int,
     while len(elements) < count and (chunk := file.read(min(_CHUNK, count - len(elements)))):
         elements += chunk
     if len(elements) < count or file.read(1):  # the read past the end makes gzip verify its checksum
-        found = f"only {len(elements)}" if len(elements) < count else "more"
-        raise ValueError(f"{path}: shape {shape} needs {count} bytes of elements, found {found}; fetch it again.")
+        held = f"only {len(elements)}" if len(elements) < count else "more"
+        raise ValueError(f"{path}: shape {shape} needs {count} bytes of elements, found {held}; fetch it again.")
     return torch.frombuffer(elements, dtype=torch.uint8).reshape(shape)
 
 

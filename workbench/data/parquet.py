@@ -35,14 +35,14 @@ def decode_image(content: bytes, mode: Literal["L", "RGB"], shape: tuple[int, ..
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            found = (image.height, image.width)
-            if shape in (None, found):
+            size = (image.height, image.width)
+            if shape in (None, size):
                 return np.array(image if image.mode == mode else image.convert(mode))
     except Exception as error:  # whatever its many decoders do with broken bytes
         raise ValueError(f"cannot be decoded ({error}); mend or drop that row") from error
     assert shape is not None
     raise ValueError(
-        f"is {found[1]}x{found[0]} pixels, the first one {shape[1]}x{shape[0]}: bring all images to one size"
+        f"is {size[1]}x{size[0]} pixels, the first one {shape[1]}x{shape[0]}: bring all images to one size"
     )
 
 
@@ -84,16 +84,16 @@ def decode_rows(
 
 def _content(image: Any, base: Path | None) -> bytes:
     """The bytes of the image file in a row."""
-    found = image.get("bytes") if isinstance(image, dict) else image
+    content = image.get("bytes") if isinstance(image, dict) else image
     path = image.get("path") if isinstance(image, dict) else None
-    if found is None and path:
+    if content is None and path:
         try:
             return (Path(path) if base is None else base / path).read_bytes()
         except OSError as error:
             raise ValueError(f"file {path} cannot be read ({error.strerror})") from error
-    if not isinstance(found, bytes):
-        raise ValueError(f"is {type(found).__name__}, expected the bytes of a JPEG or PNG file")
-    return found
+    if not isinstance(content, bytes):
+        raise ValueError(f"is {type(content).__name__}, expected the bytes of a JPEG or PNG file")
+    return content
 
 
 def find_parquet(root: Path, part: str) -> list[Path]:
@@ -234,12 +234,12 @@ class ParquetImages(ImageModule):
     def _hub(self, name: str) -> list[tuple[Tensor, Tensor]]:
         import datasets
 
-        found = load_from_hub(name, "; set root to the folder that holds train.parquet and test.parquet")
+        splits = load_from_hub(name, "; set root to the folder that holds train.parquet and test.parquet")
         parts = []
         for part in ("train", "test"):
-            if part not in found:
-                raise ValueError(f"{name}: has no split {part!r}, only {', '.join(map(str, found))}.")
-            split: Any = found[part]
+            if part not in splits:
+                raise ValueError(f"{name}: has no split {part!r}, only {', '.join(map(str, splits))}.")
+            split: Any = splits[part]
             if missing := [column for column in (self.image, self.label) if column not in split.column_names]:
                 raise ValueError(
                     f"{name}: has no column {missing[0]!r}, only {', '.join(map(repr, split.column_names))}: "

@@ -80,13 +80,13 @@ class Diagnose(Callback, OtherCallback):  # type: ignore[misc] - twins; a Traine
 
     def _numbers(self) -> dict[str, float]:
         units, gradients = self.last["units"], self.last["gradients"]
-        found = {f"gate/{site}": row["slope_squared"] for site, row in self.last["gates"].items()}
+        metrics = {f"gate/{site}": row["slope_squared"] for site, row in self.last["gates"].items()}
         if every := sum(row["units"] for row in units.values()):
-            found |= {word: sum(row[word] for row in units.values()) / every for word in ("dead", "zero")}
-        found["gradient_flow"] = gradients["total"]
+            metrics |= {word: sum(row[word] for row in units.values()) / every for word in ("dead", "zero")}
+        metrics["gradient_flow"] = gradients["total"]
         if gradients["ratio"] is not None:
-            found["gradient_ratio"] = gradients["ratio"]
+            metrics["gradient_ratio"] = gradients["ratio"]
         if self.layers:
-            found |= {f"dead/{site}": row["dead"] / row["units"] for site, row in units.items()}
-            found |= {f"gradient_flow/{name}": value for name, value in gradients["layers"].items()}
-        return found
+            metrics |= {f"dead/{site}": row["dead"] / row["units"] for site, row in units.items()}
+            metrics |= {f"gradient_flow/{name}": value for name, value in gradients["layers"].items()}
+        return metrics

@@ -58,8 +58,8 @@ def gradient_flow(
     everyone = total_batches(count, home)
     all_reduce_sum(sums.values())
     norms = {name: _squared(grad, kept.get(name)) / everyone**2 for name, grad in sums.items()}
-    found = [norms[name] for name in _layers(network) if name in norms]
-    ratio = found[0] / found[-1] if found and found[-1] else None
+    layer_norms = [norms[name] for name in _layers(network) if name in norms]
+    ratio = layer_norms[0] / layer_norms[-1] if layer_norms and layer_norms[-1] else None
     return {"total": sum(norms.values()), "layers": norms, "ratio": ratio}
 
 

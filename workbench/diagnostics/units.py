@@ -72,15 +72,15 @@ def dead_units(
             seen[site] = None if len(old[0]) != len(new[0]) else _joined(old, new)
 
     _observe(network, loader, run, look, outputs=True)
-    found = {}
+    counts = {}
     for site, of in _named({site: _shared(of) for site, of in seen.items() if of is not None}).items():
         low, high, squares, positions = of
         if positions < 2:
             raise ValueError(f"'{site}' was seen at one position, where everything is constant: give more samples")
         scale = (squares / (positions * len(low))).sqrt()
         dead, zero = high - low <= tolerance * scale, (low == 0) & (high == 0)
-        found[site] = {"dead": int(dead.sum()), "zero": int(zero.sum()), "units": len(low)}
-    return found
+        counts[site] = {"dead": int(dead.sum()), "zero": int(zero.sum()), "units": len(low)}
+    return counts
 
 
 def gate_statistics(network: nn.Module, loader: Iterable[Any], run: Run = forward) -> dict[str, dict[str, Any]]:

@@ -133,7 +133,7 @@ class _Tally:
             raise ValueError("the split has no sample to score: compare on another")
         students = {name: replace(_scored(scores), gain=0.0) for name, scores in self.scores.items()}
         differences = {name: self._paired(name) for name in self.students if name != self.baseline}
-        tested = {name: found.p for name, found in differences.items() if found.p is not None}
+        tested = {name: each.p for name, each in differences.items() if each.p is not None}
         adjusted = dict(zip(tested, statistics.holm(list(tested.values()))))
         for name, difference in differences.items():
             paired = replace(difference, p_holm=adjusted.get(name))

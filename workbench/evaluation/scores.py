@@ -120,10 +120,10 @@ class Scores:
             if before not in (0, classes):
                 raise ValueError(f"logits have {classes} classes, earlier batches had {before}: score one network")
             self._taught = teacher_logits is not None
-            found = {"accuracy": _right(part), "nll": _nll(part), "brier": _brier(part)}
+            scores = {"accuracy": _right(part), "nll": _nll(part), "brier": _brier(part)}
             if part.teacher is not None:
-                found |= {"agreement": _agree(part), "kl": _kl(part)}
-            for name, values in found.items():
+                scores |= {"agreement": _agree(part), "kl": _kl(part)}
+            for name, values in scores.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
             self._bins = self._bins + _binned(part, self._bins.shape[1]).cpu()
             self._classes = _by_class(part).cpu() + (self._classes if before else 0)
@@ -164,9 +164,9 @@ def _positions(
     teacher = None if teacher is None else teacher.reshape(logits.shape)
     wrong = (flat < 0) | (flat >= classes)
     if bool((wrong if keep is None else wrong & keep).any()):
-        found = sorted(set(flat[wrong if keep is None else wrong & keep].tolist()))[:3]
+        invalid = sorted(set(flat[wrong if keep is None else wrong & keep].tolist()))[:3]
         raise ValueError(
-            f"labels {', '.join(map(str, found))} are no classes, which are 0 to {classes - 1}: "
+            f"labels {', '.join(map(str, invalid))} are no classes, which are 0 to {classes - 1}: "
             "mark positions that do not count in valid"
         )
     step = max(1, _CHUNK // classes)

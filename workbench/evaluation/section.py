@@ -35,10 +35,10 @@ def comparison_of(stage: Stage) -> Comparison | None:
 
 def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
     """One, with a part for each comparison."""
-    known = [(stage, comparison) for stage in stages if (comparison := comparison_of(stage)) is not None]
+    comparisons = [(stage, comparison) for stage in stages if (comparison := comparison_of(stage)) is not None]
     parts: list[Part] = []
     drawn = 0
-    for stage, comparison in known:
+    for stage, comparison in comparisons:
         shown = moves(comparison)
         blocks: list[Text | Grid | Gallery] = [Grid(scores(comparison), "bought"), Text(about(comparison), "small")]
         if comparison.per_class.classes and not shown:
@@ -46,7 +46,7 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
         if shown:
             drawn += 1
             name = f"classes-{drawn}" if drawn > 1 else "classes"
-            title = f"Classes that move{f', {stage.name}' if len(known) > 1 else ''}"
+            title = f"Classes that move{f', {stage.name}' if len(comparisons) > 1 else ''}"
             caption = "Recall by class, and samples gained and lost against the baseline"
             figure = Figure(
                 title,
@@ -55,7 +55,7 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
                 {name: draw_moves(name, "change of recall by class", shown, comparison, summary.colours)},
             )
             blocks.append(Gallery([figure], Grid(classes(comparison, shown), "classes", caption)))
-        parts.append(Part(blocks, stage.name if len(known) > 1 else ""))
+        parts.append(Part(blocks, stage.name if len(comparisons) > 1 else ""))
     return [Chapter("What distillation bought", parts)]
 
 

@@ -45,13 +45,15 @@ def paired(first: Sequence[float], second: Sequence[float], confidence: float = 
         ValueError: If the lengths differ, there is no pair, a value is not finite, or the confidence is not in (0, 1).
     """
     d, scale = _differences(first, second)
-    found = _mean(d, scale, _level(confidence, "confidence"))
+    estimate = _mean(d, scale, _level(confidence, "confidence"))
     flips = sign_flip(d.tolist()) if len(d) <= _EXACT else None
-    if found.interval is None or not found.deviation:
-        return Paired(len(d), found.mean, found.deviation, None, None, flips, None)
-    t = found.mean / (found.deviation / math.sqrt(len(d)))
+    if estimate.interval is None or not estimate.deviation:
+        return Paired(len(d), estimate.mean, estimate.deviation, None, None, flips, None)
+    t = estimate.mean / (estimate.deviation / math.sqrt(len(d)))
     p = 2 * float(stats.t.sf(abs(t), len(d) - 1))
-    return Paired(len(d), found.mean, found.deviation, found.interval, p, flips, found.mean / found.deviation)
+    return Paired(
+        len(d), estimate.mean, estimate.deviation, estimate.interval, p, flips, estimate.mean / estimate.deviation
+    )
 
 
 def sign_flip(differences: Sequence[float]) -> float:
@@ -108,12 +110,12 @@ def equivalence(
         raise ValueError(f"margin is {margin}: give a positive number, in the units of the differences")
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha is {alpha}: give a number between 0 and 0.5")
-    found = _mean(d, scale, 1 - 2 * alpha)
-    if found.interval is None or not found.deviation:
+    estimate = _mean(d, scale, 1 - 2 * alpha)
+    if estimate.interval is None or not estimate.deviation:
         return Equivalence(len(d), margin, None, None, False)
-    error = found.deviation / math.sqrt(len(d))
-    p = float(stats.t.sf((margin - abs(found.mean)) / error, len(d) - 1))
-    return Equivalence(len(d), margin, p, found.interval, p <= alpha)
+    error = estimate.deviation / math.sqrt(len(d))
+    p = float(stats.t.sf((margin - abs(estimate.mean)) / error, len(d) - 1))
+    return Equivalence(len(d), margin, p, estimate.interval, p <= alpha)
 
 
 def one_sided(pairs: Paired, bound: float = 0.0) -> float | None:

@@ -79,25 +79,29 @@ class Arguments:
         self.runs = tuple(Arguments(recipe, run) for run in stage.runs)
         # The stage that a sweep repeats is checked run by run.
         self._grid = {name: stage.arguments[name] for name in (RUN, OVER) if stage.runs}
-        given = copy.deepcopy({name: value for name, value in stage.arguments.items() if name not in self._grid})
-        if isinstance(given.get("seed_everything"), bool):
-            del given["seed_everything"]  # LightningCLI takes true for "a random seed"; here a stage always has one
-        if self.trains and given.setdefault("trainer", {}) is None:
-            given["trainer"] = {}
-        if self.trains and not isinstance(given["trainer"], Mapping):
-            what = f"is {given['trainer']!r}: arguments of Lightning's Trainer are expected, e.g. {{max_epochs: 10}}"
+        arguments = copy.deepcopy({name: value for name, value in stage.arguments.items() if name not in self._grid})
+        if isinstance(arguments.get("seed_everything"), bool):
+            del arguments["seed_everything"]  # LightningCLI takes true for "a random seed"; here a stage always has one
+        if self.trains and arguments.setdefault("trainer", {}) is None:
+            arguments["trainer"] = {}
+        if self.trains and not isinstance(arguments["trainer"], Mapping):
+            what = (
+                f"is {arguments['trainer']!r}: arguments of Lightning's Trainer are expected, e.g. {{max_epochs: 10}}"
+            )
             raise recipe.error(what, stage.name, "trainer")
-        if wrong := errors.dataclass_error(function, given):
+        if wrong := errors.dataclass_error(function, arguments):
             key, message = wrong
             raise recipe.error(message, stage.name, key)
         self._parser = _parser(function, self.trains, self._grid)
         try:
-            self._values = self._parser.parse_object(copy.deepcopy(given))  # it replaces parts of its input by objects
+            self._values = self._parser.parse_object(
+                copy.deepcopy(arguments)
+            )  # it replaces parts of its input by objects
         except Exception as error:  # parsing imports the module of a class_path, which may raise anything
-            key, message = errors.describe_error(str(error), given, function)
+            key, message = errors.describe_error(str(error), arguments, function)
             raise recipe.error(message, stage.name, key) from error
-        for name in given:
-            if errors.is_wrongly_null(parameters[name], given):
+        for name in arguments:
+            if errors.is_wrongly_null(parameters[name], arguments):
                 expected = errors.readable_types(parameters[name].annotation)
                 raise recipe.error(f"is null: expected {expected}", stage.name, name)
         for name, value in vars(self._values).items():
@@ -124,15 +128,15 @@ class Arguments:
         # A job that trains another stage's module inherits that stage's trainer arguments. There, giving one of
         # Lightning's defaults overrides the inherited value; elsewhere it changes nothing and is left out.
         self._inherits = self.trains and not hasattr(function, "build")
-        self._trainer = [name for name in given.get("trainer", ()) if self._inherits or not self._is_default(name)]
+        self._trainer = [name for name in arguments.get("trainer", ()) if self._inherits or not self._is_default(name)]
         if self.trains and not self._inherits and not set(_BUDGETS) & set(self._trainer):
             what = "has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}"
             raise recipe.error(what, stage.name, "trainer")
 
     def _callbacks(self) -> Iterator[Any]:
         """The trainer's callbacks that are cheap to make, so that making them now can check their arguments."""
-        given = self._values["trainer"]["callbacks"] if self.trains else None
-        for callback in given if isinstance(given, list) else [given]:
+        callbacks = self._values["trainer"]["callbacks"] if self.trains else None
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             path = callback.get("class_path") if isinstance(callback, Namespace) else None
             if path and getattr(errors.import_object(path), "made_of_settings", False):
                 yield callback
@@ -293,8 +297,8 @@ def _build_module(class_type: type[ModuleT], *args: Any, **kwargs: Any) -> Modul
     if not hasattr(module, "init_args") and not args:
         # An argument that is an object cannot be described: loading the checkpoint will need a module to fill.
         with suppress(TypeError):
-            given = {name: argument_to_json(value) for name, value in kwargs.items()}
-            setattr(module, "init_args", json.loads(json.dumps(given)))  # noqa: B010 - not declared
+            init_args = {name: argument_to_json(value) for name, value in kwargs.items()}
+            setattr(module, "init_args", json.loads(json.dumps(init_args)))  # noqa: B010 - not declared
     return module
 
 

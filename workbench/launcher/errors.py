@@ -45,17 +45,17 @@ def dataclass_error(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     for name, value in arguments.items():
         if dataclasses.is_dataclass(cls := hints.get(name)) and not isinstance(value, Mapping) and value is not None:
             return name, f"is {_quoted(value)}: expected {_with_fields(cls)}"
-        for key, cls, given in _dataclasses(hints.get(name), value, name):
+        for key, cls, fields in _dataclasses(hints.get(name), value, name):
             for field in dataclasses.fields(cls):
-                if field.name in given and given[field.name] is None and not _may_be_none(cls, field):
+                if field.name in fields and fields[field.name] is None and not _may_be_none(cls, field):
                     return f"{key}.{field.name}", f"is null: expected {readable_types(str(_hints(cls)[field.name]))}"
             parser = ArgumentParser(exit_on_error=False)
             parser.add_class_arguments(cls, fail_untyped=False)
             try:
-                parser.parse_object(copy.deepcopy(dict(given)))  # it replaces parts of its input by objects
+                parser.parse_object(copy.deepcopy(dict(fields)))  # it replaces parts of its input by objects
             except (ArgumentError, TypeError, ValueError) as error:
                 # Of a class inside the dataclass, `describe_error` says more.
-                if not any(True for _ in _classes(given, "")) and (wrong := _init_error(key, cls, given, str(error))):
+                if not any(True for _ in _classes(fields, "")) and (wrong := _init_error(key, cls, fields, str(error))):
                     return wrong
     return None
 
@@ -64,8 +64,8 @@ def describe_error(text: str, arguments: Mapping[str, Any], function: Callable[.
     """Dotted key and message for the error ``text`` that jsonargparse raised for ``arguments`` of ``function``."""
     blamed = match[1] if (match := re.search(r'Parser key "([^"]+)"', text)) else None
     for key, node in _classes(arguments, ""):
-        if found := _class_error(key, node, text if blamed is None or key.startswith(blamed) else ""):
-            return found
+        if error := _class_error(key, node, text if blamed is None or key.startswith(blamed) else ""):
+            return error
     if unknown := re.search(r"Group 'trainer' does not accept option '([^']+)'", text):
         names = list(inspect.signature(Trainer).parameters)
         return f"trainer.{unknown[1]}", f"Lightning's Trainer has no such argument{nearest(unknown[1], names)}"
@@ -85,9 +85,9 @@ def constructor_message(text: str) -> str:
     return messages[0] if messages else " ".join(lines)[:_LONGEST]
 
 
-def is_wrongly_null(parameter: Parameter, given: Mapping[str, Any]) -> bool:
+def is_wrongly_null(parameter: Parameter, arguments: Mapping[str, Any]) -> bool:
     """Whether null is given although neither type nor default is None, which jsonargparse accepts."""
-    if parameter.name not in given or given[parameter.name] is not None:
+    if parameter.name not in arguments or arguments[parameter.name] is not None:
         return False
     return parameter.default != "None" and not re.search(r"\b(None|Optional|Any)\b", parameter.annotation)
 
@@ -145,11 +145,11 @@ def _types(hint: Any) -> tuple[Any, ...]:
 
 def _class_error(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str] | None:
     """Key and message if a class or its own arguments are wrong; ``text`` is the parser's, if it is about this key."""
-    path, given = node["class_path"], {} if node.get("init_args") is None else node["init_args"]
+    path, init_args = node["class_path"], {} if node.get("init_args") is None else node["init_args"]
     for name in node:
         if name not in _ENTRIES:
             return key, f"'{name}' stands beside class_path: arguments of the class go into init_args"
-    if not isinstance(path, str) or not isinstance(given, Mapping):
+    if not isinstance(path, str) or not isinstance(init_args, Mapping):
         return key, "a class is given as {class_path: package.module.Class, init_args: {argument: value}}"
     if "." not in path:
         # jsonargparse also accepts a bare name if such a class happens to be imported: a recipe must not depend on it.
@@ -165,16 +165,16 @@ def _class_error(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str
             parser.add_class_arguments(cls, fail_untyped=False)
         else:
             parser.add_function_arguments(cls, fail_untyped=False)
-        parser.parse_object(copy.deepcopy(dict(given)))  # it replaces parts of its input by objects
+        parser.parse_object(copy.deepcopy(dict(init_args)))  # it replaces parts of its input by objects
     except (ArgumentError, TypeError, ValueError) as error:
-        return _init_error(f"{key}.init_args", cls, given, str(error), text)
+        return _init_error(f"{key}.init_args", cls, init_args, str(error), text)
     if "does not correspond to a subclass of" in text and path in text:
         return f"{key}.class_path", _base_class_error(path, cls, text)
     return None
 
 
 def _init_error(
-    key: str, cls: Callable[..., Any], given: Mapping[str, Any], own: str, text: str | None = None
+    key: str, cls: Callable[..., Any], init_args: Mapping[str, Any], own: str, text: str | None = None
 ) -> tuple[str, str] | None:
     if unknown := re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", own):
         name = unknown[1] or unknown[2]
@@ -185,7 +185,7 @@ def _init_error(
         wanted = [name for name in missing if text is None or name in _missing_arguments(text)]
         return (f"{key}.{wanted[0]}", f"is required by {cls.__name__} and not given") if wanted else None
     if match := re.search(r'Parser key "([^"]+)"', own):
-        return f"{key}.{match[1]}", _type_error(own, _value_at(given, match[1]))
+        return f"{key}.{match[1]}", _type_error(own, _value_at(init_args, match[1]))
     return None
 
 

@@ -16,9 +16,9 @@ _WIDEST = 100
 
 def listing(program: str) -> str:
     """The bundled recipes, a line or two each."""
-    known = recipes()
-    width = max((len(name) for name in known), default=0)
-    lines = [_wrap(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in known.items()]
+    paths = recipes()
+    width = max((len(name) for name in paths), default=0)
+    lines = [_wrap(headline(path), f"  {name:<{width}}  ", " " * (width + 4)) for name, path in paths.items()]
     head = "Bundled recipes:" if lines else "There are no bundled recipes."
     ways = {"Run one:": "NAME", "Its arguments:": "NAME --help", "Edit a copy:": "--copy NAME"}
     return "\n".join([head, "", *lines, "", *(f"{what:<16}{program} run {words}" for what, words in ways.items())])
@@ -44,26 +44,26 @@ def metavar(annotation: str) -> str:
 
 
 def _arguments(
-    prefix: str, parameters: Sequence[Parameter], given: Mapping[str, Any], indent: str = "  "
+    prefix: str, parameters: Sequence[Parameter], arguments: Mapping[str, Any], indent: str = "  "
 ) -> Iterator[str]:
     for parameter in parameters:
         head = f"{indent}--{prefix}.{parameter.name} {metavar(parameter.annotation)}"
-        value = _value(given, parameter)
+        value = _value(arguments, parameter)
         line = f"{head}  ({value})" if value else head
         yield line if len(line) <= _width() else _wrap(line.replace(",", ", "), indent, f"{indent}      ")
         if parameter.description:
             yield _wrap(parameter.description, f"{indent}    ", f"{indent}    ")
-        fields = given.get(parameter.name)
+        fields = arguments.get(parameter.name)
         if isinstance(fields, Mapping):
             fields = fields.get("init_args") if "class_path" in fields else fields
         nested = fields if isinstance(fields, Mapping) else {}
         yield from _arguments(f"{prefix}.{parameter.name}", parameter.fields, nested, f"{indent}  ")
 
 
-def _value(given: Mapping[str, Any], parameter: Parameter) -> str:
+def _value(arguments: Mapping[str, Any], parameter: Parameter) -> str:
     """The argument's value: what the recipe gives, else its default; empty if that is None."""
-    if parameter.name in given:
-        value = given[parameter.name]
+    if parameter.name in arguments:
+        value = arguments[parameter.name]
         if isinstance(value, Mapping) and "class_path" in value:
             path = str(value["class_path"])
             return path if len(path) <= 36 else f"...{path[-33:]}"

@@ -140,7 +140,7 @@ def _check_member(recipe: Recipe, family: Arguments, source: Source, name: str, 
         return
     if family.runs and not member and key.endswith("]"):
         return  # in a list of stages a sweep stands for all of its runs
-    whole = [f"{stage}/{known}" for known in family.members]
+    whole = [f"{stage}/{label}" for label in family.members]
     if not member:
         what = "is a sweep" if family.runs else "trains a family"
         more = f" and {len(whole) - _LISTED} more" if len(whole) > _LISTED else ""

@@ -96,9 +96,9 @@ def find(name: str) -> Path:
     """
     if _is_file(Path(name)):
         return Path(name)
-    known = recipes()
-    if name in known:
-        return known[name]
+    shipped = recipes()
+    if name in shipped:
+        return shipped[name]
     if _is_folder(Path(name)):
         inside = [str(path) for path in sorted(Path(name).glob("*.y*ml"))]
         raise RecipeError(
@@ -106,7 +106,7 @@ def find(name: str) -> Path:
         )
     if name.endswith(".py"):
         raise RecipeError(f"{name}: a recipe is a YAML file; 'fabric run' starts scripts")
-    candidates = [*known, *_yaml_files_beside(Path(name))]
+    candidates = [*shipped, *_yaml_files_beside(Path(name))]
     raise RecipeError(f"{name}: neither a file nor a bundled recipe{nearest(name, candidates)}")
 
 
@@ -136,12 +136,12 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     if not stages:
         raise blank.error("has no stage: a stage is a mapping with a job, e.g. 'teacher: {job: fit, ...}'")
     jobs = [part.job for stage in stages for part in (stage, *stage.runs[:1])]
-    taken = dict.fromkeys(parameter.name for job in jobs for parameter in job.parameters)
+    parameters = dict.fromkeys(parameter.name for job in jobs for parameter in job.parameters)
     for key, value in shared.items():
         # `teacher` is an argument of distill and a likely stage. If all its keys are arguments, a job was forgotten.
-        lacks_job = isinstance(value, Mapping) and bool(value) and taken.keys() >= set(value)
-        if key not in taken or lacks_job:
-            names = dict.fromkeys([*(stage.name for stage in stages), *taken])
+        lacks_job = isinstance(value, Mapping) and bool(value) and parameters.keys() >= set(value)
+        if key not in parameters or lacks_job:
+            names = dict.fromkeys([*(stage.name for stage in stages), *parameters])
             what = "neither a stage (it has no job) nor an argument that a stage's job takes"
             raise blank.error(what if lacks_job else f"{what}{nearest(key, names)}", key=key)
     return Recipe(path, tuple(stages))
@@ -151,8 +151,8 @@ def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[s
     """The stage called ``name``: its job found, its keys checked, fragments included, shared arguments added."""
     if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
         raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
-    job, given = _read_stage_body(recipe, name, body, shared)
-    return _with_runs(recipe, Stage(name, job, given), shared) if _is_sweep(job) else Stage(name, job, given)
+    job, arguments = _read_stage_body(recipe, name, body, shared)
+    return _with_runs(recipe, Stage(name, job, arguments), shared) if _is_sweep(job) else Stage(name, job, arguments)
 
 
 def _read_stage_body(
@@ -192,8 +192,8 @@ def _read_stage_body(
             raise recipe.error(f"job '{job.name}' has no such argument{nearest(key, names)}", name, f"{prefix}{key}")
     # A stage that starts from another one inherits that one's arguments: a shared trainer must not replace its trainer.
     inherits = inherits or "start" in own
-    given = {key: value for key, value in shared.items() if key in names and not inherits}
-    merged = {**given, **{key: _merge(given.get(key), value) for key, value in own.items()}}
+    defaults = {key: value for key, value in shared.items() if key in names and not inherits}
+    merged = {**defaults, **{key: _merge(defaults.get(key), value) for key, value in own.items()}}
     return job, copy.deepcopy(merged)
 
 
@@ -214,18 +214,18 @@ def _with_runs(recipe: Recipe, stage: Stage, shared: Mapping[str, Any]) -> Stage
     except ValueError as error:
         raise recipe.error(str(error), stage.name, OVER) from error
     inherits = any("start" in point.values for point in points)
-    job, given = _read_stage_body(recipe, stage.name, body, shared, prefix=f"{RUN}.", inherits=inherits)
+    job, arguments = _read_stage_body(recipe, stage.name, body, shared, prefix=f"{RUN}.", inherits=inherits)
     if _is_sweep(job) or job.name == _READS_ALL_STAGES:
         nested, reader = "a sweep in a sweep: name all keys in one", "it looks at all stages: give it its own"
         reason = nested if _is_sweep(job) else reader
         raise recipe.error(f"job '{job.name}' cannot be repeated, {reason}", stage.name, f"{RUN}.job")
-    runs = tuple(_run_at(recipe, stage.name, job, given, point) for point in points)
-    return Stage(stage.name, stage.job, {**stage.arguments, RUN: {"job": job.name, **given}}, runs)
+    runs = tuple(_run_at(recipe, stage.name, job, arguments, point) for point in points)
+    return Stage(stage.name, stage.job, {**stage.arguments, RUN: {"job": job.name, **arguments}}, runs)
 
 
-def _run_at(recipe: Recipe, sweep: str, job: Job, given: Mapping[str, Any], point: Setting) -> Stage:
+def _run_at(recipe: Recipe, sweep: str, job: Job, shared: Mapping[str, Any], point: Setting) -> Stage:
     """The run of the stage ``sweep`` at one point of its grid."""
-    arguments = copy.deepcopy(dict(given))
+    arguments = copy.deepcopy(dict(shared))
     names = [parameter.name for parameter in job.parameters]
     for key, value in point.values.items():
         path = key.split(".")

@@ -166,12 +166,12 @@ def _default(value: ast.expr | None) -> ast.expr | None:
     """The default of a dataclass's field; None if the field is required."""
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] == "field"):
         return value
-    given = {keyword.arg: keyword.value for keyword in value.keywords}
-    if isinstance(init := given.get("init"), ast.Constant) and init.value is False:
+    keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+    if isinstance(init := keywords.get("init"), ast.Constant) and init.value is False:
         return _NOT_AN_ARGUMENT
-    if factory := given.get("default_factory"):
+    if factory := keywords.get("default_factory"):
         return factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
-    return given.get("default")
+    return keywords.get("default")
 
 
 def _is_dataclass(decorator: ast.expr) -> bool:

@@ -291,8 +291,8 @@ def kind_of(module: nn.Module) -> str | None:
 
 def _config_kinds(config: Any) -> dict[str, str | None]:
     """By field the row, for those fields of a transformers configuration that name its activation."""
-    found = {field: getattr(config, field, None) for field in _CONFIG_FIELDS} if hasattr(config, "to_dict") else {}
-    return {field: _HUB_KEYS.get(key) for field, key in found.items() if isinstance(key, str)}
+    keys = {field: getattr(config, field, None) for field in _CONFIG_FIELDS} if hasattr(config, "to_dict") else {}
+    return {field: _HUB_KEYS.get(key) for field, key in keys.items() if isinstance(key, str)}
 
 
 def _sites(parent: nn.Module, allowed: set[str] | None, seen: set[int]) -> Iterator[tuple[nn.Module, str]]:
@@ -306,14 +306,14 @@ def _sites(parent: nn.Module, allowed: set[str] | None, seen: set[int]) -> Itera
     if allowed is not None and type(parent).__name__.endswith("Pooler"):
         return  # its tanh is written out, not configured
     for attribute, value in vars(parent).items():
-        found = next((row.name for row in TABLE.values() if value is row.function), None)
-        if found is not None and (allowed is None or found in allowed):
+        name = next((row.name for row in TABLE.values() if value is row.function), None)
+        if name is not None and (allowed is None or name in allowed):
             yield parent, attribute
     for attribute, child in parent._modules.items():  # named_children() gives a shared module once
-        found = kind_of(child) if child is not None else None
-        if child is not None and found is None:
+        name = kind_of(child) if child is not None else None
+        if child is not None and name is None:
             yield from _sites(child, allowed, seen)
-        elif found is not None and (allowed is None or found in allowed):
+        elif name is not None and (allowed is None or name in allowed):
             yield parent, attribute
 
 

@@ -24,23 +24,23 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     swapped in afterwards, and layers that were made smaller, are noted beside.
     """
     cls = _class_of(model)
-    found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    description: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     config: Any = getattr(model, "config", None)
     try:
         if hasattr(cls, "config_class") and hasattr(config, "to_json_string"):
-            found["config"] = json.loads(config.to_json_string(use_diff=False))
+            description["config"] = json.loads(config.to_json_string(use_diff=False))
             # transformers leaves it out of the file, and the two differ in the last bits.
             if (attention := getattr(config, "_attn_implementation", None)) in _ATTENTION:
-                found["config"]["attn_implementation"] = attention
+                description["config"]["attn_implementation"] = attention
             if _POOLER in inspect.signature(cls).parameters and getattr(model, "pooler", None) is None:
-                found["pooler"] = False
+                description["pooler"] = False
         else:
-            found["init_args"] = _arguments(model)
+            description["init_args"] = _arguments(model)
         if swapped := getattr(model, "swapped_activation", None):
-            found["activation"] = swapped
+            description["activation"] = swapped
         if resized := getattr(model, "resized", None):
-            found["resized"] = resized
-        return json.loads(json.dumps(found))
+            description["resized"] = resized
+        return json.loads(json.dumps(description))
     except (TypeError, ValueError):
         return None
 
@@ -118,8 +118,8 @@ def is_architecture(value: Any) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         return False
-    given = [value[key] for key in ("init_args", "config") if key in value]
-    if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("activation", ""), str):
+    arguments = [value[key] for key in ("init_args", "config") if key in value]
+    if len(arguments) != 1 or not isinstance(arguments[0], dict) or not isinstance(value.get("activation", ""), str):
         return False
     if not (isinstance(value.get("pooler", False), bool) and is_resized(value.get("resized", {}))):
         return False
@@ -137,11 +137,11 @@ def is_architecture(value: Any) -> bool:
 def _arguments(model: nn.Module) -> dict[str, Any]:
     """What the constructor was given; raises TypeError if that is not known or not enough."""
     signature = inspect.signature(_class_of(model))
-    given: Any = getattr(model, "init_args", None)
-    if not isinstance(given, Mapping):
-        given = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
-    if not isinstance(given, Mapping):
+    init_args: Any = getattr(model, "init_args", None)
+    if not isinstance(init_args, Mapping):
+        init_args = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
+    if not isinstance(init_args, Mapping):
         raise TypeError(f"{_class_of(model).__name__} does not say what it was built with")
-    arguments = {name: value for name, value in given.items() if name != "_instantiator"}
+    arguments = {name: value for name, value in init_args.items() if name != "_instantiator"}
     signature.bind(**arguments)
     return arguments

@@ -119,10 +119,10 @@ def sentence_encoder(folder: str | os.PathLike[str]) -> SentenceEncoder:
         )
     config = _json(path / str(modules[1].get("path", "")) / "config.json")
     modes = [str(mode) for mode, on in config.items() if mode.startswith("pooling_mode") and on is True]
-    known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
+    poolings: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in poolings:
         raise ValueError(f"{path}: pools by {', '.join(modes) or 'nothing'}; only the mean or the first token is known")
-    return SentenceEncoder(path, known[modes[0]], normalize=len(kinds) == 3)
+    return SentenceEncoder(path, poolings[modes[0]], normalize=len(kinds) == 3)
 
 
 def _json(path: Path) -> Any:
@@ -138,13 +138,13 @@ def _from_config(config: Mapping[str, Any]) -> nn.Module:
     """An encoder with new weights."""
     from transformers import AutoConfig, AutoModel
 
-    given = dict(config)
-    if not is_architecture({"class_path": "", "config": given}):
+    fields = dict(config)
+    if not is_architecture({"class_path": "", "config": fields}):
         raise ValueError("the encoder's configuration asks for an attention that is not built in: use eager or sdpa.")
     try:
-        return AutoModel.from_config(AutoConfig.for_model(**given))
+        return AutoModel.from_config(AutoConfig.for_model(**fields))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"no encoder can be built from the configuration {', '.join(given) or '{}'}: "
+            f"no encoder can be built from the configuration {', '.join(fields) or '{}'}: "
             f"{' '.join(str(error).split())[:300]}; give model_type and its fields, as in a config.json."
         ) from error

@@ -92,11 +92,9 @@ def forward(model: nn.Module, batch: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except TypeError as error:
-        given = (
-            f"arguments {list(kwargs)}" if kwargs else "one argument" if len(args) == 1 else f"{len(args)} arguments"
-        )
+        kind = f"arguments {list(kwargs)}" if kwargs else "one argument" if len(args) == 1 else f"{len(args)} arguments"
         raise ValueError(
-            f"{type(model).__name__} cannot be called with {given} of a batch ({error}): give a loader of mappings of "
+            f"{type(model).__name__} cannot be called with {kind} of a batch ({error}): give a loader of mappings of "
             "its arguments, or of tuples of its inputs and last the labels"
         ) from error
 
@@ -108,10 +106,8 @@ def scalar(value: Any) -> Tensor:
         ValueError: if it is not a scalar tensor with a graph.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"the loss is {given}: loss(model, batch) must return a scalar tensor, the mean over the batch"
-        )
+        kind = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"the loss is {kind}: loss(model, batch) must return a scalar tensor, the mean over the batch")
     if not value.requires_grad:
         raise ValueError("the loss has no graph: compute it from what the model returns, without no_grad or detach")
     return value.reshape(())

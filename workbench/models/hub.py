@@ -53,14 +53,14 @@ def pretrained(name: str, architecture: str = "AutoModel", options: dict[str, An
     """
     cls = _class(architecture)
     try:
-        model, found = cls.from_pretrained(
+        model, info = cls.from_pretrained(
             resolve_path(name), **(options or {}), output_loading_info=True, use_safetensors=True
         )
     except (OSError, TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name}: {architecture} cannot be loaded from there ({reason})") from error
     prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    if missing := sorted(key for key in found["missing_keys"] if key.startswith(prefix) and "pooler." not in key):
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler." not in key):
         # transformers fills them with random numbers and goes on.
         raise ValueError(f"{name}: lacks {len(missing)} weights, such as {missing[0]!r}: give a whole model.")
     return model.train()
@@ -69,13 +69,9 @@ def pretrained(name: str, architecture: str = "AutoModel", options: dict[str, An
 def _class(architecture: str) -> Any:
     import transformers
 
-    found = getattr(transformers, architecture, None)
-    if (
-        isinstance(found, type)
-        and hasattr(found, "from_pretrained")
-        and ("For" in architecture or "Model" in architecture)
-    ):
-        return found
+    cls = getattr(transformers, architecture, None)
+    if isinstance(cls, type) and hasattr(cls, "from_pretrained") and ("For" in architecture or "Model" in architecture):
+        return cls
     close = closest(architecture, (name for name in dir(transformers) if "For" in name or "Model" in name))
     raise ValueError(
         f"transformers has no model {architecture!r}"

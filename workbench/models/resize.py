@@ -66,7 +66,7 @@ def sizes(module: nn.Module) -> Sizes:
 def set_resized(model: nn.Module, resized: Mapping[str, Mapping[str, int]]) -> None:
     """Keep in ``model.resized`` what differs from its constructor, or nothing if nothing does."""
     if resized:
-        setattr(model, "resized", {path: dict(found) for path, found in resized.items()})  # noqa: B010
+        setattr(model, "resized", {path: dict(entry) for path, entry in resized.items()})  # noqa: B010
     elif hasattr(model, "resized"):
         delattr(model, "resized")
 
@@ -121,9 +121,9 @@ def resize(model: nn.Module, resized: Mapping[str, Any]) -> None:
         except AttributeError as error:
             raise ResizeError(f"{type(model).__name__} has no module {path!r} to resize") from error
         own = sizes(module)
-        if odd := [name for name in wanted if name not in own and not _may_add_bias(module, name)]:
+        if missing := [name for name in wanted if name not in own and not _may_add_bias(module, name)]:
             raise ResizeError(
-                f"{path} ({type(module).__name__}) has no size {odd[0]!r}: it has {', '.join(own) or 'none'}"
+                f"{path} ({type(module).__name__}) has no size {missing[0]!r}: it has {', '.join(own) or 'none'}"
             )
         if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
             raise ResizeError(f"{path} shares its weights with another module, which would not be resized with it")
@@ -141,9 +141,9 @@ def is_resized(value: Any) -> bool:
     """Whether ``value``, out of a file, has the form of ``model.resized``; its names are not looked up."""
     return isinstance(value, Mapping) and all(
         isinstance(path, str)
-        and isinstance(found, Mapping)
-        and all(isinstance(name, str) and type(size) is int and 0 < size < _LARGEST for name, size in found.items())
-        for path, found in value.items()
+        and isinstance(entry, Mapping)
+        and all(isinstance(name, str) and type(size) is int and 0 < size < _LARGEST for name, size in entry.items())
+        for path, entry in value.items()
     )
 
 

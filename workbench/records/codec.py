@@ -142,8 +142,8 @@ def _read(kind: Any, value: Any, path: Path, key: str) -> Any:
     if kind is float:
         return number(value)
     if kind is int:
-        found = number(value)
-        return None if found is None else int(found)
+        parsed = number(value)
+        return None if parsed is None else int(parsed)
     if kind is bool:
         return value if isinstance(value, bool) else None
     # A word that this version does not know is shown as it is, so a Literal reads as text.

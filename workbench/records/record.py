@@ -35,13 +35,13 @@ def fingerprint(data: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 def environment() -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _refused(path: Path, record: Any) -> str:
     number = record.get("format") if isinstance(record, dict) else type(record).__name__
     if type(number) is not int:
         return f"{path}: record format {number!r}, this version reads {FORMAT}: move the folder aside"
-    made = record.get("versions")
-    package = made.get("distill-prune") if isinstance(made, dict) else None
+    versions = record.get("versions")
+    package = versions.get("distill-prune") if isinstance(versions, dict) else None
     version_ = f"distill-prune {package}, record format {number}" if package else f"record format {number}"
     return (
         f"{path} was written by {'an earlier' if number < FORMAT else 'a later'} version ({version_}) and this version "

@@ -39,11 +39,11 @@ def band(
     dense: float | None = None,
 ) -> Band | None:
     """Density, mean and whether it is marked, of each point, drawn; None if no point has both."""
-    known = [(d, e, marked) for d, e, marked in points if d and d > 0 and e is not None]
-    known.sort(key=lambda point: -point[0])
-    if not known:
+    finite = [(d, e, marked) for d, e, marked in points if d and d > 0 and e is not None]
+    finite.sort(key=lambda point: -point[0])
+    if not finite:
         return None
-    x, estimates, marked = (list(part) for part in zip(*known))
+    x, estimates, marked = (list(part) for part in zip(*finite))
     low, high = ([getattr(e.interval, end, None) for e in estimates] for end in ("low", "high"))
     return Band(name, tone, x, [e.mean for e in estimates], low, high, marked, dense)
 
@@ -65,11 +65,11 @@ def ends(interval: Interval | None, measured: Metric) -> str:
 
 def number(n: Sequence[int | None]) -> str:
     """How many seeds there are: ``n = 3 seeds``, ``n = 3 to 4 seeds``."""
-    known = sorted({each for each in n if each is not None})
-    if not known:
+    counts = sorted({each for each in n if each is not None})
+    if not counts:
         return "n not recorded"
-    text = f"n = {known[0]}" if len(known) == 1 else f"n = {known[0]} to {known[-1]}"
-    return f"{text} seed{'' if known == [1] else 's'}"
+    text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return f"{text} seed{'' if counts == [1] else 's'}"
 
 
 def sample(n: Sequence[int | None], seeds: Sequence[str], estimates: Iterable[Estimate]) -> str:

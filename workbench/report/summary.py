@@ -86,8 +86,8 @@ def learning(summary: Summary) -> list[Curve]:
     curves = []
     for row in summary.rows:
         key = f"val/{row.metric.name}"
-        known = [e for e in row.outcome.history if _finite(e.get("epoch")) and _finite(e.get(key))]
-        if points := sorted((entry["epoch"] + 1, entry[key]) for entry in known):
+        entries = [e for e in row.outcome.history if _finite(e.get("epoch")) and _finite(e.get(key))]
+        if points := sorted((entry["epoch"] + 1, entry[key]) for entry in entries):
             curves.append(Curve(row.stage.name, row.metric, [x for x, _ in points], [y for _, y in points]))
     return curves
 
@@ -117,7 +117,7 @@ def _metrics(stages: Iterable[Stage], outcomes: Mapping[str, Outcome]) -> dict[t
         for recorded in (stage.metrics, *outcomes[stage.name].measured):
             for split in ("val", "test"):
                 values.setdefault(stage.monitor, []).append(recorded.get(f"{split}/{stage.monitor[0]}"))
-    return {monitor: metric(*monitor, known) for monitor, known in values.items()}
+    return {monitor: metric(*monitor, numbers) for monitor, numbers in values.items()}
 
 
 def _row(

@@ -93,8 +93,8 @@ def known_seeds(rows: Sequence[Row]) -> set[int | None]:
 
 def list_seeds(seeds: set[int | None]) -> str:
     """``0, 7, not recorded``."""
-    known = [str(seed) for seed in sorted(seed for seed in seeds if seed is not None)]
-    return ", ".join([*known, *(["not recorded"] if None in seeds else [])])
+    listed = [str(seed) for seed in sorted(seed for seed in seeds if seed is not None)]
+    return ", ".join([*listed, *(["not recorded"] if None in seeds else [])])
 
 
 def _headings(summary: Summary) -> tuple[bool, str, str]:

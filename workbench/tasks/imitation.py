@@ -148,5 +148,5 @@ class SpearmanOfPairs(Metric):
             torch.cat([torch.cosine_similarity(part, part.roll(-lag, 0), dim=-1) for lag in lags]).cpu().numpy()
             for part in (output, target)
         )
-        found: Any = spearmanr(here, there)
-        return torch.tensor(float(found.statistic), device=output.device)
+        correlation: Any = spearmanr(here, there)
+        return torch.tensor(float(correlation.statistic), device=output.device)

@@ -47,9 +47,9 @@ def cross_entropy(
             reduction="sum",
         )
     except IndexError as error:  # on a GPU the device says so, later
-        known = targets[targets != skip]
+        counted = targets[targets != skip]
         raise ValueError(
-            f"labels go from {int(known.min())} to {int(known.max())} and logits score {logits.shape[-1]} classes: "
+            f"labels go from {int(counted.min())} to {int(counted.max())} and logits score {logits.shape[-1]} classes: "
             "give the model as many outputs as there are classes"
         ) from error
     return total / valid_mask(targets, ignore_index).sum().clamp(min=1)

@@ -153,14 +153,14 @@ def make_trainer(arguments: Mapping[str, Any] | None, callbacks: Sequence[Callba
         raise ValueError("trainer has neither max_epochs nor max_steps: say how long to train, e.g. {max_epochs: 10}")
     # A hunt makes one Trainer per level from the same arguments: each needs its own callbacks and loggers.
     user_callbacks = copy.deepcopy(arguments.pop("callbacks", None) or [])
-    given = {name: copy.deepcopy(value) for name, value in arguments.items() if value is not None}
+    options = {name: copy.deepcopy(value) for name, value in arguments.items() if value is not None}
     defaults = {**_DEFAULTS, "default_root_dir": str(out), "enable_progress_bar": progress.current() is None}
     # Not the user's to set: ResumeCheckpoint writes checkpoints, and the data order is split over ranks already.
     for name in ("enable_checkpointing", "use_distributed_sampler"):
-        given.pop(name, None)
-    if isinstance(given.get("strategy"), ModelParallelStrategy):
-        given["inference_mode"] = False  # tensors that FSDP2 gathers in inference mode cannot be trained afterwards
-    lightning_trainer = Trainer(**{**defaults, **given}, callbacks=[*_as_list(user_callbacks), *callbacks])
+        options.pop(name, None)
+    if isinstance(options.get("strategy"), ModelParallelStrategy):
+        options["inference_mode"] = False  # tensors that FSDP2 gathers in inference mode cannot be trained afterwards
+    lightning_trainer = Trainer(**{**defaults, **options}, callbacks=[*_as_list(user_callbacks), *callbacks])
     check_world_size(lightning_trainer.world_size)
     use_full_checkpoints(lightning_trainer)
     return lightning_trainer

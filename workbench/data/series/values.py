@@ -52,12 +52,12 @@ def fit_scale(series: Iterable[np.ndarray], where: object) -> Scale:
         ValueError: If a channel has no value at all.
     """
     values = np.concatenate([np.asarray(each, dtype=np.float64) for each in series])
-    known = ~np.isnan(values)
-    count = known.sum(0)
+    valid = ~np.isnan(values)
+    count = valid.sum(0)
     if (empty := np.flatnonzero(count == 0)).size:
         raise ValueError(f"{where}: channel {empty[0]} has no value in the training part: leave it out.")
-    mean = np.where(known, values, 0.0).sum(0) / count
-    std = np.sqrt(np.square(np.where(known, values - mean, 0.0)).sum(0) / count)
+    mean = np.where(valid, values, 0.0).sum(0) / count
+    std = np.sqrt(np.square(np.where(valid, values - mean, 0.0)).sum(0) / count)
     # A deviation within rounding error of a constant counts as 0.
     return Scale(mean, np.where(std > 1e-12 * np.abs(mean), std, 1.0))
 

@@ -118,8 +118,8 @@ def _json(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error}); fetch the file again.") from error
     splits = content if isinstance(content, dict) else {WHOLE: content}
-    if odd := [name for name, rows in splits.items() if not isinstance(rows, list)]:
-        raise ValueError(f"{path}: {odd[0]!r} is not a list of rows.")
+    if invalid := [name for name, rows in splits.items() if not isinstance(rows, list)]:
+        raise ValueError(f"{path}: {invalid[0]!r} is not a list of rows.")
     return {name: _select_columns(rows, columns, f"{path}, {name!r}") for name, rows in splits.items()}
 
 

@@ -82,6 +82,6 @@ class Sentences(TextModule):
         rows = splits.get("train", splits.get(WHOLE))
         if rows is None:
             raise ValueError(f"{name}: has no split 'train', only {', '.join(map(repr, splits))}.")
-        if odd := [text for (text,) in rows if not isinstance(text, str)]:
-            raise ValueError(f"{name}: column {self.column!r} has {repr(odd[0])[:40]}, which is not a text.")
+        if invalid := [text for (text,) in rows if not isinstance(text, str)]:
+            raise ValueError(f"{name}: column {self.column!r} has {repr(invalid[0])[:40]}, which is not a text.")
         return [(text, None) for (text,) in rows]

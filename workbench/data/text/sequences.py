@@ -83,8 +83,8 @@ class TextSequences(TextModule):
         if not self.prompt:
             return TokenLists(sequences)
         prompts = [row[1] for row in rows]
-        if odd := [each for each in prompts if not isinstance(each, int) or each < 0]:
-            raise ValueError(f"{where}: column {self.prompt!r} has {odd[0]!r}, which is no number of tokens.")
+        if invalid := [each for each in prompts if not isinstance(each, int) or each < 0]:
+            raise ValueError(f"{where}: column {self.prompt!r} has {invalid[0]!r}, which is no number of tokens.")
         return TokenLists(sequences, {"prompt_lengths": prompts})
 
     def _numbers(self, numbers: Any, tokens: Tokens | None, where: str) -> Sequence[int]:
@@ -95,6 +95,6 @@ class TextSequences(TextModule):
             or not all(isinstance(n, int) for n in numbers)
         ):
             raise ValueError(f"{where}: {repr(numbers)[:40]} is not a list of token numbers like the rest.")
-        if odd := [n for n in numbers if n < 0 or (size is not None and n >= size)]:
-            raise ValueError(f"{where}: {odd[0]} is none of the {size or 'possible'} token numbers.")
+        if invalid := [n for n in numbers if n < 0 or (size is not None and n >= size)]:
+            raise ValueError(f"{where}: {invalid[0]} is none of the {size or 'possible'} token numbers.")
         return numbers[: self.length]

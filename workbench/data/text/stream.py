@@ -158,8 +158,8 @@ class TextStream(TextModule):
         texts: dict[str, str] = {}
         for part in wanted:
             rows = [row for each in read for row in each.get(part, each.get(WHOLE, []) if part == name else [])]
-            if odd := [text for (text,) in rows if not isinstance(text, str)]:
-                raise ValueError(f"{sources}: column {self.column!r} has {repr(odd[0])[:40]}, which is not a text.")
+            if invalid := [text for (text,) in rows if not isinstance(text, str)]:
+                raise ValueError(f"{sources}: column {self.column!r} has {repr(invalid[0])[:40]}, which is not a text.")
             if rows:
                 texts[part] = "\n".join(text for (text,) in rows)
         if name not in texts:

@@ -69,13 +69,13 @@ def learn(texts: Sequence[str], kind: str, vocabulary: int, length: int) -> Toke
         model, trainer = models.BPE(unk_token=SPECIAL[1]), trainers.BpeTrainer(**options)
     else:
         raise ValueError(f"{kind!r} cannot be learnt: use one of {', '.join(LEARNT)}, or give a tokenizer's folder.")
-    made = Tokenizer(model)
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(texts, trainer)
     cls, sep = SPECIAL[2:4]
-    made.post_processor = processors.TemplateProcessing(f"{cls} $A {sep}", None, [(cls, 2), (sep, 3)])
-    return Tokens(made, 0, length)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{cls} $A {sep}", None, [(cls, 2), (sep, 3)])
+    return Tokens(tokenizer, 0, length)
 
 
 def load(name: str, length: int) -> Tokens:
@@ -87,18 +87,20 @@ def load(name: str, length: int) -> Tokens:
     from transformers import AutoTokenizer
 
     try:
-        found: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub's, the network's and the files' own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{name}: no tokenizer can be loaded from there ({reason}): give the folder of one, or one of "
             f"{', '.join(LEARNT)} to learn it from the training texts."
         ) from error
-    if not getattr(found, "is_fast", False):
-        raise ValueError(f"{name}: its {type(found).__name__} is not one of the tokenizers library: give a fast one.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{name}: its {type(tokenizer).__name__} is not one of the tokenizers library: give a fast one."
+        )
     # Where nothing is meant for padding the end token pads: which tokens count is told by the attention mask alone.
-    pads = (found.pad_token_id, found.eos_token_id, 0)
-    return Tokens(found.backend_tokenizer, next(int(pad) for pad in pads if pad is not None), length)
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return Tokens(tokenizer.backend_tokenizer, next(int(pad) for pad in pads if pad is not None), length)
 
 
 def tokens_for(tokenizer: str, vocabulary: int, length: int) -> Callable[[Sequence[str]], Tokens]:

@@ -94,8 +94,8 @@ def _error_message(record: Mapping[str, Any]) -> str:
 def threads(shares: int) -> int:
     """Number of threads for each of ``shares`` processes, at least one, out of those that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, (int(given) if given.isdecimal() else allowed) // shares)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, (int(limit) if limit.isdecimal() else allowed) // shares)
 
 
 def run_process(task: str, threads: int, cwd: str) -> None:

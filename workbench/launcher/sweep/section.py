@@ -44,7 +44,7 @@ def levels_of(stage: Stage) -> dict[str, list[Level]]:
         own = read_stage(stage.folder / inside)
         if own is not None and own.fingerprint == run.fingerprint and isinstance(own.result, HuntResult):
             levels[run.name or ""] = own.result.levels
-    return {name: known for name, known in levels.items() if known}
+    return {name: run_levels for name, run_levels in levels.items() if run_levels}
 
 
 def sentence(stage: Stage) -> str:
@@ -71,9 +71,9 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
     for stage in stages:
         blocks: list[Text | Grid | Gallery] = [Text(sentence(stage))]
         levels = {} if stage.name in summary.covered else levels_of(stage)
-        if (found := curves(stage, levels)) is not None:
+        if (series := curves(stage, levels)) is not None:
             drawn += 1
-            blocks.append(Gallery([_figure(stage, levels, *found, f"sweep-{drawn}" if drawn > 1 else "sweep")]))
+            blocks.append(Gallery([_figure(stage, levels, *series, f"sweep-{drawn}" if drawn > 1 else "sweep")]))
         if (table := means(stage)) is not None:
             blocks.append(Grid(table, "means", "Means over seeds, with half their t intervals"))
         table = runs(stage)
@@ -200,9 +200,9 @@ def _metrics(stage: Stage) -> dict[tuple[str, str], Metric]:
     values: dict[tuple[str, str], list[float | None]] = {}
     for run in runs_of(stage):
         if run.metrics:
-            known = [run.metrics.get(f"{split}/{run.monitor[0]}") for split in ("val", "test")]
-            values.setdefault(run.monitor, []).extend(known)
-    return {monitor: metric(*monitor, known) for monitor, known in values.items()}
+            recorded = [run.metrics.get(f"{split}/{run.monitor[0]}") for split in ("val", "test")]
+            values.setdefault(run.monitor, []).extend(recorded)
+    return {monitor: metric(*monitor, recorded) for monitor, recorded in values.items()}
 
 
 def _test(run: Run, measured: dict[tuple[str, str], Metric], alike: bool) -> Cell:

@@ -46,7 +46,7 @@ def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
         if len(setting) == len(run.over):
             return []
         if run.status == "finished":
-            group = next((group for known, group in groups if known == setting), None)
+            group = next((group for seen, group in groups if seen == setting), None)
             if group is None:
                 groups.append((setting, [run]))
             else:

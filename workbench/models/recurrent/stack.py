@@ -63,13 +63,13 @@ class RecurrentStack(nn.Module):
         super().__init__()
         if min(features, hidden, layers) < 1:
             raise ValueError(f"features={features}, hidden={hidden}, layers={layers}: all must be at least 1.")
-        for name, value, known in (
+        for name, value, choices in (
             ("cell", cell, Cell),
             ("norm", norm, Norm),
             ("init", init, Init),
             ("recurrence", recurrence, Recurrence),
         ):
-            check_choice(known, **{name: value})
+            check_choice(choices, **{name: value})
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: give at least 0 and less than 1.")
         if recurrence == "identity" and cell != "rnn":

@@ -171,42 +171,44 @@ class Transformer(nn.Module):
         return x[torch.arange(x.shape[0], device=x.device), real.long().argmax(1)]
 
     def _check_inputs(self, inputs: Tensor, mask: Tensor | None) -> None:
-        found = f"inputs are {inputs.dtype} {list(inputs.shape)}"
+        shapes = f"inputs are {inputs.dtype} {list(inputs.shape)}"
         if self.features is None:
             if inputs.is_floating_point() or inputs.dim() != 2:
-                raise ValueError(f"{found}: give tokens, int64 [B, L].")
+                raise ValueError(f"{shapes}: give tokens, int64 [B, L].")
         elif not inputs.is_floating_point() or inputs.dim() != 3 or inputs.shape[2] != self.features:
-            raise ValueError(f"{found}: give numbers, float [B, L, {self.features}].")
+            raise ValueError(f"{shapes}: give numbers, float [B, L, {self.features}].")
         if self.positions is not None and inputs.shape[1] > self.max_length:
             raise ValueError(
-                f"{found}, longer than max_length={self.max_length}: cut them, or build with a larger one."
+                f"{shapes}, longer than max_length={self.max_length}: cut them, or build with a larger one."
             )
         if mask is not None and mask.shape != inputs.shape[:2]:
-            raise ValueError(f"{found}, attention_mask {list(mask.shape)}: give one number a position.")
+            raise ValueError(f"{shapes}, attention_mask {list(mask.shape)}: give one number a position.")
 
 
-def _check(given: dict[str, Any]) -> None:
+def _check(arguments: dict[str, Any]) -> None:
     """Raise ValueError for what no transformer can be built with."""
-    vocabulary, features, classes = given["vocabulary"], given["features"], given["classes"]
+    vocabulary, features, classes = arguments["vocabulary"], arguments["features"], arguments["classes"]
     if (vocabulary is None) == (features is None):
         raise ValueError(f"vocabulary={vocabulary}, features={features}: give one, for tokens or for series.")
     names = ("vocabulary", "features", "classes", "width", "layers", "heads", "width_ffn", "max_length")
-    if low := [f"{name}={given[name]}" for name in names if given[name] is not None and given[name] < 1]:
+    if low := [f"{name}={arguments[name]}" for name in names if arguments[name] is not None and arguments[name] < 1]:
         raise ValueError(f"{', '.join(low)}: must be at least 1.")
     if vocabulary is None and classes is None:
         raise ValueError(f"features={features}, classes=None: give classes; only a vocabulary can be modelled.")
-    if given["tied"] and classes is not None:
+    if arguments["tied"] and classes is not None:
         raise ValueError(f"tied=True, classes={classes}: only a language model's output can be its embedding.")
-    if given["width"] % given["heads"]:
-        raise ValueError(f"width={given['width']}, heads={given['heads']}: give a number of heads that divides it.")
-    if given["positions"] == "rotary" and given["width"] // given["heads"] % 2:
+    if arguments["width"] % arguments["heads"]:
         raise ValueError(
-            f"width={given['width']}, heads={given['heads']}: rotary positions need heads of an even width."
+            f"width={arguments['width']}, heads={arguments['heads']}: give a number of heads that divides it."
         )
-    if not 0 <= given["dropout"] < 1:
-        raise ValueError(f"dropout={given['dropout']}: give at least 0 and less than 1.")
+    if arguments["positions"] == "rotary" and arguments["width"] // arguments["heads"] % 2:
+        raise ValueError(
+            f"width={arguments['width']}, heads={arguments['heads']}: rotary positions need heads of an even width."
+        )
+    if not 0 <= arguments["dropout"] < 1:
+        raise ValueError(f"dropout={arguments['dropout']}: give at least 0 and less than 1.")
     for name, kind in (("norm", TokenNorm), ("positions", Positions), ("pooling", Pooling), ("init", Init)):
-        check_choice(kind, **{name: given[name]})
+        check_choice(kind, **{name: arguments[name]})
 
 
 @torch.no_grad()
