@@ -14,6 +14,34 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("workbench", "distill", "prune")
 Graph = dict[str, set[str]]
 
+FLOORS = {
+    "workbench": (
+        "launcher",
+        "evaluation diagnostics export",
+        "training data",
+        "report tasks checkpoints",
+        "models records",
+        "distributed randomness duration paths files yaml_io messages progress lazy",
+    ),
+    "prune": (
+        "tickets",
+        "callbacks hf shrinking",
+        "policies accounting",
+        "pruner",
+        "allocation structures",
+        "rewinding criteria connectivity topk",
+        "masks schedule levels",
+    ),
+    "distill": (
+        "module callbacks hf",
+        "targets",
+        "cache student",
+        "teacher objective language",
+        "losses features hf_labels",
+    ),
+}
+"""From the top floor down: a room imports only what stands below it, or beside it without a circle."""
+
 
 @dataclass(frozen=True)
 class Arrow:

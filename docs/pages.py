@@ -256,16 +256,12 @@ def filled(markdown: str) -> str:
     return markdown.replace("<!-- floors -->", floors()).replace("<!-- schemas -->", schemas())
 
 
-@cache
 def floors() -> str:
     """The floors of each package as tables, from the top down."""
-    every = list(architecture.arrows())
     parts = []
-    for package in architecture.PACKAGES:
-        graph = architecture.rooms(package, every)
-        graph.pop("__main__", None)
-        rows = [" ".join(f"`{room}`" for room in floor) for floor in reversed(architecture.floors(graph))]
-        parts += [f"| `{package}/` |", "| --- |", *(f"| {row} |" for row in rows), ""]
+    for package, levels in architecture.FLOORS.items():
+        rows = ["| " + " ".join(f"`{room}`" for room in level.split()) + " |" for level in levels]
+        parts += [f"| `{package}/` |", "| --- |", *rows, ""]
     return "\n".join(parts)
 
 

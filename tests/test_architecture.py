@@ -9,38 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import architecture
+from benchmarks.architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for name in ("workbench", "distill", "prune") for path in (ROOT / name).rglob("*.py"))
 FORBIDDEN = {"workbench": {"distill", "prune"}, "distill": {"prune"}, "prune": {"distill"}}
-
-FLOORS = {
-    "workbench": (
-        "launcher",
-        "evaluation diagnostics export",
-        "training data",
-        "report tasks checkpoints",
-        "models records",
-        "distributed randomness duration paths files yaml_io messages progress lazy",
-    ),
-    "prune": (
-        "tickets",
-        "callbacks hf shrinking",
-        "policies accounting",
-        "pruner",
-        "allocation structures",
-        "rewinding criteria connectivity topk",
-        "masks schedule levels",
-    ),
-    "distill": (
-        "module callbacks hf",
-        "targets",
-        "cache student",
-        "teacher objective language",
-        "losses features hf_labels",
-    ),
-}
-"""From the top floor down: a room imports only what stands below it, or beside it without a circle."""
 
 TORCH_ONLY = {
     "prune": (
