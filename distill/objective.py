@@ -36,11 +36,11 @@ class Term:
         loss: A loss on logits or on features; the task's own loss, on labels, if None.
         weight: Its factor, at least 0. A term of weight 0 is not computed, but the task's own loss is still logged.
         student: For a loss on features: layers of the student, by path or pattern as :func:`distill.features.capture`
-            takes them; for a family of students, one entry for each member by name.
-        teacher: As many layers of the teacher; those of the student if None.
+            takes them; for a family of students, a mapping from each member's name to its layers.
+        teacher: The layers of the teacher, as many as of the student; the same names as the student's if None.
         warmup: How long the weight rises linearly from 0.
-        decay: How long the weight falls linearly to ``final`` times itself, counted from the start of training; None
-            keeps it constant.
+        decay: How long the weight takes to fall linearly to ``final`` times itself, counted from the start of training;
+            None keeps it constant.
         final: Share of the weight that is left after the decay, in [0, 1].
 
     Raises:

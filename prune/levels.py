@@ -18,16 +18,16 @@ class Levels:
 
     Args:
         count: How many times to prune, 0 or more.
-        density: Share of the prunable weights to reach, in (0, 1], which gives the number of levels; or a list, the
-            density of every level, falling.
-        rate: Share of the remaining weights pruned at each level, in [0, 1); 0 is the control that prunes nothing.
-        max_drop: End the hunt once the validation score is more than this below level 0's, in the unit of the metric,
-            0 or more.
-        patience: For how many levels in a row the score has to be below, 1 or more.
-        early_stop: End a level after so many validations without a better score, 1 or more, with its best weights; by
-            default every level trains to the end.
-        tolerance: Validation score that a level may lose on the dense network and still count as a winning ticket, in
-            the unit of the metric.
+        density: Share of the prunable weights to reach, in (0, 1], which gives the number of levels; or a falling list
+            with the density of every level.
+        rate: Share of the remaining weights that each level prunes, in [0, 1); 0 is the control that prunes nothing.
+        max_drop: End the hunt once the validation score is more than this below that of level 0, in the unit of the
+            metric, 0 or more.
+        patience: How many levels in a row must be below by more than `max_drop` before the hunt ends, 1 or more.
+        early_stop: End a level after this many validations without a better score, 1 or more, and restore its best
+            weights; by default every level trains to the end.
+        tolerance: How far a level's validation score may be below the dense network's for the level to count as a
+            winning ticket, in the unit of the metric.
 
     Raises:
         ValueError: If a value is out of range, or both `count` and `density` are given.

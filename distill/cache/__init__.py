@@ -40,13 +40,13 @@ def cache(
         data: The data module; one that augments needs a number of views of a sample.
         features: Layers of the teacher whose inputs or outputs are stored too, e.g. `encoder.layer.*`.
         store: All logits (full), or for large vocabularies ids sampled from them (sampled).
-        samples: How many ids are sampled at each position.
-        dtype: Of the stored values, e.g. float16; the teacher's own by default.
-        precision: Of the teacher, bf16 or int8; its own by default.
-        splits: Of the data module; train by default.
+        samples: With `store: sampled`, how many ids are sampled at each position.
+        dtype: Type of the stored values, e.g. float16; the teacher's own by default.
+        precision: Precision of the teacher, bf16 or int8; its own by default.
+        splits: Splits of the data module to cache; train by default.
         task: Reads the teacher's inputs from a batch; by default all but the labels.
-        batch_size: Of the teacher; the data module's by default, which distillation should use as well to get the same
-            bits as from a live teacher.
+        batch_size: Batch size of the teacher, by default that of the data module. Distillation should use the same one
+            to get the same bits as from a live teacher.
         seed_everything: Seed of the sampled ids.
         out: The stage's folder, given by the recipe.
 

@@ -25,7 +25,7 @@ _UNSUITED = {
 
 @final
 class LotteryTicket(PolicyCallback):
-    """Hunts a lottery ticket in one ``fit`` of a training somebody already has: trains, prunes, rewinds, trains again.
+    """Hunts a lottery ticket inside one ``fit`` of your own training: trains, prunes, rewinds and trains again.
 
     It drives a :class:`prune.policies.Iterative`, which describes the arguments.
 
@@ -36,12 +36,12 @@ class LotteryTicket(PolicyCallback):
     loops' counters, the place in the data, and the state of other callbacks, so that each level has its own patience
     and its own best checkpoints. So does the random state. On the CPU a level at rate 0 repeats level 0 bit for bit.
 
-    What does not go back: attributes of the module that are neither parameters nor buffers, what a loader that keeps
-    its own state will give next (a warning says so), random numbers of loader workers that persist over epochs, and the
-    step that loggers count, which grows over the levels. After a rewind point inside an epoch, that epoch's training
-    means are over its rest.
+    These do not go back: attributes of the module that are neither parameters nor buffers; the position of a loader
+    that keeps its own state (a warning says so); random numbers of loader workers that persist over epochs; and the
+    step that loggers count, which grows over the levels. If the rewind point lies inside an epoch, the training means
+    of that epoch cover only the part after the point.
 
-    With another ``Rewind.mode`` only part of it goes back, as :mod:`prune.rewinding.modes` has it in a table. In
+    With another ``Rewind.mode`` only part of it goes back: see the table in :mod:`prune.rewinding.modes`. In
     fine-tuning nothing does: a level trains on from the end of level 0 for as many updates as others train from the
     rewind point, with ``fit_loop.max_epochs`` and ``max_steps`` raised meanwhile. Only other callbacks start each level
     with what they knew at the rewind point.

@@ -63,7 +63,7 @@ class Pruner:
         output: Name pattern of the output layers, which "layerwise" prunes more slowly. None for the last Linear or
             Conv layer in definition order, if that is pruned (a head tied to an embedding is not).
         seed: Seed of the criterion "random", 0 or more; the scores depend on it and on the parameter's name only.
-        smallest: Number of entries; weights with fewer are not pruned. 1 prunes all.
+        smallest: Weight tensors with fewer entries than this are not pruned. 1 excludes none.
 
     Raises:
         TypeError: If an axis is neither a name nor an instance.

@@ -58,16 +58,17 @@ trains for as long as a level of the other modes."""
 
 @dataclass(frozen=True)
 class Rewind:
-    """Where every level after the dense one starts, and what goes back there.
+    """Where every level after level 0 starts, and what goes back there.
 
     A bare duration, ``rewind: 2ep``, is ``{at: 2ep}``.
 
     Args:
-        at: The rewind point: after so many epochs (2ep) or optimizer updates (500it) of level 0; 0it is the initial
+        at: The rewind point: this many epochs (2ep) or optimizer updates (500it) into level 0; 0it is the initial
             weights.
-        mode: What goes back there: all; the weights, with fresh optimizer state; learning_rate, all but the weights; or
-            with fine_tuning nothing: it trains on at the last learning rate, for as long.
-        order: Whether every level has the same order of the data and the same random numbers, or fresh ones.
+        mode: What goes back there. `all`: everything. `weights`: everything, but the optimizer's state starts empty.
+            `learning_rate`: everything but weights and buffers. `fine_tuning`: nothing; training goes on at the last
+            learning rate of level 0, for as many updates as a level has in the other modes.
+        order: Whether all levels use the same order of the data and the same random numbers, or each its own (fresh).
 
     Raises:
         ValueError: If a value is none of these.

@@ -30,12 +30,13 @@ def shrink(
     """Remove what the masks of a pruned network leave unused: a smaller network with the same outputs.
 
     Channels, hidden units and attention heads are removed if nothing reads them or if they are constant; the rest keeps
-    its masks. Channels pruned in the structure `Coupled` are all removed; of weights pruned one by one only channels
-    that happen to be unused.
+    its masks. Channels pruned in the structure `Coupled` are all removed. If weights were pruned one by one, only
+    channels that happen to be unused are removed.
 
     Args:
         of: The stage with the pruned network, or the folder of a compact checkpoint.
-        level: Of a hunt: its last level, the sparsest within tolerance on validation data, or a number.
+        level: For a hunt: `last`; `winning`, the sparsest level within tolerance on validation data; or the number of a
+            level.
         data: The data module to score the smaller network on; by default the record keeps the metrics of `of`.
         task: Loss and metrics on `data`; by default the data module's `task`, else classification over `classes`.
         out: The stage's folder, given by the recipe.

@@ -17,14 +17,15 @@ class Controls:
     A bare list, ``controls: [reinit, random]``, is ``{arms: [reinit, random]}``.
 
     Args:
-        arms: Trainings beside the ticket: reinit has new initial weights under the ticket's mask, shuffled its mask
-            shuffled within each layer, random a random mask, twin another order of the data, and dense is never pruned
-            but trained for as many updates as all levels so far, unless early_stop ends it.
-        other: Another hunt in the same network, say of another seed: its mask is one more control.
-        connectivity: Train every ticket once more with another data order, and measure the error barrier between the
-            two, and between each level and the one before (Frankle et al. 2020). For `hunt`.
-        diagnose: Record dead units and gradient flow of every training, and after each epoch how far the mask that
-            would be drawn is from the last epoch's (the early-bird distance of You et al. 2020). For `hunt`.
+        arms: Trainings beside the ticket. `reinit`: the ticket's mask on new initial weights. `shuffled`: the mask
+            shuffled within each layer. `random`: a random mask. `twin`: the ticket with another order of the data.
+            `dense`: never pruned, trained for as many updates as all levels so far, or until early_stop ends it.
+        other: Another hunt in the same network, such as one with another seed; its mask is one more control.
+        connectivity: Train a twin of every ticket with another data order, and measure the error barrier between the
+            two, and between each level and the previous one (Frankle et al. 2020). Only for `hunt`.
+        diagnose: Record dead units and gradient flow of every training, and after each epoch the distance between the
+            mask that would be selected now and that of the previous epoch (the early-bird distance of You et al. 2020).
+            Only for `hunt`.
 
     Raises:
         ValueError: If an arm is none of these.

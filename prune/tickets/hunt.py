@@ -61,23 +61,27 @@ def hunt(
 ) -> dict[str, Any]:
     """Hunt a lottery ticket: iterative magnitude pruning with rewinding (Frankle & Carbin 2019, Frankle et al. 2020).
 
-    Level 0 trains dense and keeps the rewind point on its way. Every further level prunes the weights of the level
-    before and trains what is left from the rewind point to the end, with weights, optimizer, schedulers, counters,
-    random state and data order as they were there. With `start` at a `distill` stage, every level has its teacher.
+    Level 0 trains the dense network and saves the rewind point. Every further level prunes the weights of the previous
+    level, goes back to the rewind point and trains the remaining weights to the end. By default weights, optimizer,
+    schedulers, counters, random state and data order go back. If `start` is a `distill` stage, every level trains with
+    that stage's teacher.
 
     Args:
-        start: A fit or distill stage: train what it trained, with its data, trainer and seed, unless given here.
+        start: A fit or distill stage, whose network is trained again with the stage's data, trainer and seed, unless
+            these are given here.
         model: Instead of `start`: a network, or a LightningModule of your own.
         data: The data module.
         task: Loss and metrics of a plain `model`.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. A list is the density
-            of every level.
-        levels: How many times to prune, instead of `density`; or how far, in which steps, and when to end.
-        rewind: Where each level starts: 0it is the initial weights, 2ep the end of the second epoch, 500it a step; or
-            also what goes back there, and in which order the data comes.
-        controls: What is trained beside the ticket at each level; or also what is measured.
-        pruner: Which weights go: by which criterion, in which structure, allocated how to layers; the smallest of the
-            whole network by default. It draws random numbers by the hunt's seed.
+        density: Share of the prunable weights to reach, in (0, 1], which gives the number of levels; or a list with the
+            density of every level.
+        levels: How many times to prune, instead of `density`; or a mapping that sets how far to prune, in which steps,
+            and when to end.
+        rewind: The rewind point: 0it is the initial weights, 2ep the end of the second epoch, 500it the 500th update;
+            or a mapping that also sets what goes back and the order of the data.
+        controls: Which controls are trained beside the ticket at each level; or a mapping that also sets what is
+            measured.
+        pruner: Selects the weights to prune, by criterion, structure and allocation; by default the smallest magnitudes
+            of the whole network. Its random numbers follow from the hunt's seed.
         batches: How many training batches a criterion that needs data is calibrated on.
         optimizer: Instead of that of `start`; for a plain `model` AdamW at 1e-3 by default.
         lr_scheduler: With the optimizer; stepped once an epoch, constant by default.

@@ -63,16 +63,16 @@ def transfer(
 
     Args:
         start: The hunt.
-        level: Which ticket: the sparsest within tolerance (the last level where only the dense network is), or the
-            last, or a number.
-        weights: Whether the ticket starts with the weights of the hunt's rewind point, or only its mask is taken, over
-            the network's own initial weights.
-        model: The network to train instead: with another activation, or of other classes. Weights that the hunt's
-            network does not have by name and shape, such as those of an output of other classes, keep their own
-            initial values and are not pruned.
+        level: Which ticket: `winning`, the sparsest within tolerance (the last level if only the dense network is);
+            `last`; or the number of a level.
+        weights: `rewound` starts from the weights of the hunt's rewind point; `own` takes only the mask, on the
+            network's own initial weights.
+        model: The network to train instead, such as one with another activation or other classes. Weights that the
+            hunt's network does not have under the same name and shape, such as those of a new output layer, keep their
+            own initial values and are not pruned.
         data: The data module.
-        task: Loss and metrics of a plain network; those of the hunt where its data stay.
-        controls: What is trained beside the ticket, from the same start: reinit, shuffled or random.
+        task: Loss and metrics of a plain network; by default the hunt's, if its data is used.
+        controls: Which controls are trained beside the ticket, from the same start: reinit, shuffled or random.
         optimizer: Instead of the hunt's.
         lr_scheduler: With the optimizer; stepped once an epoch, constant by default.
         trainer: Arguments of Lightning's Trainer that replace the hunt's.

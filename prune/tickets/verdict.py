@@ -44,26 +44,25 @@ def verdict(
     split: Literal["test", "val"] = "test",
     out: Path = Path("runs/verdict"),
 ) -> dict[str, Any]:
-    """Judge the tickets of hunts that differ in their seed only: does a level match the dense network and beat its
-    controls?
+    """Judge whether the tickets of hunts over several seeds match the dense network and beat their controls.
 
-    Everything is compared within seeds. A level is a `ticket` if it is surely no more than delta below the dense
-    network, and below the one trained as long if there is one, and surely above every other control; `no ticket` if one
-    of these is surely not so; else `inconclusive`. Also: how far the masks of different seeds overlap, and how far they
-    would by chance; and where there are several groups of hunts, what each has over the first, within seeds.
+    All comparisons are paired by seed. A level is a `ticket` if it is significantly no more than `delta` below level 0
+    and below the control `dense`, if that was trained, and significantly above every other control. It is `no ticket`
+    if one of these is significantly false, and otherwise `inconclusive`. The record also has the overlap of the masks
+    of different seeds, the overlap expected by chance, and the differences between groups of hunts.
 
     Args:
-        hunts: Hunt stages of different seeds, or sweeps over them: then one verdict for each sweep and each of its
-            other settings, say for two activations, or for hunts with and without a teacher.
-        delta: What a ticket may lose on the dense network, in the unit of the metric.
-        metric: The metric's name without split; the main one by default.
-        split: Where it is measured.
+        hunts: Hunt stages that differ in their seed only, or sweeps over seeds. A sweep over other settings as well,
+            such as two activations, gets one verdict for each of these.
+        delta: How far a ticket may be below the dense network, in the unit of the metric, above 0.
+        metric: The metric's name without its split, such as `accuracy`; the main metric by default.
+        split: The split on which it is measured.
         out: The stage's folder, given by the recipe.
 
     Returns:
-        `verdicts`, for the record: one for each group of hunts, with every level's means, differences and verdict; and
-        `differences`: of each group's tickets less the first group's, above, below, equivalent within delta, or
-        inconclusive.
+        For the record: `verdicts`, one for each group of hunts, with every level's means, differences and verdict; and
+        `differences`, which compare each group's tickets with the first group's: above, below, equivalent within delta,
+        or inconclusive.
 
     Raises:
         ValueError: If a source is no finished hunt, hunts differ in more than their seed, or the metric is missing.

@@ -35,17 +35,18 @@ def compare(
     device: str | None = None,
     out: Path = Path("runs/compare"),
 ) -> dict[str, Any]:
-    """Score a teacher and its students on one split: what did each kind of training buy.
+    """Score a teacher and its students on one split, and compare each student's accuracy with a baseline's.
 
-    Every network is read from its compact checkpoint, and all see the same batches. For logits over classes: accuracy,
-    NLL, Brier score, calibration error, and each student's agreement with the teacher and KL to it. Accuracy is
-    compared with a baseline's sample by sample; where a sample has many labels, as a text's tokens, text by text.
-    Intervals say what another test set might change, not what another seed would: train several for that.
+    Every network is read from its compact checkpoint, and all networks get the same batches. The networks must return
+    logits over classes. The scores are accuracy, NLL, Brier score, calibration error, and each student's agreement with
+    the teacher and KL divergence from it. Accuracy is compared with the baseline's sample by sample; if a sample has
+    many labels, such as the tokens of a text, text by text. The intervals cover the choice of the test set, but not the
+    choice of the seed: train several seeds for that.
 
     Args:
         teacher: A stage of the recipe, or a folder with a compact checkpoint.
         students: Stages or folders like that, e.g. [alone, distilled]; a student of a family is stage/name.
-        data: The data module; its `names`, if it has any, are the classes'.
+        data: The data module; its `names`, if it has any, name the classes.
         task: How to read batches and outputs; by default the data module's `task`, else classification over `classes`.
         split: Which part of the data to score on, test or val.
         baseline: The student that the others are compared with, by its name in `students`; the first by default.

@@ -30,13 +30,14 @@ def export(
     values: Literal["float32", "float16", "bfloat16"] = "float32",
     out: Path = Path("runs/export"),
 ) -> dict[str, Any]:
-    """Write a trained stage as a compact checkpoint, and on request as dense 16-bit folder and ONNX file.
+    """Write a trained stage as a compact checkpoint, and on request as a dense 16-bit folder and an ONNX file.
 
     Every file is loaded again and compared with the trained network, on the validation inputs that the stage stored.
 
     Args:
         of: The stage to export, or the folder of a compact checkpoint.
-        level: Of a hunt: its last level, the sparsest within tolerance on validation data, or a number.
+        level: For a hunt: `last`; `winning`, the sparsest level within tolerance on validation data; or the number of a
+            level.
         formats: Some of compact, torch and onnx; compact is always written.
         values: Type of the compact checkpoint's values; float32 is exact.
         out: The stage's folder, given by the recipe.

@@ -320,8 +320,8 @@ def _sites(parent: nn.Module, allowed: set[str] | None, seen: set[int]) -> Itera
 def swap_activation(model: M, name: str) -> M:
     """Replace, in place, every activation of a model by another.
 
-    Replaced are the modules that `kind_of` knows, and functions of the table held as attributes
-    (``nn.TransformerEncoderLayer``); calls written out in a ``forward`` cannot be seen. Under a transformers
+    It replaces the modules that `kind_of` knows, and functions of the table that are held as attributes
+    (``nn.TransformerEncoderLayer``); it cannot see functions that a ``forward`` calls directly. Under a transformers
     configuration with ``hidden_act``, ``hidden_activation``, ``activation_function`` or ``activation``, only
     the activation it names is replaced, so that BERT's pooler keeps its tanh, and the configuration is edited
     in place (give teacher and student one each) where transformers knows the new one by name.

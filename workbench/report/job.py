@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def report(out: Path, run: Path | None = None, title: str | None = None) -> dict:
-    """Write a page about a run: what each stage kept, scored, cost and saved, and how it was made.
+    """Write a page about a run: density, scores, cost and savings of each stage, and how it was made.
 
-    The page stands alone: no script, nothing fetched, light and dark. The same records give the same bytes.
+    The page is one file, without scripts or external resources, in light and dark. The same records give the same
+    bytes.
 
     Args:
         out: This stage's own folder; ``index.html`` and ``figures/*.svg`` are written there.

@@ -126,11 +126,11 @@ def pretrained(
     task: Task | None = None,
     out: Path = Path("runs/pretrained"),
 ) -> dict[str, Any]:
-    """Make a trained network a stage, which other stages name as their teacher or cut a student from.
+    """Make an already trained network a stage, which other stages use as their teacher or cut a student from.
 
     Args:
         model: The network with its weights, e.g. of `workbench.models.hub.pretrained`.
-        data: The data module to score it on, and to keep example inputs of; neither if not given.
+        data: The data module to score it on and to take stored example inputs from; without it, neither is done.
         task: Loss and metrics; by default the data module's own `task`, else classification over its `classes`.
         out: The stage's folder, given by the recipe.
 

@@ -35,19 +35,22 @@ def sweep(
     retries: int = 1,
     out: Path = Path("runs/sweep"),
 ) -> dict[str, Any]:
-    """Repeat a stage over a grid of its arguments; every run is a stage of its own, in a folder of this one's.
+    """Repeat a stage over a grid of its arguments; every run is a stage in a subfolder of the sweep.
 
-    Another stage names a run as `grid/activation-relu_seed-0`. What is finished is kept, also when the grid grows; what
-    was stopped goes on. A run that fails does not stop the others. A run comes to the same, bit for bit, in place, in
-    processes, on Ray, or as a stage by itself, if the number of threads is the same.
+    If the sweep is called `grid`, other stages name a run as `grid/activation-relu_seed-0`. Finished runs are kept when
+    the grid grows. Interrupted runs resume. A run that fails does not stop the others. With the same number of threads,
+    a run gives the same result, bit for bit, in this process, in its own process, on Ray, or as a single stage.
 
     Args:
-        run: The stage: a job and its arguments, e.g. {job: hunt, density: 0.05}, with those that stages share.
-        over: Values by dotted key, e.g. {model.init_args.activation: [relu, gelu], seed: [0, 1, 2]}, all combined; or a
-            list of settings, e.g. [{density: 0.1, rate: 0.2}, {density: 0.05}].
-        workers: Runs at a time. 1: one after the other in this process; more: each in a process of its own.
-        ray: Instead, let Ray place them: {} on this machine, or {address: auto, cpus: 2, gpus: 0.5}, for each run.
-        retries: How often a run that failed or died is tried again.
+        run: The stage: a job and its arguments, e.g. {job: hunt, density: 0.05}. Arguments that all stages share apply,
+            too.
+        over: Values by dotted key, of which all combinations are run, e.g. {model.init_args.activation: [relu, gelu],
+            seed: [0, 1, 2]}; or a list of settings, e.g. [{density: 0.1, rate: 0.2}, {density: 0.05}].
+        workers: How many runs go on at a time. With 1, one after the other in this process; with more, each in its own
+            process.
+        ray: Run on Ray instead: {} on this machine, or e.g. {address: auto, cpus: 2, gpus: 0.5} on a cluster, with
+            these resources for each run.
+        retries: How often a run that failed or died is retried.
         out: The stage's folder, given by the recipe.
 
     Returns:

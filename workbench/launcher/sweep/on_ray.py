@@ -30,9 +30,10 @@ class Ray:
     """Where Ray is and what it reserves for each run.
 
     Args:
-        address: A cluster's, whose machines see the run's folder; one is started on this machine if not given.
-        cpus: Processors for each run.
-        gpus: GPUs for each run, 0.5 for two runs on one.
+        address: Address of a Ray cluster whose machines can all read and write the run's folder, such as `auto`; if
+            None, Ray is started on this machine.
+        cpus: CPU cores for each run.
+        gpus: GPUs for each run; 0.5 puts two runs on one GPU.
     """
 
     address: str | None = None
