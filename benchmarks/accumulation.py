@@ -24,19 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from distill import DistillModule, SoftTargets
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import QUIET
 from workbench.tasks import LanguageModelling
 
 ROWS, LENGTH, VOCABULARY = 16, 24, 101
 SIZES = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "use_distributed_sampler": False,
-    "max_epochs": 1,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "use_distributed_sampler": False, "max_epochs": 1}
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -69,7 +62,7 @@ def gradient(pieces: int, ranks: int = 1, naive: bool = False) -> list[float]:
     before = nn.utils.parameters_to_vector(student.parameters()).detach().clone()
     mine = rows()[int(os.environ.get("RANK", "0")) :: ranks] if ranks > 1 else rows()
     options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    trainer = lp.Trainer(**QUIET, accumulate_grad_batches=pieces, **options)
+    trainer = lp.Trainer(**OPTIONS, accumulate_grad_batches=pieces, **options)
     trainer.fit(module, DataLoader(mine, len(mine) // pieces))  # type: ignore[arg-type]
     return (before - nn.utils.parameters_to_vector(student.parameters()).detach()).tolist()
 

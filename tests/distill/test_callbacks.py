@@ -20,21 +20,14 @@ from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import DKD, RKD, Hint, SoftTarget
 from distill.objective import Objective, SoftTargets, Term
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import BOTH, QUIET
 from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.models import MLP
 from workbench.tasks import Classification
 from workbench.training.module import TaskModule
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
 
 
 class Noisy(nn.Module):

@@ -35,11 +35,11 @@ from distill.cache import CachedTeacher, cache_teacher
 from distill.hf_labels import label_spec, scored_positions
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
 from distill.objective import Objective, SoftTargets, Term
+from tests.helpers import transformers_training
 from tests.helpers.ranks import on_ranks
+from tests.helpers.transformers_training import VOCABULARY
 from workbench.duration import Duration
 from workbench.tasks import Classification
-
-VOCABULARY = 19
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,20 +52,7 @@ def _quick_collection() -> Iterator[None]:
 
 
 def bert(kind: Any, hidden: int, layers: int = 2, seed: int = 1, dropout: float = 0.0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=8,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.5,
-        **{"num_labels": 3, **options},
-    )
-    return kind(config)
+    return transformers_training.bert(kind, dropout, seed, hidden_size=hidden, num_hidden_layers=layers, **options)
 
 
 def classifier(**options: Any) -> Any:

@@ -17,6 +17,7 @@ from distill.objective import SoftTargets, Term
 from distill.targets import training_progress
 from distill.teacher import Teacher
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import QUIET
 from workbench.checkpoints import compact
 from workbench.data import Digits
 from workbench.duration import Duration
@@ -26,14 +27,7 @@ from workbench.tasks import Classification, Embedding, LanguageModelling, Regres
 from workbench.training.module import TaskModule
 from workbench.training.order import with_epoch_order
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "limit_val_batches": 0,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "limit_val_batches": 0}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
@@ -66,7 +60,7 @@ def distilled(alpha: float = 0.9, temperature: float = 4.0, taught_by: Any = Non
 
 
 def fit(module: lp.LightningModule, *callbacks: lp.Callback, **options: Any) -> lp.Trainer:
-    trainer = lp.Trainer(**{"max_epochs": 2, **QUIET, **options}, callbacks=list(callbacks))
+    trainer = lp.Trainer(**{"max_epochs": 2, **OPTIONS, **options}, callbacks=list(callbacks))
     trainer.fit(module, data(), data())
     return trainer
 
@@ -106,7 +100,7 @@ def test_alpha_one_does_not_look_at_the_labels() -> None:
     other = distilled(1.0)
     x, y = data().dataset.tensors  # type: ignore[attr-defined]
     shuffled = DataLoader(TensorDataset(x, (y + 1) % 3), 4)
-    lp.Trainer(**{"max_epochs": 2, **QUIET}).fit(other, shuffled, shuffled)
+    lp.Trainer(**{"max_epochs": 2, **OPTIONS}).fit(other, shuffled, shuffled)
     expected = other.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in module.network.state_dict().items())
     assert seen.rows[-1]["train/loss"] == seen.rows[-1]["train/soft"] != seen.rows[-1]["train/hard"]
@@ -258,7 +252,7 @@ def alone(name: str, losses: Any = None, **options: Any) -> tuple[DistillModule,
 
 def run(module: DistillModule, **options: Any) -> Recorder:
     seen = Recorder()
-    options = {**QUIET, "max_epochs": 3, "limit_val_batches": 1.0, **options}
+    options = {**OPTIONS, "max_epochs": 3, "limit_val_batches": 1.0, **options}
     torch.manual_seed(4)
     lp.Trainer(**options, callbacks=[seen]).fit(module, ordered_data(), quiet_data())
     return seen
@@ -309,12 +303,12 @@ def test_a_family_with_features_of_their_own_widths() -> None:
 def test_a_family_resumes_with_every_member_s_random_numbers(tmp_path: Path) -> None:
     whole, halves = family(), family()
     run(whole, max_epochs=4)
-    first = lp.Trainer(**{**QUIET, "max_epochs": 2})
+    first = lp.Trainer(**{**OPTIONS, "max_epochs": 2})
     torch.manual_seed(4)
     first.fit(halves, ordered_data(), quiet_data())
     first.save_checkpoint(tmp_path / "half.ckpt")
     again = family()
-    rest = lp.Trainer(**{**QUIET, "max_epochs": 4})
+    rest = lp.Trainer(**{**OPTIONS, "max_epochs": 4})
     rest.fit(again, ordered_data(), quiet_data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     for key, value in whole.network.state_dict().items():
         assert torch.equal(again.network.state_dict()[key], value)
@@ -334,7 +328,7 @@ def test_projectors_are_trained_resumed_and_not_shipped(tmp_path: Path) -> None:
     trainer = fit(part, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     again = make()
-    lp.Trainer(**{**QUIET, "max_epochs": 2}).fit(
+    lp.Trainer(**{**OPTIONS, "max_epochs": 2}).fit(
         again, data(), data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False
     )
     assert again.objective.state_dict().keys() == whole.objective.state_dict().keys()
@@ -379,7 +373,7 @@ def test_a_cache_needs_its_loader(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train on a loader that attach returned"):
         fit(cached)
     fit(live)
-    trainer = lp.Trainer(**{**QUIET, "max_epochs": 2})
+    trainer = lp.Trainer(**{**OPTIONS, "max_epochs": 2})
     cached = distilled(taught_by=CachedTeacher(path))
     trainer.fit(cached, cached.attach(loader), data())
     expected = live.network.state_dict()
@@ -402,8 +396,8 @@ def test_a_regression_is_taught_numbers_and_where_no_label_is_nothing(tmp_path: 
     loader = DataLoader(TensorDataset(x, y), 5)
     path = cache_teacher(judge, loader, tmp_path / "cache")
     cached = DistillModule(copy.deepcopy(module.network), CachedTeacher(path), task, losses=terms)
-    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, loader, loader)
-    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(cached, cached.attach(loader), loader)
+    lp.Trainer(**{**OPTIONS, "max_epochs": 1}).fit(module, loader, loader)
+    lp.Trainer(**{**OPTIONS, "max_epochs": 1}).fit(cached, cached.attach(loader), loader)
     expected = module.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in cached.network.state_dict().items())
 
@@ -430,7 +424,7 @@ def test_embeddings_imitate_their_teacher() -> None:
     loader = DataLoader(rows, 8)  # type: ignore[arg-type]
     module = DistillModule(Encoder(3), Encoder(6), Embedding(), optimizer=functools.partial(torch.optim.Adam, lr=0.1))
     seen = Recorder()
-    options = {**QUIET, "max_epochs": 20, "limit_val_batches": 1.0}
+    options = {**OPTIONS, "max_epochs": 20, "limit_val_batches": 1.0}
     lp.Trainer(**options, callbacks=[seen]).fit(module, loader, loader)
     first, last = seen.rows[0], seen.rows[-1]
     assert {"train/imitation", "val/cosine", "val/spearman"} <= last.keys()
@@ -524,11 +518,11 @@ def test_projectors_are_made_of_what_the_device_gets() -> None:
     terms = {"hint": Term(Hint(), student="layers.0", teacher="0"), "hard": Term()}
     module = DistillModule(student(), teacher(), Classification(3), losses=terms)
     module.validation_step = None  # type: ignore[assignment, method-assign]
-    lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, Normalised())
+    lp.Trainer(**{**OPTIONS, "max_epochs": 1}).fit(module, Normalised())
     assert list(module.objective.parameters())
     module = DistillModule(student(), teacher(), Classification(3), losses=terms)
     with pytest.raises(ValueError, match=r"several training loaders.*call prepare\(batch\)"):
-        lp.Trainer(**{**QUIET, "max_epochs": 1}).fit(module, [data(), data()], data())
+        lp.Trainer(**{**OPTIONS, "max_epochs": 1}).fit(module, [data(), data()], data())
 
 
 def _warming(decay: bool) -> Any:

@@ -26,15 +26,13 @@ def bert(kind: Any = BertForSequenceClassification, dropout: float = 0.0, seed: 
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=VOCABULARY,
-        hidden_size=4,
-        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=8,
         max_position_embeddings=8,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.5,
-        **{"num_labels": 3, **options},
+        **{"hidden_size": 4, "num_hidden_layers": 1, "num_labels": 3, **options},
     )
     return kind(config)
 

@@ -24,8 +24,6 @@ from prune import DynamicSparsity, GradualPruning, KeepMasked, LotteryTicket, Pr
 from prune.schedule import kept
 from tests.helpers.lightning_training import (
     ADAMW,
-    BOTH,
-    QUIET,
     SGD,
     TOTAL,
     Watch,
@@ -39,6 +37,7 @@ from tests.helpers.lightning_training import (
 )
 from tests.helpers.policy_cases import CASES
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import BOTH, QUIET
 from workbench.checkpoints import compact
 from workbench.models import MLP
 

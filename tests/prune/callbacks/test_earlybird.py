@@ -8,7 +8,8 @@ import torch
 from prune import EarlyBird, KeepMasked, LotteryTicket, Pruner
 from prune.levels import Levels
 from prune.masks import Masks
-from tests.helpers.lightning_training import ADAMW, BOTH, SGD, data, fit, two_optimizers, user_module
+from tests.helpers.lightning_training import ADAMW, SGD, data, fit, two_optimizers, user_module
+from tests.helpers.trainers import BOTH
 from workbench import TaskModule
 from workbench.tasks import Classification
 

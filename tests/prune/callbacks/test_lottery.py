@@ -19,8 +19,9 @@ from prune.levels import Levels
 from prune.masks import Masks
 from prune.rewinding.modes import Rewind
 from prune.schedule import geometric, kept
-from tests.helpers.lightning_training import ADAMW, BOTH, QUIET, SGD, TOTAL
+from tests.helpers.lightning_training import ADAMW, SGD, TOTAL
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import BOTH, QUIET
 from workbench.training.order import with_epoch_order
 from workbench.training.resume import ResumeState
 

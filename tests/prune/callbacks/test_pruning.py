@@ -16,8 +16,6 @@ from prune import GradualPruning, KeepMasked, Pruner
 from prune.schedule import cubic, kept
 from tests.helpers.lightning_training import (
     ADAMW,
-    BOTH,
-    QUIET,
     SGD,
     TOTAL,
     Watch,
@@ -30,6 +28,7 @@ from tests.helpers.lightning_training import (
     user_module,
 )
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import BOTH, QUIET
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.data import Digits

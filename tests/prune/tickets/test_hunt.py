@@ -21,6 +21,7 @@ from prune.schedule import geometric, kept
 from prune.tickets.controls import Controls
 from prune.tickets.hunt import hunt
 from prune.tickets.scores import sparsest_winning
+from tests.helpers.trainers import Stop, StopAfter
 from workbench import load, records
 from workbench.checkpoints import compact
 from workbench.data import Digits
@@ -189,16 +190,7 @@ def test_pruned_weights_stay_zero_under_momentum_and_decay(tmp_path: Path) -> No
 
 
 def test_a_stopped_hunt_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    class Stop(RuntimeError):
-        pass
-
-    class StopAfter(lp.Callback):
-        left = 0
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            StopAfter.left -= 1
-            if StopAfter.left == 0:
-                raise Stop
+    StopAfter.left = 0
 
     options: dict[str, Any] = {
         "levels": Levels(2, rate=0.5),

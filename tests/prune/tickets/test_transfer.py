@@ -12,6 +12,7 @@ from torch import Tensor
 from distill import DistillModule
 from prune.masks import Masks
 from prune.tickets.transfer import transfer
+from tests.helpers.trainers import Stop, StopAfter
 from tests.prune.tickets.test_arms import Watch
 from workbench import load, records
 from workbench.checkpoints import compact
@@ -168,16 +169,7 @@ def test_a_teacher_stays_unless_something_else_is_trained(runs: Path, tmp_path: 
 
 
 def test_a_stopped_transfer_ends_as_an_undisturbed_one(runs: Path, tmp_path: Path) -> None:
-    class Stop(RuntimeError):
-        pass
-
-    class StopAfter(lp.Callback):
-        left = 0
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            StopAfter.left -= 1
-            if StopAfter.left == 0:
-                raise Stop
+    StopAfter.left = 0
 
     options: dict[str, Any] = {"controls": ["random"], "trainer": {"callbacks": [StopAfter()]}}
     whole = transfer(Source(runs / "plain"), 1, model=mlp(), out=tmp_path / "whole", **options)

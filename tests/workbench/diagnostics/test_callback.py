@@ -7,18 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.trainers import BOTH, QUIET
 from workbench import TaskModule
 from workbench.diagnostics import Diagnose, dead_units, gate_statistics, gradient_flow
 from workbench.tasks import Classification
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-BOTH = pytest.mark.parametrize("namespace", [lp, pl], ids=["lightning.pytorch", "pytorch_lightning"])
 X, Y = torch.linspace(-1, 1, 96).reshape(16, 6).sin(), torch.arange(16) % 3
 MASKS = {"0.weight": torch.eye(8, 6, dtype=torch.bool)}
 

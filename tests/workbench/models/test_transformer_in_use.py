@@ -20,20 +20,13 @@ from prune import Masks, Pruner, shrink
 from prune.pruner.scope import prunable
 from prune.structures import structure_named
 from tests.helpers.tiny_transformers import KINDS, TINY, built, inputs_for
+from tests.helpers.trainers import QUIET
 from workbench import load, save
 from workbench.models import Transformer
 from workbench.models.activations import swap_activation
 from workbench.models.transformer.layers import Attention
 from workbench.tasks import Classification, LanguageModelling
 from workbench.training.module import TaskModule
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import QUIET
 from workbench.models import MLP
 from workbench.tasks import Regression, Task
 from workbench.tasks.regression import R2
@@ -200,14 +201,7 @@ def test_wrong_shapes_are_named():
 
 # --- the gradient of an update is a mean over all its elements
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "use_distributed_sampler": False,
-}
+OPTIONS = {**QUIET, "use_distributed_sampler": False}
 
 
 def trained(order, size, **options):
@@ -218,7 +212,7 @@ def trained(order, size, **options):
     torch.manual_seed(1)
     network = MLP(6, [5], 3)
     module = TaskModule(network, Regression(), functools.partial(torch.optim.SGD, lr=0.5))
-    trainer = lp.Trainer(**QUIET, max_epochs=1, **options)
+    trainer = lp.Trainer(**OPTIONS, max_epochs=1, **options)
     loader = DataLoader(TensorDataset(x[order], y[order]), size)
     trainer.fit(module, loader, loader)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

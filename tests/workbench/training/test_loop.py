@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.trainers import Stop, StopAt
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.data import Digits
@@ -25,21 +26,6 @@ from workbench.training.loop import make_trainer, train
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-
-class Stop(RuntimeError):
-    """Power failure."""
-
-
-class StopAt(lp.Callback):
-    """Fails after a number of batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
-            raise Stop
 
 
 class Noisy(nn.Module):

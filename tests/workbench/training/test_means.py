@@ -10,20 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.ranks import on_ranks
+from tests.helpers.trainers import QUIET
 from workbench.models import MLP
 from workbench.tasks import Classification
 from workbench.training.means import GlobalMean, Means
 from workbench.training.module import TaskModule
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "use_distributed_sampler": False,
-    "limit_val_batches": 0,
-}
+OPTIONS: dict[str, Any] = {**QUIET, "use_distributed_sampler": False, "limit_val_batches": 0}
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -43,7 +36,7 @@ def trained(loader: DataLoader, **options: Any) -> list[list[float]]:
     torch.manual_seed(1)
     network = MLP(6, [5], 3)
     module = TaskModule(network, Classification(3, ignore_index=-1), functools.partial(torch.optim.SGD, lr=1.0))
-    trainer = lp.Trainer(**{**QUIET, "max_epochs": 1, **options})
+    trainer = lp.Trainer(**{**OPTIONS, "max_epochs": 1, **options})
     trainer.fit(module, loader, loader)
     return [parameter.flatten().tolist() for parameter in network.parameters()]
 
@@ -107,7 +100,7 @@ def test_an_update_that_was_broken_off_leaves_nothing_behind() -> None:
     module = TaskModule(MLP(6, [5], 3), Classification(3, ignore_index=-1), functools.partial(torch.optim.SGD, lr=1.0))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     loader = batches(list(range(16)), 4)
-    options = {**QUIET, "max_epochs": 1, "accumulate_grad_batches": 4}
+    options = {**OPTIONS, "max_epochs": 1, "accumulate_grad_batches": 4}
     with pytest.raises(RuntimeError, match="power failure"):
         lp.Trainer(**options, callbacks=[Enough()]).fit(module, loader, loader)
     module.load_state_dict(before)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.ranks import free_port
+from tests.helpers.trainers import QUIET, Stop, StopAt
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
@@ -21,29 +22,7 @@ from workbench.tasks import Classification
 from workbench.training.loop import train
 from workbench.training.module import SupervisedModule, TaskModule, network_of, with_optimizer
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
 BATCHES = [5, 5, 5, 2]  # the last one is small: a mean of means would be another number
-
-
-class Stop(RuntimeError):
-    """Power failure."""
-
-
-class StopAt(lp.Callback):
-    """Fails after a number of batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
-            raise Stop
 
 
 class Seen(lp.Callback):

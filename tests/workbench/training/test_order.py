@@ -26,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from tests.helpers.trainers import Stop, StopAt
 from workbench.data import Augment
 from workbench.data.images import ImageModule
 from workbench.duration import Duration
@@ -357,21 +358,6 @@ def test_a_sampler_that_knows_no_ranks_is_refused_where_there_are_some() -> None
     assert with_epoch_order(split, 0, rank=1, world=2) is split
 
 
-class Stop(RuntimeError):
-    """Power failure."""
-
-
-class StopAfter(lp.Callback):
-    """Fails after a number of batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer: lp.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
-            raise Stop
-
-
 class Varied(ImageModule):
     """Images that are augmented, and nothing else that is random."""
 
@@ -390,7 +376,7 @@ def test_training_stopped_in_the_middle_of_an_epoch_sees_the_same_views(tmp_path
         for stop in (*stops, None):
             lp.seed_everything(5, verbose=False)
             module = module_for(MLP(64, [16], 3), data := Varied(workers))
-            callbacks = [] if stop is None else [StopAfter(stop)]
+            callbacks = [] if stop is None else [StopAt(stop)]
             options = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False}
             try:
                 train(module, data, trainer=options, seed=5, out=out, checkpoint=Duration(2, "it"), callbacks=callbacks)
