@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from distill import DistillationCallback, DistillModule, Teacher
 from distill.cache import CachedTeacher, cache_teacher
 from distill.losses import DKD, RKD, Hint, SoftTarget
-from distill.objective import Objective, SoftTargets, Term
+from distill.objective import SoftTargets, Term
+from tests.helpers.projectors import draw_alike
 from tests.helpers.ranks import on_ranks
 from tests.helpers.trainers import BOTH, QUIET
 from workbench.checkpoints import compact
@@ -402,18 +403,6 @@ HINTS = {
 }
 
 
-def same_projectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sides draw them from one random state."""
-    original = Objective.prepare
-
-    def prepare(self: Objective, *args: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Objective, "prepare", prepare)
-
-
 def hinted(namespace: Any = lp, losses: Any = HINTS, **options: Any) -> tuple[Any, DistillationCallback]:
     module, callback = theirs(namespace), DistillationCallback(teacher(), losses=losses)
     fit(module, callback, namespace=namespace, **{"max_epochs": 3, **options})
@@ -435,7 +424,7 @@ def natively_hinted(**options: Any) -> Any:
 def test_terms_schedules_and_projectors_equal_the_module(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same_projectors(monkeypatch)
+    draw_alike(monkeypatch)
     expected = natively_hinted(**options)
     module, callback = hinted(**options)
     assert equal(weights(module), weights(expected.network))
@@ -450,7 +439,7 @@ def test_micro_batches_of_a_module_that_weighs_them_count_by_their_positions(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Own loss, teacher's terms and projectors; of 18 the last update is one of two samples, the first of 16."""
-    same_projectors(monkeypatch)
+    draw_alike(monkeypatch)
     loader = DataLoader(data(size).dataset, 8)
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "loader": loader}
     expected = natively_hinted(**options)
@@ -475,7 +464,7 @@ def test_every_term_is_logged_by_name() -> None:
 
 def test_projectors_follow_the_learning_rate_and_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam, whose defaults have entries that its constructor does not take, and a schedule."""
-    same_projectors(monkeypatch)
+    draw_alike(monkeypatch)
 
     def configure_optimizers(self: Any) -> Any:
         made = torch.optim.AdamW(self.parameters(), lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
@@ -587,7 +576,7 @@ def _hinted_on_ranks(losses: Any) -> Any:
 
 def test_projectors_are_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """And as on one, to rounding: the ranks' batches together are those of one rank."""
-    same_projectors(monkeypatch)
+    draw_alike(monkeypatch)
     losses = {name: term for name, term in HINTS.items() if name != "pairs"}  # which compares samples of a batch
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     one, other = on_ranks(_hinted_on_ranks, losses)
@@ -645,7 +634,7 @@ def _weighed_on_ranks() -> Any:
 
 
 def test_micro_batches_on_two_ranks_count_by_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    same_projectors(monkeypatch)
+    draw_alike(monkeypatch)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     one, other = on_ranks(_weighed_on_ranks)
     assert one == other

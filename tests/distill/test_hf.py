@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -34,8 +33,9 @@ from distill import DistillationCallback, DistillationMixin, DistillationTrainer
 from distill.cache import CachedTeacher, cache_teacher
 from distill.hf_labels import label_spec, scored_positions
 from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
-from distill.objective import Objective, SoftTargets, Term
+from distill.objective import SoftTargets, Term
 from tests.helpers import transformers_training
+from tests.helpers.projectors import draw_alike
 from tests.helpers.ranks import on_ranks
 from tests.helpers.transformers_training import VOCABULARY
 from workbench.duration import Duration
@@ -102,16 +102,9 @@ def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> An
     return kind(
         **{
             "output_dir": str(folder),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 2,
-            "save_strategy": "no",
-            "logging_steps": 1,
+            **transformers_training.ARGUMENTS,
             "max_grad_norm": 0.0,
             "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
             "train_sampling_strategy": "sequential",
             "optim": "sgd",
             **options,
@@ -148,14 +141,7 @@ HINTS = {
 @pytest.fixture
 def same_projectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """All sides draw them from one random state."""
-    original = Objective.prepare
-
-    def prepare(self: Objective, *args: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Objective, "prepare", prepare)
+    draw_alike(monkeypatch)
 
 
 class Theirs(lp.LightningModule):

@@ -42,14 +42,14 @@ def user_module(namespace: Any = lp, optimizer: Any = SGD) -> Any:
     return UserModule()
 
 
-def two_optimizers(namespace: Any = lp, clip: float | None = None) -> Any:
-    """Manual optimization with two optimizers; the first holds the masked network."""
+def two_optimizers(namespace: Any = lp, clip: float | None = None, network: nn.Module | None = None) -> Any:
+    """Manual optimization with two optimizers; the first holds the masked network, `net()` by default."""
 
     class TwoOptimizers(namespace.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
-            self.network, self.critic = net(), nn.Linear(3, 1)
+            self.network, self.critic = net() if network is None else network, nn.Linear(3, 1)
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
             for optimizer in self.optimizers():

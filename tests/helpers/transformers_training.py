@@ -18,6 +18,16 @@ from prune import Masks, Pruner
 from prune.schedule import cubic, kept
 
 VOCABULARY = 19
+ARGUMENTS = {
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant",
+}
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.01, "learning_rate": 0.05}
 ADAMW = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01}
 
@@ -48,21 +58,7 @@ def sentences(count: int = 32, label: Callable[[Tensor, int], Tensor] = lambda _
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 2,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "lr_scheduler_type": "constant",
-            **ADAMW,
-            **options,
-        }
-    )
+    return TrainingArguments(**{"output_dir": str(folder), **ARGUMENTS, **ADAMW, **options})
 
 
 def trained(

@@ -6,12 +6,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torchmetrics import MeanMetric
 
 from prune import GradualPruning, KeepMasked, LotteryTicket, Pruner
 from prune.callbacks.calibration import calibration
 from prune.criteria import CRITERIA
 from prune.levels import Levels
+from tests.helpers.counting_module import Counting
 from workbench import TaskModule
 from workbench.tasks import Classification
 
@@ -182,16 +182,7 @@ def test_batches_are_those_that_training_sees() -> None:
 
 
 def test_metrics_of_a_module_do_not_count_what_is_looked_at() -> None:
-    class Counting(lp.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network, self.seen = net(), MeanMetric()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.seen(batch[1].float())
-            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-    module = Counting()
+    module = Counting(net())
     module.seen(torch.tensor(5.0))
     pruner = Pruner("grasp", allocation="uniform")
     loader = DataLoader(TensorDataset(X, Y), 4)

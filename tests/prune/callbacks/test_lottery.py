@@ -19,7 +19,7 @@ from prune.levels import Levels
 from prune.masks import Masks
 from prune.rewinding.modes import Rewind
 from prune.schedule import geometric, kept
-from tests.helpers.lightning_training import ADAMW, SGD, TOTAL
+from tests.helpers.lightning_training import ADAMW, SGD, TOTAL, two_optimizers
 from tests.helpers.ranks import on_ranks
 from tests.helpers.trainers import BOTH, QUIET
 from workbench.training.order import with_epoch_order
@@ -526,30 +526,11 @@ def test_weight_rewinding_empties_the_optimizer_and_rewinds_its_schedule() -> No
 # Modules that step by hand
 
 
-def adversaries(accumulate: int = 1) -> Any:
-    class Adversaries(lp.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.network, self.critic = net(), nn.Linear(3, 1)
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.critic(self.network(batch[0])).square().mean())
-                optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            return [SGD(self.network.parameters()), ADAMW(self.critic.parameters())], []
-
-    return Adversaries()
-
-
 @pytest.mark.parametrize("rewind", ["0it", "4it", "1ep"])
 def test_two_optimizers_stepped_by_hand(rewind: str) -> None:
     """Lightning counts two steps a batch."""
     ticket = LotteryTicket(Levels(2, rate=0.0), rewind=rewind)
-    watch = fit(adversaries(), ticket, max_epochs=2)
+    watch = fit(two_optimizers(network=net()), ticket, max_epochs=2)
     left = {"0it": 0, "4it": 2, "1ep": 6}[rewind]
     for batches in watch.batches[1:]:
         assert list(batches) == list(watch.batches[0])[left:]
@@ -560,7 +541,7 @@ def test_a_step_inside_a_batch_is_no_place_to_go_back_to() -> None:
     with pytest.raises(
         ValueError, match="rewind is 3it, but training went past step 3 inside a batch and is at step 4"
     ):
-        fit(adversaries(), LotteryTicket(levels=1, rewind="3it"), max_epochs=2)
+        fit(two_optimizers(network=net()), LotteryTicket(levels=1, rewind="3it"), max_epochs=2)
 
 
 # Refusals and edges

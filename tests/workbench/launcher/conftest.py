@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
+
 JOB = '''
 from pathlib import Path
 from workbench.duration import Duration
@@ -86,13 +88,11 @@ class Rewind:
 @pytest.fixture
 def pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of the package, which offers the job `prune_in_steps`."""
-    folder, info = tmp_path / "site", tmp_path / "site" / "package_of_pruning-1.0.dist-info"
+    folder = tmp_path / "site"
     (folder / "package_of_pruning").mkdir(parents=True)
-    info.mkdir()
     for name, text in {"__init__": INIT, "job": JOB, "steps": STEPS, "rewinding": REWINDING}.items():
         (folder / "package_of_pruning" / f"{name}.py").write_text(text)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: package_of_pruning\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[workbench.jobs]\nprune_in_steps = package_of_pruning.job:prune\n")
+    write_metadata(folder, "package_of_pruning", "[workbench.jobs]\nprune_in_steps = package_of_pruning.job:prune\n")
     monkeypatch.syspath_prepend(folder)
     yield folder / "package_of_pruning"
     for name in [name for name in sys.modules if name.partition(".")[0] == "package_of_pruning"]:

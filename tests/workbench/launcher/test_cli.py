@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
 from workbench.launcher import cli, recipe
 from workbench.launcher.cli import Options
 from workbench.launcher.recipe import RecipeError
@@ -344,11 +345,8 @@ def make(size: int = 1, fail: bool = False, out: Path = Path()) -> dict:
 @pytest.fixture
 def plugin(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package that offers the job `make`, and a recipe for it."""
-    info = here / "site" / "plugin_for_the_cli-1.0.dist-info"
-    info.mkdir(parents=True)
+    write_metadata(here / "site", "plugin_for_the_cli", "[workbench.jobs]\nmake = plugin_for_the_cli:make\n")
     (here / "site" / "plugin_for_the_cli.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin_for_the_cli\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[workbench.jobs]\nmake = plugin_for_the_cli:make\n")
     monkeypatch.syspath_prepend(here / "site")
     (here / "r.yaml").write_text("first: {job: make}\nsecond: {job: make, size: 2}\n")
     return here

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
 from tests.helpers.processes import forked
 from workbench.launcher.cli import main
 from workbench.launcher.jobs import Job, find_jobs
@@ -105,10 +106,7 @@ def test_this_projects_jobs() -> None:
 
 
 def distribution(folder: Path, name: str, entries: str) -> None:
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[workbench.jobs]\n{entries}\n")
+    write_metadata(folder, name, f"[workbench.jobs]\n{entries}\n")
 
 
 def test_a_package_adds_a_job_and_cannot_take_a_name_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

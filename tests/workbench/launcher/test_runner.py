@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
 from workbench import records
 from workbench.launcher import recipe
 from workbench.launcher import runner as running
@@ -51,12 +52,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module of a package that offers three jobs; `calls` says which stages ran."""
     name = "plugin_for_running"
     folder = tmp_path / "site"
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"{name}.py").write_text(PLUGIN)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     jobs = "\n".join(f"{job} = {name}:{job}" for job in ("make", "use", "look"))
-    (info / "entry_points.txt").write_text(f"[workbench.jobs]\n{jobs}\n")
+    write_metadata(folder, name, f"[workbench.jobs]\n{jobs}\n")
+    (folder / f"{name}.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(folder)
     yield __import__(name)
     del sys.modules[name]

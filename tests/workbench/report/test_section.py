@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
 from tests.helpers.report_records import cells, page_of, realistic, record, terminal, written
 from workbench import records
 from workbench.records import read_run
@@ -70,14 +71,13 @@ NO_SECTION = 3
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A package that offers the job, its record and its section."""
     name = "package_that_weighs"
-    info = tmp_path / "site" / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (tmp_path / "site" / f"{name}.py").write_text(PLUGIN)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
+    write_metadata(
+        tmp_path / "site",
+        name,
         f"[workbench.jobs]\nweigh = {name}:weigh\n[workbench.records]\nweigh = {name}:WeighResult\n"
-        f"[workbench.sections]\nweigh = {name}:SECTION\nwrong = {name}:NO_SECTION\nlost = {name}:missing\n"
+        f"[workbench.sections]\nweigh = {name}:SECTION\nwrong = {name}:NO_SECTION\nlost = {name}:missing\n",
     )
+    (tmp_path / "site" / f"{name}.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path / "site")
     yield name
     sys.modules.pop(name, None)

@@ -1,12 +1,9 @@
-from typing import Any
-
-import lightning.pytorch as lp
 import pytest
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import nn
 
 from distill import DistillModule
+from tests.helpers.counting_module import Counting
 from tests.helpers.ranks import on_ranks
 from workbench import TaskModule
 from workbench.tasks import Classification
@@ -20,18 +17,8 @@ def net(seed: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
-class Counting(lp.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network, self.seen = net(), MeanMetric()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen(batch[1].float())
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-
 def test_a_metric_counts_each_of_its_own_batches_once_however_often_the_loss_was_asked() -> None:
-    module = Counting()
+    module = Counting(net())
     loss = TrainingLoss(module)
     module.seen.update(2.0)
     for _ in range(3):
@@ -43,7 +30,7 @@ def test_a_metric_counts_each_of_its_own_batches_once_however_often_the_loss_was
 
 def averaged() -> float:
     torch.distributed.init_process_group("gloo")
-    module = Counting()
+    module = Counting(net())
     TrainingLoss(module)(module.network, (X, Y))
     module.seen.update(float(torch.distributed.get_rank()))
     return float(module.seen.compute())
@@ -78,7 +65,7 @@ def test_what_runs_is_what_the_network_takes() -> None:
         "a": (8, 3),
         "b": (8, 3),
     }
-    theirs = Counting().eval()
+    theirs = Counting(net()).eval()
     assert batch_runner(theirs)(theirs.network, (X, Y)).item() == pytest.approx(
         nn.functional.cross_entropy(theirs.network(X), Y).item()
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.distributions import write_metadata
+
 PLUGIN = """
 import os, signal, time
 from pathlib import Path
@@ -41,11 +43,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module; `calls` says which folders its jobs worked in."""
     name = "plugin_for_sweeping"
     folder = tmp_path / "site"
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
+    write_metadata(folder, name, f"[workbench.jobs]\nmake = {name}:make\nuse = {name}:use\n")
     (folder / f"{name}.py").write_text(PLUGIN)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[workbench.jobs]\nmake = {name}:make\nuse = {name}:use\n")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.chdir(tmp_path)
     yield __import__(name)
