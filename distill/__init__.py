@@ -3,8 +3,9 @@
 Names are imported on first use: ``distill.losses`` imports torch only, and ``import distill`` nothing at all.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench import lazy
 
 if TYPE_CHECKING:
     from distill import losses
@@ -32,28 +33,20 @@ __all__ = [
     "losses",
 ]
 
-_MODULES = {
-    "CachedTeacher": "distill.cache",
-    "DistillModule": "distill.module",
-    "DistillationCallback": "distill.callbacks",
-    "DistillationMixin": "distill.hf",
-    "DistillationTrainer": "distill.hf",
-    "SoftTargets": "distill.objective",
-    "Teacher": "distill.teacher",
-    "Term": "distill.objective",
-    "cache_teacher": "distill.cache",
-    "capture": "distill.features",
-    "cut_student": "distill.student",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return import_module("distill.losses")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'distill' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "CachedTeacher": "distill.cache",
+        "DistillModule": "distill.module",
+        "DistillationCallback": "distill.callbacks",
+        "DistillationMixin": "distill.hf",
+        "DistillationTrainer": "distill.hf",
+        "SoftTargets": "distill.objective",
+        "Teacher": "distill.teacher",
+        "Term": "distill.objective",
+        "cache_teacher": "distill.cache",
+        "capture": "distill.features",
+        "cut_student": "distill.student",
+        "losses": "distill.losses",
+    },
+)

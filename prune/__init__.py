@@ -3,8 +3,9 @@
 Names are loaded on first use: masks and criteria need torch only, and ``import prune`` nothing at all.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench import lazy
 
 if TYPE_CHECKING:
     from prune.accounting import account
@@ -41,33 +42,26 @@ __all__ = [
     "shrink",
 ]
 
-_HOME = {
-    "Controls": "prune.tickets.controls",
-    "Coupled": "prune.shrinking",
-    "DynamicSparsity": "prune.callbacks",
-    "EarlyBird": "prune.callbacks",
-    "GradualPruning": "prune.callbacks",
-    "KeepMasked": "prune.callbacks",
-    "Levels": "prune.levels",
-    "LotteryTicket": "prune.callbacks",
-    "Masks": "prune.masks.masks",
-    "Pruner": "prune.pruner",
-    "Rewind": "prune.rewinding.modes",
-    "RewindPoint": "prune.rewinding.lightning",
-    "Shrunk": "prune.shrinking",
-    "Snapshot": "prune.rewinding.snapshot",
-    "account": "prune.accounting",
-    "find_tickets": "prune.tickets.find",
-    "hunt": "prune.tickets.hunt",
-    "shrink": "prune.shrinking",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'prune' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "Controls": "prune.tickets.controls",
+        "Coupled": "prune.shrinking",
+        "DynamicSparsity": "prune.callbacks",
+        "EarlyBird": "prune.callbacks",
+        "GradualPruning": "prune.callbacks",
+        "KeepMasked": "prune.callbacks",
+        "Levels": "prune.levels",
+        "LotteryTicket": "prune.callbacks",
+        "Masks": "prune.masks.masks",
+        "Pruner": "prune.pruner",
+        "Rewind": "prune.rewinding.modes",
+        "RewindPoint": "prune.rewinding.lightning",
+        "Shrunk": "prune.shrinking",
+        "Snapshot": "prune.rewinding.snapshot",
+        "account": "prune.accounting",
+        "find_tickets": "prune.tickets.find",
+        "hunt": "prune.tickets.hunt",
+        "shrink": "prune.shrinking",
+    },
+)

@@ -1,4 +1,4 @@
-"""Atomic writing: to a temporary name in the same folder, flushed to disk, then renamed."""
+"""Atomic writing, to a temporary name in the same folder, flushed to disk, then renamed; and reading of JSON."""
 
 import hashlib
 import json
@@ -86,6 +86,23 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         _sync_folder(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def read_json(path: Path, kind: str, remedy: str = "") -> Any:
+    """The JSON in ``path``.
+
+    Args:
+        path: The file.
+        kind: What it should be, named in the error: "a compact checkpoint".
+        remedy: What to do, named in the error too.
+
+    Raises:
+        ValueError: If it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as {kind}: {error}{remedy and '; ' + remedy}") from error
 
 
 def write_json(path: Path, data: Mapping[str, Any], indent: int | None = 1) -> None:

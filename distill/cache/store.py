@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.cache.samples import DIGEST
-from workbench.files import atomic_file, sha256, write_json
+from workbench.files import atomic_file, read_json, sha256, write_json
 
 FORMAT, VERSION = "teacher-cache", 1
 INDEX = "cache.json"
@@ -142,17 +142,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: If it is missing, altered, of a newer version or another format.
     """
     file = folder / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} cannot be read as a teacher cache: {error}; remove {folder} and cache again"
-        ) from error
+    again = f"remove {folder} and cache again"
+    index = read_json(file, "a teacher cache", again)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not a teacher cache: its format is not {FORMAT!r}; choose another folder")
     if type(version := index.get("version")) is not int or version != VERSION:
         raise ValueError(f"{file} has version {version!r}, this version reads {VERSION}: is a newer one needed?")
-    again = f"remove {folder} and cache again"
     if index.get("sha256") != _checksum({name: value for name, value in index.items() if name != "sha256"}):
         raise ValueError(f"{file} was altered: its contents do not have the SHA-256 that it says; {again}")
     if wrong := [name for name, kind in _FIELDS.items() if type(index.get(name)) is not kind]:

@@ -3,10 +3,11 @@
 Everything but ``error_barrier``, which needs Lightning and is imported on first use, needs torch only.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prune.connectivity.interpolation import Barrier, barrier, interpolate
 from prune.connectivity.states import recalibrate_batch_norms, temporary_states
+from workbench import lazy
 
 if TYPE_CHECKING:
     from prune.connectivity.lightning import error_barrier
@@ -20,10 +21,4 @@ __all__ = [
     "temporary_states",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "error_barrier":
-        raise AttributeError(f"module 'prune.connectivity' has no attribute {name!r}")
-    from prune.connectivity.lightning import error_barrier
-
-    return error_barrier
+__getattr__ = lazy.attach(__name__, {"error_barrier": "prune.connectivity.lightning"})[0]

@@ -43,15 +43,6 @@ class Fixed(Policy):
         if not resumed:
             self._enforce(self._fixed)
 
-    def _needs_dense_gradients(self, time: Timestamp) -> bool:
-        return False
-
-    def _read_gradients(self, time: Timestamp) -> None:
-        pass
-
-    def _after_update(self, time: Timestamp) -> None:
-        pass
-
     def _state(self) -> dict[str, Any]:
         return {}
 

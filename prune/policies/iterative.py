@@ -180,16 +180,10 @@ class Iterative(Policy):
             self._enforce(Masks.ones(self._weights))
         self.resumed = False
 
-    def _needs_dense_gradients(self, time: Timestamp) -> bool:
-        return False
-
     def _read_gradients(self, time: Timestamp) -> None:
         if self.starts_at_end and self.level == 0:
             self._groups = [groups_of(optimizer) for optimizer in self._optimizers]
         self.hold()
-
-    def _after_update(self, time: Timestamp) -> None:
-        pass
 
     def _state(self) -> dict[str, Any]:
         return {

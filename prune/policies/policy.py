@@ -98,16 +98,14 @@ class Policy(ABC):
     def _start(self, time: Timestamp, resumed: bool) -> None:
         """Training starts; or goes on under the masks held, which are in force already (``resumed``)."""
 
-    @abstractmethod
     def _needs_dense_gradients(self, time: Timestamp) -> bool:
-        """Whether the next update's gradients of pruned weights are read."""
+        """Whether the next update's gradients of pruned weights are read; not by default."""
+        return False
 
-    @abstractmethod
-    def _read_gradients(self, time: Timestamp) -> None:
+    def _read_gradients(self, time: Timestamp) -> None:  # noqa: B027 - most policies do nothing here
         """The gradients of an update are complete, and those of pruned weights are there where they are needed."""
 
-    @abstractmethod
-    def _after_update(self, time: Timestamp) -> None:
+    def _after_update(self, time: Timestamp) -> None:  # noqa: B027 - a policy of fixed masks does nothing here
         """An update has been done."""
 
     @abstractmethod

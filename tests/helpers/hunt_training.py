@@ -18,6 +18,7 @@ from prune.tickets.lightning import LightningTrainee
 from prune.tickets.search import search
 from prune.tickets.store import Store
 from prune.tickets.subject import Subject
+from tests.helpers.trainers import Stop
 from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.tasks import Classification
@@ -57,10 +58,6 @@ class Blobs(lp.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         return DataLoader(self.held[1], 12)
-
-
-class Stop(RuntimeError):
-    pass
 
 
 class Watch(lp.Callback):

@@ -42,7 +42,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from workbench.checkpoints.bits import pack, unpack
-from workbench.files import atomic_file, sha256, write_json
+from workbench.files import atomic_file, read_json, sha256, write_json
 from workbench.models.architecture import build, describe, is_architecture
 from workbench.models.resize import ResizeError
 
@@ -164,10 +164,7 @@ def read_index(path: Path) -> dict[str, Any]:
         ValueError: If it is missing, altered, of a newer version or another format.
     """
     file = path / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as a compact checkpoint: {error}") from error
+    index = read_json(file, "a compact checkpoint")
     _check_index(index, file)
     return index
 

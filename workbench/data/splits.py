@@ -89,7 +89,7 @@ def split_rows(
 def split_classes(
     rows: Mapping[str, Rows], validation: float, test: float, where: object, names: Sequence[str] = ()
 ) -> tuple[dict[str, Rows], list[str]]:
-    """Rows (sample, class name) as train, val and test by :func:`split_rows`, stratified; and the class names in order.
+    """Rows (sample, class name) as train, val and test by :func:`split_rows`, stratified, now (sample, class number).
 
     Args:
         rows: Split -> rows, as read.
@@ -98,11 +98,14 @@ def split_classes(
         where: Named in errors.
         names: Class names in order; by default those of the training part, sorted, numbers by value.
 
+    Returns:
+        Split -> rows, and the class names by number.
+
     Raises:
         ValueError: If training has fewer than two classes, or another part has a class that training lacks.
     """
-    numbers = {name: n for n, name in enumerate(sorted({label for part in rows.values() for _, label in part}))}
-    strata = {split: [numbers[label] for _, label in part] for split, part in rows.items()}
+    strata_of = {name: n for n, name in enumerate(sorted({label for part in rows.values() for _, label in part}))}
+    strata = {split: [strata_of[label] for _, label in part] for split, part in rows.items()}
     parts = split_rows(rows, validation, test, strata, where)
     labels = list(names) or _sorted_names({label for _, label in parts["train"]})
     if len(labels) < 2:
@@ -110,7 +113,8 @@ def split_classes(
     for split, part in parts.items():
         if unknown := sorted({label for _, label in part} - set(labels)):
             raise ValueError(f"{where}: {split} has the class {unknown[0]!r}, which training never saw.")
-    return parts, labels
+    numbers = {name: number for number, name in enumerate(labels)}
+    return {split: [(sample, numbers[label]) for sample, label in part] for split, part in parts.items()}, labels
 
 
 def _sorted_names(labels: set[str]) -> list[str]:

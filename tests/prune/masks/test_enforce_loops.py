@@ -76,12 +76,18 @@ def test_lbfgs_with_a_closure():
     assert losses[-1] < losses[0]
 
 
-def test_a_skipped_step_of_a_gradient_scaler():
+def sparse_training(name: str) -> tuple[nn.Sequential, Masks, torch.optim.Optimizer]:
+    """A network that holds its masks, and its optimizer, which keeps them."""
     model = mlp()
     masks = half(model)
     masks.apply(model)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = OPTIMIZERS[name](model.parameters())
     masks.keep(optimizer, model)
+    return model, masks, optimizer
+
+
+def test_a_skipped_step_of_a_gradient_scaler():
+    model, masks, optimizer = sparse_training("sgd")
     scaler = torch.amp.GradScaler("cpu")
     before = model[0].weight.detach().clone()
     for bad in (True, False):
@@ -188,11 +194,7 @@ def test_the_product_has_the_layout_of_the_weights(monkeypatch: pytest.MonkeyPat
 
 def test_under_autocast_the_weights_themselves_are_masked():
     """Pitfall 11."""
-    model = mlp()
-    masks = half(model)
-    masks.apply(model)
-    optimizer = OPTIMIZERS["adamw-fused"](model.parameters())
-    masks.keep(optimizer, model)
+    model, masks, optimizer = sparse_training("adamw-fused")
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
             backward(model)

@@ -102,17 +102,19 @@ def test_scores_that_are_never_finite_leave_the_last_weights(tmp_path: Path) -> 
     assert same(dict(of.network.state_dict()), scored.after[1])
 
 
+class StopAtEnd(lp.Callback):
+    """Stops once, between the last epoch's checkpoint and that of the end."""
+
+    armed = True
+
+    def on_train_end(self, *_: Any) -> None:
+        if StopAtEnd.armed:
+            StopAtEnd.armed = False
+            raise Stop
+
+
 def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
-    class StopAtEnd(lp.Callback):
-        """Between the last epoch's checkpoint and that of the end."""
-
-        armed = True
-
-        def on_train_end(self, *_: Any) -> None:
-            if StopAtEnd.armed:
-                StopAtEnd.armed = False
-                raise Stop
-
+    StopAtEnd.armed = True
     options: dict[str, Any] = {"early_stop": 2, "rewind": "3it"}
     length = {"max_epochs": len(SCORES)}
     whole = run_hunt(
@@ -135,13 +137,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
 def test_resumed_at_the_very_end_of_the_budget_it_still_gives_the_best_weights(tmp_path: Path) -> None:
     """Lightning then calls no end of training."""
 
-    class StopAtEnd(lp.Callback):
-        left = 1
-
-        def on_train_end(self, *_: Any) -> None:
-            StopAtEnd.left -= 1
-            if StopAtEnd.left == 0:
-                raise Stop
+    StopAtEnd.armed = True
 
     def run(out: Path, *more: lp.Callback) -> list[dict[str, Any]]:
         length = {"max_epochs": 3, "callbacks": [Scored([0.5, 0.9, 0.6]), *more]}

@@ -91,11 +91,10 @@ class SeriesClassification(SeriesModule):
         rows, header_names = self._read()
         _check_channels(rows, self.path)
         parts, names = split_classes(rows, self.validation, self.testing, self.path, header_names)
-        numbers = {name: number for number, name in enumerate(names)}
         training = [values for values, _ in parts["train"]]
         scale = fit_scale(training, self.path) if self.normalize else identity_scale(training[0].shape[1])
         data = {
-            part: LabelledSeries([values for values, _ in rows], [numbers[label] for _, label in rows], scale)
+            part: LabelledSeries([values for values, _ in rows], [number for _, number in rows], scale)
             for part, rows in parts.items()
         }
         return Prepared(data, SeriesPadding(self.inputs, self.mask), scale, names)

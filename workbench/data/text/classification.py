@@ -74,10 +74,9 @@ class TextClassification(TextModule):
         """Read, split, learn the tokenizer from the training part if so chosen, and tokenize."""
         rows = _labelled(read_rows(self.path, (self.text, self.label)), self.path, self.out_of_scope)
         parts, names = split_classes(rows, self.validation, self.test, self.path)
-        numbers = {name: number for number, name in enumerate(names)}
         tokens = self.tokens([text for text, _ in parts["train"]])
         data = {
-            name: TokenLists(tokens.encode(text for text, _ in rows), {"labels": [numbers[label] for _, label in rows]})
+            name: TokenLists(tokens.encode(text for text, _ in rows), {"labels": [number for _, number in rows]})
             for name, rows in parts.items()
         }
         return Prepared(data, Padding(tokens.pad), Tokenization(tokens.vocabulary, tokens.fingerprint), names)
