@@ -352,7 +352,7 @@ def test_a_sampler_that_knows_no_ranks_is_refused_where_there_are_some() -> None
     data = TensorDataset(torch.arange(10))
     weighted = DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(torch.ones(10), 10))
     assert with_epoch_order(weighted, 0) is weighted
-    with pytest.raises(ValueError, match="WeightedRandomSampler knows nothing of the 2 processes"):
+    with pytest.raises(ValueError, match="WeightedRandomSampler would give each of the 2 processes the same samples"):
         with_epoch_order(weighted, 0, rank=1, world=2)
     split = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1))
     assert with_epoch_order(split, 0, rank=1, world=2) is split
