@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from workbench.files import atomic_file, atomic_files, sha256, write_json
+from workbench.files import atomic_file, atomic_files, read_json, sha256, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -147,3 +147,14 @@ def test_a_folder_half_filled_before_is_started_anew(tmp_path: Path) -> None:
 def test_sha256_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_json_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    with pytest.raises(ValueError, match=r"file\.json cannot be read as a list of toys: .*; write it again$"):
+        read_json(path, "a list of toys", "write it again")
+    write_json(path, {"a": 1})
+    assert read_json(path, "a list of toys") == {"a": 1}
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"file\.json cannot be read as a list of toys: Expecting property name"):
+        read_json(path, "a list of toys")
