@@ -52,7 +52,7 @@ class Unvalidated(lp.LightningDataModule):
 
 def trainee(out: Path, **options: Any) -> LightningTrainee:
     torch.manual_seed(1)
-    of = module_for(Net(), Blobs(), Judged(3), SGD)
+    of = module_for(Net(), Blobs(), task=Judged(3), optimizer=SGD)
     return hunt_training.trainee(out, of, **options)
 
 
