@@ -18,8 +18,8 @@ class Levels:
 
     Args:
         count: How many times to prune, 0 or more.
-        density: Share of the prunable weights to reach, in (0, 1], which gives the number of levels; or a falling list
-            with the density of every level.
+        density: Share of the prunable weights to reach, in (0, 1]: the last level is the first at or below it. Or a
+            falling list with the density of every level.
         rate: Share of the remaining weights that each level prunes, in [0, 1); 0 is the control that prunes nothing.
         max_drop: End the hunt once the validation score is more than this below that of level 0, in the unit of the
             metric, 0 or more.

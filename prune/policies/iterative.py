@@ -30,8 +30,8 @@ class Iterative(Policy):
 
     Args:
         levels: How many times to prune, or in which steps: ``Levels(density=0.1, rate=0.3)``. Or give ``density``.
-        density: Share of the prunable weights to reach, in (0, 1]; gives the number of levels. A list is the density of
-            every level.
+        density: Share of the prunable weights to reach, in (0, 1]: the last level is the first at or below it. Or a
+            list with the density of every level.
         rewind: Where each level after 0 starts: "0it" at the initial weights, "500it" after 500 updates of level 0,
             "2ep" after two epochs of it; or also what goes back there: ``Rewind("2ep", mode="weights")``.
         pruner: Which weights go; the smallest of the whole network by default.

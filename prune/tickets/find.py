@@ -53,21 +53,22 @@ def find_tickets(
     control of a level, and has to do the same each time: make its optimizer, and schedulers if it has some, call
     ``level.begin(optimizer, scheduler)``, and make its updates. Pruned weights are kept at zero.
 
-    A hunt that was stopped, at any moment, goes on when called again with a model made alike, seeded as before: a level
-    that had begun from its last snapshot, on the CPU with the same bits.
+    To resume a hunt that was stopped, at any moment, call it again with a model built and seeded in the same way. A
+    level that had begun resumes from its last snapshot, on the CPU with the same bits.
 
     Args:
         model: The network. Afterwards it has the weights of the last level.
         train: The function.
-        density: Share of the prunable weights to reach, or the density of every level.
+        density: Share of the prunable weights to reach: the last level is the first at or below it. Or a list with the
+            density of every level.
         levels: How many times to prune, instead; or all about the levels. ``early_stop`` is the function's business.
         rewind: Where each level starts, in updates: "0it" is the initial weights, "500it" after 500 updates; or all
             about rewinding. In fine-tuning ``level.step`` goes on from the end, learning rates are held at the last
             ones used, and ``scheduler.step()`` does nothing. With a fresh order ``level.seed`` is another one at each
             level.
-        controls: Trained beside the ticket at each level: names, or all about the controls but ``connectivity`` and
-            ``diagnose``, which are for ``prune.hunt``.
-        pruner: Which weights go; the smallest of the whole network by default.
+        controls: Which controls are trained beside the ticket at each level: names, or a ``Controls``, of which
+            ``connectivity`` and ``diagnose`` are only for ``prune.hunt``.
+        pruner: Selects the weights to prune; by default the smallest magnitudes of the whole network.
         loader: Batches for a criterion that needs data.
         loss: Model and batch -> loss, for a criterion that needs one.
         monitor: The metric that levels are compared by, which the function returns as ``val/NAME``, and its direction.

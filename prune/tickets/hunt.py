@@ -72,8 +72,8 @@ def hunt(
         model: Instead of `start`: a network, or a LightningModule of your own.
         data: The data module.
         task: Loss and metrics of a plain `model`.
-        density: Share of the prunable weights to reach, in (0, 1], which gives the number of levels; or a list with the
-            density of every level.
+        density: Share of the prunable weights to reach, in (0, 1]: the last level is the first at or below it. Or a
+            list with the density of every level.
         levels: How many times to prune, instead of `density`; or a mapping that sets how far to prune, in which steps,
             and when to end.
         rewind: The rewind point: 0it is the initial weights, 2ep the end of the second epoch, 500it the 500th update;
