@@ -61,13 +61,13 @@ def find_tickets(
         train: The function.
         density: Share of the prunable weights to reach: the last level is the first at or below it. Or a list with the
             density of every level.
-        levels: How many times to prune, instead; or all about the levels. ``early_stop`` is the function's business.
-        rewind: Where each level starts, in updates: "0it" is the initial weights, "500it" after 500 updates; or all
-            about rewinding. In fine-tuning ``level.step`` goes on from the end, learning rates are held at the last
-            ones used, and ``scheduler.step()`` does nothing. With a fresh order ``level.seed`` is another one at each
-            level.
-        controls: Which controls are trained beside the ticket at each level: names, or a ``Controls``, of which
-            ``connectivity`` and ``diagnose`` are only for ``prune.hunt``.
+        levels: How many times to prune, instead of ``density``; or a ``Levels``, without ``early_stop``.
+        rewind: Where each level starts, in updates: "0it" is the initial weights, "500it" after 500 updates; or a
+            ``Rewind``. In fine-tuning ``level.step`` goes on from the end of level 0, learning rates are held at the
+            last ones used, and ``scheduler.step()`` does nothing. With a fresh order each level has its own
+            ``level.seed``.
+        controls: Which controls are trained beside the ticket at each level: names, or a ``Controls`` without
+            ``connectivity``; ``diagnose`` has no effect here.
         pruner: Selects the weights to prune; by default the smallest magnitudes of the whole network.
         loader: Batches for a criterion that needs data.
         loss: Model and batch -> loss, for a criterion that needs one.
