@@ -21,7 +21,7 @@ class Features(Mapping[str, Tensor]):
     """Inputs and outputs of submodules in the model's last forward, by name, in the order of the modules.
 
     Reading a name that the last forward did not fill, or filled more than once, is an error, never a tensor of an
-    earlier forward. A copy, such as the one that comes with a copy of the model, is empty and stays so.
+    earlier forward. A copy, e.g. in a copy of the model, is empty and stays so.
     """
 
     def __init__(self, names: Iterable[str] = (), clone: bool = False) -> None:

@@ -14,7 +14,7 @@ _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 class LabelSpec(NamedTuple):
-    """What a model's class says of its labels.
+    """How a model's class uses its labels.
 
     Args:
         names: The arguments that are labels.

@@ -78,7 +78,7 @@ class DistillModule(SupervisedModule):
         if imitation and isinstance(losses, SoftTargets):
             raise ValueError(
                 f"temperature is {losses.temperature} and alpha {losses.alpha}, but {type(task).__name__} has neither "
-                "classes nor labels: leave them away, or give losses"
+                "classes nor labels: leave them out, or give losses"
             )
         super().__init__(student, task, optimizer, lr_scheduler, target=self._teacher_output if imitation else None)
         if losses is None:
@@ -124,7 +124,7 @@ class DistillModule(SupervisedModule):
     def prepare(self, batch: Any) -> None:
         """Make the projectors between features of unequal widths, for batches like this one.
 
-        ``fit`` calls it; call it yourself, before the optimizer is made, in a loop of your own. The students stay as
+        ``fit`` calls it; call it yourself, before the optimizer is made, in your own loop. The students stay as
         they are, and torch's random state changes only by the projectors' initial weights.
         """
         batch, cached = _split_batch(batch)
@@ -263,16 +263,16 @@ class DistillModule(SupervisedModule):
 def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
     """Raises: ValueError: unless the objective can be computed from hidden states."""
     if not isinstance(task, LanguageModelling):
-        raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it away")
+        raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it out")
     soft = terms["soft"].loss if "soft" in terms else None
     hard = terms["hard"].loss if "hard" in terms else None
     if set(terms) - {"soft", "hard"} or not isinstance(soft, SoftTarget) or soft.standardize or hard is not None:
         losses = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
         raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {losses}")
     if task.label_smoothing:
-        raise ValueError(f"chunked smooths no labels, and label_smoothing is {task.label_smoothing}: leave one away")
+        raise ValueError(f"chunked smooths no labels, and label_smoothing is {task.label_smoothing}: leave one out")
     if not isinstance(teacher, Teacher) or isinstance(teacher.module, nn.ModuleList):
-        raise ValueError("chunked needs hidden states of one live teacher: leave chunked away with a cache or several")
+        raise ValueError("chunked needs hidden states of one live teacher: leave chunked out with a cache or several")
 
 
 def _first_rows(rows: Tensor, count: int) -> Tensor:

@@ -61,13 +61,13 @@ class Term:
         if not 0 <= self.final <= 1:
             raise ValueError(f"final is {self.final}: the share of the weight that decay leaves is between 0 and 1")
         if self.decay is not None and self.decay.value < 1:
-            raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it away")
+            raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it out")
         named = self.student is not None or self.teacher is not None
         if isinstance(self.loss, FeatureLoss) and self.student is None:
-            raise ValueError(f"{type(self.loss).__name__} compares features: say which, student: layers.1")
+            raise ValueError(f"{type(self.loss).__name__} compares features: name them, student: layers.1")
         if named and not isinstance(self.loss, FeatureLoss):
             kind = "the task's own loss" if self.loss is None else type(self.loss).__name__
-            raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher away")
+            raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher out")
 
     def weight_at(self, progress: Progress) -> float:
         """The weight now; ``progress("ep")`` is the number of epochs done and ``progress("it")`` that of updates."""
@@ -322,7 +322,7 @@ def _layers_of(layers: Layers | dict[str, Layers] | None, member: str) -> list[s
 
 def _teacher_layers(term: Term) -> list[str]:
     if term.teacher is None and isinstance(term.student, dict):
-        raise ValueError("a term names its features by student: say the teacher's too, teacher: layers.3")
+        raise ValueError("a term names features of the student: name the teacher's too, teacher: layers.3")
     return _layers_of(term.student if term.teacher is None else term.teacher, "")
 
 

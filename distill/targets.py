@@ -73,7 +73,7 @@ def _check_cached(cached: Mapping[str, Any], features: Mapping[str, Any], layers
     if logits and not {"logits", "ids"} & set(cached):
         raise ValueError(
             f"the cache has no logits, which a term compares, only {', '.join(sorted(cached)) or 'nothing'}: cache a "
-            "teacher that returns logits, or leave that term away"
+            "teacher that returns logits, or leave that term out"
         )
     if missing := [layer for layer in layers if not any(matches(name, layer) for name in features)]:
         raise ValueError(

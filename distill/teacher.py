@@ -24,7 +24,7 @@ TeacherSource = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
 Average = Literal["logits", "probabilities"]
 _HALF = (torch.bfloat16, torch.float16)
-# These entries of a configuration say where it came from, not what it configures.
+# These entries of a configuration record its origin and configure nothing.
 _PASSING = ("_name_or_path", "transformers_version")
 
 
@@ -32,8 +32,8 @@ _PASSING = ("_name_or_path", "transformers_version")
 class Teacher:
     """A frozen network in eval mode outside of every module tree; or several, whose outputs are averaged.
 
-    Not an ``nn.Module``: whoever holds it does not get its weights in ``parameters()``, in the optimizer, in DDP
-    buckets, in the state dict or in a checkpoint, and ``train()`` on the holder leaves it in eval mode. Copies of
+    Not an ``nn.Module``: a module that holds it has its weights neither in ``parameters()``, nor in the optimizer, DDP
+    buckets, the state dict or a checkpoint, and ``train()`` on the holder leaves it in eval mode. Copies of
     the holder share it.
 
     Several teachers with weights w_i, which are scaled to sum 1, answer with the tensor of logits
@@ -44,14 +44,14 @@ class Teacher:
             transformers loads (also a hub name), as the class that its configuration names; or a function of the
             model's arguments, which is called as it is. Or a list of these.
         precision: "bf16" computes in bfloat16, "int8" in linear layers of 8 bits
-            (:class:`workbench.checkpoints.int8.Int8Linear`), both on a GPU and on CPU, and what it answers is float32.
+            (:class:`workbench.checkpoints.int8.Int8Linear`), both on a GPU and on CPU, and its outputs are float32.
             None leaves the network in its own precision, also where the student is trained under autocast.
         compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
-        weights: Of several teachers, equal if None.
-        average: What of several teachers is averaged.
+        weights: Weights of several teachers; equal if None.
+        average: Which outputs of several teachers are averaged.
 
     Raises:
-        ValueError: If there is no such thing there, it lacks weights, a precision is asked of a function, or the
+        ValueError: If the source cannot be found or lacks weights, a precision is set for a function, or the
             weights do not fit.
     """
 
@@ -89,7 +89,7 @@ class Teacher:
     def outputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], features: Iterable[str] = ()
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The output for ``(*args, **kwargs)``, and what went in or out of the submodules named by ``features``.
+        """The output for ``(*args, **kwargs)``, and the inputs or outputs of the submodules named by ``features``.
 
         Args:
             args: Positional arguments of the network.
@@ -97,12 +97,12 @@ class Teacher:
             features: Paths or patterns, as :func:`distill.features.capture` takes them.
 
         Raises:
-            ValueError: If features are asked of several teachers or of a function, or a name fits nothing.
+            ValueError: If features of several teachers or of a function are requested, or a name matches nothing.
         """
         names = [features] if isinstance(features, str) else list(features)
         if names and (len(self._members) > 1 or self._members[0].network is None):
             what = "several teachers" if len(self._members) > 1 else "a function"
-            raise ValueError(f"features {names} are asked of {what}: only a single network has them")
+            raise ValueError(f"features {names} are requested of {what}: only a single network has them")
         if len(self._members) == 1:
             return self._members[0].run(args, kwargs, names)
         outputs = [logits_of(member.run(args, kwargs, [])[0], "a teacher to be averaged") for member in self._members]
@@ -114,9 +114,9 @@ class Teacher:
         return averaged(outputs, self.weights, self.average), {}
 
     def fingerprint(self) -> str:
-        """SHA-256 of what it is made of: architecture, weights, precision, and of several how they are averaged.
+        """SHA-256 of architecture, weights and precision, and of how several teachers are averaged.
 
-        Of a function it knows the name and the code, not what that reaches for.
+        For a function it covers the name and the code, not the objects that the code refers to.
         """
         digest = hashlib.sha256(json.dumps([self.precision, self.weights, self.average]).encode())
         for member in self._members:
@@ -169,7 +169,7 @@ class _Member:
         if callable(source) and not isinstance(source, nn.Module):
             if precision is not None or compile:
                 option = f"precision {precision!r}" if precision is not None else "compile"
-                raise ValueError(f"{option} is asked of a function: only a network's can be chosen here")
+                raise ValueError(f"{option} is set for a function: only a network's can be chosen here")
             self._function = source
             return
         if not isinstance(source, nn.Module | str | Path):
@@ -177,7 +177,7 @@ class _Member:
                 f"a teacher is a {type(source).__name__}: give networks, folders to load them from or functions; to "
                 "learn from several out of a cache, cache them together, cache_teacher([one, other], ...)"
             )
-        # The copy keeps freezing from reaching into the caller's network; what was just loaded is nobody else's.
+        # The copy keeps freezing from reaching into the caller's network; a network just loaded has no other user.
         network = copy.deepcopy(source) if isinstance(source, nn.Module) else _load(source)
         if precision == "bf16":
             network = network.to(torch.bfloat16)

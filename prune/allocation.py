@@ -139,7 +139,7 @@ class Global:
         floors = {n: min(self._floor_of(size, layers.density), layers.available[n]) for n, size in sizes.items()}
         if sum(floors.values()) > total:
             raise ValueError(
-                f"density {layers.density} keeps {total}, but the floor {self.floor!r} asks for "
+                f"density {layers.density} keeps {total}, but the floor {self.floor!r} needs "
                 f"{sum(floors.values())} over {len(floors)} layers: raise the density or lower the floor"
             )
         lifted: dict[str, int] = {}

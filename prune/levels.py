@@ -74,7 +74,7 @@ class Levels:
         """The density of every level, from 1 down.
 
         Raises:
-            ValueError: If neither `count`, `density` nor `max_drop` says how far to go.
+            ValueError: If neither `count`, `density` nor `max_drop` is set.
         """
         if self.count is None and self.density is None and self.max_drop is None:
             raise ValueError(_ONE_OF)

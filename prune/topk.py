@@ -18,7 +18,7 @@ _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 def keep_top_k(scores: Mapping[str, Tensor], k: int, within: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Masks that keep exactly the ``k`` highest scores among all tensors together.
 
-    Equal scores are taken by index: the parameter that comes first in ``scores``, then the lower flat index.
+    Ties are broken by index: the parameter that comes first in ``scores``, then the lower flat index.
     Infinite scores are scores like any other. Half-precision scores are compared in fp32.
 
     The k-th highest is found by a radix histogram: the bits of floats, mapped to integers of the same order, are

@@ -59,7 +59,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], words: Mapping
     Args:
         before: Nested or by dotted key, JSON values.
         now: Likewise.
-        words: Dotted key -> what to say instead, where values would tell a person nothing.
+        words: Dotted key -> the text to show instead of values that a person cannot read.
 
     Returns:
         At most four, by dotted key in their order; empty if nothing differs.

@@ -61,13 +61,13 @@ class Bars:
     def stage(self, name: str) -> Iterator[None]:
         """The stage called ``name`` is at work inside; leaving writes its line and moves the recipe's bar.
 
-        An exception passes through; the line then says that the stage failed and the bar does not move.
+        An exception passes through; the line then shows the failure and the bar stops.
         """
         label, start, outcome = printable(name).ljust(self._width), perf_counter(), "failed after "
         self._note = ""
         if self._progress is not None:
             self._progress.reset(self._stage, description=label, message="", visible=True)
-            # Neither reset nor update can say "no total yet", which is what makes the bar pulse.
+            # Neither reset nor update can unset the total, which makes the bar pulse.
             self._progress.tasks[1].total = None
         try:
             yield
@@ -225,7 +225,7 @@ def _is_rank_zero() -> bool:
 
 
 def _plain(stream: TextIO) -> Console:
-    """A console that writes no control codes, whatever FORCE_COLOR says."""
+    """A console that writes no control codes, even with FORCE_COLOR."""
     return Console(file=stream, force_terminal=False, color_system=None, force_jupyter=False)
 
 

@@ -1,4 +1,4 @@
-"""What a data set gives: fetched as a loader does, known again by a digest a sample, and refused if it is random."""
+"""What a data set gives: fetched as by a loader, identified by a digest per sample, and refused if random."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ _TRIED, _BLOCK = 16, 2**17
 
 
 class Identified(Dataset):
-    """A data set whose batches come with the indices they were asked by and, if wanted, a digest of every sample.
+    """A data set whose batches come with their indices and, optionally, a digest of every sample.
 
     Args:
         dataset: With a length, and ``__getitem__`` or ``__getitems__``.
@@ -74,7 +74,7 @@ def check_loader(loader: Any) -> None:
         raise ValueError(f"the loader is a {type(loader).__name__}: give a LightningDataModule or a torch DataLoader")
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise ValueError(
-            f"{type(loader.dataset).__name__} cannot be read by index, which is what a sample is known by: "
+            f"{type(loader.dataset).__name__} cannot be read by index, which identifies a sample: "
             "give a data set with __getitem__ and __len__"
         )
     if loader.batch_sampler is None:
@@ -97,7 +97,7 @@ def digests(data: Any, count: int) -> Tensor:
 
     Of a list of samples BLAKE2b of each. Of a batch, sums over the 64-bit words of a row, each mixed with a number of
     its own (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", in Stafford's variant 13): four
-    times as fast, and as sure to notice what nobody made to go unnoticed.
+    times as fast, and as reliable against accidental changes (not against deliberate collisions).
 
     Args:
         data: A list of samples, or a batch: a tuple or mapping of tensors, arrays or lists whose rows are the samples.
@@ -133,7 +133,7 @@ def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:
     """Read a few samples twice, and let ``collate`` make a batch of them twice.
 
     Raises:
-        ValueError: If they differ, or if the data set says that it draws anew every epoch.
+        ValueError: If they differ, or if the data set has new samples every epoch.
     """
     name, views = type(dataset).__name__, views_of(dataset)
     if type(views) is not int or views < 1:

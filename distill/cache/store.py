@@ -149,7 +149,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if type(version := index.get("version")) is not int or version != VERSION:
         raise ValueError(f"{file} has version {version!r}, this version reads {VERSION}: is a newer one needed?")
     if index.get("sha256") != _checksum({name: value for name, value in index.items() if name != "sha256"}):
-        raise ValueError(f"{file} was altered: its contents do not have the SHA-256 that it says; {again}")
+        raise ValueError(f"{file} was altered: its contents do not match its SHA-256; {again}")
     if wrong := [name for name, kind in _FIELDS.items() if type(index.get(name)) is not kind]:
         raise ValueError(f"{file} is damaged: {wrong[0]!r} is not a {_FIELDS[wrong[0]].__name__}; {again}")
     try:
@@ -257,7 +257,7 @@ class Shard:
         for name in sorted({*expected, *shapes}):
             if not _fits(shapes.get(name), expected.get(name)):
                 raise ValueError(
-                    f"{self.file} is not what {INDEX} says: {name!r} is {shapes.get(name)} and not {expected.get(name)}"
+                    f"{self.file} does not match {INDEX}: {name!r} is {shapes.get(name)} and not {expected.get(name)}"
                 )
 
     def _check_cuts(self, marks: str, name: str) -> None:
@@ -286,7 +286,7 @@ def _check_shards(index: Mapping[str, Any]) -> None:
         if type(listed.get("bytes")) is not int or not isinstance(listed.get("sha256"), str):
             raise ValueError(f"{listed['file']!r} lacks 'bytes' or 'sha256'")
     if index["complete"] and {listed["file"] for listed in index["shards"]} != names:
-        raise ValueError(f"it has {len(index['shards'])} of {len(names)} shards and says that it is complete")
+        raise ValueError(f"it has {len(index['shards'])} of {len(names)} shards and is marked complete")
 
 
 def _checksum(index: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def cache_teacher(
         seed: Of the sampled ids.
         task: Says what of a batch the teacher gets. If None, a mapping by keyword without ``label`` and ``labels``, of
             a tuple all but the last. What comes back is a tensor, or has ``logits``; these are kept as they are, so
-            ``task.output`` applies to what is read as it does to what a live teacher says; ids are drawn from the
+            ``task.output`` applies to cached outputs as it does to a live teacher's; ids are drawn from the
             task's ``vocabulary``, if it has one, rather than from all rows of a padded lm head.
         device: Where the teacher runs; if None, an accelerator if there is one.
 
@@ -214,11 +214,11 @@ class _Source:
         self.collate: Callable[[Any], Any] = self.loader.collate_fn
         self.size = len(self.dataset)
         if self.size == 0:
-            raise ValueError(f"the {split} split is empty: there is nothing to ask a teacher about")
+            raise ValueError(f"the {split} split is empty: there is no input for a teacher")
         size = batch_size or self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None)
         if not isinstance(size, int):
             kind = type(self.loader.batch_sampler).__name__
-            raise ValueError(f"the loader's {kind} does not say how large a batch is: give batch_size")
+            raise ValueError(f"the loader's {kind} has no batch size: give batch_size")
         self.batch_size = size
         check_repeatable(self.dataset, self.collate)
         self.views = views_of(self.dataset)

@@ -77,7 +77,7 @@ def pad_vocabulary(logits: Tensor, vocabulary: int, size: int | None = None) -> 
 def headless(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, ``model`` returns its last hidden states as ``logits``; yields the head, with ``weight`` and ``bias``.
 
-    So the hidden states come through the forward of whatever wraps the model, such as DDP, and the head is applied by
+    So the hidden states come through the forward of a wrapper such as DDP, and the head is applied by
     :func:`chunked_soft_target`. The head is back afterwards, also after an exception. In between it is not in the
     model's ``state_dict``.
 
@@ -137,13 +137,13 @@ def check_headless(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             module.training = mode
     if not same:
         raise ValueError(
-            f"{type(model).__name__} does more to its logits than its output layer: leave chunked away, or use its "
+            f"{type(model).__name__} does more to its logits than its output layer: leave chunked out, or use its "
             "logits and distill.losses"
         )
 
 
 def _head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The module inside ``model`` that says what its output layer is, and that layer."""
+    """The module inside ``model`` that has ``get_output_embeddings``, and the output layer."""
     for owner in model.modules():
         get: Any = getattr(owner, "get_output_embeddings", None)
         head = get() if callable(get) else None

@@ -60,7 +60,7 @@ def cosine(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Ten
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    r"""Attention transfer: where a network is active, whatever its number of channels.
+    r"""Attention transfer: where a network is active, for any number of channels.
 
     .. math:: \overline{\Bigl(\frac{Q^s}{\lVert Q^s \rVert} - \frac{Q^t}{\lVert Q^t \rVert}\Bigr)^2}, \qquad
         Q = \sum_c f_c^2
@@ -137,7 +137,7 @@ def _relation(feature: Tensor, counts: Tensor | None, heads: int) -> Tensor:
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    r"""Which samples of a batch are alike, in whatever shape of features.
+    r"""Which samples of a batch are alike, for features of any shape.
 
     .. math:: \frac{1}{b^2} \lVert G^s - G^t \rVert_F^2, \qquad G = A A^\top \text{ with rows of norm 1}
 

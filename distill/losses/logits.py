@@ -302,7 +302,7 @@ def standardize(logits: Tensor, valid: Tensor | None = None) -> Tensor:
 
     .. math:: (z - \bar z) / \sigma(z), \qquad \sigma(z)^2 = \tfrac 1 C \sum_c (z_c - \bar z)^2
 
-    Student and teacher then agree up to a shift and a scale of their own; T is left to choose how soft both are. The
+    Student and teacher then agree up to a shift and a scale per position; T then sets how soft both are. The
     authors' code has C - 1 instead of C in the deviation, as if the temperature were higher by sqrt(C / (C - 1)).
 
     Args:

@@ -114,7 +114,7 @@ def label_mask(labels: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:
             raise
         raise ValueError(
             f"labels go from {labels.min().item()} to {labels.max().item()} and there are {logits.shape[-1]} classes: "
-            "say with valid which positions count, e.g. valid=labels != -100"
+            "mark with valid the positions that count, e.g. valid=labels != -100"
         ) from error
 
 

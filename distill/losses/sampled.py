@@ -25,7 +25,7 @@ def sampled_soft_target(
     Args:
         student: Logits [..., classes].
         ids: int64 [..., K], the sampled classes c; one may come twice.
-        weights: w [..., K], at least 0, with a sum of about 1; 0 where there are fewer than K, whatever stands beside.
+        weights: w [..., K], at least 0, with a sum of about 1; 0 for unused entries of ids.
         log_probs: log p [..., K] of the teacher at this temperature, exact: normalised over all classes.
         temperature: T > 0 at which the sample was taken; the student is softened by the same.
         valid: Bool [...], True at valid positions; all if None.

@@ -144,7 +144,7 @@ def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -
     Args:
         model: on any device.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to the model's device.
-        masks: which weights are kept, by name. None for all; zeros are not taken for a mask.
+        masks: which weights are kept, by name. None for all, zeros included.
 
     Raises:
         ValueError: if the model has no prunable weight, or masks do not fit it.

@@ -55,7 +55,7 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
     Args:
         policy: What decides.
         log: Whether to log densities.
-        part: Tells callbacks of one class apart in a checkpoint, where several prune several parts of a network.
+        part: Distinguishes, in a checkpoint, callbacks of one class that prune different parts of a network.
 
     Raises:
         ValueError: When training starts, if masks do not fit, ranks hold different ones, two callbacks prune the same

@@ -88,7 +88,7 @@ class LoopRewind:
 
     Args:
         trainer: Of either Lightning namespace, about to run.
-        listener: A callback. Its own state alone is not taken back.
+        listener: A callback. Only its own state is not restored.
     """
 
     def __init__(self, trainer: Any, listener: LoopListener) -> None:
@@ -181,7 +181,7 @@ class LoopRewind:
         """
         if inside_epoch and (obstacle := self.data_obstacle()):
             raise ValueError(
-                f"the rewind point lies inside an epoch, but {obstacle}: rewind to the end of an epoch ('1ep'), or "
+                f"the rewind point is inside an epoch, but {obstacle}: rewind to the end of an epoch ('1ep'), or "
                 "give a loader that has state_dict and load_state_dict"
             )
         connector = self._trainer._logger_connector

@@ -1,6 +1,6 @@
 """Criteria: pure functions that score weights; the highest scores are kept.
 
-Scores are in fp32 whatever the weight is stored in (bf16 has 1,927 distinct magnitudes in a million weights,
+Scores are in fp32 for weights of any type (bf16 has 1,927 distinct magnitudes in a million weights,
 so half precision would leave the choice to ties); float64 weights keep float64.
 """
 

@@ -4,7 +4,7 @@ All take ``loss(model, batch)``, a scalar that is the mean over the batch, and r
 papers do: with dropout, and with the statistics of the batch in batch norms. Its buffers and torch's random state are
 restored, so a second call gives the same scores.
 
-Every batch has the same weight, whatever its size or rank. Gradients are those of ``torch.autograd.grad``: ``.grad`` is
+Every batch has the same weight, of any size and rank. Gradients are those of ``torch.autograd.grad``: ``.grad`` is
 neither read nor written. A weight that the loss does not use has gradient 0.
 
 Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one batch, w = weight; per element.

@@ -22,7 +22,7 @@ accumulated)
 What is in brackets is no event of the Trainer, and these are the hooks that take its place:
 
 - The Trainer clips before ``on_pre_optimizer_step``, so gradients are read and zeroed by hooks on the parameters.
-- A callback is not told which checkpoint is resumed, so the policy's state travels in the optimizer's.
+- A callback does not learn which checkpoint is resumed, so the policy's state travels in the optimizer's.
 
 Invariant: between ``on_train_begin`` and ``release`` every hook is in ``_handle``; outside there is none.
 """
@@ -97,7 +97,7 @@ class PolicyCallback(TrainerCallback):
         self.release()
         model, self._optimizer = kwargs["model"], kwargs["optimizer"]
         if args.deepspeed:
-            raise ValueError("DeepSpeed keeps weights of its own, which no mask reaches: train with DDP or FSDP2")
+            raise ValueError("DeepSpeed keeps its own copy of the weights, without masks: train with DDP or FSDP2")
         optimizer = unwrap_optimizer(self._optimizer)
         self._restore(optimizer, state)
         self._time, self._callback_queued = _now(state), False
@@ -164,7 +164,7 @@ class PolicyCallback(TrainerCallback):
     def _restore(self, optimizer: Optimizer, state: TrainerState) -> None:
         """Load what ``_store`` put into the optimizer's state, if a checkpoint with it is resumed.
 
-        Callbacks of one class are told apart by their order; each takes the first entry that is left.
+        The order identifies callbacks of one class; each takes the first entry that is left.
         """
         kind = type(self).__name__
         stored: dict[str, list[Any]] = optimizer.param_groups[0].get(_KEY, {})

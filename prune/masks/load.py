@@ -31,5 +31,5 @@ def masks_of(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Masks:
         raise FileNotFoundError(f"{path} does not exist: give a file that Masks.save wrote, or a compact checkpoint")
     masks = compact.masks(path)
     if not masks:
-        raise ValueError(f"{path} is a compact checkpoint of a dense network, without masks: give one that has them")
+        raise ValueError(f"{path} is a compact checkpoint of a dense network, without masks: give a pruned one")
     return Masks(masks)

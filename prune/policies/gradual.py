@@ -23,7 +23,7 @@ class Gradual(Policy):
 
     The density is ``initial`` at ``begin``, ``density`` from ``end`` on, and that of ``schedule`` in between. It is
     lowered after the update that reaches ``begin``, whenever another multiple of ``every`` has passed, and at ``end``.
-    Masks are nested, and keep exactly as many weights as the density says. A structure that allows nothing between some
+    Masks are nested, and keep exactly the share of the density. A structure that allows nothing between some
     d and 1, such as 2:4, is pruned to d at the first pruning, and on from there once the schedule is below d.
 
     Scores of a criterion of gradients (movement, taylor, snip) are summed over the updates from the first to ``end``.

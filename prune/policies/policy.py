@@ -244,7 +244,7 @@ class Policy(ABC):
     ) -> Handle:
         """Attach, and take every event from the optimizer's steps: for a training loop that stays as it is.
 
-        An update is a step of the first optimizer that holds one of the weights; one that a gradient scaler skips is
+        An update is a step of the first optimizer that holds one of the weights; a step that a gradient scaler skips is
         none. Where gradients are clipped, call :meth:`mask_gradients` before. After :meth:`load_state_dict` counting
         goes on from the update that was saved.
 

@@ -115,7 +115,7 @@ def prunable(
     names = {group[0][0]: [name for name, _ in group] for group in scope}
     chosen = set(names)
     if not chosen:
-        raise ValueError(f"this {type(model).__name__} has no Linear or Conv weight of its own: nothing can be pruned")
+        raise ValueError(f"this {type(model).__name__} has no Linear or Conv weight: nothing can be pruned")
     if include is not None:
         chosen &= set(matching("include", patterns_of(include) or (), names, layers))
     if exclude is not None:
@@ -183,7 +183,7 @@ def check_fits(what: str, tensors: Mapping[str, Tensor], weights: Mapping[str, T
     """Refuse tensors that lack a weight or have another shape.
 
     Raises:
-        ValueError: naming one that has none.
+        ValueError: If a weight has none; names it.
     """
     if missing := sorted(weights.keys() - tensors.keys()):
         raise ValueError(

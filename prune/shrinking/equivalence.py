@@ -52,7 +52,7 @@ class Call:
     def randomized(self, seed: int = 0) -> "Call":
         """Random values of the same shapes and types, in about the same range.
 
-        Integers with only two values or one are taken for flags, such as a mask, and stay as they are.
+        Integers with at most two values are treated as flags, such as a mask, and stay as they are.
         """
         random = torch.Generator().manual_seed(seed)
 
@@ -71,7 +71,7 @@ class Call:
         return self._each(draw)
 
     def variants(self) -> "list[Call]":
-        """Calls further away, which a model may refuse: another range, other flags, half as long or as large."""
+        """Less similar calls, which a model may refuse: another range, other flags, half as long or as large."""
         random = torch.Generator().manual_seed(1)
 
         def far(value: Tensor) -> Tensor:

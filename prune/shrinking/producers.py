@@ -9,7 +9,7 @@ layers that it is a function of::
     pointwise, view, pool, norm of single channels of known tensors ──► union of their sets; None if one is None
     softmax ──► ATTENTION, and attention @ values ──► the set of the values, because its weights sum to 1
 
-Sets are kept by storage and not by tensor, so that views and in-place operations need no rules of their own.
+Sets are kept by storage and not by tensor, so that views and in-place operations need no separate rules.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ _POOLING_AND_NORMS = """
     amax amin max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d avg_pool2d avg_pool3d upsample_nearest1d upsample_nearest2d
 """
-# Operators that make a constant of constants, whatever the position.
+# Operators that make a constant of constants, at every position.
 _CONSTANT_PRESERVING = frozenset(f"{_POINTWISE} {_VIEWS_AND_COPIES} {_POOLING_AND_NORMS}".split())
 _ATTENTION = frozenset({"*"})  # marks attention weights, which sum to 1 over the last axis
 

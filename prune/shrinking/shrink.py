@@ -87,7 +87,7 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
     - one unit of every layer, the first, where all could be removed; its weights are then zero.
 
     A head whose values are constant is assumed to attend to something: the output for a sequence of padding alone may
-    change. Whether anything uses a unit that no layer reads can only be told on the inputs that are tried.
+    change. Whether anything uses a unit that no layer reads is checked on the inputs tried, and only there.
 
     Args:
         model: the network; it is not changed.

@@ -65,7 +65,7 @@ def unused(model: nn.Module, group: Group) -> Tensor:
 
 
 def constant(model: nn.Module, groups: Sequence[Group], calls: Sequence[Call], folding: bool = True) -> list[Tensor]:
-    """Which units have the same value everywhere, whatever the input, that every layer reading them can fold.
+    """Which units have the same value for every input, that every layer reading them can fold.
 
     A convolution that pads with zeros can only fold the value 0, because it reads less of a constant at the border; so
     can a layer without a bias in a model of transformers, whose ``from_pretrained`` would lose a new one. Without

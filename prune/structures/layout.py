@@ -39,8 +39,8 @@ class Layout:
 
         scores of weights ─ pool ─► scores of units ─ candidates, allocation, select ─► kept units ─ spread ─► masks
 
-    A density is divided over *keys*. Where each parameter has units of its own, a key is the parameter's name; where
-    units span several parameters, one key stands for all of them. Units are numbered from 0 within a key.
+    A density is divided over *keys*. Where no unit spans two parameters, a key is the parameter's name; where
+    units span several parameters, these share one key. Units are numbered from 0 within a key.
 
     Invariants, checked when a layout is made:
 

@@ -610,7 +610,7 @@ def test_a_cache_that_lacks_what_a_term_compares_is_refused(tmp_path: Path) -> N
 
     cache_teacher(Encoder(9), data(16), tmp_path / "features", features=["layers.0"])
     callback = DistillationCallback(tmp_path / "features")
-    with pytest.raises(ValueError, match=r"cache has no logits, .* only feature/layers.0: .*leave that term away"):
+    with pytest.raises(ValueError, match=r"cache has no logits, .* only feature/layers.0: .*leave that term out"):
         fit(theirs(), callback, loader=callback.attach(data(16)))
     cache_teacher(teacher(), data(16), tmp_path / "logits")
     callback = DistillationCallback(tmp_path / "logits", losses=HINTS)

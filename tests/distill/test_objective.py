@@ -224,5 +224,5 @@ def test_features_that_do_not_pair_are_counted() -> None:
     with pytest.raises(ValueError, match=r"compares 2 features of the student \(a.1, a.2\) with 1 of the teacher"):
         objective(student, seen(names=("b",)), {"like": 1.0}, own)
     by_name = Objective({"like": Term(SimilarityPreserving(), student={"s": "a"})}, ("s",))
-    with pytest.raises(ValueError, match="say the teacher's too"):
+    with pytest.raises(ValueError, match="name the teacher's too"):
         by_name.teacher_layers()

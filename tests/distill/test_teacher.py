@@ -467,9 +467,9 @@ def test_features_come_with_the_output() -> None:
         assert torch.allclose(features[name], network.get_submodule(name)(x), atol=0.1)
         assert not any(module._forward_hooks for module in teacher.module.modules())
     assert Teacher(network).outputs((x,), {})[1] == {}
-    with pytest.raises(ValueError, match="asked of several teachers"):
+    with pytest.raises(ValueError, match="requested of several teachers"):
         Teacher([network, network]).outputs((x,), {}, [name])
-    with pytest.raises(ValueError, match="asked of a function"):
+    with pytest.raises(ValueError, match="requested of a function"):
         Teacher(network.forward).outputs((x,), {}, [name])
 
 
@@ -498,8 +498,8 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path, 
         ({"source": [nn.ReLU(), nn.ReLU()], "weights": [1.0, -1.0]}, "finite numbers of at least 0"),
         ({"source": [nn.ReLU(), nn.ReLU()], "weights": [0.0, 0.0]}, "one of them above"),
         ({"source": [nn.ReLU(), nn.ReLU()], "weights": [1.0, math.nan]}, "finite numbers"),
-        ({"source": print, "precision": "bf16"}, "precision 'bf16' is asked of a function"),
-        ({"source": print, "compile": True}, "compile is asked of a function"),
+        ({"source": print, "precision": "bf16"}, "precision 'bf16' is set for a function"),
+        ({"source": print, "compile": True}, "compile is set for a function"),
         ({"precision": "int8"}, "ReLU has no nn.Linear to quantise: give 'bf16' or None"),
     ],
 )

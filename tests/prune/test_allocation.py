@@ -129,7 +129,7 @@ def test_floor_asks_for_no_more_than_is_left():
 
 def test_impossible_totals():
     scores = scores_of({"a": 10, "b": 10})
-    with pytest.raises(ValueError, match="floor 5 asks for 10 over 2 layers"):
+    with pytest.raises(ValueError, match="floor 5 needs 10 over 2 layers"):
         Global(5)(Layers(scores, 0.4))
     with pytest.raises(ValueError, match="keeps none"):
         Global()(Layers(scores, 0.01))

@@ -72,7 +72,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def augmented(images: Tensor, augment: Augment, bits: np.ndarray) -> Tensor:
-    """The images as ``bits`` say: uint64 [3, B], which decide about rows, columns and mirroring.
+    """The images shifted and mirrored by ``bits``, uint64 [3, B], for rows, columns and mirroring.
 
     Args:
         images: Of any dtype, [B, C, H, W]; not changed.

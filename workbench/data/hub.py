@@ -16,7 +16,7 @@ def load_from_hub(name: str, otherwise: str = "") -> Any:
 
     Args:
         name: ``owner/name``, or ``owner/name:configuration`` where it has several, e.g. ``clinc/clinc_oos:plus``.
-        otherwise: What to do in its place, said in the error.
+        otherwise: What to do instead; appended to the error.
 
     Raises:
         ValueError: If `datasets` cannot give it.

@@ -19,7 +19,7 @@ _DEFLATE_LIMIT = 1032  # no deflate stream expands further than this
 
 
 def read_idx(path: str | os.PathLike[str], ndim: int) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or gzipped (told by its content), into a uint8 tensor.
+    """Read an IDX file of unsigned bytes, plain or gzipped (detected by content), into a uint8 tensor.
 
     Layout: two zero bytes, the element type (8: unsigned byte), the number of axes, then each axis as a
     big-endian 32-bit count, then the elements, row by row. Nothing is allocated for the elements before the
@@ -62,7 +62,7 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile, path: Path, ndim: int, room: int,
     shape = [int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4)]
     count, room = math.prod(shape), room - 4 - 4 * ndim
     if count == 0:
-        raise ValueError(f"{path}: its header says shape {shape}, expected every axis to be at least 1 long.")
+        raise ValueError(f"{path}: its header has shape {shape}, expected every axis to be at least 1 long.")
     if count > room or (exact and count != room):
         bound = f"has {room}" if exact else f"cannot hold more than {room}"
         raise ValueError(f"{path}: shape {shape} needs {count} bytes of elements, the file {bound}; fetch it again.")

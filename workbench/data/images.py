@@ -26,10 +26,10 @@ class LabelledImages(Dataset[Batch]):
         labels: Classes, [N].
         mean: Mean to subtract; a number, or one for each channel, [C, 1, 1].
         std: Standard deviation to divide by; the same.
-        augment: What is done to an image at random, if anything; a function of (seed, view, index) when asked by
+        augment: Random change of an image, if any; a function of (seed, view, index) when indexed by
             `workbench.training.order.EpochIndex`, otherwise drawn from torch's global generator.
         views: Number of different views of an image, the view of an epoch being ``epoch % views``; 0 for a new one
-            every epoch. Without augmentation there is 1, and the attribute says so.
+            every epoch. Without augmentation the attribute is 1.
         seed: Of the augmentation.
     """
 
@@ -92,7 +92,7 @@ def loader(data: LabelledImages, batch_size: int, num_workers: int, shuffle: boo
 
 
 class ImageModule(pl.LightningDataModule, ABC):
-    """A data module over a training and a test set of labelled images, all in memory; subclasses say how to read them.
+    """A data module over a training and a test set of labelled images, all in memory; subclasses read them.
 
     The validation part is cut from the training set, stratified and the same in every run. Batches: x float32
     [B, C, H, W], y int64 [B].

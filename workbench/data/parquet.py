@@ -38,7 +38,7 @@ def decode_image(content: bytes, mode: Literal["L", "RGB"], shape: tuple[int, ..
             size = (image.height, image.width)
             if shape in (None, size):
                 return np.array(image if image.mode == mode else image.convert(mode))
-    except Exception as error:  # whatever its many decoders do with broken bytes
+    except Exception as error:  # its many decoders raise anything on broken bytes
         raise ValueError(f"cannot be decoded ({error}); mend or drop that row") from error
     assert shape is not None
     raise ValueError(

@@ -11,7 +11,7 @@ WHOLE = "all"
 """Name of the rows of a source that is not split."""
 
 SPLIT_SEED = 20_160_608
-"""Seeds every train / validation / test split, whatever the seed of a run, and a finite number of views."""
+"""Seeds every train / validation / test split, independently of a run's seed, and a finite number of views."""
 
 
 def stratified_split(labels: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:

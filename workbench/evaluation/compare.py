@@ -22,7 +22,7 @@ from workbench.tasks import Task
 from workbench.training.fit import task_for
 
 CLASSES = 256
-"""Classes told apart in a record; of more, those that move most."""
+"""Number of classes listed in a record: those that move most."""
 
 
 def compare(

@@ -1,7 +1,7 @@
-"""Scores of a classifier's logits: is it right, does it know how sure it may be, does it say what its teacher says.
+"""Scores of a classifier's logits: accuracy, calibration, agreement with its teacher.
 
 Pure functions of whole tensors, and `Scores`, which sees a split batch by batch. Logits are [..., C], labels and
-``valid`` [...]; ``valid`` is True at the positions that count, and whatever stands at others, NaN too, is not read.
+``valid`` [...]; ``valid`` is True at the positions that count, and the others, NaN too, are not read.
 Everything is computed and summed in float64. Over no position the functions give NaN.
 """
 

@@ -141,7 +141,7 @@ def sentence(stage: Stage) -> str:
 
 
 def about(comparison: Comparison) -> str:
-    """What the table's columns are, and what its intervals say."""
+    """What the table's columns and intervals mean."""
     text = (
         f"Measured on the {comparison.split} split{_sample(comparison)}. NLL (nats), Brier (0 to 2), ECE (15 bins) and "
         "KL to the teacher (nats, temperature 1): lower is better. Agreement: same prediction as the teacher."
@@ -152,7 +152,7 @@ def about(comparison: Comparison) -> str:
     confidence = tested[0].interval.confidence if tested[0].interval else 0.95
     text += f" Points: with its {100 * confidence:g}% interval; {tested[0].method or 'paired test'}"
     text += f", p adjusted for {len(tested)} comparisons (Holm)" if len(tested) > 1 else ""
-    return f"{text}. Interval and p say what other samples would change, not what another seed would."
+    return f"{text}. Interval and p cover other samples, not another seed."
 
 
 def movement(comparison: Comparison, shown: Sequence[Move]) -> str:

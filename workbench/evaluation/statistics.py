@@ -2,7 +2,7 @@
 
 Two kinds of n. Over *seeds*: `mean`, `paired`, `equivalence`, for what another training would give; the same seed gives
 both arms the same start and data order, so compare within seeds. Over *samples* of one test set: `mcnemar` and
-`clustered`, for what another test set would say of the same two networks; they know nothing of seeds.
+`clustered`, for another test set on the same two networks; they do not cover seeds.
 
 A value that n does not allow, such as an interval from one seed, is None.
 """
@@ -131,7 +131,7 @@ def one_sided(pairs: Paired, bound: float = 0.0) -> float | None:
 def mcnemar(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> AccuracyDifference:
     """Two classifiers on n independent samples: exact McNemar test, and an interval of the difference.
 
-    The test asks whether samples that only one of them gets right are its or the other's with equal chance. The
+    The null hypothesis: a sample that only one of them gets right is either's with equal chance. The
     interval is the adjusted Wald one: with p1 = (gained + 1) / (n + 2) and p2 = (lost + 1) / (n + 2),
     p1 - p2 +- z sqrt((p1 + p2 - (p1 - p2)^2) / (n + 2)).
 

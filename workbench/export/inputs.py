@@ -44,7 +44,7 @@ def select_level(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]
     levels = record.get("levels") or []
     if not levels:
         if level != "last":
-            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level away, or name a hunt")
+            raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level out, or name a hunt")
         return stage, record
     number = {"last": levels[-1]["level"], "winning": record.get("winning")}.get(str(level), level)
     if number is None:

@@ -2,7 +2,7 @@
 
 ``compact`` is the compact checkpoint, read by :func:`workbench.load`; ``torch`` is a dense 16-bit folder for torch
 (for models of transformers, transformers); ``onnx`` runs in ONNX Runtime. The last two compute in float32, or in
-the type that transformers chooses, whatever type the network was trained in.
+the type that transformers chooses, not the type that the network was trained in.
 """
 
 from dataclasses import replace

@@ -28,7 +28,7 @@ Run a recipe: the path of a YAML file, or the name of a bundled one.
   {program} run --copy RECIPE   write it to a file of your own, to edit
 
   --STAGE.ARGUMENT VALUE  override an argument, e.g. --student.temperature 2;
-                          --ARGUMENT VALUE one that stages share
+                          --ARGUMENT VALUE shared by stages
   --out DIR               the run's folder, runs/RECIPE by default; what is
                           finished there is kept, what was stopped goes on
   --replace               move stages that were made with other arguments

@@ -1,7 +1,7 @@
 """``lightning run --copy``: a bundled recipe as a file of the user's own, to edit. Light: no torch.
 
 The copy runs from any folder: a fragment that it includes, such as ``configs/data/digits.yaml``, is written out in its
-place, comments and all, so that everything there is to edit stands in one file.
+place, comments and all, so that everything to edit is in one file.
 """
 
 import os
@@ -42,7 +42,7 @@ def copy_recipe(name: str, target: str | None, program: str) -> str:
         raise RecipeError(f"{file}: exists and is not overwritten: give another name, --copy {name} {another}")
     try:
         with atomic_file(file) as temporary:
-            # The comments say how to run the bundled recipe: in the copy they name the copy.
+            # The comments show the command of the bundled recipe: in the copy they name the copy.
             text = re.sub(rf"lightning run {re.escape(path.stem)}(?![\w.])", f"lightning run {file}", text)
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -54,7 +54,7 @@ def dataclass_error(function: Callable[..., Any], arguments: Mapping[str, Any]) 
             try:
                 parser.parse_object(copy.deepcopy(dict(fields)))  # it replaces parts of its input by objects
             except (ArgumentError, TypeError, ValueError) as error:
-                # Of a class inside the dataclass, `describe_error` says more.
+                # `describe_error` reports more about a class inside the dataclass.
                 if not any(True for _ in _classes(fields, "")) and (wrong := _init_error(key, cls, fields, str(error))):
                     return wrong
     return None
@@ -148,7 +148,7 @@ def _class_error(key: str, node: Mapping[str, Any], text: str) -> tuple[str, str
     path, init_args = node["class_path"], {} if node.get("init_args") is None else node["init_args"]
     for name in node:
         if name not in _ENTRIES:
-            return key, f"'{name}' stands beside class_path: arguments of the class go into init_args"
+            return key, f"'{name}' is beside class_path: arguments of the class go into init_args"
     if not isinstance(path, str) or not isinstance(init_args, Mapping):
         return key, "a class is given as {class_path: package.module.Class, init_args: {argument: value}}"
     if "." not in path:

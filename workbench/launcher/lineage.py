@@ -139,7 +139,7 @@ def _check_member(recipe: Recipe, family: Arguments, source: Source, name: str, 
     if not (family.trains or family.runs) or member in family.members or not (member or family.members):
         return
     if family.runs and not member and key.endswith("]"):
-        return  # in a list of stages a sweep stands for all of its runs
+        return  # in a list of stages a sweep means all of its runs
     whole = [f"{stage}/{label}" for label in family.members]
     if not member:
         what = "is a sweep" if family.runs else "trains a family"

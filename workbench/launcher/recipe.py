@@ -10,7 +10,7 @@ A recipe is an ordered mapping. An entry with a ``job`` is a stage; any other en
    a ``class_path``, such as ``trainer``, are merged key by key. A stage with ``start`` gets none: it inherits the
    arguments of the stage it starts from.
 5. **grid**: a job with the arguments ``run: Runs`` and ``over`` is a sweep: the stage under ``run`` is repeated for
-   each point of the grid ``over``, each a `Stage` of its own.
+   each point of the grid ``over``, each a separate `Stage`.
 6. **check**: stages, jobs and the names of their arguments exist. Values are checked later, by `arguments`, because the
    types of a job's arguments are known only when the job is imported, and with it torch.
 """
@@ -57,7 +57,7 @@ class Stage:
         job: The job.
         arguments: Its arguments as given, with those that stages share.
         runs: The runs of a sweep; empty for any other stage.
-        over: The point of the grid that a run stands for: values by dotted key.
+        over: A run's point of the grid: values by dotted key.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def error(self, message: str, stage: str | None = None, key: str | None = None) -> RecipeError:
-        """A :class:`RecipeError` that says where: file, stage, key."""
+        """A :class:`RecipeError` with its place: file, stage, key."""
         where = [str(self.path), *([f"stage '{stage}'"] if stage else []), *([f"key '{key}'"] if key else [])]
         return RecipeError(f"{', '.join(where)}: {message}")
 
@@ -148,7 +148,7 @@ def read(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
 
 
 def _stage(recipe: Recipe, name: str, body: Mapping[str, Any], shared: Mapping[str, Any]) -> Stage:
-    """The stage called ``name``: its job found, its keys checked, fragments included, shared arguments added."""
+    """The stage called ``name``: its job resolved, its keys checked, fragments included, shared arguments added."""
     if not _STAGE_NAME.fullmatch(name) or name == REPLACED:
         raise recipe.error(f"the name is a folder's: letters, digits, '_' and '-', and not '{REPLACED}'", name)
     job, arguments = _read_stage_body(recipe, name, body, shared)

@@ -50,7 +50,7 @@ _PROCESS_STARTED = records.now()
 
 
 class StageError(RuntimeError):
-    """A stage failed; its record says why.
+    """A stage failed; its record holds the traceback.
 
     Args:
         message: The error message.

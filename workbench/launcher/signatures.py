@@ -147,13 +147,13 @@ class _Reader:
 
 
 class _Aliases(ast.NodeTransformer):
-    """Replaces a name by what it stands for, where that is a ``Literal``: help lists its values."""
+    """Replaces the name of a ``Literal`` by its definition: help lists its values."""
 
     def __init__(self, reader: _Reader, module: str) -> None:
         self._reader, self._module = reader, module
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """The ``Literal`` that a name stands for, or the name."""
+        """The ``Literal`` of that name, or the name."""
         _, value = self._reader.definition(self._module, node.id)
         is_literal = isinstance(value, ast.Subscript) and ast.unparse(value.value).rpartition(".")[2] == "Literal"
         return value if isinstance(value, ast.Subscript) and is_literal else node

@@ -243,7 +243,7 @@ def init_(module: M, activation: str, kind: Init = "own") -> M:
     first layer in order of registration and for the gate and up maps of a `GLU`, which read inputs instead.
     He et al. (2015, arXiv:1502.01852, section 2.2) say the same and use sqrt 2 there too, because for ReLU
     the factor stays a factor; behind 30 GELU layers it would be 189. kind "he": sqrt 2 everywhere, as they
-    do, whatever the activation.
+    do, for any activation.
     Both: 1 for the last layer, the output (a lone `GLU` has none); biases 0. Norm layers and all else stay as
     they are.
 
@@ -265,7 +265,7 @@ def init_(module: M, activation: str, kind: Init = "own") -> M:
     hidden = gain(activation) if kind == "own" else math.sqrt(2)
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no Linear or Conv layer to initialise: pass one that has.")
+        raise ValueError(f"{type(module).__name__} has no Linear or Conv layer to initialise: pass a module with one.")
     readers = {id(m) for block in module.modules() if isinstance(block, GLU) for m in (block.gate, block.up)}
     readers.add(id(layers[0]))
     for layer in layers:
@@ -344,7 +344,7 @@ def swap_activation(model: M, name: str) -> M:
     sites = list(_sites(model, None, set()))
     if not sites:
         raise ValueError(
-            f"found no activation to replace in {type(model).__name__}: known are the modules of "
+            f"no activation to replace in {type(model).__name__}: supported are the modules of "
             f"{', '.join(n for n in TABLE if n != 'identity')}. Build the model with one of them."
         )
     fresh: dict[int, nn.Module] = {}  # a module used in several places stays one module

@@ -18,7 +18,7 @@ class Anatomy:
 
     Attributes:
         layers: The list of layers.
-        inputs: What makes queries, keys and values: three parts, or one that makes them in this order.
+        inputs: The layers of queries, keys and values: three, or one for all, in this order.
         output: What maps the heads back to the hidden size.
         up: First layer of the feed-forward net.
         down: Second layer of it.
@@ -138,7 +138,7 @@ def layers_of(model: nn.Module) -> Iterator[Layer]:
     """The layers of all transformers anywhere in ``model``, which may be or hold or wrap several.
 
     Raises:
-        ValueError: If nothing tells how wide a head is.
+        ValueError: If the width of a head is unknown.
     """
     for path, module in model.named_modules():
         anatomy = next((anatomy for anatomy in ANATOMIES if _has_all(module, anatomy)), None)
@@ -151,7 +151,7 @@ def _has_all(layer: nn.Module, anatomy: Anatomy) -> bool:
 
 
 def _head_width(model: nn.Module, path: str, anatomy: Anatomy) -> int:
-    """As the attention says, else the nearest configuration around it."""
+    """From the attention, else from the nearest configuration around it."""
     steps = [*(path.split(".") if path else []), *anatomy.inputs[0].split(".")[:-1]]
     for depth in range(len(steps), -1, -1):
         module: Any = model.get_submodule(".".join(steps[:depth]))
@@ -162,4 +162,4 @@ def _head_width(model: nn.Module, path: str, anatomy: Anatomy) -> int:
                     return width
         if hasattr(config, "hidden_size") and hasattr(config, "num_attention_heads"):
             return config.hidden_size // config.num_attention_heads
-    raise ValueError(f"nothing says how wide the heads of '{path}' are: prune the model that has its configuration")
+    raise ValueError(f"the width of the heads of '{path}' is unknown: prune the model that has its configuration")

@@ -17,10 +17,10 @@ _MODULE, _CLASS = "torch.nn.Module", "type[torch.nn.Module]"
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """How to build ``model`` again, as JSON, or None if it does not say.
+    """How to build ``model`` again, as JSON, or None if that is not recorded.
 
     A transformers model is described by its configuration; any other by its class and what its constructor was given:
-    its ``init_args``, or a LightningModule's ``hparams``, or nothing where nothing is taken. An activation that was
+    its ``init_args``, or a LightningModule's ``hparams``, or none where it takes none. An activation that was
     swapped in afterwards, and layers that were made smaller, are noted beside.
     """
     cls = _class_of(model)
@@ -46,7 +46,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
-    """The class that the model was made of, also where FSDP2 has divided it and put one of its own in front."""
+    """The model's class, without the one that FSDP2 puts in front of it."""
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
@@ -74,7 +74,7 @@ def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
             resize(model, architecture["resized"])
     except ResizeError as error:
         raise ResizeError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a constructor does with arguments it does not expect
+    except Exception as error:  # a constructor may raise anything on unexpected arguments
         raise ValueError(f"{path}: {name} cannot be built from its stored arguments: {error}") from error
     return model
 
@@ -83,7 +83,7 @@ def _module_class(name: str, path: Path) -> type[nn.Module]:
     module, _, qualname = name.rpartition(".")
     try:
         cls = getattr(import_module(module), qualname)
-    except Exception as error:  # whatever a foreign module does when it is imported
+    except Exception as error:  # a foreign module may raise anything on import
         raise ValueError(
             f"{path} needs the class {name!r}, which cannot be imported ({error}): "
             "install the package that has it, or pass the model, load(path, model=...)"
@@ -103,7 +103,7 @@ def argument_to_json(argument: Any) -> Any:
 
 
 def _argument_from_json(argument: Any, path: Path) -> Any:
-    """What :func:`argument_to_json` was given, made again."""
+    """The inverse of :func:`argument_to_json`."""
     if isinstance(argument, dict) and len(argument) == 1:
         if _MODULE in argument:
             return build(argument[_MODULE], path)
@@ -135,7 +135,7 @@ def is_architecture(value: Any) -> bool:
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
-    """What the constructor was given; raises TypeError if that is not known or not enough."""
+    """The constructor's arguments; raises TypeError if they are unknown or incomplete."""
     signature = inspect.signature(_class_of(model))
     init_args: Any = getattr(model, "init_args", None)
     if not isinstance(init_args, Mapping):

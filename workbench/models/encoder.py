@@ -22,7 +22,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling = "mean") -> T
     """One vector for a sequence: the mean of its real tokens' vectors, or the first token's.
 
     Args:
-        hidden: [B, L, D]; whatever stands at padding, NaN too, does not matter to the mean.
+        hidden: [B, L, D]; the mean ignores padding, also if it is NaN.
         attention_mask: 1 where a token is real and 0 where it is padding, [B, L].
         pooling: "mean" or "cls".
 
@@ -79,7 +79,7 @@ class SentenceEncoder(nn.Module):
     def init_args(self) -> dict[str, Any]:
         """What it is built again from, as JSON: the encoder by its configuration as that is now."""
         if describe(self.encoder) is None:
-            raise AttributeError(f"{type(self.encoder).__name__} does not say what it was built with")
+            raise AttributeError(f"{type(self.encoder).__name__} does not record its arguments")
         return {"encoder": argument_to_json(self.encoder), "pooling": self.pooling, "normalize": self.normalize}
 
     def forward(
@@ -100,13 +100,13 @@ class SentenceEncoder(nn.Module):
 
 
 def sentence_encoder(folder: str | os.PathLike[str]) -> SentenceEncoder:
-    """The encoder in a folder that sentence-transformers saved, pooled and normalised as its ``modules.json`` says.
+    """The encoder in a folder that sentence-transformers saved, pooled and normalised by its ``modules.json``.
 
     Args:
         folder: With the model's own files beside modules.json; a path or ``package:NAME/folder``.
 
     Raises:
-        ValueError: If there is no such file, or it asks for more than a transformer, a pooling by mean or first token,
+        ValueError: If there is no such file, or it needs more than a transformer, a pooling by mean or first token,
             and a norm; or the model cannot be loaded.
     """
     path = Path(resolve_path(folder))
@@ -114,14 +114,14 @@ def sentence_encoder(folder: str | os.PathLike[str]) -> SentenceEncoder:
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
         raise ValueError(
-            f"{path / 'modules.json'}: asks for {', '.join(kinds) or 'nothing'}; only Transformer, Pooling and "
-            "Normalize are known: build a SentenceEncoder, or a module of your own, around the encoder"
+            f"{path / 'modules.json'}: needs {', '.join(kinds) or 'nothing'}; only Transformer, Pooling and "
+            "Normalize are supported: build a SentenceEncoder, or a module of your own, around the encoder"
         )
     config = _json(path / str(modules[1].get("path", "")) / "config.json")
     modes = [str(mode) for mode, on in config.items() if mode.startswith("pooling_mode") and on is True]
     poolings: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in poolings:
-        raise ValueError(f"{path}: pools by {', '.join(modes) or 'nothing'}; only the mean or the first token is known")
+        raise ValueError(f"{path}: pools by {', '.join(modes) or 'nothing'}; mean and first token are supported")
     return SentenceEncoder(path, poolings[modes[0]], normalize=len(kinds) == 3)
 
 
@@ -140,7 +140,7 @@ def _from_config(config: Mapping[str, Any]) -> nn.Module:
 
     fields = dict(config)
     if not is_architecture({"class_path": "", "config": fields}):
-        raise ValueError("the encoder's configuration asks for an attention that is not built in: use eager or sdpa.")
+        raise ValueError("the encoder's configuration needs an attention that is not built in: use eager or sdpa.")
     try:
         return AutoModel.from_config(AutoConfig.for_model(**fields))
     except (KeyError, TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ LABELS = ("label", "labels", "label_ids")
 
 @contextmanager
 def preserve_state(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, gradients are on and ``model`` is in the mode asked for.
+    """Inside, gradients are on and ``model`` is in the given mode.
 
     Afterwards its modes, its buffers and torch's random state are as they were, also after an exception.
     """
@@ -50,7 +50,7 @@ def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` on ``device``: tensors and whatever has a ``to``, in mappings, lists and tuples."""
+    """``batch`` on ``device``: tensors and objects with a ``to``, in mappings, lists and tuples."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):

@@ -25,7 +25,7 @@ def from_config(architecture: str, config: dict[str, Any]) -> nn.Module:
     if not hasattr(cls, "config_class"):
         raise ValueError(f"{architecture} is no one model: give a class such as BertForSequenceClassification")
     default = cls.config_class()
-    # A configuration takes whatever it is given, and a misspelt entry would change nothing.
+    # A configuration accepts any key, and a misspelt one would change nothing.
     if unknown := [name for name in config if not hasattr(default, name)]:
         close = closest(unknown[0], dir(default))
         raise ValueError(

@@ -21,7 +21,7 @@ def shift(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         outputs: Logits or hidden states [B, L, ...].
-        labels: Tokens, or whatever else belongs to them, [B, L].
+        labels: Tokens, or labels of tokens, [B, L].
 
     Returns:
         ``outputs[:, :-1]`` and ``labels[:, 1:]``.
@@ -46,7 +46,7 @@ def valid_tokens(
 ) -> Tensor:
     """Where a prediction counts: its token is real, not ignored and not part of the prompt.
 
-    Padding is told by the attention mask alone, never by a token's number: where the padding token is the end token
+    Only the attention mask marks padding, never a token's number: where the padding token is the end token
     too, the true end still counts. In a causal model the position that predicts must be real as well, which leaves out
     the first token after padding on the left.
 

@@ -50,7 +50,7 @@ def axes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether every channel of it has parameters of its own: a norm over other dimensions, a depthwise convolution."""
+    """Whether each channel has separate parameters: a norm over other dimensions, a depthwise convolution."""
     if isinstance(module, (*_NORMS, nn.GroupNorm)):
         return True
     if isinstance(module, nn.PReLU):
@@ -59,7 +59,7 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def sizes(module: nn.Module) -> Sizes:
-    """The attributes of ``module`` that say how large it is, by name."""
+    """Name -> value of the attributes that hold the sizes of ``module``."""
     return {name: int(getattr(module, name)) for name in _names(module)}
 
 
@@ -72,7 +72,7 @@ def set_resized(model: nn.Module, resized: Mapping[str, Mapping[str, int]]) -> N
 
 
 def sync_sizes(module: nn.Module) -> None:
-    """Set the attributes of a layer to what its tensors say, after channels of them were taken out."""
+    """Set the size attributes of a layer from its tensors, after channels were removed."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         if isinstance(module, _NORMS) and isinstance(module.running_mean, Tensor):
@@ -107,7 +107,7 @@ def resize(model: nn.Module, resized: Mapping[str, Any]) -> None:
             constructor does not make. It may come out of a file: nothing is allocated before it is checked.
 
     Raises:
-        ResizeError: If it is no such mapping, a module or attribute is missing or cannot be set, a size is not between
+        ResizeError: If the form is another, a module or attribute is missing or cannot be set, a size is not between
             1 and what the constructor made, weights are tied to another module's, or next to nothing of the module
             would be left.
     """

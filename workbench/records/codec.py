@@ -185,7 +185,7 @@ def _monitor(value: Any, path: Path) -> tuple[str, str] | None:
 
 
 def _missing(field: dataclasses.Field[Any], kind: Any) -> Any:
-    """What stands for a value that could not be read; MISSING if nothing can."""
+    """The substitute for an unreadable value; MISSING if there is none."""
     if field.default is not dataclasses.MISSING:
         return field.default
     if field.default_factory is not dataclasses.MISSING:

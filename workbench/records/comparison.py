@@ -39,7 +39,7 @@ class ClassScores:
 
     Attributes:
         recall: Share of a class's samples that are right, in [0, 1].
-        gained: Samples that it alone has right, and the baseline has not.
+        gained: Samples that it has right and the baseline wrong.
         lost: Samples that the baseline alone has right.
     """
 

@@ -1,4 +1,4 @@
-"""The record of a stage, ``record.json``: what was asked, what came out, with which versions.
+"""The record of a stage, ``record.json``: arguments, results and versions.
 
 A folder without a record whose status is ``finished`` is unfinished by definition.
 """
@@ -21,7 +21,7 @@ _PACKAGES = ("distill-prune", "torch", "lightning", "transformers", "torchmetric
 
 
 def fingerprint(data: Any) -> str:
-    """SHA-256 of the canonical JSON of ``data``: the same whatever the order of its keys, in every process.
+    """SHA-256 of the canonical JSON of ``data``: the same for any order of its keys, in every process.
 
     Raises:
         ValueError: If ``data`` is not JSON: a mapping with string keys, list, string, number, bool or None.

@@ -82,7 +82,7 @@ def schema(job: str | None) -> type | None:
         return None
     try:
         kind = entry.load()
-    except Exception as error:  # an import runs whatever the module does
+    except Exception as error:  # an import may raise anything
         raise ValueError(f"the record of job {job!r} ({entry.value}) cannot be imported: {error}") from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ValueError(f"the record of job {job!r} ({entry.value}) is no dataclass: name one in its entry point")

@@ -98,7 +98,7 @@ def read_stage(folder: Path) -> Stage | None:
         raw = read(folder)
         record = None if raw is None else clean(raw)
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply to be a record; move the folder away") from None
+        raise ValueError(f"{path}: nested too deeply for a record; move the folder away") from None
     return None if record is None else _stage(path, record)
 
 

@@ -52,7 +52,7 @@ class LevelVerdict:
             ``"dense"`` of level 0.
         why: What decided, in words.
         means: Arm -> score over seeds.
-        matches: Dense arm -> whether the ticket is no more than delta below it.
+        matches: Dense arm -> whether the ticket is at most delta below it.
         beats: Control -> whether the ticket is above it.
         best_step: Arm -> the step of its lowest validation loss, over seeds.
         overlap: Of the masks of different seeds; None of a single hunt.

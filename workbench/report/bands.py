@@ -12,7 +12,7 @@ class Band:
     """Means over seeds against density, densest first.
 
     Attributes:
-        name: Stands at its end.
+        name: Its label, drawn at its end.
         tone: Number of its colour and marker.
         x: Densities.
         y: Means.

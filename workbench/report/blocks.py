@@ -63,7 +63,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks under a heading of their own; without ``title`` there is none."""
+    """Blocks under a heading; without ``title`` there is none."""
 
     blocks: list[Text | Grid | Gallery]
     title: str = ""

@@ -8,7 +8,7 @@ from workbench.report.format import DASH
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says; ``note`` stands beside it in small, ``title`` holds the exact value."""
+    """A cell's text; ``note`` is small beside it, ``title`` holds the exact value."""
 
     text: str
     note: str = ""
@@ -17,7 +17,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of cells; ``stage`` is whose colour stands before it, ``marked`` sets it off from the others."""
+    """A row of cells; ``stage`` gives its colour, ``marked`` highlights it."""
 
     cells: list[Cell]
     stage: str = ""

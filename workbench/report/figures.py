@@ -113,7 +113,7 @@ def bars(
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Densities 1, 2, 5 x 10^-n between ``low`` and ``high``, the nearest one where none lies between."""
+    """Densities 1, 2, 5 x 10^-n between ``low`` and ``high``, the nearest one if there is none."""
     series = [m * 10.0**-n for n in range(12) for m in (1, 0.5, 0.2)]
     inside = [t for t in series if low * 0.999 <= t <= high * 1.001]
     return inside or [min(series, key=lambda t: abs(t - low))]
@@ -160,7 +160,7 @@ def reach(bands: Sequence[Band], leads: Sequence[Band]) -> tuple[float, float]:
     """Limits of a vertical axis: the window of the means of ``leads``, and room for what else there is.
 
     For other means up to four times as much, for intervals as much again: a control that has fallen far, or the
-    interval of two seeds, would otherwise press what is asked into one line.
+    interval of two seeds, would otherwise compress the rest into one line.
     """
     low, high = window([band.y[::-1] for band in leads])
     least, most = low, high

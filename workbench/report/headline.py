@@ -1,4 +1,4 @@
-"""What a report says first, on the page and in the terminal."""
+"""The headline of a report, on the page and in the terminal."""
 
 from workbench.report import tables
 from workbench.report.cells import Table
@@ -24,7 +24,7 @@ def table(summary: Summary) -> Table:
 
 
 def lines(summary: Summary) -> list[str]:
-    """What stands below it."""
+    """The text below the headline."""
     speaker = None if summary.rows else _speaker(summary)[0]
     more = [text for each, stages in summary.sections if each is not speaker for text in each.sentences(stages)]
     return [line for line in (headline(summary), *more, caveat(summary), others(summary), unfinished(summary)) if line]

@@ -24,7 +24,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage's row says.
+    """The content of a stage's row.
 
     Attributes:
         metrics: By name with split.
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One finished stage in numbers; None where the records say nothing.
+    """One finished stage in numbers; None if not recorded.
 
     Attributes:
         stage: The stage.

@@ -25,7 +25,7 @@ from workbench.report.rows import Outcome, Pick, Row
 
 GROUP = "workbench.sections"
 FIGURES = 50
-"""Where the figures of all stages stand among the sections' chapters."""
+"""Position of the figures of all stages among the sections' chapters."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def sections_of(jobs: Iterable[str | None]) -> dict[str, Section]:
             continue
         try:
             section = entry.load()
-        except Exception as error:  # an import runs whatever the module does
+        except Exception as error:  # an import may raise anything
             raise ValueError(
                 f"the report's section of job {entry.name!r} ({entry.value}) cannot be imported: {error}"
             ) from error

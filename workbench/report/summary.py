@@ -1,4 +1,4 @@
-"""Stages into what a report says about them: rows, learning curves and the pick. Pure functions of records."""
+"""From stages to the content of a report: rows, learning curves and the pick. Pure functions of records."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,7 +100,7 @@ def near(value: float | None, reference: float | None, measured: Metric) -> bool
 
 
 def _outcome(stage: Stage, sections: Mapping[str, Section]) -> Outcome | None:
-    """What the stage's row says; None if it has none, as a stage that measured no network."""
+    """The content of the stage's row; None if it has none, as a stage that measured no network."""
     section = sections.get(stage.job or "")
     if section is not None and section.outcome is not None and section.shows(stage):
         return section.outcome(stage)
@@ -206,7 +206,7 @@ def _named_activation(value: object) -> str | None:
 def _pick(rows: list[Row], reference: Row) -> Pick | None:
     """The smallest checkpoint, the reference's own aside, that is near the reference on validation data.
 
-    Test figures play no part. Of equally small ones the earliest is taken.
+    Test figures are not used. Ties go to the earliest.
     """
     named = {row.stage.name: row for row in rows}
     picks: list[Pick] = []

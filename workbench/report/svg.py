@@ -72,7 +72,7 @@ def drawn(name: str, title: str, inches: tuple[float, float], draw: Callable[[Ax
 
 
 def standalone(svg: str) -> str:
-    """An inlined figure as a file of its own, with both palettes."""
+    """An inlined figure as a separate file, with both palettes."""
     scheme = "".join(f"--{name}:{dark};" for name, (_, dark) in PALETTE.items())
     style = f"<style>svg{{font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{scheme}}}}}</style>"
     head, body = svg.split(">", 1)
@@ -80,7 +80,7 @@ def standalone(svg: str) -> str:
 
 
 def _inline(svg: bytes, prefix: str, title: str) -> str:
-    """Matplotlib's SVG rewritten as the module's docstring says."""
+    """Matplotlib's SVG rewritten; see the module's docstring."""
     root = ET.fromstring(svg)
     for parent in root.iter():
         for child in list(parent):

@@ -1,4 +1,4 @@
-"""The tables of all stages, whatever their jobs: the main one and the provenance; and what stands under figures."""
+"""The tables of all stages, of every job: the main one and the provenance; and the captions of figures."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -70,7 +70,7 @@ def provenance(stages: Iterable[Stage]) -> Table:
 
 
 def sample(summary: Summary, names: Iterable[str]) -> str:
-    """What stands under a figure of stages: n, the interval's kind, the fingerprints of the stages drawn."""
+    """The caption of a figure of stages: n, the interval's kind, the fingerprints of the stages drawn."""
     drawn = set(names)
     rows = [row for row in summary.rows if {row.stage.name, row.stage.family} & drawn]
     stages = [*(row.stage for row in rows), *(stage for stage in summary.others if stage.name in drawn)]

@@ -41,7 +41,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def output(self, raw: Any) -> Tensor:
-        """The tensor to score, out of whatever the model returned."""
+        """The tensor to score, from the model's output."""
 
     @abstractmethod
     def loss(self, output: Tensor, batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tasks without labels: the output is compared with what a teacher says of the same inputs."""
+"""Tasks without labels: the output is compared with a teacher's for the same inputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _LAGS = 8
 
 
 class Imitation(Task, ABC):
-    """A task whose targets are a teacher's outputs, put into the batch by whoever has the teacher."""
+    """A task whose targets are a teacher's outputs, which the distillation module puts into the batch."""
 
     @abstractmethod
     def with_target(self, batch: Any, target: Tensor) -> Any:

@@ -16,7 +16,7 @@ _NOT_FOR_THE_MODEL = ("labels", "prompt_lengths")
 
 @final
 class LanguageModelling(Task):
-    """One token out of a vocabulary for each position: the next one, or the one that was masked there.
+    """One token out of a vocabulary for each position: the next one, or the masked one.
 
     A batch is a mapping: ``input_ids`` [B, L], and perhaps ``attention_mask`` [B, L], 0 at padding on either side;
     ``labels`` [B, L], -100 where nothing counts, of the same positions as the inputs (the shift is done here);
@@ -24,7 +24,7 @@ class LanguageModelling(Task):
     are. Labels and prompt lengths are not passed to the model.
 
     What loss, metrics and a teacher see of a causal model is shifted: position i of the output, without the last,
-    belongs to token i + 1. Padding is told by the attention mask alone, so the end token counts where it pads, too; see
+    belongs to token i + 1. Only the attention mask marks padding, so the end token counts if it pads unmasked; see
     `workbench.models.positions.valid_tokens`.
 
     Args:

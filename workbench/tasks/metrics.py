@@ -36,7 +36,7 @@ def cross_entropy(
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     skip = _NOTHING if ignore_index is None else ignore_index
     if ignore_index is not None:
-        # Before the softmax: whatever stands at such a position, NaN too, must not reach the gradient of the others.
+        # Before the softmax: NaN at such a position must not reach the gradient of the others.
         logits = logits.masked_fill((targets == skip)[..., None], 0.0)
     try:
         total = F.cross_entropy(
@@ -46,7 +46,7 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             reduction="sum",
         )
-    except IndexError as error:  # on a GPU the device says so, later
+    except IndexError as error:  # on a GPU the device reports it later
         counted = targets[targets != skip]
         raise ValueError(
             f"labels go from {int(counted.min())} to {int(counted.max())} and logits score {logits.shape[-1]} classes: "

@@ -108,7 +108,7 @@ def masked_pair(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
         )
     dtype = torch.promote_types(torch.promote_types(output.dtype, targets.dtype), torch.float32)
     valid = ~targets.isnan()
-    # Both, so that whatever stands at such a place, NaN too, does not reach the gradient of the others.
+    # Both, so that NaN at such a place does not reach the gradient of the others.
     return output.to(dtype).masked_fill(~valid, 0.0), targets.to(dtype).masked_fill(~valid, 0.0), valid
 
 

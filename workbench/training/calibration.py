@@ -114,7 +114,7 @@ class TrainingLoss:
     def __call__(self, network: nn.Module, batch: Any) -> Tensor:
         """The loss of ``network``, the module's own, on ``batch``."""
         if network is not network_of(self.module):
-            raise ValueError(f"the loss of {type(self.module).__name__} is that of its own network, not of another")
+            raise ValueError(f"{type(self.module).__name__} computes the loss of its own network only, not of another")
         with (
             _without_logging(self.module),
             nullcontext() if self.precision is None else self.precision.forward_context(),

@@ -106,7 +106,7 @@ def save_family(
     result: dict[str, Any],
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write each network of a family as ``out/NAME/compact`` beside a record of its own; adds ``students``."""
+    """Write each network of a family as ``out/NAME/compact`` with a separate record; adds ``students``."""
     result["students"] = {}
     for name in module.family:
         member = {"metrics": _of_member(result["metrics"], name), "monitor": result["monitor"]}

@@ -84,7 +84,7 @@ def test_every_byte_of_the_index_counts(cached_words: Path) -> None:
         (lambda index: index["fingerprint"].update(samples=10**13), "the number of samples is 10000000000000"),
         (lambda index: index["fingerprint"].update(views=-1), "the number of views is -1"),
         (lambda index: index.update(shard_size=0), "shard_size is 0"),
-        (lambda index: index["shards"].pop(), "it has 2 of 3 shards and says that it is complete"),
+        (lambda index: index["shards"].pop(), "it has 2 of 3 shards and is marked complete"),
         (lambda index: index["shards"][0].update(file="../../secret"), "is none of its shards"),
         (lambda index: index["shards"][0].update(bytes="many"), "lacks 'bytes' or 'sha256'"),
         (lambda index: index["entries"]["logits"].update(shape=[2**39, 2**39]), "out of range"),
@@ -104,7 +104,7 @@ def test_an_index_that_makes_no_sense(
 def test_shards_of_another_shape_than_the_index_says(cached_words: Path) -> None:
     rewrite(cached_words, lambda index: index["entries"]["logits"].update(shape=[12]))
     attached = CachedTeacher(cached_words).attach(loader(Words(), 3, collate_fn=pad))
-    with pytest.raises(ValueError, match=r"is not what cache.json says: 'logits' is \('F32', \(10, 11\)\) and not"):
+    with pytest.raises(ValueError, match=r"does not match cache.json: 'logits' is \('F32', \(10, 11\)\) and not"):
         next(iter(attached))
 
 

@@ -170,7 +170,7 @@ class Endless(IterableDataset):
         (samples(), {}, "the loader is a TensorDataset: give a LightningDataModule or a torch DataLoader"),
         (DataLoader(Endless()), {}, "Endless cannot be read by index"),
         (DataLoader(samples(), None), {}, r"does not make batches \(batch_size=None\)"),
-        (DataLoader(samples(), batch_sampler=[[0]]), {}, "list does not say how large a batch is: give batch_size"),  # type: ignore[arg-type]
+        (DataLoader(samples(), batch_sampler=[[0]]), {}, "list has no batch size: give batch_size"),  # type: ignore[arg-type]
         (loader(samples(0, 0)), {}, "the train split is empty"),
         (Digits(), {"split": "training"}, "split is 'training': a data module has train, val, test"),
         (loader(), {"store": "top-k"}, "store is 'top-k': choose from full, sampled"),

@@ -226,5 +226,5 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="training_step gives NoneType, not a loss"):
         Pruner("snip")(silent.network, 0.5, **calibration(CRITERIA["snip"], silent, lambda: loader, 1))
     shown = calibration(CRITERIA["snip"], theirs(lp), lambda: loader, 1)
-    with pytest.raises(ValueError, match="that of its own network"):
+    with pytest.raises(ValueError, match="computes the loss of its own network only"):
         Pruner("snip")(net(), 0.5, **shown)

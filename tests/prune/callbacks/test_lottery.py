@@ -574,7 +574,7 @@ def test_data_of_unknown_order(loader: DataLoader, said: str) -> None:
         watch = fit(theirs(), ticket := LotteryTicket(Levels(1, rate=0.0), rewind="1ep"), loader=loader, max_epochs=2)
     assert ticket.levels[1]["kept"] == ["data order"]
     assert [len(batches) for batches in watch.batches] == [12, 6]
-    with pytest.raises(ValueError, match=f"lies inside an epoch, but {said}.*: rewind to the end of an epoch"):
+    with pytest.raises(ValueError, match=f"is inside an epoch, but {said}.*: rewind to the end of an epoch"):
         fit(theirs(), LotteryTicket(levels=1, rewind="2it"), loader=loader)
 
 

@@ -364,7 +364,7 @@ def test_ranks_prune_alike_and_see_the_mean_gradient(tmp_path: Path) -> None:
 
 def test_deepspeed_is_refused() -> None:
     args: Any = SimpleNamespace(deepspeed="zero.json")
-    with pytest.raises(ValueError, match="DeepSpeed keeps weights of its own"):
+    with pytest.raises(ValueError, match="DeepSpeed keeps its own copy of the weights"):
         KeepMasked(masks()).on_train_begin(args, None, None, model=bert(), optimizer=None)  # type: ignore[arg-type]
 
 

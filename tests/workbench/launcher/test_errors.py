@@ -123,7 +123,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
         "key beside class_path",
         {"model": {"class_path": "own_net.Net", "width": 3}},
         "model",
-        "'width' stands beside class_path: arguments of the class go into init_args",
+        "'width' is beside class_path: arguments of the class go into init_args",
     ),
     (
         "init_args no mapping",
@@ -259,12 +259,16 @@ FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
 OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "hunt",
-        {"criterion": "magnitud"},
-        "criterion",
-        "is 'magnitud': expected 'magnitude' or 'random' or 'snip' or 'grasp' or 'synflow' or 'taylor' or 'movement' "
-        "or 'wanda'; did you mean 'magnitude'?",
+        {"pruner": {"criterion": "magnitud"}},
+        "pruner",
+        "unknown criterion 'magnitud'; did you mean 'magnitude'?",
     ),
-    ("hunt", {"include": "a"}, "include", "is 'a': expected list[str] or null"),
+    (
+        "hunt",
+        {"pruner": {"include": 3}},
+        "pruner.include",
+        "is 3: expected str or type[Module] or Sequence[str | type[Module]] or null",
+    ),
     (
         "export",
         {"of": "x", "formats": ["onx"]},
@@ -311,7 +315,7 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
         "distill",
         {"losses": {"hint": {"loss": "distill.losses.Hint"}}},
         "losses.hint",
-        "Hint compares features: say which, student: layers.1",
+        "Hint compares features: name them, student: layers.1",
     ),
     (
         "distill",

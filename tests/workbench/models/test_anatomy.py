@@ -83,5 +83,5 @@ def test_heads_of_unknown_width() -> None:
     bare = nn.Module()
     for part in ANATOMIES[0].parts:
         built(part, bare)
-    with pytest.raises(ValueError, match="nothing says how wide the heads of 'x' are"):
+    with pytest.raises(ValueError, match="the width of the heads of 'x' is unknown"):
         list(layers_of(nn.ModuleDict({"x": bare})))

@@ -126,7 +126,7 @@ def test_an_encoder_of_ones_own():
         def __init__(self, width):
             super().__init__()
 
-    assert describe(SentenceEncoder(Closed(3))) is None, "it does not say what it was built with"
+    assert describe(SentenceEncoder(Closed(3))) is None, "its arguments are not recorded"
 
 
 def test_an_encoder_from_a_config(folder):
@@ -193,7 +193,7 @@ def test_other_folders_of_sentence_transformers_are_named(folder):
         sentence_encoder(folder)
     mean = {"pooling_mode_mean_tokens": True}
     for kinds in ((), ("Transformer",), ("Transformer", "Pooling", "Dense")):
-        with pytest.raises(ValueError, match=rf"asks for {', '.join(kinds) or 'nothing'}; only Transformer, Pooling"):
+        with pytest.raises(ValueError, match=rf"needs {', '.join(kinds) or 'nothing'}; only Transformer, Pooling"):
             sentence_encoder(sentence_folder(folder, mean, kinds))
     for pooling, found in (({}, "nothing"), ({**mean, "pooling_mode_max_tokens": True}, "pooling_mode_mean_tokens, p")):
         with pytest.raises(ValueError, match=f"pools by {found}"):

@@ -50,7 +50,7 @@ class SeriesPadding:
 
     Args:
         inputs: Name of the series.
-        mask: Whether ``attention_mask`` tells what is padding, in the place of ``lengths``.
+        mask: Whether ``attention_mask`` marks the padding, instead of ``lengths``.
     """
 
     def __init__(self, inputs: str, mask: bool) -> None:
@@ -109,7 +109,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class SeriesModule(InMemoryDataModule[Scale]):
-    """A data module over series in memory; subclasses say how to read them. Arguments as of its base."""
+    """A data module over series in memory; subclasses read them. Arguments as of its base."""
 
     @property
     def scale(self) -> Scale:

@@ -34,7 +34,7 @@ class SeriesClassification(SeriesModule):
         path: A folder with NAME_TRAIN.ts and NAME_TEST.ts, or the training file, beside which the other is looked for;
             or a file or folder of tables, or the name of a data set of the hub. ``~`` and environment variables
             (``$DATA/japanese_vowels``) are replaced.
-        test: The ``.ts`` file of the test part, where it lies elsewhere.
+        test: The ``.ts`` file of the test part, if it is elsewhere.
         series: Name of the column of series, for tables and the hub.
         label: Name of the column of classes, for tables and the hub.
         channels_first: Whether such a series is a list of channels, each a list of numbers, rather than of steps.

@@ -32,7 +32,7 @@ class TsFile(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """What the header promises about every series; None where it does not say."""
+    """What the header states about all series; None if it does not."""
 
     classes: tuple[str, ...]
     dimensions: int | None
@@ -42,11 +42,11 @@ class _Header(NamedTuple):
 
 
 def read_ts(path: Path) -> TsFile:
-    """Read a ``.ts`` file of labelled series, and refuse one that is not what its header says.
+    """Read a ``.ts`` file of labelled series, and check it against its header.
 
     Lines that begin with ``#`` are comments, with ``@`` the header, which ends with ``@data``. Every line after that is
     a series: its dimensions, divided by colons, each a list of numbers between commas, ``?`` a missing one; then its
-    class. Series may differ in length, unless the header says ``@equalLength true``, the dimensions of one may not.
+    class. Series may differ in length, unless the header has ``@equalLength true``, the dimensions of one may not.
     https://www.aeon-toolkit.org/en/stable/api_reference/file_specifications/ts.html
 
     Raises:
@@ -105,7 +105,7 @@ def _header(path: Path, lines: Iterator[tuple[int, str]]) -> _Header:
         key, *words = line.split()
         name = key.removeprefix("@").lower()
         if not key.startswith("@"):
-            raise ValueError(f"{where}: {line[:40]!r} stands before @data; this is another kind of file.")
+            raise ValueError(f"{where}: {line[:40]!r} is before @data; this is another kind of file.")
         if name == "data":
             return _check_header(path, fields)
         if name not in _KEYS or name in fields:
@@ -128,7 +128,7 @@ def _check_header(path: Path, fields: dict[str, list[str]]) -> _Header:
     dimensions = _size(path, fields, "dimensions") or _size(path, fields, "dimension")
     if _flag(path, fields, "univariate"):
         if (dimensions or 1) != 1:
-            raise ValueError(f"{path}: says @univariate true and @dimensions {dimensions}: mend the header.")
+            raise ValueError(f"{path}: has @univariate true and @dimensions {dimensions}: mend the header.")
         dimensions = 1
     equal = _flag(path, fields, "equallength")
     length = _size(path, fields, "serieslength") if equal else None
@@ -140,7 +140,7 @@ def _flag(path: Path, fields: dict[str, list[str]], name: str, default: bool = F
         return default
     value = fields[name][0].lower()
     if value not in ("true", "false"):
-        raise ValueError(f"{path}: the header says @{name} {value}, expected true or false: mend it.")
+        raise ValueError(f"{path}: the header has @{name} {value}, expected true or false: mend it.")
     return value == "true"
 
 
@@ -149,7 +149,7 @@ def _size(path: Path, fields: dict[str, list[str]], name: str) -> int | None:
         return None
     value = fields[name][0]
     if not (value.isascii() and value.isdecimal() and len(value) < _DIGITS) or int(value) < 1:
-        raise ValueError(f"{path}: the header says @{name} {value[:40]}, expected a number of at least 1: mend it.")
+        raise ValueError(f"{path}: the header has @{name} {value[:40]}, expected a number of at least 1: mend it.")
     return int(value)
 
 
@@ -164,7 +164,7 @@ def _row(line: str, header: _Header, where: str) -> Row:
         raise ValueError(f"{where}: the class is {label[:40]!r}, and @classLabel names {' '.join(header.classes)}.")
     texts = [channel.split(",") for channel in channels]
     if any(not text.strip() for each in texts for text in each):
-        raise ValueError(f"{where}: nothing stands between two commas or colons: write ? for a missing value.")
+        raise ValueError(f"{where}: nothing is between two commas or colons: write ? for a missing value.")
     lengths = sorted({len(each) for each in texts})
     if len(lengths) > 1:
         raise ValueError(
@@ -177,5 +177,5 @@ def _row(line: str, header: _Header, where: str) -> Row:
     except ValueError as error:
         raise ValueError(f"{where}: {error}; mend that line.") from error
     if not header.missing and np.isnan(values).any():
-        raise ValueError(f"{where}: a value is missing, and the header says @missing false: set it to true.")
+        raise ValueError(f"{where}: a value is missing, and the header has @missing false: set it to true.")
     return values, label

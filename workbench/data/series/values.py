@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MISSING = ("", "?", "nan", "na")
-"""What stands for a missing number in a text, in small letters."""
+"""Spellings of a missing number in a text file, in lower case."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 

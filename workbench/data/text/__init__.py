@@ -1,1 +1,1 @@
-"""Text as Lightning data modules: labelled, unlabelled, as a stream to model, as sequences somebody generated."""
+"""Text as Lightning data modules: labelled, unlabelled, as a stream to model, as generated sequences."""

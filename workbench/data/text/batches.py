@@ -84,7 +84,7 @@ class Tokenization(NamedTuple):
 
 
 class TextModule(InMemoryDataModule[Tokenization]):
-    """A data module over text in memory; subclasses say how to read it. Arguments as of its base."""
+    """A data module over text in memory; subclasses read it. Arguments as of its base."""
 
     @property
     def vocabulary(self) -> dict[str, int]:

@@ -67,7 +67,7 @@ def read_rows(source: str | os.PathLike[str], columns: Sequence[str]) -> dict[st
 
     A source is a file: JSON (a mapping of splits, or one list; rows are lists in the order of the columns, or
     mappings), JSON lines, CSV or TSV with a header, Parquet, or, for two columns, lines ``label text`` (.all, .txt); a
-    folder of such files named train, val and test, or one that `datasets` saved; or a data set of the hub, of whose
+    folder of such files named train, val and test, or saved by `datasets`; or a data set of the hub, of whose
     configurations one is named after a colon (``clinc/clinc_oos:plus``).
 
     Args:
@@ -109,7 +109,7 @@ def _file(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
         return {WHOLE: _select_columns(_parquet(path, columns), columns, path)}
     if path.suffix in _LINES and len(columns) == 2:
         return {WHOLE: read_labelled(path)}
-    raise ValueError(f"{path}: a file of unknown kind; known are {', '.join(_ENDINGS)}.")
+    raise ValueError(f"{path}: a file of unknown kind; supported are {', '.join(_ENDINGS)}.")
 
 
 def _json(path: Path, columns: Sequence[str]) -> dict[str, Rows]:
@@ -182,7 +182,7 @@ def _folder(folder: Path, columns: Sequence[str]) -> dict[str, Rows]:
     for name, path in files.items():
         parts = _file(path, columns)
         if set(parts) != {WHOLE}:
-            raise ValueError(f"{path}: has splits of its own, {', '.join(parts)}: give that file itself.")
+            raise ValueError(f"{path}: contains the splits {', '.join(parts)}: give that file itself.")
         splits[name] = parts[WHOLE]
     return splits
 

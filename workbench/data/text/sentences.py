@@ -74,7 +74,7 @@ class Sentences(TextModule):
         return Prepared(data, Padding(tokens.pad), Tokenization(tokens.vocabulary, tokens.fingerprint))
 
     def _read(self, name: str) -> Rows:
-        """(sentence, whatever was its label) of every row."""
+        """(sentence, label) of every row."""
         if self.column is None:
             path = Path(resolve_path(name))
             return read_labelled(path) if self.labelled else [(line, None) for _, line in read_lines(path)]

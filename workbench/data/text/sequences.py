@@ -14,14 +14,14 @@ from workbench.paths import resolve_path
 
 @final
 class TextSequences(TextModule):
-    """Sequences for a causal language model, each by itself: texts, or lists of token numbers that somebody generated.
+    """Sequences for a causal language model, each by itself: texts, or lists of generated token numbers.
 
     For distillation on the sequence level: a column that the teacher wrote, in a table or a data set, is what the
     student is trained on (Kim & Rush 2016, arXiv:1606.07947). Nothing is generated here. Parts that a source lacks are
     cut from its training part, the same in every run.
 
     Batches: ``input_ids`` and ``attention_mask`` int64 [B, L], padded on the right to the longest of the batch; and
-    ``prompt_lengths`` int64 [B] if there is such a column: so many tokens at the beginning are not learnt.
+    ``prompt_lengths`` int64 [B] if there is such a column: so many tokens at the beginning are no targets.
 
     Args:
         path: A file or folder, in which ``~`` and environment variables are replaced, or the name of a data set of the

@@ -29,7 +29,7 @@ class Tokens:
         self.model, self.pad = model, pad
 
     def encode(self, texts: Iterable[str], special: bool = True) -> list[list[int]]:
-        """Token numbers of every text, with the tokenizer's own special tokens if so asked."""
+        """Token numbers of every text, optionally with the tokenizer's special tokens."""
         return [each.ids for each in self.model.encode_batch(list(texts), add_special_tokens=special)]
 
     @cached_property
@@ -98,7 +98,7 @@ def load(name: str, length: int) -> Tokens:
         raise ValueError(
             f"{name}: its {type(tokenizer).__name__} is not one of the tokenizers library: give a fast one."
         )
-    # Where nothing is meant for padding the end token pads: which tokens count is told by the attention mask alone.
+    # Without a padding token the end token pads: the attention mask alone decides which tokens count.
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Tokens(tokenizer.backend_tokenizer, next(int(pad) for pad in pads if pad is not None), length)
 

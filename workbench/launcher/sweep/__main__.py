@@ -1,4 +1,4 @@
-"""``python -m workbench.launcher.sweep TASK``: one run of a sweep, in a process of its own."""
+"""``python -m workbench.launcher.sweep TASK``: one run of a sweep, in its own process."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def _end_with_parent() -> None:
     """Wait until the driver, which holds the other end of standard input, is gone; then kill this whole session."""
     while os.read(0, 1):
         pass
-    if os.getpgrp() == os.getsid(0):  # else somebody started this by hand, and the session is his terminal
+    if os.getpgrp() == os.getsid(0):  # else a user started this, and the session is the terminal
         os.killpg(0, signal.SIGKILL)
 
 

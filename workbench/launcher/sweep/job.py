@@ -95,7 +95,7 @@ def sweep(
 def _execute(
     runs: Runs, todo: Sequence[Arguments], workers: int, ray: Ray | None, retries: int, display: ProgressDisplay
 ) -> Generator[RunResult]:
-    """Run the sweep where its arguments say; yields each run's result as it ends."""
+    """Run the sweep in this process or in workers; yields each run's result as it ends."""
     if ray is not None:
         yield from on_ray(runs, todo, ray, retries, display)
     elif workers > 1 or is_distributed() or any(_uses_several_devices(runs, each) for each in todo):
@@ -107,7 +107,7 @@ def _execute(
 def _uses_several_devices(runs: Runs, run: Arguments) -> bool:
     """Whether a run trains on several devices.
 
-    Lightning then starts this process's command again for each other device. Only a run in a process of its own has a
+    Lightning then starts this process's command again for each other device. Only a run in its own process has a
     command that starts the run and not the whole recipe.
     """
     if not run.trains:

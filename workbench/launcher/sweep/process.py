@@ -1,6 +1,6 @@
 """A process for one run: starting it, stopping it, and the reason why it failed. Imports no torch.
 
-Who kills whom: a run's process leads a session of its own, so that `stop` can kill it with all that it started, loader
+Who kills whom: a run's process leads its own session, so that `stop` can kill it with all that it started, loader
 workers too. Its standard input is a pipe whose other end the driver holds; when the driver dies, even by SIGKILL, the
 pipe closes, and the process kills its own session (`sweep.__main__`). So no run outlives its sweep.
 """
@@ -88,7 +88,7 @@ def failure_reason(folder: Path, code: int) -> str:
 def _error_message(record: Mapping[str, Any]) -> str:
     """The message of a failed run's error: the last line of its traceback."""
     lines = str(record.get("error") or "").strip().splitlines()
-    return lines[-1] if lines else "its record does not say why"
+    return lines[-1] if lines else "its record gives no reason"
 
 
 def threads(shares: int) -> int:

@@ -88,7 +88,7 @@ def _figure(stage: Stage, levels: Mapping[str, list[Level]], measured: Metric, b
     title, limits = f"test {measured.name}, {measured.direction}", figures.reach(bands, bands)
     about = (
         f"Mean test {measured.name} over seeds against density, densest left; shaded, its interval; dashed, "
-        "the dense level 0. What lies far off the rest is cut by the axis."
+        "the dense level 0. The axis cuts outliers off."
     )
     images = {name: figures.over_seeds(name, title, bands, measured, limits)}
     return Figure(f"Score against density, {stage.name}", about, caption(stage, levels), images)

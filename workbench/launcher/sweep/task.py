@@ -85,5 +85,5 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def is_distributed() -> bool:
-    """Whether this process is a rank of a distributed training, such as one that torchrun started."""
+    """Whether this process is a rank of a distributed training, e.g. started by torchrun."""
     return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))

@@ -73,7 +73,7 @@ class Recurrent(nn.Module):
         """
         if lengths is not None:
             if attention_mask is not None:
-                raise ValueError("lengths and attention_mask say the same: give one of them.")
+                raise ValueError("lengths and attention_mask are alternatives: give one of them.")
             if lengths.shape != x.shape[:1]:
                 raise ValueError(
                     f"lengths is {list(lengths.shape)} for sequences {list(x.shape)}: give one a sequence."

@@ -107,7 +107,7 @@ class RecurrentStack(nn.Module):
         Args:
             x: [B, L, features], L >= 1.
             attention_mask: 1 where a step is real and 0 where it is padding, on either side or between, [B, L]; None
-                if all are real. A padded step leaves the state as it is, whatever stands there, NaN too.
+                if all are real. A padded step leaves the state as it is, also if its input is NaN.
 
         Raises:
             ValueError: If shapes do not fit.

@@ -108,7 +108,7 @@ def test_other_broken_sources_are_named(tmp_path):
         ("x.jsonl", '{"text": "a", "label": 1}\n{', "line 2: is not JSON"),
         ("x.all", "1 fine\nlonely\n", "line 2: 'lonely'"),
     ]
-    cases += [("x.parquet", "PAR1", "cannot be read as parquet"), ("x.doc", "a", "unknown kind; known are .json")]
+    cases += [("x.parquet", "PAR1", "cannot be read as parquet"), ("x.doc", "a", "unknown kind; supported are .json")]
     for name, content, message in cases:
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
