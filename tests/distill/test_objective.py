@@ -199,7 +199,7 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
         (lambda: Term(weight=math.inf), "weight is inf"),
         (lambda: Term(final=1.5), "final is 1.5"),
         (lambda: Term(decay=Duration(0, "ep")), "decay is 0ep"),
-        (lambda: Term(Hint()), "Hint compares features: say which"),
+        (lambda: Term(Hint()), "Hint compares features: name them"),
         (lambda: Term(SoftTarget(), student="a"), "SoftTarget compares outputs"),
         (lambda: Term(student="a"), "the task's own loss compares outputs"),
         (lambda: Objective({}), "nothing to learn from"),
