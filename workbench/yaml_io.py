@@ -82,7 +82,7 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-# YAML 1.1 reads 1e-3 as text, 12:30:00 as 45000, 017 as 15 and 2026-01-01 as a date: nobody means that in a recipe.
+# YAML 1.1 reads 1e-3 as text, 12:30:00 as 45000, 017 as 15 and 2026-01-01 as a date: unwanted in a recipe.
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("bool", "null", "merge")]

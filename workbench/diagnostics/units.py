@@ -33,7 +33,7 @@ T = TypeVar("T")
 def dead_units(
     network: nn.Module, loader: Iterable[Any], run: Run = forward, tolerance: float = 1e-3
 ) -> dict[str, dict[str, int]]:
-    """How many units of each activation give the same whatever the input, over all data seen.
+    """How many units of each activation are constant over all data seen.
 
     A unit is dead if max - min of its output is at most ``tolerance`` times the root mean square of all outputs of its
     site: always 0 behind ReLU, always near -0 behind GELU, always near 1 or -1 behind tanh. So smooth and piecewise

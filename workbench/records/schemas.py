@@ -28,7 +28,7 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True)
 class Envelope(Network):
-    """What every record has, whatever its job; ``metrics``, ``monitor``, ``size`` and ``history`` where they apply.
+    """Fields of every job's record; ``metrics``, ``monitor``, ``size`` and ``history`` where they apply.
 
     Attributes:
         format: Version of the record's format.

@@ -30,7 +30,7 @@ class SeriesForecast(SeriesModule):
     2021, arXiv:2012.07436, section 5.1); the remaining rows are left out.
 
     Args:
-        path: A table with a row for each step, the rows in the order of time: CSV with a header or whatever else
+        path: A table with a row for each step, the rows in the order of time: CSV with a header or anything else
             `workbench.data.text.reading.read_rows` reads, in which ``~`` and environment variables
             (``$DATA/ett/ETTh1.csv``) are replaced; or the name of a data set of the hub. A source that comes in the
             parts train, val and test keeps them, each by itself, and ``split`` is not looked at.

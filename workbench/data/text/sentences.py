@@ -22,7 +22,7 @@ class Sentences(TextModule):
 
     Args:
         paths: Text files of a sentence a line, in which ``~`` and environment variables (``$DATA/mr/rt-polarity.all``)
-            are replaced, or, with ``column``, whatever `workbench.data.text.reading.read_rows` reads, the hub's data
+            are replaced, or, with ``column``, what `workbench.data.text.reading.read_rows` reads, the hub's data
             sets too.
         tokenizer: "word" or "bpe", learnt from the training part, or the folder (``package:NAME/folder`` too) or hub
             name of a tokenizer, such as that of a pretrained encoder.

@@ -75,7 +75,7 @@ class TextStream(TextModule):
 
     Args:
         train: The text: a file or several, in which ``~`` and environment variables (``$DATA/wikitext/train.txt``) are
-            replaced, or, with ``column``, whatever `workbench.data.text.reading.read_rows` reads.
+            replaced, or, with ``column``, anything that `workbench.data.text.reading.read_rows` reads.
         val: Text for validation; if None, ``validation`` of the end of the training text.
         test: Text for the test; if None, ``testing`` of the end of the training text, after that for validation.
         tokens: "char", "word", or the folder or hub name of a tokenizer.
