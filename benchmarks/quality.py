@@ -1,4 +1,4 @@
-"""What distillation bought: a recipe run over several seeds, its students compared within seeds.
+"""What distillation gained: a recipe run over several seeds, its students compared within seeds.
 
 Every seed gives all arms of the recipe the same data order and, arm by arm, initial weights of its own. Printed are
 means with 95 % t intervals over seeds, and paired differences to the first student with their t interval and exact

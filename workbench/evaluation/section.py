@@ -40,7 +40,7 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
     drawn = 0
     for stage, comparison in comparisons:
         shown = moves(comparison)
-        blocks: list[Text | Grid | Gallery] = [Grid(scores(comparison), "bought"), Text(about(comparison), "small")]
+        blocks: list[Text | Grid | Gallery] = [Grid(scores(comparison), "scores"), Text(about(comparison), "small")]
         if comparison.per_class.classes and not shown:
             blocks.append(Text(movement(comparison, shown), "small"))
         if shown:
@@ -56,7 +56,7 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
             )
             blocks.append(Gallery([figure], Grid(classes(comparison, shown), "classes", caption)))
         parts.append(Part(blocks, stage.name if len(comparisons) > 1 else ""))
-    return [Chapter("What distillation bought", parts)]
+    return [Chapter("What distillation gained", parts)]
 
 
 def scores(comparison: Comparison) -> Table:
@@ -129,7 +129,7 @@ def sentence(stage: Stage) -> str:
     comparison = comparison_of(stage)
     if comparison is None:
         return ""
-    text = f"{stage.name}: what distillation bought"
+    text = f"{stage.name}: what distillation gained"
     students = [(name, comparison.students[name]) for name in names(comparison)]
     gains = [f"{name} {ACCURACY.change(s.gain)}{_range(s, ' (', ')')}" for name, s in students if s.gain is not None]
     baseline = comparison.students.get(comparison.baseline or "")

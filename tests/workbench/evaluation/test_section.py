@@ -17,8 +17,8 @@ def test_every_number_of_a_comparison_is_in_its_record(tmp_path):
     entry = compared()
     found = entry["comparison"]
     page = page_of(tmp_path, distilled())
-    assert page.count("<h2>What distillation bought</h2>") == 1
-    rows = cells(page, "bought")
+    assert page.count("<h2>What distillation gained</h2>") == 1
+    rows = cells(page, "scores")
     assert rows[0] == ["teacher", "98.06%", "0.069", "0.031", "1.50%", "—", "—", "—"]
     assert [row[0] for row in rows[1:]] == ["alone baseline", "smoothing", "many/small", "many/tiny"]
     for row, told in zip(rows[1:], found["students"].values(), strict=True):
@@ -89,7 +89,7 @@ def test_classes_go_by_their_names(tmp_path):
     assert "<kind" not in page
 
 
-def test_the_terminal_says_in_one_line_what_distillation_bought(tmp_path):
+def test_the_terminal_says_in_one_line_what_distillation_gained(tmp_path):
     run = written(tmp_path / "run", distilled())
     students = {name: s for name, s in compared()["comparison"]["students"].items() if name != "alone"}
 
@@ -102,7 +102,7 @@ def test_the_terminal_says_in_one_line_what_distillation_bought(tmp_path):
         for name, s in students.items()
     ]
     line = (
-        f"bought: what distillation bought over alone, 90.00% test accuracy: {', '.join(told)} points; "
+        f"bought: what distillation gained over alone, 90.00% test accuracy: {', '.join(told)} points; "
         "teacher 98.06% (n = 360 samples)."
     )
     assert len(told) == 3
@@ -120,7 +120,7 @@ def test_two_comparisons_have_a_part_each(tmp_path):
 def test_a_comparison_of_one_student_has_no_gain(tmp_path):
     records = [*distilled()[:-1], compared(students=("alone",))]
     page = page_of(tmp_path, records)
-    assert cells(page, "bought")[1][:2] == ["alone baseline", "90.00%"]
+    assert cells(page, "scores")[1][:2] == ["alone baseline", "90.00%"]
     assert "points vs alone" not in page
     assert "it has one student only" in terminal(summary(tmp_path / "run"))
 
@@ -128,7 +128,7 @@ def test_a_comparison_of_one_student_has_no_gain(tmp_path):
 def test_scores_that_are_not_numbers_are_shown(tmp_path):
     entry = compared()
     entry["comparison"]["students"]["many/tiny"].update(kl=float("inf"), nll=float("nan"))
-    row = cells(page_of(tmp_path, [*distilled()[:-1], entry]), "bought")[-1]
+    row = cells(page_of(tmp_path, [*distilled()[:-1], entry]), "scores")[-1]
     assert (row[2], row[6]) == ("nan", "inf")
 
 
@@ -143,7 +143,7 @@ def test_any_part_of_a_comparison_may_be_missing(tmp_path, key):
         part = part[name]
     del part[last]
     run = written(tmp_path / "run", [realistic()[0], entry])
-    assert "What distillation bought" in page_of(tmp_path / "again", [realistic()[0], entry])
+    assert "What distillation gained" in page_of(tmp_path / "again", [realistic()[0], entry])
     assert "bought" in terminal(summary(run))
 
 
