@@ -141,7 +141,8 @@ def hunt(
         load_full_state_dict(of.network, compact.tensors(folder))
         last = {name: done[-1][name] for name in ("metrics", "monitor", "history", "world_size")}
         save_network(of.module, of.data, out, last, Masks(compact.masks(folder)))
-    seconds = round(sum(record["seconds"] for record in done), 3)
+    trainings = [each for record in done for each in (record, *record.get("controls", {}).values())]
+    seconds = round(sum(record["seconds"] for record in trainings), 3)
     winning = sparsest_winning(done, spec.tolerance)
     return {**last, "seed": of.seed, "levels": done, "winning": winning, "seconds": seconds}
 

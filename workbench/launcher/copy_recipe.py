@@ -38,7 +38,7 @@ def copy_recipe(name: str, target: str | None, program: str) -> str:
     if file.suffix not in ENDINGS:
         raise RecipeError(f"{file}: a recipe is a YAML file: write --copy {name} {file}.yaml")
     if os.path.lexists(file):
-        another = file.with_stem(f"my_{file.stem}")
+        another = file.with_stem(f"{file.stem}_2")
         raise RecipeError(f"{file}: exists and is not overwritten: give another name, --copy {name} {another}")
     try:
         with atomic_file(file) as temporary:

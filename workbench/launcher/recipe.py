@@ -303,7 +303,7 @@ def _candidates(recipe: Path, value: str) -> Iterator[Path]:
 def _yaml_files_beside(path: Path) -> list[str]:
     """YAML files in the folder of ``path``."""
     folder = path.parent
-    return [str(file) for file in sorted(folder.glob("*.y*ml"))] if _is_folder(folder) else []
+    return [str(file) for file in sorted(folder.glob("[!.]*.y*ml"))] if _is_folder(folder) else []
 
 
 def _is_file(path: Path) -> bool:

@@ -86,7 +86,7 @@ def _refused(path: Path, record: Any) -> str:
     version_ = f"distill-prune {package}, record format {number}" if package else f"record format {number}"
     return (
         f"{path} was written by {'an earlier' if number < FORMAT else 'a later'} version ({version_}) and this version "
-        f"reads format {FORMAT} only, so it cannot go on with it: move {path.parent} aside or choose another --out"
+        f"reads format {FORMAT} only: choose another --out, or move {path.parent} aside"
     )
 
 

@@ -297,6 +297,9 @@ def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
     dense, one, two = result["levels"]
     assert dense["diagnosis"]["units"] == 24
     assert one["controls"]["shuffled"]["diagnosis"]["gradient_flow"] > 0
+    trainings = [each for record in result["levels"] for each in (record, *record.get("controls", {}).values())]
+    assert len(trainings) == 5
+    assert result["seconds"] == pytest.approx(sum(each["seconds"] for each in trainings)), "with those of its controls"
     assert [len(level.get("mask_distances", [])) for level in (dense, one, two)] == [1, 1, 0]
     assert "levels" not in dense["connectivity"]
     for level in (one, two):

@@ -221,7 +221,7 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["--copy", "s.yaml", "t.yaml"],
         ["t.yaml: one recipe at a time, r.yaml is given already"],
     ),
-    "copy over itself": (GOOD, ["--copy"], ["r.yaml: exists and is not overwritten", "--copy r.yaml my_r.yaml"]),
+    "copy over itself": (GOOD, ["--copy"], ["r.yaml: exists and is not overwritten", "--copy r.yaml r_2.yaml"]),
     "copy to no YAML": (GOOD, ["--copy", "my"], ["my: a recipe is a YAML file: write --copy r.yaml my.yaml"]),
     "copy below a file": (GOOD, ["--copy", "r.yaml/my.yaml"], ["r.yaml/my.yaml: cannot be written: "]),
     "two recipes": (GOOD, ["s.yaml"], ["s.yaml: one recipe at a time, r.yaml is given already"]),

@@ -115,8 +115,7 @@ def test_a_record_of_an_earlier_version_says_what_to_do(tmp_path: Path) -> None:
         records.read(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / 'record.json'} was written by an earlier version (distill-prune 0.0.9, record format 1) and this "
-        f"version reads format {records.FORMAT} only, so it cannot go on with it: move {tmp_path} aside or choose "
-        "another --out"
+        f"version reads format {records.FORMAT} only: choose another --out, or move {tmp_path} aside"
     )
     (tmp_path / "record.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"written by a later version \(record format 99\)"):
