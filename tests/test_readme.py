@@ -11,7 +11,11 @@ from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import check
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+GENERATED = ("recipes", "reference", "changelog.md")  # by the build of the site, from the code
+WRITTEN = [
+    path for path in sorted((ROOT / "docs").rglob("*.md")) if path.relative_to(ROOT / "docs").parts[0] not in GENERATED
+]
+FILES = (ROOT / "README.md", *WRITTEN)
 PAGES = {
     path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/"): path.read_text("utf-8") for path in FILES
 }
