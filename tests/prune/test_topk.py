@@ -207,7 +207,7 @@ def shards(cases: list[Any]) -> list[Any]:
             continue
         assert all(type(mask) is Tensor for mask in masks.values())
         found.append(as_lists(masks))
-    with pytest.raises(ValueError, match="yet to be summed: redistribute"):
+    with pytest.raises(ValueError, match="holds partial sums: redistribute"):
         keep_top_k({"w": DTensor.from_local(torch.ones(3), line, [Partial()])}, 1)
     return found
 

@@ -315,7 +315,7 @@ def test_one_seed_gives_every_activation_the_same_weights_up_to_gains() -> None:
         ({"vocabulary": 0}, "vocabulary=0: must be at least 1"),
         ({"vocabulary": 5, "layers": 0, "width_ffn": -1}, "layers=0, width_ffn=-1: must be at least 1"),
         ({"vocabulary": 5, "heads": 3}, "width=128, heads=3: give a number of heads that divides it"),
-        ({"vocabulary": 5, "width": 12, "positions": "rotary"}, "heads=4: rotary positions turn pairs"),
+        ({"vocabulary": 5, "width": 12, "positions": "rotary"}, "heads=4: rotary positions need heads of an even"),
         ({"vocabulary": 5, "dropout": 1.0}, "dropout=1.0: give at least 0 and less than 1"),
         ({"vocabulary": 5, "norm": "batch"}, "norm='batch': use one of layer, rms"),
         ({"vocabulary": 5, "positions": "none"}, "positions='none': use one of learned, rotary"),
