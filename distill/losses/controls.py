@@ -34,6 +34,8 @@ def label_smoothing(student: Tensor, labels: Tensor, smoothing: float = 0.1, val
     Raises:
         ValueError: If shapes differ, a label is no class, or the smoothing is out of range.
 
+    When to use: as a control without a teacher.
+
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, arXiv:1512.00567,
     section 7. Teachers against it: Yuan et al., CVPR 2020, arXiv:1909.11723.
     """
@@ -78,6 +80,8 @@ def shuffled_off_class(
 
     Raises:
         ValueError: If shapes differ, a label is no class, or the temperature is not positive and finite.
+
+    When to use: as a control: keeps the teacher's confidence only.
 
     Source: Furlanello et al., "Born-Again Neural Networks", ICML 2018, arXiv:1805.04770, section 3.2 ("dark knowledge
     with permuted predictions", which keeps the largest instead of the labelled class).

@@ -29,6 +29,8 @@ def hint(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tenso
     Raises:
         ValueError: If shapes differ.
 
+    When to use: at any width, for layers of the same meaning.
+
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, equation 3.
     """
     with full_precision(student):
@@ -51,6 +53,8 @@ def cosine(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Ten
 
     Raises:
         ValueError: If shapes differ.
+
+    When to use: for hidden states and embeddings.
 
     Source: Sanh et al., "DistilBERT", 2019, arXiv:1910.01108, section 2 (cosine embedding loss).
     """
@@ -78,6 +82,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, valid: Tensor | None = 
 
     Raises:
         ValueError: If positions differ, or there is only one for a sample.
+
+    When to use: for convolutional networks; no projector.
 
     Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, equation 2.
     """
@@ -110,6 +116,8 @@ def attention_relation(student: Tensor, teacher: Tensor, valid: Tensor | None = 
 
     Raises:
         ValueError: If shapes do not fit, or the heads do not divide a width.
+
+    When to use: for transformers of any width and number of heads.
 
     Source: Wang et al., "MiniLMv2", Findings of ACL 2021, arXiv:2012.15828, equations 4 to 6.
     """
@@ -154,6 +162,8 @@ def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None
     Raises:
         ValueError: If the features are not of as many samples.
 
+    When to use: for features of different shapes.
+
     Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, equations 2 to 4.
     """
     with full_precision(student):
@@ -180,6 +190,8 @@ def rkd_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) 
 
     Raises:
         ValueError: If the features are not of as many samples.
+
+    When to use: for embeddings and retrieval.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 5 to 7.
     """
@@ -214,6 +226,8 @@ def rkd_angle(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
 
     Raises:
         ValueError: If the features are not of as many samples.
+
+    When to use: for embeddings and retrieval.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 8 and 9.
     """

@@ -45,6 +45,8 @@ def soft_target(student: Tensor, teacher: Tensor, temperature: float = 4.0, vali
     Raises:
         ValueError: If shapes differ or the temperature is not positive and finite.
 
+    When to use: first; the student covers all of the teacher's classes.
+
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
     """
     check_temperature(temperature)
@@ -91,6 +93,8 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
     Raises:
         ValueError: If shapes differ or the temperature is not positive and finite.
 
+    When to use: if the student is too small to cover every mode, as in text generation.
+
     Source: Gu, Dong, Wei, Huang, "MiniLLM", ICLR 2024, arXiv:2306.08543, section 2.1.
     """
     check_temperature(temperature)
@@ -125,6 +129,8 @@ def jsd(
 
     Raises:
         ValueError: If shapes differ, the temperature is not positive and finite, or beta is outside [0, 1].
+
+    When to use: to trade covering modes for seeking one.
 
     Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), ICLR 2024, arXiv:2306.13649, equation 1.
     """
@@ -161,6 +167,8 @@ def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
 
     Raises:
         ValueError: If shapes differ.
+
+    When to use: for regression, or in place of a high temperature.
 
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014, arXiv:1312.6184, equation 1; Kim et al.,
     "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation", IJCAI 2021,
@@ -205,6 +213,8 @@ def dkd(
     Raises:
         ValueError: If shapes differ, a label is no class, the temperature is not positive and finite, a weight is
             negative, or there is one class only.
+
+    When to use: if a confident teacher hides how it ranks the other classes.
 
     Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, equation 7.
     """
@@ -264,6 +274,8 @@ def dist(
 
     Raises:
         ValueError: If shapes differ, the temperature is not positive and finite, or a weight is negative.
+
+    When to use: if the teacher is much stronger than the student.
 
     Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022,
     arXiv:2205.10536, equations 8 to 10.
