@@ -49,19 +49,20 @@ API = {
 @cache
 def pages() -> dict[str, str]:
     """Every page made from the code, by its path below ``docs/``."""
-    made = {
+    content = {
         "recipes/index.md": recipe_list(),
         **{f"recipes/{name}.md": recipe_page(name) for name in recipes.recipes()},
     }
-    made |= {
+    content |= {
         "reference/index.md": reference_index(),
         "reference/jobs.md": jobs_page(),
         "reference/methods.md": methods_page(),
     }
-    made |= {f"reference/{name}.md": api_page(*row) for name, row in API.items()}
-    made |= {"how/rooms.svg": architecture.svg(), "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
-    made |= {f"_extra/schemas/{job}.json": json.dumps(records.json_schema(job), indent=2) for job in records.jobs()}
-    return made
+    content |= {f"reference/{name}.md": api_page(*row) for name, row in API.items()}
+    content["how/rooms.svg"] = architecture.svg()
+    content["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    content |= {f"_extra/schemas/{job}.json": json.dumps(records.json_schema(job), indent=2) for job in records.jobs()}
+    return content
 
 
 # Recipes
