@@ -5,6 +5,7 @@ from workbench.tasks.classification import Classification
 from workbench.tasks.imitation import Embedding, Imitation
 from workbench.tasks.language import LanguageModelling
 from workbench.tasks.metrics import NLL, Accuracy, Perplexity, cross_entropy
+from workbench.tasks.outputs import Kind, OutputType
 from workbench.tasks.regression import Regression
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Classification",
     "Embedding",
     "Imitation",
+    "Kind",
     "LanguageModelling",
+    "OutputType",
     "Perplexity",
     "Regression",
     "Task",

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from workbench.tasks.outputs import OutputType
+
 
 class Task(nn.Module, ABC):
     """A kind of problem. A module, so that a loss may have buffers; stateless otherwise.
@@ -18,6 +20,11 @@ class Task(nn.Module, ABC):
         loss = task.loss(output, batch)
         metrics.update(output, task.targets(batch))      # metrics = task.metrics("val/"), kept by the caller
     """
+
+    @property
+    @abstractmethod
+    def outputs(self) -> OutputType:
+        """What :meth:`output` returns, in scored form."""
 
     @property
     @abstractmethod

@@ -9,6 +9,7 @@ from torchmetrics import MetricCollection
 from workbench.models.forward import inputs_of
 from workbench.tasks.base import Task, labels_of, logits_of
 from workbench.tasks.metrics import NLL, Accuracy, cross_entropy, valid_mask
+from workbench.tasks.outputs import OutputType
 
 
 @final
@@ -38,6 +39,11 @@ class Classification(Task):
         self.classes = classes
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
+
+    @property
+    def outputs(self) -> OutputType:
+        """Classes, along the last axis."""
+        return OutputType("classes")
 
     @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from workbench.tasks.base import Task
+from workbench.tasks.outputs import OutputType
 
 _TARGET = "target"
 _LAGS = 8
@@ -29,6 +30,11 @@ class Embedding(Imitation):
     Loss: 1 - cos(output, target), mean over the batch. Metrics: ``cosine``, its mean in [-1, 1]; ``spearman``, the rank
     correlation of the cosines between samples here and there, over each sample of a split and the 8 that follow it.
     """
+
+    @property
+    def outputs(self) -> OutputType:
+        """Embeddings."""
+        return OutputType("embedding")
 
     @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:

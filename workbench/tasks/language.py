@@ -10,6 +10,7 @@ from torchmetrics import MetricCollection
 from workbench.models.positions import IGNORED, valid_tokens
 from workbench.tasks.base import Task, logits_of
 from workbench.tasks.metrics import NLL, Accuracy, Perplexity, cross_entropy
+from workbench.tasks.outputs import OutputType
 
 _NOT_FOR_THE_MODEL = ("labels", "prompt_lengths")
 
@@ -46,6 +47,11 @@ class LanguageModelling(Task):
         self.vocabulary = vocabulary
         self.causal = causal
         self.label_smoothing = label_smoothing
+
+    @property
+    def outputs(self) -> OutputType:
+        """Classes, along the last axis."""
+        return OutputType("classes")
 
     @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:

@@ -10,6 +10,7 @@ from torchmetrics import Metric, MetricCollection
 
 from workbench.models.forward import inputs_of
 from workbench.tasks.base import Task, labels_of, logits_of
+from workbench.tasks.outputs import OutputType
 
 Kind = Literal["mse", "mae", "huber"]
 
@@ -45,6 +46,11 @@ class Regression(Task):
         self.kind: Kind = kind
         self.delta = delta
         self.shape = None if shape is None else tuple(shape)
+
+    @property
+    def outputs(self) -> OutputType:
+        """Numbers."""
+        return OutputType("numbers")
 
     @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:
