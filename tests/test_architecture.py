@@ -286,7 +286,6 @@ TESTED_IN: dict[str, str] = {
     "prune.structures.axes": "prune/structures/test_structures.py",
     "prune.structures.groups": "prune/structures/test_structures.py",
     "prune.structures.weights": "prune/structures/test_structures.py",
-    "prune.tickets.controls": "prune/tickets/test_arms.py",
     "prune.tickets.diagnose": "prune/tickets/test_hunt.py",
     "prune.tickets.level": "prune/tickets/test_find.py",
     "prune.tickets.scores": "prune/tickets/test_hunt.py",

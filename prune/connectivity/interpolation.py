@@ -8,13 +8,15 @@ to SGD noise. Pruned networks that are stable at the rewind point are the ones t
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from workbench.messages import some
 
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 STABLE = 0.02  # of error, in [0, 1]: below it the paper calls a network stable
 
 

@@ -1,6 +1,6 @@
 """The error barrier between two trained states of a LightningModule, evaluated by a Trainer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from prune.connectivity.interpolation import barrier
+from prune.connectivity.interpolation import SPLITS, Split, barrier
 from prune.connectivity.states import batch_norms, temporary_states
 from workbench.messages import some
 from workbench.models.forward import forward
@@ -20,9 +21,10 @@ from workbench.training.fit import check_namespace
 from workbench.training.loop import make_trainer, quiet_lightning, training_loader
 from workbench.training.module import network_of
 
-Split = Literal["val", "test"]
-_STEPS = {"val": "validation_step", "test": "test_step"}
-_STAGES = {"val": "validate", "test": "test"}
+# The step that evaluates a split, the stage that its data is set up for, and the loader that the Trainer asks for.
+_STEPS = {"train": "validation_step", "val": "validation_step", "test": "test_step"}
+_STAGES = {"train": "fit", "val": "validate", "test": "test"}
+_LOADERS = {"train": "val", "val": "val", "test": "test"}
 _EVALUATION_ONLY: dict[str, Any] = {
     "max_epochs": 1,
     "max_steps": -1,
@@ -65,7 +67,8 @@ def error_barrier(
         a: A state dict of the module's ``network``, or of the module itself if it has none.
         b: Another.
         points: Number of points on the line, both ends included; 3 or more.
-        split: The split that is evaluated.
+        split: The split that is evaluated. The training split is evaluated by ``validation_step``: every sample once,
+            in the order of the data set, with the data's own augmentation, alike at every point.
         recalibrate: Number of training batches, or the batches themselves, that the statistics of batch norms are
             estimated on at every point, the ends too; ignored for a network without. None interpolates the statistics
             like weights, which adds a barrier.
@@ -84,7 +87,7 @@ def error_barrier(
         ValueError: If there is no such split or metric, or the states do not fit the network.
     """
     check_namespace(module)
-    _check(module, data, split)
+    check_split(module, data, split)
     network, own_trainer, device = network_of(module), module._trainer, module.device
     evaluations: list[_Evaluation] = []
     with same_random_state(), quiet_lightning(True):
@@ -97,7 +100,7 @@ def error_barrier(
             set_random_state(state)
             module.to(evaluator.strategy.root_device)
             load(point)
-            rows = (evaluator.validate if split == "val" else evaluator.test)(module, datamodule=data, verbose=False)
+            rows = (evaluator.test if split == "test" else evaluator.validate)(module, datamodule=data, verbose=False)
             logged = {name: value for row in rows for name, value in row.items()}
             evaluations.append(_evaluation(logged, module, split, metric))
             return evaluations[-1].height
@@ -115,7 +118,7 @@ def error_barrier(
         "ends": list(line.ends),
         "alphas": list(line.alphas),
         "heights": list(line.heights),
-        "metric": evaluations[0].metric,
+        "metric": _named(evaluations[0].metric, split),
         "split": split,
         "recalibrated": batches is not None,
     }
@@ -131,9 +134,14 @@ def _batches(
     return FirstBatches(training_loader(module, data, seed), recalibrate, module, data, evaluator.precision_plugin)
 
 
-def _check(module: LightningModule, data: LightningDataModule, split: str) -> None:
-    if split not in _STEPS:
-        raise ValueError(f"split is {split!r}: one of {list(_STEPS)}")
+def check_split(module: LightningModule, data: LightningDataModule, split: str) -> None:
+    """Refuse a split that cannot be evaluated.
+
+    Raises:
+        ValueError: If there is no such split, no data for it, or the module has no step that evaluates it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: one of {list(SPLITS)}")
     if not is_overridden(f"{split}_dataloader", data, LightningDataModule):
         raise ValueError(f"{type(data).__name__} has no {split}_dataloader: evaluate on another split")
     if not is_overridden(_STEPS[split], module):
@@ -146,8 +154,9 @@ def _set_up_once(data: LightningDataModule, split: str) -> Iterator[None]:
     data.prepare_data()
     data.setup(_STAGES[split])
     loader = getattr(data, f"{split}_dataloader")()
+    loader = _in_order(loader) if split == "train" else loader
     skipped = dict.fromkeys(("prepare_data", "setup", "teardown"), lambda stage=None: None)
-    overrides = {**skipped, f"{split}_dataloader": lambda: loader}
+    overrides: dict[str, Callable[..., Any]] = {**skipped, f"{_LOADERS[split]}_dataloader": lambda: loader}
     before = {name: vars(data)[name] for name in overrides if name in vars(data)}
     vars(data).update(overrides)  # on the instance, where they hide the class's methods
     try:
@@ -158,12 +167,25 @@ def _set_up_once(data: LightningDataModule, split: str) -> Iterator[None]:
         vars(data).update(before)
 
 
+def _in_order(loader: Any) -> Any:
+    """``loader`` with every sample once, in the order of its data set, where it is a DataLoader that makes batches."""
+    if type(loader) is not DataLoader or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+        return loader
+    options = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory", "worker_init_fn")}
+    return DataLoader(loader.dataset, loader.batch_size, **options)
+
+
+def _named(metric: str, split: str) -> str:
+    """A metric's name on ``split``: on training data ``validation_step`` logs it as one of validation."""
+    return f"{split}{metric.removeprefix('val')}" if split == "train" and metric.startswith("val") else metric
+
+
 def _evaluation(
     logged: Mapping[str, float], module: nn.Module, split: str, metric: tuple[str, str] | None
 ) -> _Evaluation:
-    task = getattr(module, "task", None)
+    task, prefix = getattr(module, "task", None), _LOADERS[split]
     words = ("loss",) if isinstance(task, Task) and task.monitor[0] != "accuracy" else ("accuracy", "acc", "loss")
-    tried = [(f"{split}{mark}{word}", "min" if word == "loss" else "max") for word in words for mark in "/_"]
+    tried = [(f"{prefix}{mark}{word}", "min" if word == "loss" else "max") for word in words for mark in "/_"]
     for name, better in tried if metric is None else [metric]:
         if name in logged:
             value = float(logged[name])

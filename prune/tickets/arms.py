@@ -46,8 +46,8 @@ class Hunt:
         patience: For how many levels in a row.
         ticket: The ticket, where another hunt found it; then nothing is rewound.
         diagnose: Masks of the network as it is -> what to record of it.
-        barrier: Two state dicts of the network -> the error barrier between them. With it every level from 0 on has a
-            twin, and is compared with it and with the level before.
+        barrier: Two state dicts of the network -> the error barrier between them, by split. With it every level from 0
+            on has a twin, and is compared with it and with the level before.
 
     Attributes:
         untrained: The network as it was at first, in one piece, for a control with new initial weights.

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from prune.allocation import LayerwiseAsPaper
 from prune.callbacks import EarlyBird
 from prune.connectivity import error_barrier
+from prune.connectivity.lightning import check_split
 from prune.connectivity.states import batch_norms
 from prune.levels import Levels
 from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewinding.modes import Rewind
 from prune.tickets.arms import Hunt
-from prune.tickets.controls import ControlName, Controls
+from prune.tickets.controls import ControlName, Controls, Interpolation
 from prune.tickets.diagnose import diagnose
 from prune.tickets.identity import settings_of
 from prune.tickets.lightning import LightningTrainee, check_criterion
@@ -116,7 +117,10 @@ def hunt(
     selects = pruner_for(pruner, of, spec.rate)
     selects.check(of.network, *densities)
     check_criterion(selects, of.trainer)
-    if controls.connectivity and batch_norms(of.network):
+    line = controls.interpolation
+    for split in line.splits if line else ():
+        check_split(of.module, of.data, split)
+    if line and batch_norms(of.network):
         batch_runner(of.module)  # refuses a module that steps by hand
     store = Store(out, (records.read(out) or {}).get("fingerprint") or records.fingerprint(settings), settings)
     observed = {store.folder(level): density for level, density in enumerate(densities[1:])}
@@ -132,8 +136,8 @@ def hunt(
         lambda folder: [EarlyBird(selects, observed[folder])] if folder in observed else [],
     )
     measures: dict[str, Any] = {"diagnose": functools.partial(diagnose, of)} if controls.diagnose else {}
-    if controls.connectivity:
-        measures["barrier"] = functools.partial(error_barrier, of.module, of.data, trainer=of.trainer, seed=of.seed)
+    if line:
+        measures["barrier"] = functools.partial(_barriers, of, line)
     hunted = Hunt(trainee, selects, densities, store, rewind, controls, spec.max_drop, spec.patience, **measures)
     with locked(out):
         done = search(hunted)
@@ -145,6 +149,14 @@ def hunt(
     seconds = round(sum(record["seconds"] for record in trainings), 3)
     winning = sparsest_winning(done, spec.tolerance)
     return {**last, "seed": of.seed, "levels": done, "winning": winning, "seconds": seconds}
+
+
+def _barriers(
+    of: Subject, line: Interpolation, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Split -> the error barrier between two states of the network."""
+    options: dict[str, Any] = {"trainer": of.trainer, "seed": of.seed}
+    return {s: error_barrier(of.module, of.data, a, b, line.points, s, **options) for s in line.splits}
 
 
 def pruner_for(pruner: Pruner, of: Subject, rate: float) -> Pruner:

@@ -62,12 +62,14 @@ def _without_identity(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _connectivity(hunt: Hunt, level: int) -> dict[str, Any]:
-    """The error barriers of a level: ``orders`` to its twin, ``levels`` to the level before."""
-    assert hunt.barrier is not None, "asked for"
+    """The error barriers of a level by split, ``orders`` to its ``twin``, ``levels`` to the level before."""
+    line = hunt.controls.interpolation
+    assert hunt.barrier is not None
+    assert line is not None, "asked for"
     barriers = hunt.store.measurement(level, "connectivity")
-    if barriers is None:
+    if barriers is None or not line.measured(barriers["orders"]):
         twin, ticket = train_arm(hunt, level, "twin"), hunt.store.weights(level)
-        barriers = {"orders": {**hunt.barrier(ticket, hunt.store.weights(level, "twin")), "twin": twin["metrics"]}}
+        barriers = {"orders": hunt.barrier(ticket, hunt.store.weights(level, "twin")), "twin": twin["metrics"]}
         if level:
             barriers["levels"] = hunt.barrier(ticket, hunt.store.weights(level - 1))
         hunt.store.save_measurement(level, "connectivity", barriers)

@@ -42,7 +42,8 @@ def hunt_record(seed: int, densities=tuple(DENSITIES), controls=ARMS, lift=0.0) 
         entry["diagnosis"] = {**units, "gradient_ratio": 1.0}
         entry["mask_distances"] = [0.2, 0.05 / (1 + number)]
         barrier = {"barrier": 0.001 * number, "excess": 0.0, "stable": number < 10, "ends": [0.02, 0.02]}
-        entry["connectivity"] = {"orders": barrier, **({"levels": {**barrier, "barrier": 0.004}} if number else {})}
+        levels_apart = {"levels": {"val": {**barrier, "barrier": 0.004}}} if number else {}
+        entry["connectivity"] = {"orders": {"val": barrier}, **levels_apart}
         if number:
             entry["controls"] = {
                 arm: {"metrics": scores(score(arm, density, seed)), "best": steps[arm], "arm": arm} for arm in controls

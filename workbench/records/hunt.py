@@ -21,7 +21,6 @@ class Barrier:
         metric: What is measured.
         split: On which data.
         recalibrated: Whether batch norms were measured anew at each point.
-        twin: Of the training with another order of the data, its metrics.
     """
 
     barrier: Unbounded
@@ -33,15 +32,21 @@ class Barrier:
     metric: str | None = None
     split: str | None = None
     recalibrated: bool | None = None
-    twin: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Connectivity:
-    """Barriers of a ticket: ``orders`` to itself trained on another order of the data, ``levels`` to the last level."""
+    """Barriers of a ticket by the split of the data (train, val, test) that the line is evaluated on.
 
-    orders: Barrier | None = None
-    levels: Barrier | None = None
+    Attributes:
+        orders: To the twin, the same ticket trained on another order of the data.
+        levels: To the last level.
+        twin: Metrics of the twin.
+    """
+
+    orders: dict[str, Barrier] = field(default_factory=dict)
+    levels: dict[str, Barrier] = field(default_factory=dict)
+    twin: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

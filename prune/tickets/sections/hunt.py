@@ -161,6 +161,9 @@ def levels(hunt: Hunt) -> Table:
     def control(arm: str) -> Callable[[LevelRow], Cell]:
         return lambda row: Cell(measured.show(score := _control(row, arm, key)), title=_plain(score))
 
+    def barrier(title: str, other: str, split: str) -> tuple[str, Callable[[LevelRow], Cell]]:
+        return title, lambda row: _barrier(_barriers(row, other).get(split))
+
     columns: list[tuple[str, Callable[[LevelRow], Cell]]] = [
         ("level", lambda r: Cell(count(r.level.level))),
         ("density", lambda r: Cell(percent(r.level.density))),
@@ -171,8 +174,7 @@ def levels(hunt: Hunt) -> Table:
         *((f"test {arm}", control(arm)) for arm in arms(hunt)),
         ("dead units", _dead),
         ("gradient flow", lambda r: _number(_diagnosis(r, "gradient_flow"))),
-        ("barrier, other order", lambda r: _barrier(_barrier_of(r, "orders"))),
-        ("barrier, last level", lambda r: _barrier(_barrier_of(r, "levels"))),
+        *(barrier(*column) for column in barrier_columns(hunt)),
         ("mask distance", lambda r: _number(r.level.mask_distances[-1] if r.level.mask_distances else None)),
         ("took", lambda r: Cell(duration(r.level.seconds), title=seconds(r.level.seconds))),
         ("mask", lambda r: Cell(short(r.level.mask_hash), title=r.level.mask_hash or "")),
@@ -190,16 +192,20 @@ def columns(hunt: Hunt) -> str:
         "gradient flow: squared norm of the gradient of the weights kept": any(
             _diagnosis(row, "gradient_flow") is not None for row in rows
         ),
-        "barrier: how far the straight line between two trainings, of the ticket with another order of the data, or "
-        "of this level and the last, rises above the mean of its ends": any(
-            _barrier_of(row, "orders") or _barrier_of(row, "levels") for row in rows
-        ),
+        f"{' and '.join(_splits(hunt))} barrier: how far the straight line between two trainings, of the ticket with "
+        "another order of the data, or of this level and the last, rises above the mean of its ends": _splits(hunt),
         "mask distance: share of the next mask that changed in the last epoch": any(
             row.level.mask_distances for row in rows
         ),
     }
     text = "; ".join(text for text, there in texts.items() if there)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def barrier_columns(hunt: Hunt) -> list[tuple[str, str, str]]:
+    """Header, other end and split of every column of barriers."""
+    ends = {"orders": "other order", "levels": "last level"}
+    return [(f"{split} barrier, {end}", other, split) for split in _splits(hunt) for other, end in ends.items()]
 
 
 def sparsest(hunt: Hunt) -> str:
@@ -255,8 +261,15 @@ def _diagnosis(row: LevelRow, name: str) -> float | None:
     return getattr(row.level.diagnosis, name, None)
 
 
-def _barrier_of(row: LevelRow, other: str) -> Barrier | None:
-    return getattr(row.level.connectivity, other, None)
+def _barriers(row: LevelRow, other: str) -> dict[str, Barrier]:
+    """By split."""
+    return getattr(row.level.connectivity, other, {})
+
+
+def _splits(hunt: Hunt) -> list[str]:
+    """The splits that barriers are measured on, in the order of the record."""
+    ends = [_barriers(row, other) for row in hunt.levels for other in ("orders", "levels")]
+    return list(dict.fromkeys(split for barriers in ends for split in barriers))
 
 
 def _dead(row: LevelRow) -> Cell:

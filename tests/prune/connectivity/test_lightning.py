@@ -86,7 +86,7 @@ def errors(model: nn.Module, a: Any, b: Any, x: Tensor, y: Tensor, refresh: Any 
     return found
 
 
-@pytest.mark.parametrize(("split", "part"), [("val", slice(32, 48)), ("test", slice(48, 60))])
+@pytest.mark.parametrize(("split", "part"), [("train", slice(32)), ("val", slice(32, 48)), ("test", slice(48, 60))])
 def test_heights_are_errors_on_the_split(split: Any, part: slice) -> None:
     data, module, other = Data(), TaskModule(net(1), Classification(3)), net(2)
     found = error_barrier(module, data, module.network.state_dict(), other.state_dict(), 5, split)
@@ -96,7 +96,8 @@ def test_heights_are_errors_on_the_split(split: Any, part: slice) -> None:
     assert found["barrier"] == pytest.approx(max(expected) - (expected[0] + expected[-1]) / 2, abs=1e-6)
     assert (found["metric"], found["split"], found["recalibrated"]) == (f"{split}/accuracy", split, False)
     assert found["stable"] == (found["barrier"] < 0.02)
-    assert data.calls == ["prepare", "validate" if split == "val" else "test"], "set up once"
+    stage = {"train": "fit", "val": "validate", "test": "test"}[split]
+    assert data.calls == ["prepare", stage], "set up once"
 
 
 def test_statistics_of_batch_norms_are_estimated_on_training_batches() -> None:
@@ -139,6 +140,20 @@ def test_a_module_of_ones_own_is_judged_by_what_it_logs(names: Any, metric: Any,
 def _load(module: nn.Module, state: Any) -> nn.Module:
     module.load_state_dict(state)
     return module
+
+
+def test_every_training_sample_counts_once() -> None:
+    """Also where training shuffles and drops the last batch, and the module names its metrics itself."""
+    data, module, other = Data(), Theirs(), Theirs()
+    data.loader = lambda part, shuffle=False: DataLoader(  # type: ignore[method-assign]
+        TensorDataset(data.x[part], data.y[part]), 12, shuffle=shuffle, drop_last=shuffle
+    )
+    with torch.no_grad():
+        other.layers[3].bias.add_(torch.tensor([5.0, 0.0, 0.0]))
+    found = error_barrier(module, data, module.state_dict(), other.state_dict(), 3, "train")
+    expected = errors(Theirs(), Theirs().state_dict(), other.state_dict(), data.x[:32], data.y[:32], points=3)
+    assert found["heights"] == pytest.approx(expected, abs=1e-6)
+    assert (found["metric"], found["split"]) == ("train_acc", "train")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -210,8 +225,8 @@ def test_ranks_agree_on_all_that_is_said_of_a_training() -> None:
 def test_mistakes_are_named() -> None:
     data, module = Data(), TaskModule(net(1, norm=True), Classification(3))
     state = module.network.state_dict()
-    with pytest.raises(ValueError, match="split is 'train': one of"):
-        error_barrier(module, data, state, state, split="train")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="split is 'dev': one of"):
+        error_barrier(module, data, state, state, split="dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recalibrate is 0: give 1 or more batches"):
         error_barrier(module, data, state, state, recalibrate=0)
     with pytest.raises(ValueError, match=r"Theirs has no test_step"):

@@ -18,7 +18,7 @@ from prune.masks import Masks
 from prune.pruner import Pruner
 from prune.rewinding.modes import Rewind
 from prune.schedule import geometric, kept
-from prune.tickets.controls import Controls
+from prune.tickets.controls import Controls, Interpolation
 from prune.tickets.hunt import hunt
 from prune.tickets.scores import sparsest_winning
 from tests.helpers.trainers import Stop, StopAfter
@@ -304,11 +304,44 @@ def test_what_a_level_is_like_is_recorded(tmp_path: Path) -> None:
     assert "levels" not in dense["connectivity"]
     for level in (one, two):
         for pair in ("orders", "levels"):
-            found = level["connectivity"][pair]
+            found = level["connectivity"][pair]["val"]
             assert len(found["heights"]) == 11
             assert found["ends"][0] == pytest.approx(1 - level["metrics"]["val/accuracy"], abs=0.2)
     again = run(tmp_path, levels=Levels(2, rate=0.6), rewind="1it", controls=controls)
     assert again["levels"] == result["levels"]
+
+
+def test_barriers_are_measured_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Also of levels that are on disk with barriers of another line."""
+    shape = {"levels": Levels(1, rate=0.5), "rewind": "1it", "trainer": {"max_epochs": 1}}
+    first = run(tmp_path, **shape, controls=Controls(connectivity=Interpolation(3)))
+    line = Interpolation(4, ("train", "test"))
+    again = run(tmp_path, **shape, controls=Controls(connectivity=line))
+    for before, level in zip(first["levels"], again["levels"]):
+        assert before["seconds"] == level["seconds"], "kept"
+        assert list(before["connectivity"]["orders"]) == ["val"]
+        for pair in ("orders", "levels") if level["level"] else ("orders",):
+            found = level["connectivity"][pair]
+            assert list(found) == ["train", "test"]
+            for split, each in found.items():
+                assert each["alphas"] == [0, 1 / 3, 2 / 3, 1]
+                assert (each["split"], each["metric"]) == (split, f"{split}/accuracy")
+        assert set(level["connectivity"]["twin"]) == set(level["metrics"])
+
+
+def test_barriers_on_data_that_is_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    class Untested(lp.LightningDataModule):
+        classes = 10
+
+        def train_dataloader(self) -> Any:
+            return Digits().train_dataloader()
+
+        val_dataloader = train_dataloader
+
+    controls = Controls(connectivity=Interpolation(split="test"))
+    with pytest.raises(ValueError, match="Untested has no test_dataloader: evaluate on another split"):
+        hunt(model=MLP(64, [4], 10), data=Untested(), trainer=CPU, levels=1, controls=controls, out=tmp_path)
+    assert not (tmp_path / "level_00").exists()
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_a_module_stepped_by_hand_is_hunted_in_and_connected(tmp_path: Path) -> 
     plain.network = MLP(5, [4], 3)  # type: ignore[assignment] - no batch norm
     found = hunt(model=plain, out=tmp_path, **options)
     assert [level["diagnosis"] for level in found["levels"]] == [{}, {}]
-    assert found["levels"][1]["connectivity"]["orders"]["metric"] == "val/loss"
+    assert found["levels"][1]["connectivity"]["orders"]["val"]["metric"] == "val/loss"
 
 
 class Attached(Projected):

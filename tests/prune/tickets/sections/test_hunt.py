@@ -29,8 +29,8 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
     page = (run / "report/index.html").read_text(encoding="utf-8")
     headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="levels"')[2].partition("</thead>")[0])
     assert headers[6:] == [
-        "test reinit", "test shuffled", "dead units", "gradient flow", "barrier, other order", "barrier, last level",
-        "mask distance", "took", "mask",
+        "test reinit", "test shuffled", "dead units", "gradient flow", "val barrier, other order",
+        "val barrier, last level", "mask distance", "took", "mask",
     ]  # fmt: skip
     for level, row in zip(entry["levels"], cells(page, "levels"), strict=True):
         for cell, arm in zip(row[6:8], ("reinit", "shuffled")):
@@ -39,7 +39,7 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
         told, barriers = level["diagnosis"], level["connectivity"]
         assert row[8] == f"{100 * told['dead'] / told['units']:.3g}%"
         assert row[9] == f"{told['gradient_flow']:.3g}"
-        orders = barriers["orders"]
+        orders = barriers["orders"]["val"]
         assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
         assert row[11] == ("0.40 stable" if level["level"] else "—")
         assert row[12] == f"{level['mask_distances'][-1]:.3g}"
@@ -92,12 +92,26 @@ def test_a_control_decides_too_whether_the_metric_is_a_share(tmp_path):
 
 def test_barriers_of_losses_are_in_their_unit(tmp_path):
     entry = hunt_record(0, FEW)
-    entry["levels"][1]["connectivity"]["orders"] = {"barrier": 0.01234, "stable": None}
-    entry["levels"][2]["connectivity"]["orders"] = {"barrier": float("nan"), "stable": False}
+    entry["levels"][1]["connectivity"]["orders"]["val"] = {"barrier": 0.01234, "stable": None}
+    entry["levels"][2]["connectivity"]["orders"]["val"] = {"barrier": float("nan"), "stable": False}
     (hunt,) = hunts_of(write_records(tmp_path, entry))
-    at = section.levels(hunt).headers.index("barrier, other order")
+    at = section.levels(hunt).headers.index("val barrier, other order")
     told = [line.cells[at] for line in section.levels(hunt).lines]
     assert [(cell.text, cell.note) for cell in told[1:3]] == [("0.0123", ""), ("nan", "")]
+
+
+def test_every_split_of_a_barrier_has_its_columns(tmp_path):
+    entry = hunt_record(0, FEW)
+    for level in entry["levels"]:
+        orders = level["connectivity"]["orders"]["val"]
+        level["connectivity"]["orders"] = {"train": orders, "test": {**orders, "barrier": 0.0301, "stable": False}}
+        level["connectivity"].pop("levels", None)
+    (hunt,) = hunts_of(write_records(tmp_path, entry))
+    told = section.levels(hunt)
+    at = [place for place, header in enumerate(told.headers) if "barrier" in header]
+    assert [told.headers[place] for place in at] == ["train barrier, other order", "test barrier, other order"]
+    assert [told.lines[1].cells[place].text for place in at] == ["0.10", "3.01"]
+    assert "; train and test barrier: how far the straight line" in section.columns(hunt)
 
 
 @pytest.mark.parametrize("key", ["controls", "diagnosis", "connectivity", "mask_distances", "history", "size"])
