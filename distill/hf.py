@@ -16,7 +16,7 @@ from distill.cache import CachedBatch, CachedTeacher
 from distill.cache.samples import fetch
 from distill.features import capture
 from distill.hf_labels import Positions, label_spec, scored_positions
-from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
+from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors, zero_of
 from distill.targets import TeacherLike, as_teacher, targets_of
 from distill.teacher import eval_mode
 from workbench.distributed.ranks import all_gather
@@ -118,7 +118,10 @@ class DistillationMixin(_Trainer):
         cached = inputs.pop(_CACHED, None)
         positions = scored_positions(inputs, self._label_spec)
         with capture(model, self.objective.student_layers(weights=weights)) as features:
-            own, raw = self._own_loss(model, inputs, weights)
+            if positions.valid.any():
+                own, raw = self._own_loss(model, inputs, weights)
+            else:  # cross-entropy over no position is NaN, and its share of the update 0
+                own, raw = None, model(**inputs)
             logits = positions.of(logits_of(raw))
             outputs = Outputs(logits, features.take())
         valid, labels = positions.shaped(logits)
@@ -129,7 +132,7 @@ class DistillationMixin(_Trainer):
                 outputs,
                 self._targets(inputs, cached, positions, weights) if needed else Outputs(None),
                 weights,
-                task_loss=lambda logits: logits.new_zeros(()) if own is None else own,
+                task_loss=lambda logits: zero_of(logits) if own is None else own,
                 valid=valid,
                 labels=labels,
                 tokens=tokens_of(inputs),

@@ -229,15 +229,20 @@ class DistillModule(SupervisedModule):
     ) -> dict[str, Tensor]:
         """Soft and hard loss from hidden states; without a teacher, whose weight is then 0, the hard loss alone."""
         soft: Any = self.objective.terms["soft"].loss
-        total, *terms = chunked_terms(
+        total, soft_value, hard_value = chunked_terms(
             student,
             student if teacher is None else teacher,
             (weights["soft"], weights.get("hard", 0.0)),
             temperature=soft.temperature,
-            labels=self.task.targets(batch),
+            labels=self.task.targets(batch) if "hard" in weights else None,
             valid=self.task.valid(batch),
         )
-        return {"loss": total, **dict(zip(("soft", "hard"), terms))}
+        values = {"loss": total}
+        if weights["soft"]:
+            values["soft"] = soft_value
+        if "hard" in weights:
+            values["hard"] = hard_value
+        return values
 
     def _factored_teacher(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FactoredLogits:
         assert isinstance(self.teacher, Teacher)

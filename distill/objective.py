@@ -264,13 +264,12 @@ class Objective(nn.Module):
 
     def _zero(self, logits: Tensor, idle: Sequence[str], member: str) -> Tensor:
         """Zero, with a graph to the student's output and to the projectors of these terms."""
-        # Not the logits' sum: 0 times infinity is NaN.
-        total = logits.masked_fill(~logits.isfinite(), 0).sum()
+        total = zero_of(logits)
         for name in idle:
             for key, projector in self.projectors.items():
                 if key.rpartition("-")[0] == _key(member, name):
-                    total = sum((parameter.sum() for parameter in projector.parameters()), total)
-        return 0.0 * total
+                    total = sum((0.0 * parameter.sum() for parameter in projector.parameters()), total)
+        return total
 
     def _feature_loss(
         self,
@@ -291,7 +290,9 @@ class Objective(nn.Module):
                         f"term {name!r} has no projector yet: call prepare first, before the optimizer is made"
                     )
                 fs = self.projectors[key](fs)
-            values.append(loss(fs, ft.to(fs.dtype), _matching_mask(fs, masks)))
+            # In the wider type: half precision would turn a teacher's 7e4 into infinity.
+            wide = torch.promote_types(fs.dtype, ft.dtype)
+            values.append(loss(fs.to(wide), ft.to(wide), _matching_mask(fs, masks)))
         return torch.stack(values).mean()
 
     def _pairs(
@@ -312,6 +313,12 @@ class Objective(nn.Module):
     def _layers(self, layers_of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
         terms = (term for name, term in self.terms.items() if weights is None or weights[name])
         return list(dict.fromkeys(x for term in terms if isinstance(term.loss, FeatureLoss) for x in layers_of(term)))
+
+
+def zero_of(logits: Tensor) -> Tensor:
+    """Zero, with a graph to the logits."""
+    # Not 0 times their sum: 0 times infinity is NaN.
+    return 0.0 * logits.masked_fill(~logits.isfinite(), 0).sum()
 
 
 def _layers_of(layers: Layers | dict[str, Layers] | None, member: str) -> list[str]:

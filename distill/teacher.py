@@ -147,13 +147,16 @@ def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Averag
     Args:
         logits: One tensor a teacher, all of one shape.
         weights: One a teacher, of sum 1.
-        average: "logits": sum_i w_i z_i; "probabilities": log sum_i w_i softmax(z_i), in at least fp32.
+        average: "logits": sum_i w_i z_i; "probabilities": log sum_i w_i softmax(z_i).
+
+    Returns:
+        [..., classes], at least float32.
     """
+    wide = [each if each.dtype == torch.float64 else each.float() for each in logits]
     if average == "logits":
         # A teacher of weight 0 is left out: 0 * inf is NaN.
-        parts = [weight * each for weight, each in zip(weights, logits) if weight > 0]
+        parts = [weight * each for weight, each in zip(weights, wide) if weight > 0]
         return torch.stack(parts).sum(0)
-    wide = [each if each.dtype == torch.float64 else each.float() for each in logits]
     parts = [math.log(weight) + torch.log_softmax(each, -1) for weight, each in zip(weights, wide) if weight > 0]
     return torch.logsumexp(torch.stack(parts), 0)
 

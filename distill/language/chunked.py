@@ -56,12 +56,18 @@ def chunked_soft_target(
         "Liger Kernel", 2024, arXiv:2410.10989, section 3.2.
     """
     check_alpha(alpha)
+    student = FactoredLogits(student_hidden, student_weight, student_bias)
+    teacher = FactoredLogits(teacher_hidden, teacher_weight, teacher_bias)
+    weights = (alpha, 1 - alpha)
+    _check(student, teacher, labels, weights, valid)
+    if valid is None and labels is not None:
+        valid = labels != IGNORED
     total, _, _ = chunked_terms(
-        FactoredLogits(student_hidden, student_weight, student_bias),
-        FactoredLogits(teacher_hidden, teacher_weight, teacher_bias),
-        (alpha, 1 - alpha),
+        student,
+        teacher,
+        weights,
         temperature=temperature,
-        labels=labels,
+        labels=labels if alpha < 1 else None,
         valid=valid,
         chunk=chunk,
     )
@@ -97,9 +103,9 @@ def chunked_terms(
     Args:
         student: Its hidden states [..., D] and lm head.
         teacher: Its hidden states [..., E] and lm head over the same vocabulary.
-        weights: Of the soft targets and of the cross-entropy, at least 0; a term of weight 0 is not computed.
+        weights: Of the soft targets and of the cross-entropy, at least 0; soft targets of weight 0 are not computed.
         temperature: T > 0 of the soft targets.
-        labels: int64 [...]; needed for a cross-entropy of weight above 0.
+        labels: int64 [...]; needed for a cross-entropy of weight above 0. With them it is computed also at weight 0.
         valid: Bool [...], as for :func:`chunked_soft_target`.
         chunk: Tokens at a time.
 
@@ -115,11 +121,10 @@ def chunked_terms(
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: give at least 1 token at a time")
     _check(student, teacher, labels, weights, valid)
-    hard_labels = labels if weights[1] else None
     if valid is None and labels is not None:
         valid = labels != IGNORED
     hs, ht = student.hidden.flatten(0, -2), teacher.hidden.detach().flatten(0, -2)
-    y = None if hard_labels is None else hard_labels.flatten()
+    y = None if labels is None else labels.flatten()
     if valid is not None:
         # Invalid positions are dropped before the matrix products: this saves time, and a NaN there reaches nothing.
         kept = valid.flatten().nonzero().squeeze(1)
@@ -225,7 +230,9 @@ def _logit_gradient(zs: Tensor, zt: Tensor | None, y: Tensor | None, settings: _
     """Gradient of a chunk's loss by ``zs`` [C, V]; adds its summed losses to ``terms``. Overwrites both logits."""
     t, (alpha, beta) = settings.temperature, settings.weights
     gradient = None
-    if y is not None:
+    if y is not None and not beta:
+        terms[1] += (torch.logsumexp(zs, -1) - zs.gather(1, y[:, None]).squeeze(1)).sum()
+    elif y is not None:
         log_q = torch.log_softmax(zs, -1)
         terms[1] -= log_q.gather(1, y[:, None]).sum()
         gradient = log_q.exp_()

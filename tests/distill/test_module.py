@@ -17,6 +17,7 @@ from distill.objective import SoftTargets, Term
 from distill.targets import training_progress
 from distill.teacher import Teacher
 from tests.helpers.ranks import on_ranks
+from tests.helpers.tiny_gpt2 import gpt2
 from tests.helpers.trainers import QUIET
 from workbench.checkpoints import compact
 from workbench.data import Digits
@@ -568,6 +569,18 @@ def test_chunked_language_models_learn_the_same(temperature: float) -> None:
     for name in ("loss", "soft", "hard"):
         assert torch.allclose(one.logged[name], other.logged[name], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients, strict=True))
+
+
+@pytest.mark.parametrize(("alpha", "names"), [(1.0, {"loss", "soft", "hard"}), (0.0, {"loss", "hard"})])
+def test_chunks_log_the_terms_that_the_plain_losses_log(alpha: float, names: set[str]) -> None:
+    batch = {"input_ids": torch.randint(0, 19, (3, 7))}
+    mine, expert = gpt2(), gpt2()
+    plain, chunks = (
+        DistillModule(mine, expert, LanguageModelling(23), SoftTargets(2.0, alpha), chunked=chunked).step(batch).logged
+        for chunked in (False, True)
+    )
+    assert set(plain) == set(chunks) == names
+    assert all(torch.allclose(plain[name], chunks[name], atol=1e-5) for name in names)
 
 
 def test_chunks_of_a_family_ask_the_teacher_once_and_not_at_weight_zero() -> None:

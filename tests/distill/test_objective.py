@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distill.losses import DKD, Hint, LabelSmoothing, SimilarityPreserving, SoftTarget, hint, soft_target
-from distill.objective import Objective, Outputs, SoftTargets, Term
+from distill.objective import Objective, Outputs, SoftTargets, Term, zero_of
 from workbench.duration import Duration
 
 
@@ -161,6 +161,25 @@ def test_tokens_mask_features_of_tokens_and_valid_those_of_samples() -> None:
     assert torch.allclose(found, hint(mine[tokens], theirs[tokens]))
     found = objective(student, teacher, {"hint": 1.0}, own, valid=valid)["hint"]
     assert torch.allclose(found, hint(mine[:1], theirs[:1]))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float16), torch.full((2, 3), 7e4), 7e4**2),
+        (torch.ones(2, 3, dtype=torch.bfloat16), torch.full((2, 3), 1.003), 0.003**2),
+        (torch.ones(2, 3, dtype=torch.float16), torch.full((2, 3), 3e38, dtype=torch.bfloat16), float("inf")),
+        (torch.zeros(2, 3), torch.full((2, 3), 1 + 2.0**-40, dtype=torch.float64), (1 + 2.0**-40) ** 2),
+    ],
+)
+def test_features_are_compared_in_the_wider_type(student: Tensor, teacher: Tensor, expected: float) -> None:
+    objective = Objective({"hint": Term(Hint(), student="a")})
+    student.requires_grad_()
+    objective.prepare({"a": student}, {"a": teacher})
+    value = objective(Outputs(student, {"a": student}), Outputs(None, {"a": teacher}), {"hint": 1.0}, zero_of)["loss"]
+    assert value.item() == pytest.approx(expected, rel=1e-4 if teacher.dtype == torch.float32 else 1e-14)
+    value.backward()
+    assert student.grad is not None
 
 
 def test_who_is_asked() -> None:

@@ -431,6 +431,13 @@ def test_equal_weights_by_default_and_impossible_classes_stay_impossible() -> No
     assert averaged([one, torch.full((1, 3), math.inf)], [1.0, 0.0]).tolist() == one.tolist()
 
 
+def test_half_precision_answers_are_averaged_in_float32() -> None:
+    logits = [torch.full((1, 2), value, dtype=torch.bfloat16) for value in (1.0, 1.0078125)]
+    mean = averaged(logits, [0.5, 0.5])
+    assert mean.dtype == torch.float32
+    assert mean.tolist() == [[1.00390625] * 2]
+
+
 def test_several_may_be_of_any_kind(tmp_path: Path) -> None:
     compact.save(MLP(6, [5], 3), tmp_path)
     x = torch.randn(2, 6)

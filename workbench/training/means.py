@@ -24,11 +24,14 @@ class Means:
         return bool(self._sums)
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add ``values``, scalars that are means over ``weight`` positions, a scalar."""
+        """Add ``values``, scalars that are means over ``weight`` positions, a scalar.
+
+        A mean over no position is left out, whatever it is: torch's cross-entropy makes it NaN.
+        """
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         weight = weight.to(dtype)
         for name, value in values.items():
-            row = torch.stack((value.detach().to(dtype) * weight, weight))
+            row = torch.stack((value.detach().to(dtype).where(weight > 0, 0.0) * weight, weight))
             # Not in place: tensors made in inference mode, as in validation, cannot be updated outside of it.
             self._sums[name] = self._sums[name] + row if name in self._sums else row
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.language import chunked_soft_target
+from distill.language import FactoredLogits, chunked_soft_target, chunked_terms
 from distill.losses import mix, soft_target
 
 
@@ -134,6 +134,25 @@ def test_nothing_valid_is_zero_with_its_graph(alpha):
     loss = chunked_soft_target(**made, labels=torch.full_like(labels, -100), alpha=alpha)
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in gradients(loss, made).values())
+
+
+def test_cross_entropy_of_weight_zero_is_still_computed():
+    made, labels = problem()
+    student = FactoredLogits(made["student_hidden"], made["student_weight"], None)
+    teacher = FactoredLogits(made["teacher_hidden"], made["teacher_weight"], None)
+    labels = labels.clone()
+    labels[..., 0] = -100
+    one = chunked_terms(student, teacher, (1.0, 0.0), temperature=2.0, labels=labels)
+    other = chunked_terms(student, teacher, (1.0, 1.0), temperature=2.0, labels=labels)
+    plain = F.cross_entropy((student.hidden @ student.weight.T).flatten(0, -2), labels.flatten())
+    torch.testing.assert_close(one[2], plain.detach().to(one[2].dtype))
+    torch.testing.assert_close(one[1:], other[1:])
+    assert one[0].item() == one[1].item()
+    alone = chunked_terms(student, teacher, (1.0, 0.0), temperature=2.0, valid=labels != -100)
+    assert alone[2].item() == 0
+    torch.testing.assert_close(
+        torch.autograd.grad(one[0], student.weight), torch.autograd.grad(alone[0], student.weight)
+    )
 
 
 def test_pieces_weighed_by_their_tokens_are_the_whole():

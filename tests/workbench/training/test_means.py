@@ -153,6 +153,14 @@ def test_means_weigh_and_remember() -> None:
         assert part.local() == [{"a": [1.0, 1.0]}, {"a": [2.0, 3.0]}, {}][rank]
 
 
+def test_a_mean_over_no_position_is_left_out() -> None:
+    means = Means()
+    means.add({"hard": torch.tensor(float("nan"))}, torch.tensor(0))
+    assert means.local() == {"hard": [0.0, 0.0]}
+    means.add({"hard": torch.tensor(2.0)}, torch.tensor(3))
+    assert means.local() == {"hard": [6.0, 3.0]}
+
+
 def test_means_take_no_graph_and_keep_their_precision() -> None:
     means = Means()
     loss = torch.tensor(0.1, requires_grad=True)
