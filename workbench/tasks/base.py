@@ -16,7 +16,7 @@ class Task(nn.Module, ABC):
     A training step is::
 
         args, kwargs = task.inputs(batch)
-        output = task.output(model(*args, **kwargs))
+        output = scored(task, model(*args, **kwargs), batch)
         loss = task.loss(output, batch)
         metrics.update(output, task.targets(batch))      # metrics = task.metrics("val/"), kept by the caller
     """
@@ -57,6 +57,33 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def metrics(self, prefix: str = "") -> MetricCollection:
         """Fresh metrics, updated with (output, targets), computed under ``prefix + name``."""
+
+
+class Weighted(Task, ABC):
+    """A task whose loss may be a weighted mean."""
+
+    @abstractmethod
+    def weight(self, batch: Any) -> Tensor:
+        """The sum of the weights that the loss of a batch is divided by, a scalar."""
+
+
+class Resized(Task, ABC):
+    """A task whose networks may answer at another resolution than the labels'."""
+
+    @abstractmethod
+    def resized(self, output: Tensor, batch: Any) -> Tensor:
+        """What :meth:`output` returned, at the positions of the batch's targets."""
+
+
+def scored(task: Task, raw: Any, batch: Any) -> Tensor:
+    """What a model returned for a batch, in the form that the task's loss and metrics take."""
+    output = task.output(raw)
+    return task.resized(output, batch) if isinstance(task, Resized) else output
+
+
+def loss_weight(task: Task, batch: Any) -> Tensor:
+    """What the loss of a batch weighs among others, a scalar: its valid positions, or the sum of their weights."""
+    return task.weight(batch) if isinstance(task, Weighted) else task.valid(batch).sum()
 
 
 def find_logits(raw: Any) -> Tensor | None:

@@ -105,11 +105,14 @@ class LanguageModelling(Task):
 
     def metrics(self, prefix: str = "") -> MetricCollection:
         """Metrics: nll in nats a token, perplexity, and accuracy in [0, 1], each over all valid positions seen."""
-        return MetricCollection(
-            {"nll": NLL(IGNORED), "perplexity": Perplexity(IGNORED), "accuracy": Accuracy(IGNORED)},
-            compute_groups=False,
-            prefix=prefix,
-        )
+        plain = not self.label_smoothing
+        metrics = {
+            "nll": NLL(IGNORED, of_loss=plain),
+            "perplexity": Perplexity(IGNORED, of_loss=plain),
+            "accuracy": Accuracy(IGNORED),
+        }
+        # Likelihood and perplexity are made of the same sums.
+        return MetricCollection(metrics, compute_groups=[["nll", "perplexity"], ["accuracy"]], prefix=prefix)
 
     def _labels(self, batch: Any) -> Tensor:
         """Labels of the inputs' own positions, [B, L]."""

@@ -1,12 +1,15 @@
 """Scores of logits against targets: cross-entropy as a loss, and metrics."""
 
 from abc import ABC
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
+
+Align = Callable[[Tensor, Tensor], Tensor]
 
 _NOTHING = torch.iinfo(torch.int64).min  # an ignore_index that no target has
 
@@ -17,11 +20,16 @@ def valid_mask(targets: Tensor, ignore_index: int | None) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, ignore_index: int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats over positions that are not ignored; 0, with its graph, when all are.
 
-    -sum_c q_c log softmax(z)_c with q = (1 - s) onehot(y) + s / C (Szegedy et al. 2016, arXiv:1512.00567).
+    -sum_c w_c q_c log softmax(z)_c with q = (1 - s) onehot(y) + s / C (Szegedy et al. 2016, arXiv:1512.00567).
+    With class weights the mean is that of torch: the sum over positions, divided by the sum of w_y.
     Half precision is scored in float32.
 
     Args:
@@ -29,6 +37,7 @@ def cross_entropy(
         targets: y, int64 [...].
         label_smoothing: s in [0, 1).
         ignore_index: The target of positions that do not count.
+        class_weights: w, [C]; all 1 if None.
 
     Raises:
         ValueError: On CPU, if a label is no class.
@@ -38,10 +47,15 @@ def cross_entropy(
     if ignore_index is not None:
         # Before the softmax: NaN at such a position must not reach the gradient of the others.
         logits = logits.masked_fill((targets == skip)[..., None], 0.0)
+    weights = None if class_weights is None else class_weights.to(logits)
+    dense = logits.movedim(-1, 1) if logits.ndim > 2 else logits
+    # A network that has its classes at axis 1 is scored as it stands, without a copy that has them last.
+    flat = not (logits.ndim > 2 and dense.is_contiguous())
     try:
         total = F.cross_entropy(
-            logits.flatten(0, -2),
-            targets.flatten(),
+            logits.flatten(0, -2) if flat else dense,
+            targets.flatten() if flat else targets,
+            weight=weights,
             ignore_index=skip,
             label_smoothing=label_smoothing,
             reduction="sum",
@@ -52,7 +66,38 @@ def cross_entropy(
             f"labels go from {int(counted.min())} to {int(counted.max())} and logits score {logits.shape[-1]} classes: "
             "give the model as many outputs as there are classes"
         ) from error
-    return total / valid_mask(targets, ignore_index).sum().clamp(min=1)
+    if weights is None:
+        return total / valid_mask(targets, ignore_index).sum().clamp(min=1)
+    return total / weight_sum(targets, weights, ignore_index).clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def weight_sum(targets: Tensor, class_weights: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Sum of the weights [C] of the targets' classes, int64 [...], over positions that are not ignored; a scalar."""
+    valid = valid_mask(targets, ignore_index)
+    weights = class_weights.to(targets.device)[targets.masked_fill(~valid, 0)]
+    return weights.masked_fill(~valid, 0).sum()
+
+
+def check_class_weights(class_weights: Sequence[float] | None, classes: int) -> Tensor | None:
+    """The weights as a tensor [C].
+
+    Raises:
+        ValueError: If there is not one for each class, one is negative or not finite, or all are 0.
+    """
+    if class_weights is None:
+        return None
+    weights = torch.tensor(class_weights, dtype=torch.float32)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights are {list(weights.shape)} for classes={classes}: give one for each class.")
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(f"class_weights={list(class_weights)}: give finite numbers of at least 0, not all 0.")
+    return weights
+
+
+def update_metrics(metrics: MetricCollection, output: Tensor, targets: Tensor, loss: Tensor) -> None:
+    """Update with a batch, whose ``loss`` saves those metrics that are its mean from computing it again."""
+    shares = any(getattr(metric, "of_loss", False) for metric in metrics.values(copy_state=False))
+    metrics.update(output, targets, **({"loss": loss} if shares else {}))
 
 
 @final
@@ -63,6 +108,7 @@ class Accuracy(Metric):
 
     Args:
         ignore_index: The target of positions that do not count.
+        align: (logits, targets) -> logits at the targets' positions, where they come at others.
     """
 
     higher_is_better = True
@@ -71,14 +117,16 @@ class Accuracy(Metric):
     correct: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int | None = None) -> None:
+    def __init__(self, ignore_index: int | None = None, align: Align | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.align = align
         self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
+        logits = logits if self.align is None else self.align(logits, targets)
         valid = valid_mask(targets, self.ignore_index)
         # Not in place: a metric reset in inference mode holds tensors that may not be updated outside of it.
         self.correct = self.correct + ((logits.argmax(-1) == targets) & valid).sum()
@@ -94,6 +142,8 @@ class _LikelihoodMetric(Metric, ABC):
 
     Args:
         ignore_index: The target of positions that do not count.
+        align: (logits, targets) -> logits at the targets' positions, where they come at others.
+        of_loss: Whether the task's loss is this very mean, so that ``loss`` of :meth:`update` saves computing it again.
     """
 
     higher_is_better = False
@@ -102,16 +152,21 @@ class _LikelihoodMetric(Metric, ABC):
     total: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int | None = None) -> None:
+    def __init__(self, ignore_index: int | None = None, align: Align | None = None, of_loss: bool = False) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.align = align
+        self.of_loss = of_loss
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch."""
+    def update(self, logits: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
+        """Add a batch; ``loss`` is the task's own of the same batch, a scalar."""
         valid = valid_mask(targets, self.ignore_index).sum()
-        self.total = self.total + cross_entropy(logits, targets, ignore_index=self.ignore_index) * valid
+        if loss is None or not self.of_loss:
+            logits = logits if self.align is None else self.align(logits, targets)
+            loss = cross_entropy(logits, targets, ignore_index=self.ignore_index)
+        self.total = self.total + loss.detach() * valid
         self.count = self.count + valid
 
 

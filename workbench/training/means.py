@@ -79,7 +79,7 @@ class GlobalMean:
         self._largest = torch.ones(())
 
     def scale_loss(self, loss: Tensor, count: Tensor, trainer: Any) -> Tensor:
-        """``loss``, a mean over ``count`` positions, times its share of the update. Called on every rank."""
+        """``loss``, a mean over ``count`` positions or weights, times its share of the update. Called on every rank."""
         ranks = world_size()
         if ranks == 1 and trainer.accumulate_grad_batches == 1:
             return loss
@@ -90,7 +90,7 @@ class GlobalMean:
         if self._divisor is None or self._total is None:
             # The largest count so far: with a small divisor the later losses would overflow half precision.
             self._largest = torch.maximum(self._largest.to(total.device), total)
-            self._divisor = self._largest if trainer.accumulate_grad_batches > 1 else total.clamp(min=1)
+            self._divisor = self._largest if trainer.accumulate_grad_batches > 1 else _divisor(total)
             self._total = total
         else:
             self._total = self._total + total
@@ -101,7 +101,12 @@ class GlobalMean:
         divisor, total, self._divisor, self._total = self._divisor, self._total, None, None
         if divisor is None or total is None or trainer.accumulate_grad_batches == 1:
             return
-        factor = trainer.accumulate_grad_batches * divisor / total.clamp(min=1)
+        factor = trainer.accumulate_grad_batches * divisor / _divisor(total)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+
+def _divisor(total: Tensor) -> Tensor:
+    """The total, which may be a small sum of weights; 1 where nothing counts."""
+    return torch.where(total > 0, total, 1.0)

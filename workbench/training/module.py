@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from workbench.distributed.ranks import all_gather
 from workbench.distributed.sharding import shard
-from workbench.tasks import Imitation, Task
+from workbench.tasks import Imitation, Task, loss_weight, scored, update_metrics
 from workbench.training.means import GlobalMean, Means
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -68,7 +68,7 @@ class StepOutput(NamedTuple):
     Args:
         loss: A scalar to minimise, a mean over ``positions``.
         logged: Name -> scalar, means over as many.
-        positions: Number of valid positions in the batch, a scalar.
+        positions: Number of valid positions in the batch, or the sum of their weights, a scalar.
     """
 
     loss: Tensor
@@ -270,11 +270,11 @@ class SupervisedModule(LightningModule, ABC):
             batch = self.task.with_target(batch, self.target(*args, **kwargs))
         losses: dict[str, Tensor] = {}
         for member, network in self.members.items():
-            output = self.task.output(network(*args, **kwargs))
+            output = scored(self.task, network(*args, **kwargs), batch)
+            loss = losses[metric_name(member, "loss")] = self.task.loss(output, batch)
             metrics: Any = self.metrics[metric_name(split, member)]
-            metrics.update(output, self.task.targets(batch))
-            losses[metric_name(member, "loss")] = self.task.loss(output, batch)
-        self.means[split].add(losses, self.task.valid(batch).sum())
+            update_metrics(metrics, output, self.task.targets(batch), loss)
+        self.means[split].add(losses, loss_weight(self.task, batch))
 
     def _log(self, split: str) -> None:
         self.means[split].log(self, f"{split}/")
@@ -296,8 +296,8 @@ class TaskModule(SupervisedModule):
     def step(self, batch: Any) -> StepOutput:
         """The task's loss."""
         args, kwargs = self.task.inputs(batch)
-        loss = self.task.loss(self.task.output(self.network(*args, **kwargs)), batch)
-        return StepOutput(loss, {"loss": loss}, self.task.valid(batch).sum())
+        loss = self.task.loss(scored(self.task, self.network(*args, **kwargs), batch), batch)
+        return StepOutput(loss, {"loss": loss}, loss_weight(self.task, batch))
 
 
 def metric_name(*parts: str) -> str:

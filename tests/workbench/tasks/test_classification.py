@@ -4,7 +4,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.tokenization_utils_base import BatchEncoding
 
-from workbench.tasks import Classification, Task
+from workbench.tasks import Classification, Task, loss_weight
 
 
 def test_monitor_is_one_of_the_metrics():
@@ -95,3 +95,41 @@ def test_a_task_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Task()
     assert all(getattr(vars(Task)[name], "__isabstractmethod__", False) for name in vars(Task) if name[0] != "_")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_torch(smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, 2, -100, 1, 0, -100])
+    weights = [1.0, 4.0, 0.5]
+    task, batch = Classification(3, smoothing, -100, weights), (None, labels)
+    expected = nn.functional.cross_entropy(
+        logits, labels, weight=torch.tensor(weights, dtype=torch.float64), label_smoothing=smoothing
+    )
+    torch.testing.assert_close(task.loss(logits, batch), expected)
+    assert task.weight(batch).item() == sum(weights[y] for y in labels.tolist() if y >= 0) == loss_weight(task, batch)
+    assert Classification(3, ignore_index=-100).weight(batch) == 5
+    assert not task.state_dict()
+    metrics = task.metrics()
+    metrics.update(logits, labels)
+    assert metrics.compute()["nll"].item() == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+
+
+def test_only_classes_without_weight_give_a_loss_of_0():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = Classification(3, class_weights=[0.0, 1.0, 1.0]).loss(logits, (None, torch.tensor([0, 0])))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_classes_at_axis_1():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 5), torch.randint(3, (2, 5))
+    task, batch = Classification(3, class_dim=1), (None, labels)
+    output = task.output(logits)
+    assert output.shape == (2, 5, 3)
+    assert task.outputs.class_dim == 1
+    torch.testing.assert_close(task.loss(output, batch), nn.functional.cross_entropy(logits, labels))
+    samples = torch.randn(4, 3)
+    assert torch.equal(task.output(samples), samples)

@@ -1,5 +1,6 @@
 import copy
 import functools
+import math
 import multiprocessing
 import os
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.ranks import free_port
@@ -18,7 +20,7 @@ from tests.helpers.trainers import QUIET, Stop, StopAt
 from workbench.data import Digits
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.tasks import Classification
+from workbench.tasks import Classification, LanguageModelling
 from workbench.training.loop import train
 from workbench.training.module import SupervisedModule, TaskModule, network_of, with_optimizer
 
@@ -295,3 +297,38 @@ def test_two_ranks_report_one_mean_over_all_samples(tmp_path: Path) -> None:
         else:
             assert row[2] == pytest.approx(expected, rel=1e-5)
             assert row[3] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("smoothing", "calls"), [(0.0, 1), (0.1, 2)])
+def test_an_evaluated_batch_computes_each_cross_entropy_once(
+    smoothing: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(7, (size, 5))} for size in (4, 1, 2)]
+    task, network = LanguageModelling(7, label_smoothing=smoothing), nn.Embedding(7, 7)
+    module, data = TaskModule(_Named(network), task), DataLoader(batches, batch_size=None)
+    counted: list[Any] = []
+    plain = functional.cross_entropy
+    monkeypatch.setattr(functional, "cross_entropy", lambda *a, **k: counted.append(a) or plain(*a, **k))
+    for _ in range(2):  # the metrics of a split start anew
+        counted.clear()
+        logged = lp.Trainer(**QUIET).validate(module, data, verbose=False)[0]
+        assert len(counted) == calls * len(batches)
+        outputs = torch.cat([network(batch["input_ids"])[:, :-1].flatten(0, 1) for batch in batches])
+        targets = torch.cat([batch["input_ids"][:, 1:].flatten() for batch in batches])
+        nll = plain(outputs, targets).item()
+        assert logged["val/loss"] == pytest.approx(plain(outputs, targets, label_smoothing=smoothing).item())
+        assert logged["val/nll"] == pytest.approx(nll)
+        assert logged["val/perplexity"] == pytest.approx(math.exp(nll))
+        assert logged["val/accuracy"] == pytest.approx((outputs.argmax(1) == targets).float().mean().item())
+
+
+class _Named(nn.Module):
+    """A language model that takes its tokens by name."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.network(input_ids)
