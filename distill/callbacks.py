@@ -17,6 +17,7 @@ from distill.objective import Losses, Objective, Outputs, SoftTargets, average_g
 from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
 from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
+from workbench.tasks.outputs import infer
 from workbench.training.means import GlobalMean, Means
 from workbench.training.module import StepOutput, SupervisedModule
 
@@ -242,7 +243,11 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
         [call] = calls
-        outputs, targets = Outputs(logits_of(call.output, "the student"), call.features), Outputs(None)
+        logits = logits_of(call.output, "the student")
+        if self.objective.outputs is None:
+            labels = self._found_labels(batch.batch)
+            self.objective.resolve(infer(logits, labels, getattr(self._student_of(module), "config", None)))
+        outputs, targets = Outputs(logits, call.features), Outputs(None)
         if first or self.objective.needs_teacher(weights):
             targets = targets_of(
                 self.teacher,
@@ -297,6 +302,9 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
     def _labels(self, batch: Any) -> Tensor | None:
         if not any(isinstance(loss, LogitLoss) and loss.needs_labels for loss in self.objective.losses.values()):
             return None
+        return self._found_labels(batch)
+
+    def _found_labels(self, batch: Any) -> Tensor | None:
         if self.labels is not None:
             return self.labels(batch)
         if isinstance(batch, Mapping):

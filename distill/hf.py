@@ -24,6 +24,7 @@ from workbench.files import atomic_file
 from workbench.models.positions import tokens_of
 from workbench.randomness import same_random_state
 from workbench.tasks import logits_of
+from workbench.tasks.outputs import infer
 from workbench.training.means import Means
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class DistillationMixin(_Trainer):
                 own, raw = self._own_loss(model, inputs, weights)
             else:  # cross-entropy over no position is NaN, and its share of the update 0
                 own, raw = None, model(**inputs)
-            logits = positions.of(logits_of(raw))
+            logits = self._scored(positions.of(logits_of(raw)), positions, inputs)
             outputs = Outputs(logits, features.take())
         valid, labels = positions.shaped(logits)
         # accelerate casts inside of the model's forward only; the teacher and the projectors need autocast as well.
@@ -257,7 +258,21 @@ class DistillationMixin(_Trainer):
             kwargs["decoder_input_ids"] = shift_right(labels=inputs["labels"])
         logits = weights is not None and self.objective.needs_logits(weights)
         layers = self.objective.teacher_layers(weights)
-        return targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=positions.of)
+
+        def score(outputs: Tensor) -> Tensor:
+            outputs = positions.of(outputs)
+            return outputs if self.objective.outputs is None else self.objective.outputs.scored(outputs)
+
+        return targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=score)
+
+    def _scored(self, logits: Tensor, positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
+        """The model's outputs in scored form; the first batch tells what they are."""
+        if self.objective.outputs is None:
+            labels = inputs.get("labels") if positions.targets is None else positions.targets
+            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+            self.objective.resolve(infer(logits, labels, config))
+        assert self.objective.outputs is not None
+        return self.objective.outputs.scored(logits)
 
     @torch.no_grad()
     def _example_outputs(self) -> tuple[Outputs, Outputs]:

@@ -14,7 +14,7 @@ from distill.cache import CachedBatch, CachedTeacher, open_teacher
 from distill.features import capture
 from distill.language import FactoredLogits, check_headless, chunked_terms, headless
 from distill.losses import SoftTarget
-from distill.objective import Losses, Objective, Outputs, SoftTargets, Term, check_scored
+from distill.objective import Losses, Objective, Outputs, SoftTargets, Term
 from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
 from distill.teacher import Teacher, eval_mode
 from workbench.duration import Duration
@@ -32,6 +32,9 @@ class DistillModule(SupervisedModule):
     """A student trained on its teacher's outputs and on hard labels; or a family of students, each as if alone.
 
     loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss, or the weighted sum of the terms in ``losses``
+
+    What is compared is what the task's outputs are, :class:`~distill.objective.SoftTargets`: distributions over classes
+    or of independent labels, or a regression's numbers.
 
     The teacher is frozen, in eval mode and outside the module tree: not in ``parameters()``, the optimizer, DDP or
     any checkpoint. It runs once a batch for all students, and not at all where no term with a weight above 0 needs it.
@@ -77,15 +80,14 @@ class DistillModule(SupervisedModule):
         imitation = isinstance(task, Imitation)
         if imitation and isinstance(losses, SoftTargets):
             raise ValueError(
-                f"temperature is {losses.temperature} and alpha {losses.alpha}, but {type(task).__name__} has neither "
-                "classes nor labels: leave them out, or give losses"
+                f"temperature is {losses.temperature} and alpha {losses.alpha}, but {type(task).__name__} has no "
+                "labels beside the teacher: leave them out, or give losses"
             )
         super().__init__(student, task, optimizer, lr_scheduler, target=self._teacher_output if imitation else None)
         if losses is None:
             losses = {"imitation": Term()} if imitation else SoftTargets()
         self.teacher = as_teacher(teacher)
-        self.objective = Objective(losses, tuple(self.members))
-        check_scored(self.objective, task)
+        self.objective = Objective(losses, tuple(self.members), task.outputs)
         self.chunked = chunked
         if imitation and isinstance(self.teacher, CachedTeacher):
             raise ValueError(
@@ -295,7 +297,7 @@ def module_for(
     teacher: list[Source] | Source,
     data: LightningDataModule,
     task: Task | None = None,
-    temperature: float = 4.0,
+    temperature: float | None = None,
     alpha: float = 0.9,
     losses: dict[str, Term] | None = None,
     chunked: bool = False,
@@ -338,7 +340,7 @@ def distill(
     teacher: list[Source] | Source,
     data: LightningDataModule,
     task: Task | None = None,
-    temperature: float = 4.0,
+    temperature: float | None = None,
     alpha: float = 0.9,
     losses: dict[str, Term] | None = None,
     chunked: bool = False,
@@ -359,7 +361,7 @@ def distill(
             that train, whose logits are averaged.
         data: The data module.
         task: Loss and metrics; by default the data module's own `task`, else classification over its `classes`.
-        temperature: Softens both outputs; the loss is scaled by its square.
+        temperature: Softens both outputs, 4 by default; the loss is scaled by its square. Regressions have none.
         alpha: Weight of the soft targets, 0 (labels only) to 1 (teacher only).
         losses: Terms of the objective by name, instead of temperature and alpha.
         chunked: For language models: soft and hard loss without logits of [tokens, vocabulary].

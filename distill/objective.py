@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from distill.features import make_projector, matches
 from distill.losses import (
+    BernoulliTarget,
+    EmbeddingCosine,
     FeatureLoss,
     LogitLoss,
-    LogitMSE,
     SoftTarget,
+    SquaredError,
     check_alpha,
+    check_classes,
     check_temperature,
     sampled_soft_target,
 )
 from workbench.distributed.ranks import world_size
 from workbench.duration import Duration
 from workbench.randomness import same_random_state
-from workbench.tasks import Regression, Task
+from workbench.tasks import Kind, OutputType
+from workbench.tasks.outputs import output_type
 
 Layers = str | list[str]
 Progress = Callable[[str], float]
@@ -81,10 +85,20 @@ class Term:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """The objective of Hinton et al. 2015: alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss.
+    """The objective of Hinton et al. 2015, alpha * soft loss + (1 - alpha) * task loss, for outputs of every kind.
+
+    ========== ================================================= =====================================
+    outputs    soft loss                                         loss
+    ========== ================================================= =====================================
+    classes    T^2 KL(teacher || student), softmax of the        :class:`distill.losses.SoftTarget`
+               classes
+    labels     T^2 KL(teacher || student), a sigmoid each        :class:`distill.losses.BernoulliTarget`
+    numbers    (student - teacher)^2                             :class:`distill.losses.SquaredError`
+    embedding  1 - cos(student, teacher)                         :class:`distill.losses.EmbeddingCosine`
+    ========== ================================================= =====================================
 
     Args:
-        temperature: T > 0, which softens both distributions.
+        temperature: T > 0, which softens both distributions, 4 by default; only for classes and labels.
         alpha: Weight of the soft targets, from 0 (labels only) to 1 (teacher only).
 
     Raises:
@@ -93,16 +107,31 @@ class SoftTargets:
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
 
-    temperature: float = 4.0
+    temperature: float | None = None
     alpha: float = 0.9
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
-        check_temperature(self.temperature)
+        if self.temperature is not None:
+            check_temperature(self.temperature)
 
-    def terms(self) -> dict[str, Term]:
-        """The same objective as terms: ``soft`` and ``hard``."""
-        return {"soft": Term(SoftTarget(self.temperature), self.alpha), "hard": Term(None, 1 - self.alpha)}
+    def terms(self, kind: Kind = "classes") -> dict[str, Term]:
+        """The same objective as terms for outputs of this kind: ``soft`` and ``hard``.
+
+        Raises:
+            ValueError: If a temperature is given for outputs that none softens.
+        """
+        if self.temperature is not None and kind in ("numbers", "embedding"):
+            what = "numbers" if kind == "numbers" else "embeddings"
+            raise ValueError(f"temperature is {self.temperature}, and the outputs are {what}: leave it out")
+        temperature = 4.0 if self.temperature is None else self.temperature
+        soft: dict[Kind, LogitLoss] = {
+            "classes": SoftTarget(temperature),
+            "labels": BernoulliTarget(temperature),
+            "numbers": SquaredError(),
+            "embedding": EmbeddingCosine(),
+        }
+        return {"soft": Term(soft[kind], self.alpha), "hard": Term(None, 1 - self.alpha)}
 
 
 Losses = SoftTargets | Mapping[str, Term]
@@ -112,7 +141,8 @@ class Outputs(NamedTuple):
     """Outputs of a network for one batch.
 
     Args:
-        logits: The scored outputs, [..., classes]; None where they are not needed or only a sample is known.
+        logits: The outputs in scored form, see :class:`workbench.tasks.OutputType`; None where they are not needed or
+            only a sample is known.
         features: Captured features by name.
         sample: ``ids``, ``weights`` and ``log_probs`` [..., K] of a teacher with a large vocabulary, see
             :mod:`distill.cache.sampling`.
@@ -127,18 +157,23 @@ class Outputs(NamedTuple):
 class Objective(nn.Module):
     """A weighted sum of terms. Its parameters are the projectors between features of unequal widths.
 
-    :meth:`prepare` makes the projectors once the widths are known. They train beside the student and are not part of
-    it. Projectors are named MEMBER-TERM-INDEX, without MEMBER for a single student.
+    :meth:`resolve` says what the outputs are, which decides the soft loss of :class:`SoftTargets` and which losses
+    there may be. :meth:`prepare` makes the projectors once the widths are known. They train beside the student and are
+    not part of it. Projectors are named MEMBER-TERM-INDEX, without MEMBER for a single student.
 
     Args:
         losses: Soft targets, or terms by name.
         members: The names of a family of students; one student without a name by default.
+        outputs: What the outputs are, or their kind; None where only a first batch tells, see :meth:`resolve`.
 
     Raises:
-        ValueError: If no term has a weight above 0, a term's name is reserved, or a term names other members.
+        ValueError: If no term has a weight above 0, a term's name is reserved, a term names other members, or a loss
+            does not go with ``outputs``.
     """
 
-    def __init__(self, losses: Losses, members: Sequence[str] = ("",)) -> None:
+    def __init__(
+        self, losses: Losses, members: Sequence[str] = ("",), outputs: OutputType | Kind | None = None
+    ) -> None:
         terms = losses.terms() if isinstance(losses, SoftTargets) else dict(losses)
         super().__init__()
         if not any(term.weight for term in terms.values()):
@@ -154,9 +189,37 @@ class Objective(nn.Module):
                     f"term {name!r} names the students {sorted(term.student)}: the family is {sorted(members)}"
                 )
         self.terms = terms
-        self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items() if term.loss is not None})
+        self.losses = _losses_of(terms)
+        self.outputs: OutputType | None = None
+        self._soft_targets = losses if isinstance(losses, SoftTargets) else None
+        if outputs is not None:
+            self.resolve(output_type(outputs))
         self.projectors = nn.ModuleDict()
         self.register_load_state_dict_pre_hook(_without_projectors)
+
+    def resolve(self, outputs: OutputType) -> OutputType:
+        """Fix what the outputs are, before the first step.
+
+        A trainer calls it with what an argument, the task, the configuration or the first batch says
+        (:func:`workbench.tasks.outputs.infer`), then brings the outputs of student and teacher to scored form by
+        :meth:`workbench.tasks.OutputType.scored`. Later calls with the same change nothing.
+
+        Returns:
+            ``outputs``.
+
+        Raises:
+            ValueError: If they were something else before, or a term compares outputs of another kind.
+        """
+        if self.outputs == outputs:
+            return outputs
+        if self.outputs is not None:
+            raise ValueError(f"the outputs are {outputs}, and were {self.outputs} before: they stay the same")
+        terms = self.terms if self._soft_targets is None else self._soft_targets.terms(outputs.kind)
+        for name, term in terms.items():
+            if isinstance(term.loss, LogitLoss):
+                _check_kind(name, term.loss, outputs.kind)
+        self.terms, self.losses, self.outputs = terms, _losses_of(terms), outputs
+        return outputs
 
     @property
     def projects(self) -> bool:
@@ -218,16 +281,20 @@ class Objective(nn.Module):
         """Every term with a weight above 0, and their weighted sum as ``"loss"``.
 
         Args:
-            student: Logits and features of the student, with their graph.
+            student: Outputs, in scored form, and features of the student, with their graph.
             teacher: Those of the teacher.
             weights: From :meth:`weights`.
-            task_loss: Logits -> the task's own loss.
-            valid: Valid positions: bool, of the logits' shape without the classes; all if None. For a regression, whose
-                every number counts by itself, of the whole shape.
+            task_loss: Outputs -> the task's own loss.
+            valid: Valid positions: bool, of the outputs' shape without the classes or the embedding; of labels and
+                numbers, which count each by itself, of the whole shape or of its leading axes. All if None.
             labels: Hard labels at these positions, for terms that need them.
             tokens: Bool [B, L], True at tokens that are not padding, also those of a prompt; masks features that have
                 one position a token.
             member: Name of the student in a family.
+
+        Raises:
+            ValueError: If a term compares outputs before :meth:`resolve` was called, or an output that it needs is
+                missing.
         """
         values: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -249,7 +316,7 @@ class Objective(nn.Module):
                     raise ValueError(f"term {name!r} compares logits, and the teacher gave none: cache them as well")
                 # A loss that needs no teacher still takes a tensor in its place.
                 logits = student.logits if teacher.logits is None else teacher.logits
-                value = term.loss(*_with_classes(student.logits, logits, valid), valid, labels)
+                value = self._output_loss(term.loss, student.logits, logits, valid, labels)
             values[name] = value
             if weight:
                 # A weight of 1 leaves the value as it is, bit for bit; and 0 * NaN is NaN.
@@ -270,6 +337,21 @@ class Objective(nn.Module):
                 if key.rpartition("-")[0] == _key(member, name):
                     total = sum((0.0 * parameter.sum() for parameter in projector.parameters()), total)
         return total
+
+    def _output_loss(
+        self, loss: LogitLoss, student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        if self.outputs is None:
+            raise ValueError(f"{loss} compares outputs, and it is not said what they are: call resolve first")
+        if self.outputs.kind == "classes":
+            check_classes(student)
+        if self.outputs.elementwise:
+            if valid is not None and valid.shape != student.shape and valid.shape == student.shape[: valid.ndim]:
+                valid = valid.reshape(*valid.shape, *[1] * (student.ndim - valid.ndim)).expand_as(student)
+            if "classes" in loss.kinds:
+                # To a loss over the last axis each is a vector of its own.
+                student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
+        return loss(student, teacher, valid, labels)
 
     def _feature_loss(
         self,
@@ -346,10 +428,28 @@ def _matching_mask(feature: Tensor, masks: Iterable[Tensor | None]) -> Tensor | 
     return None
 
 
-def _with_classes(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [..., classes]; the outputs of a regression, which have no classes, get a last axis of size 1."""
-    regression = valid is not None and valid.shape == student.shape
-    return (student.unsqueeze(-1), teacher.unsqueeze(-1)) if regression else (student, teacher)
+def _losses_of(terms: Mapping[str, Term]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: term.loss for name, term in terms.items() if term.loss is not None})
+
+
+_SOFT_LOSSES: dict[Kind, str] = {
+    "classes": "SoftTarget",
+    "labels": "BernoulliTarget",
+    "numbers": "SquaredError",
+    "embedding": "EmbeddingCosine",
+}
+
+
+def _check_kind(name: str, loss: LogitLoss, kind: Kind) -> None:
+    """Raises: ValueError: if the loss does not compare outputs of this kind."""
+    # z-scores are taken over the classes.
+    kinds = frozenset({"classes"}) if getattr(loss, "standardize", False) else loss.kinds
+    if kind not in kinds:
+        raise ValueError(
+            f"term {name!r} is {loss}, which compares {' or '.join(sorted(kinds))}, and the outputs are {kind}: use "
+            f"{_SOFT_LOSSES[kind]}, e.g. {{soft: {{loss: {{class_path: distill.losses.{_SOFT_LOSSES[kind]}}}, "
+            "weight: 0.5}, hard: {weight: 0.5}}, or another loss that takes them"
+        )
 
 
 def _sampled_loss(
@@ -373,22 +473,6 @@ def _without_projectors(objective: nn.Module, state: dict[str, Tensor], prefix: 
 
 def _key(*parts: str) -> str:
     return "-".join(part for part in parts if part)
-
-
-def check_scored(objective: Objective, task: Task) -> None:
-    """Refuse losses that compare distributions over classes for a task without classes.
-
-    Raises:
-        ValueError: If the task is a regression and a term is a loss on logits other than LogitMSE.
-    """
-    if not isinstance(task, Regression):
-        return
-    for name, term in objective.terms.items():
-        if isinstance(term.loss, LogitLoss) and not (isinstance(term.loss, LogitMSE) and not term.loss.standardize):
-            raise ValueError(
-                f"term {name!r} is {term.loss}, which compares classes, and Regression has none: give losses, e.g. "
-                "{soft: {loss: {class_path: distill.losses.LogitMSE}, weight: 0.5}, hard: {weight: 0.5}}"
-            )
 
 
 def make_projectors(objective: Objective, student: Outputs, teacher: Outputs) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.losses import check_alpha, check_temperature
+from distill.losses import check_alpha, check_classes, check_temperature
 from workbench.models.positions import IGNORED
 
 
@@ -278,6 +278,7 @@ def _check(
             f"the student's head has {len(student.weight)} rows and the teacher's {len(teacher.weight)}: compare their "
             "tokens (check_vocabulary) and cut both to the vocabulary, weight[:vocabulary]"
         )
+    check_classes(student.weight.t())
     if weights[1] and labels is None:
         raise ValueError(f"alpha is {weights[0]} without labels: give labels, or alpha=1 for soft targets alone")
     if labels is not None and labels.shape != shape:

@@ -1,11 +1,20 @@
 """Distillation losses: pure functions, each also as a module. Imports torch only.
 
-Logits are [..., classes]: summed over classes, averaged over positions. Features are [B, ..., width] or, as images,
+Logits are [..., classes]: summed over classes, averaged over positions. Independent labels and numbers of a regression
+are of any shape: averaged over all. Features are [B, ..., width] or, as images,
 [B, channels, H, W]. All compute in at least fp32, outside autocast, and give the teacher no gradient. ``valid``
 marks valid positions: values at other positions, NaN included, change neither the loss nor its gradient.
 """
 
 from distill.losses.controls import label_smoothing, shuffled_off_class
+from distill.losses.elementwise import attentive_imitation, bernoulli_target, squared_error, teacher_bounded
+from distill.losses.elementwise_modules import (
+    AttentiveImitation,
+    BernoulliTarget,
+    EmbeddingCosine,
+    SquaredError,
+    TeacherBounded,
+)
 from distill.losses.features import (
     attention_relation,
     attention_transfer,
@@ -35,7 +44,7 @@ from distill.losses.modules import (
     SimilarityPreserving,
     SoftTarget,
 )
-from distill.losses.reduction import check_alpha, check_temperature
+from distill.losses.reduction import check_alpha, check_classes, check_temperature
 from distill.losses.sampled import sampled_soft_target
 
 __all__ = [
@@ -45,7 +54,10 @@ __all__ = [
     "RKD",
     "AttentionRelation",
     "AttentionTransfer",
+    "AttentiveImitation",
+    "BernoulliTarget",
     "Cosine",
+    "EmbeddingCosine",
     "FeatureLoss",
     "Hint",
     "LabelSmoothing",
@@ -55,9 +67,14 @@ __all__ = [
     "ShuffledOffClass",
     "SimilarityPreserving",
     "SoftTarget",
+    "SquaredError",
+    "TeacherBounded",
     "attention_relation",
     "attention_transfer",
+    "attentive_imitation",
+    "bernoulli_target",
     "check_alpha",
+    "check_classes",
     "check_temperature",
     "cosine",
     "dist",
@@ -75,5 +92,7 @@ __all__ = [
     "shuffled_off_class",
     "similarity_preserving",
     "soft_target",
+    "squared_error",
     "standardize",
+    "teacher_bounded",
 ]

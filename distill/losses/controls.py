@@ -7,6 +7,7 @@ from distill.losses.logits import soft_target
 from distill.losses.reduction import (
     INF,
     average,
+    check_classes,
     check_logits,
     check_smoothing,
     check_valid,
@@ -41,6 +42,7 @@ def label_smoothing(student: Tensor, labels: Tensor, smoothing: float = 0.1, val
     """
     check_smoothing(smoothing)
     check_valid(student, valid)
+    check_classes(student)
     with full_precision(student):
         label = label_mask(labels, student, valid)
         z = zero_invalid(upcast(student), valid)

@@ -10,7 +10,9 @@ from distill.losses.reduction import (
     average,
     check_alpha,
     check_beta,
+    check_classes,
     check_logits,
+    check_pair,
     check_temperature,
     check_valid,
     check_weights,
@@ -168,13 +170,13 @@ def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
     Raises:
         ValueError: If shapes differ.
 
-    When to use: for regression, or in place of a high temperature.
+    When to use: in place of a high temperature.
 
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014, arXiv:1312.6184, equation 1; Kim et al.,
     "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation", IJCAI 2021,
     arXiv:2105.08919, equation 2.
     """
-    check_logits(student, teacher, valid)
+    check_pair(student, teacher, valid)
     with full_precision(student):
         zs, zt = zero_invalid(upcast(student), valid), zero_invalid(upcast(teacher.detach()), valid)
         return average(torch.where(zt == -INF, 0.0, zs - zt).square().sum(-1), valid)
@@ -221,8 +223,6 @@ def dkd(
     check_temperature(temperature)
     check_weights(alpha=alpha, beta=beta)
     check_logits(student, teacher, valid)
-    if student.shape[-1] < 2:
-        raise ValueError(f"logits have {student.shape[-1]} classes: dkd needs one beside the labelled class")
     with full_precision(student):
         label = label_mask(labels, student, valid)
         zs = zero_invalid(upcast(student), valid) / temperature
@@ -332,6 +332,7 @@ def standardize(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     algorithm 1.
     """
     check_valid(logits, valid)
+    check_classes(logits)
     with full_precision(logits):
         z = zero_invalid(upcast(logits), valid)
         out = z == -INF

@@ -21,13 +21,16 @@ from distill.losses.reduction import check_beta, check_logits, check_smoothing, 
 
 
 class LogitLoss(nn.Module, ABC):
-    """A loss on logits; a scalar, the mean over valid positions.
+    """A loss on a network's outputs; a scalar, the mean over valid positions.
 
     Attributes:
+        kinds: What outputs it compares, see :class:`workbench.tasks.OutputType`: classes, labels, numbers, embedding.
+            Those with classes among them get labels and numbers as [..., 1].
         needs_labels: Whether it needs hard labels.
         needs_teacher: Whether it needs the teacher; other losses take any tensor in its place.
     """
 
+    kinds: ClassVar[frozenset[str]] = frozenset({"classes"})
     needs_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
 
@@ -35,7 +38,10 @@ class LogitLoss(nn.Module, ABC):
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of logits [..., classes], ``valid`` bool [...] and ``labels`` int64 [...]."""
+        """The loss of outputs in scored form, with ``valid`` and ``labels`` of the shape of their valid positions.
+
+        Logits [..., classes], ``valid`` bool [...] and ``labels`` int64 [...]; of labels and numbers all of one shape.
+        """
 
     def extra_repr(self) -> str:
         """The loss's numbers."""
@@ -134,8 +140,10 @@ class LogitMSE(LogitLoss):
     """:func:`distill.losses.logit_mse` as a module.
 
     Args:
-        standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`.
+        standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`; only for classes.
     """
+
+    kinds = frozenset({"classes", "labels", "numbers", "embedding"})
 
     def __init__(self, standardize: bool = False) -> None:
         super().__init__()
@@ -176,7 +184,13 @@ class DKD(LogitLoss):
         """The loss; labels are needed."""
         student, teacher = _standardized(self, student, teacher, valid)
         return dkd(
-            student, teacher, self.temperature, valid, labels=_labels(self, labels), alpha=self.alpha, beta=self.beta
+            student,
+            teacher,
+            self.temperature,
+            valid,
+            labels=needed_labels(self, labels),
+            alpha=self.alpha,
+            beta=self.beta,
         )
 
 
@@ -228,7 +242,7 @@ class ShuffledOffClass(LogitLoss):
     ) -> Tensor:
         """The loss; labels are needed."""
         student, teacher = _standardized(self, student, teacher, valid)
-        return shuffled_off_class(student, teacher, self.temperature, valid, labels=_labels(self, labels))
+        return shuffled_off_class(student, teacher, self.temperature, valid, labels=needed_labels(self, labels))
 
 
 @final
@@ -251,7 +265,7 @@ class LabelSmoothing(LogitLoss):
         self, student: Tensor, teacher: Tensor | None = None, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are needed, the teacher is not used."""
-        return label_smoothing(student, _labels(self, labels), self.smoothing, valid)
+        return label_smoothing(student, needed_labels(self, labels), self.smoothing, valid)
 
 
 @final
@@ -347,9 +361,16 @@ def _standardized(loss: Any, student: Tensor, teacher: Tensor, valid: Tensor | N
     return standardize(student, valid), standardize(teacher.detach(), valid)
 
 
-def _labels(loss: LogitLoss, labels: Tensor | None) -> Tensor:
+def needed_labels(loss: LogitLoss, labels: Tensor | None) -> Tensor:
+    """The labels.
+
+    Raises:
+        ValueError: If there are none.
+    """
     if labels is None:
-        raise ValueError(f"{type(loss).__name__} needs labels and got None: give the class of each position")
+        raise ValueError(
+            f"{type(loss).__name__} needs labels and got None: give the class, or the number, of each position"
+        )
     return labels
 
 

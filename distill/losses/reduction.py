@@ -37,8 +37,35 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name} is {weight}: a weight is finite and at least 0")
 
 
+def check_classes(logits: Tensor) -> None:
+    """Raises: ValueError: unless there are two classes at least: over one class every softmax is 1."""
+    if logits.ndim == 0 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits are {list(logits.shape)}, and a softmax over one class is always 1: if this is a binary "
+            "classifier or a regression use bernoulli_target or squared_error, in a trainer outputs='labels' or "
+            "'numbers'; else put the classes last"
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
-    """Raises: ValueError: unless both have one shape, and ``valid`` is bool of that shape without the classes."""
+    """Raises: ValueError: unless both are logits over classes as ``check_pair`` and ``check_classes`` want them."""
+    check_pair(student, teacher, valid)
+    check_classes(student)
+
+
+def check_elements(student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+    """Raises: ValueError: unless both and ``valid``, which is bool, have one shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's outputs are {list(student.shape)} and the teacher's {list(teacher.shape)}: give them as "
+            "many outputs"
+        )
+    if valid is not None and (valid.shape != student.shape or valid.dtype != torch.bool):
+        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}: bool {list(student.shape)} is needed")
+
+
+def check_pair(student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+    """Raises: ValueError: unless both have one shape, and ``valid`` is bool of that shape without the last axis."""
     if student.shape != teacher.shape:
         if student.shape[:-1] == teacher.shape[:-1]:
             raise ValueError(

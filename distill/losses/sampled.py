@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from distill.losses.reduction import average, check_temperature, check_valid, full_precision, upcast, zero_invalid
+from distill.losses.reduction import (
+    average,
+    check_classes,
+    check_temperature,
+    check_valid,
+    full_precision,
+    upcast,
+    zero_invalid,
+)
 
 
 def sampled_soft_target(
@@ -41,6 +49,7 @@ def sampled_soft_target(
     """
     check_temperature(temperature)
     check_valid(student, valid)
+    check_classes(student)
     for name, tensor in (("ids", ids), ("weights", weights), ("log_probs", log_probs)):
         if tensor.shape[:-1] != student.shape[:-1] or tensor.shape != ids.shape:
             raise ValueError(

@@ -32,7 +32,16 @@ from transformers import (
 from distill import DistillationCallback, DistillationMixin, DistillationTrainer, DistillModule
 from distill.cache import CachedTeacher, cache_teacher
 from distill.hf_labels import label_spec, scored_positions
-from distill.losses import DKD, FeatureLoss, Hint, SimilarityPreserving, SoftTarget, soft_target
+from distill.losses import (
+    DKD,
+    BernoulliTarget,
+    FeatureLoss,
+    Hint,
+    SimilarityPreserving,
+    SoftTarget,
+    bernoulli_target,
+    soft_target,
+)
 from distill.objective import SoftTargets, Term
 from tests.helpers import transformers_training
 from tests.helpers.projectors import draw_alike
@@ -352,7 +361,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any],
 def test_models_of_all_kinds_learn(name: str, tmp_path: Path) -> None:
     """In one piece and in two; soft targets where the labels count, as by hand."""
     student, teacher, rows, place = MODELS[name]
-    losses = {"soft": Term(SoftTarget(2.0), 0.7), "hard": Term(None, 0.3)}
+    several = name == "several labels"
+    losses = {"soft": Term(BernoulliTarget(2.0) if several else SoftTarget(2.0), 0.7), "hard": Term(None, 0.3)}
     found = []
     for pieces in (1, 2):
         options = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}
@@ -367,7 +377,8 @@ def test_models_of_all_kinds_learn(name: str, tmp_path: Path) -> None:
         known = teacher().eval()(**batch).logits
     labels = batch["labels"]
     valid = labels != -100 if labels.shape == known.shape[:-1] else torch.ones(known.shape[:-1], dtype=torch.bool)
-    assert logged["soft"] == pytest.approx(soft_target(output.logits, known, 2.0, valid).item(), rel=1e-4)
+    soft = bernoulli_target(output.logits, known, 2.0) if several else soft_target(output.logits, known, 2.0, valid)
+    assert logged["soft"] == pytest.approx(soft.item(), rel=1e-4)
     assert logged["hard"] == pytest.approx(output.loss.item(), rel=1e-4)
     hinted = trained(tmp_path, student(), teacher(), rows(), losses={**losses, "hint": Term(Hint(), 0.1, place)})
     assert weights(hinted.objective)

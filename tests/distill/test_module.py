@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
-from distill.losses import Hint, LogitMSE, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
+from distill.losses import BernoulliTarget, Hint, LogitMSE, ReverseKL, SimilarityPreserving, SoftTarget, soft_target
 from distill.module import DistillModule, distill, module_for
 from distill.objective import SoftTargets, Term
 from distill.targets import training_progress
@@ -403,12 +403,27 @@ def test_a_regression_is_taught_numbers_and_where_no_label_is_nothing(tmp_path: 
     assert all(torch.equal(value, expected[name]) for name, value in cached.network.state_dict().items())
 
 
-@pytest.mark.parametrize("losses", [None, {"z": Term(LogitMSE(standardize=True))}, {"kl": Term(ReverseKL())}])
-def test_a_regression_has_no_classes_to_soften(losses: dict[str, Term] | None) -> None:
-    with pytest.raises(
-        ValueError, match=r"which compares classes, and Regression has none: give losses, e\.g\. \{soft"
-    ):
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"z": Term(LogitMSE(standardize=True))}, "compares classes, and the outputs are numbers: use SquaredError"),
+        ({"kl": Term(ReverseKL())}, r"term 'kl' is ReverseKL\(.*compares classes, and the outputs are numbers"),
+        ({"yes": Term(BernoulliTarget())}, "compares labels, and the outputs are numbers"),
+        (SoftTargets(2.0), "temperature is 2.0, and the outputs are numbers: leave it out"),
+    ],
+)
+def test_a_regression_has_no_classes_to_soften(losses: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DistillModule(student(), teacher(), Regression(), losses=losses)
+
+
+def test_soft_targets_of_a_regression_are_squared_errors() -> None:
+    x, y = torch.randn(10, 6), torch.randn(10, 3)
+    y[2, 1] = float("nan")
+    terms = {"soft": Term(LogitMSE(), 0.9), "hard": Term(None, 0.1)}
+    network, judge = MLP(6, [4], 3), MLP(6, [8], 3)
+    found, expected = (DistillModule(network, judge, Regression(), losses=each).step((x, y)) for each in (None, terms))
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def test_embeddings_imitate_their_teacher() -> None:
@@ -441,7 +456,7 @@ def test_embeddings_imitate_their_teacher() -> None:
         ({"losses": {}}, "nothing to learn from"),
         ({"chunked": True}, "chunked is for language models, and the task is Classification"),
         ({"student": {"half": MLP(6, [4], 3)}}, r"a family of 'half': .* no attributes of torch\.nn\.ModuleDict"),
-        ({"task": Embedding(), "losses": SoftTargets(2.0)}, "but Embedding has neither classes nor labels"),
+        ({"task": Embedding(), "losses": SoftTargets(2.0)}, "but Embedding has no labels beside the teacher"),
         ({"task": LanguageModelling(9, label_smoothing=0.1), "chunked": True}, "chunked smooths no labels"),
         ({"task": LanguageModelling(9), "chunked": True, "teacher": Teacher([MLP(), MLP()])}, "one live teacher"),
         (

@@ -28,7 +28,7 @@ def seen(classes: int = 3, width: int = 5, names: tuple[str, ...] = ("a",)) -> O
 
 
 def test_soft_targets_are_the_loss_of_hinton() -> None:
-    objective, student, teacher = Objective(SoftTargets(4.0, 0.7)), seen(), seen()
+    objective, student, teacher = Objective(SoftTargets(4.0, 0.7), outputs="classes"), seen(), seen()
     assert student.logits is not None
     assert teacher.logits is not None
     found = objective(student, teacher, objective.weights(never), own)
@@ -45,7 +45,9 @@ def test_terms_of_weight_zero_are_not_computed_and_the_own_one_is_logged() -> No
         def forward(self, *_: Any) -> Tensor:
             raise AssertionError("computed")
 
-    objective = Objective({"broken": Term(Broken(), 0.0), "soft": Term(SoftTarget()), "hard": Term(weight=0.0)})
+    objective = Objective(
+        {"broken": Term(Broken(), 0.0), "soft": Term(SoftTarget()), "hard": Term(weight=0.0)}, outputs="classes"
+    )
     student = seen()
     assert student.logits is not None
     found = objective(student, seen(), objective.weights(never), own)
@@ -204,11 +206,13 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
     log_probs = torch.log_softmax(torch.randn(4, 6), -1)
     ids = torch.arange(6).expand(4, 6)
     teacher = Outputs(None, {}, (ids, log_probs.exp(), log_probs))
-    found = Objective({"soft": Term(SoftTarget(1.0))})(Outputs(student), teacher, {"soft": 1.0}, own)["soft"]
+    found = Objective({"soft": Term(SoftTarget(1.0))}, outputs="classes")(
+        Outputs(student), teacher, {"soft": 1.0}, own
+    )["soft"]
     assert torch.allclose(found, soft_target(student, log_probs, 1.0), atol=1e-6)
     for loss in (DKD(), SoftTarget(2.0), SoftTarget(1.0, standardize=True)):
         with pytest.raises(ValueError, match=r"needs all of the teacher's logits.*SoftTarget at temperature 1"):
-            Objective({"soft": Term(loss)})(Outputs(student), teacher, {"soft": 1.0}, own)
+            Objective({"soft": Term(loss)}, outputs="classes")(Outputs(student), teacher, {"soft": 1.0}, own)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Tasks: what a kind of problem needs besides a model - how to read a batch, a loss, metrics."""
 
-from workbench.tasks.base import Task, find_logits, logits_of, loss_weight, scored
+from workbench.tasks.base import LogitsSpec, Task, find_logits, logits_of, loss_weight, scored, select_logits
 from workbench.tasks.binary import Binary
 from workbench.tasks.classification import Classification
 from workbench.tasks.imitation import Embedding, Imitation
@@ -20,6 +20,7 @@ __all__ = [
     "Imitation",
     "Kind",
     "LanguageModelling",
+    "LogitsSpec",
     "MultiLabel",
     "OutputType",
     "Perplexity",
@@ -31,5 +32,6 @@ __all__ = [
     "logits_of",
     "loss_weight",
     "scored",
+    "select_logits",
     "update_metrics",
 ]

@@ -1,13 +1,16 @@
 """What a kind of problem needs besides a model - how to read a batch, a loss, metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from workbench.tasks.outputs import OutputType
+
+LogitsSpec = str | int | Callable[[Any], Tensor]
+"""Where a network's logits are in what it returns: a key or an attribute, an index, or a function of it."""
 
 
 class Task(nn.Module, ABC):
@@ -104,6 +107,44 @@ def logits_of(raw: Any, who: str = "the model") -> Tensor:
         f"{who} returned {type(raw).__name__} without logits: return a tensor, or an output or a "
         "mapping with 'logits' (in transformers a model with a head)."
     )
+
+
+def select_logits(raw: Any, spec: LogitsSpec | None = None, who: str = "the model") -> Tensor:
+    """The logits among the outputs of ``who``, of a network that returns a dict, a tuple or several heads.
+
+    Args:
+        raw: What the network returned.
+        spec: A key of a mapping or the name of an attribute; an index of a tuple or list; or a function of ``raw``.
+            None for a tensor, or for an output with ``logits``, see :func:`logits_of`.
+        who: Whose output it is, for messages.
+
+    Raises:
+        ValueError: If there is no tensor there.
+    """
+    if spec is None:
+        return logits_of(raw, who)
+    if callable(spec):
+        found = spec(raw)
+    elif isinstance(spec, int):
+        # An output of transformers is a mapping that takes indices as well.
+        values = raw.to_tuple() if hasattr(raw, "to_tuple") else raw
+        found = values[spec] if isinstance(values, Sequence) and -len(values) <= spec < len(values) else None
+    else:
+        found = raw.get(spec) if isinstance(raw, Mapping) else getattr(raw, spec, None)
+    if isinstance(found, Tensor):
+        return found
+    what = "what the function returned" if callable(spec) else repr(spec)
+    raise ValueError(
+        f"logits of {who} are {what}, which is {type(found).__name__} and no tensor, in {_form(raw)}: give the key, "
+        "the index or a function of the output"
+    )
+
+
+def _form(raw: Any) -> str:
+    if isinstance(raw, Mapping):
+        return f"a mapping of {', '.join(map(str, raw)) or 'nothing'}"
+    size = f" of {len(raw)}" if isinstance(raw, tuple | list) else ""
+    return f"{type(raw).__name__}{size}"
 
 
 def labels_of(batch: Any) -> Tensor:

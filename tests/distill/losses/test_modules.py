@@ -20,6 +20,14 @@ LOGIT_LOSSES = [
     losses.LabelSmoothing,
     losses.ShuffledOffClass,
 ]
+# Of labels, numbers and embeddings: test_elementwise.py has their rows.
+OTHER_LOSSES = [
+    losses.AttentiveImitation,
+    losses.BernoulliTarget,
+    losses.EmbeddingCosine,
+    losses.SquaredError,
+    losses.TeacherBounded,
+]
 FEATURE_LOSSES = [
     losses.Hint,
     losses.Cosine,
@@ -36,7 +44,7 @@ def some(*shape: int) -> tuple[Tensor, Tensor]:
 
 def test_every_loss_is_in_the_table_and_exported() -> None:
     """A new loss needs its row, or nothing above holds for it."""
-    for kind, found in ((LogitLoss, LOGIT_LOSSES), (FeatureLoss, FEATURE_LOSSES)):
+    for kind, found in ((LogitLoss, LOGIT_LOSSES + OTHER_LOSSES), (FeatureLoss, FEATURE_LOSSES)):
         assert set(kind.__subclasses__()) == set(found)
         assert all(getattr(losses, loss.__name__) is loss for loss in found)
     assert {type(row.module(2.0)) for row in LOGIT.values()} == set(LOGIT_LOSSES)
@@ -79,6 +87,12 @@ def test_labels_and_teacher_are_asked_for_where_needed(kind: type[LogitLoss]) ->
     if not kind.needs_teacher:
         y = torch.randint(6, (4,))
         assert torch.equal(loss(student, None, labels=y), loss(student, teacher, labels=y))
+
+
+def test_every_loss_says_which_outputs_it_compares() -> None:
+    assert {kind for loss in OTHER_LOSSES for kind in loss.kinds} == {"labels", "numbers", "embedding"}
+    assert losses.LogitMSE.kinds == {"classes", "labels", "numbers", "embedding"}
+    assert all(loss.kinds == {"classes"} for loss in LOGIT_LOSSES if loss is not losses.LogitMSE)
 
 
 def test_projectors_are_for_what_compares_number_by_number() -> None:
