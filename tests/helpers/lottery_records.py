@@ -4,11 +4,11 @@ import html
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prune.tickets.judge import judged
+from prune.tickets.judge import LevelScores, judged
 from tests.helpers.report_records import level, record
 from workbench.evaluation.statistics import equivalence, mean, paired
 from workbench.launcher.sweep.summary import over_seeds
@@ -97,26 +97,34 @@ def verdict_record(groups: dict[str, list[dict[str, Any]]], name="tickets", of=(
 
 
 def verdict(name: str, hunts: list[dict[str, Any]]) -> dict[str, Any]:
+    every = list(zip(*(hunt["levels"] for hunt in hunts)))
+    dense = [entry["metrics"]["test/accuracy"] for entry in every[0]]
+    arms = [list(each[0].get("controls", {})) for each in every]
+    scores = [
+        LevelScores(
+            [entry["metrics"]["test/accuracy"] for entry in each],
+            {"level 0": dense},
+            {arm: [e["controls"][arm]["metrics"]["test/accuracy"] for e in each] for arm in names},
+            each[0]["level"],
+        )
+        for each, names in zip(every, arms)
+    ]
+    first = replace(judged([scores[:1]], DELTA)[0][0], verdict="dense", why="nothing is pruned", matches={})
     levels = []
-    for each in zip(*(hunt["levels"] for hunt in hunts)):
-        number = each[0]["level"]
-        arms = list(each[0].get("controls", {}))
-        ticket = [entry["metrics"]["test/accuracy"] for entry in each]
-        dense = [hunt["levels"][0]["metrics"]["test/accuracy"] for hunt in hunts]
-        controls = {arm: [e["controls"][arm]["metrics"]["test/accuracy"] for e in each] for arm in arms}
-        found = asdict(judged(ticket, {"level 0": dense} if number else {}, controls, DELTA))
-        found |= {} if number else {"verdict": "dense", "why": "nothing is pruned"}
-        steps = {arm: [e["controls"][arm]["best"]["step"] for e in each] for arm in arms}
+    for each, names, found in zip(every, arms, [first, *judged([scores[1:]], DELTA)[0]]):
+        steps = {arm: [e["controls"][arm]["best"]["step"] for e in each] for arm in names}
         steps = {"ticket": [e["best"]["step"] for e in each], **steps}
+        number = each[0]["level"]
         levels.append(
             {
-                **found,
+                **asdict(found),
                 "level": number,
                 "density": each[0]["density"],
                 "best_step": {arm: asdict(mean(values)) for arm, values in steps.items()},
                 "overlap": {"jaccard": 0.9**number, "chance": 0.8**number, "pairs": 3} if len(hunts) > 1 else None,
             }
         )
+    family = {"correction": "sequence", "alpha": 0.05, "groups": 1, "levels": [each[0]["level"] for each in every[1:]]}
     return {
         "name": name,
         "hunts": [hunt["stage"] for hunt in hunts],
@@ -126,6 +134,7 @@ def verdict(name: str, hunts: list[dict[str, Any]]) -> dict[str, Any]:
         "higher_is_better": True,
         "delta": DELTA,
         "levels": levels,
+        "family": family,
     }
 
 
@@ -134,11 +143,13 @@ def difference(of: str, less: str, ours: list[dict[str, Any]], theirs: list[dict
     for a, b in zip(zip(*(h["levels"] for h in ours)), zip(*(h["levels"] for h in theirs))):
         x, y = ([entry["metrics"]["test/accuracy"] for entry in each] for each in (a, b))
         told = {"paired": asdict(paired(x, y)), "equivalence": asdict(equivalence(x, y, DELTA))}
-        p = told["paired"]["p"]
+        p, p_equivalent = told["paired"]["p"], told["equivalence"]["p"]
         word = "inconclusive" if p is None or p > 0.05 else "above" if told["paired"]["mean"] > 0 else "below"
         word = "equivalent" if word == "inconclusive" and told["equivalence"]["equivalent"] else word
-        levels.append({"level": a[0]["level"], "density": a[0]["density"], **told, "p_holm": p, "verdict": word})
-    return {"of": of, "less": less, "seeds": [hunt["seed"] for hunt in ours], "levels": levels}
+        told |= {"p_adjusted": p, "p_equivalent": p_equivalent, "verdict": word}
+        levels.append({"level": a[0]["level"], "density": a[0]["density"], **told})
+    seeds = [hunt["seed"] for hunt in ours]
+    return {"of": of, "less": less, "seeds": seeds, "levels": levels, "comparisons": len(levels)}
 
 
 def write_records(run: Path, *entries: dict[str, Any], runs: dict[str, list[dict[str, Any]]] | None = None) -> Path:

@@ -93,6 +93,76 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_exclusive(pairs: Sequence[tuple[float | None, float | None]]) -> list[tuple[float | None, float | None]]:
+    """Holm over pairs of hypotheses of which at most one is true: no difference, and a difference beyond a margin.
+
+    The number of hypotheses that may still be true is that of the pairs with one not yet rejected: half of what Holm
+    would take. The chance of any false rejection, of either kind, is at most the level.
+
+    Args:
+        pairs: p of the two; None for one that is not tested.
+
+    Returns:
+        Adjusted p values, in that order.
+
+    Raises:
+        ValueError: If one is not in [0, 1].
+
+    Source: Shaffer 1986, "Modified sequentially rejective multiple test procedures", J. Am. Stat. Assoc. 81(395).
+    """
+    tested = {(index, side): p for index, pair in enumerate(pairs) for side, p in enumerate(pair) if p is not None}
+    holm(list(tested.values()))  # refuses what is no p value
+    adjusted: dict[tuple[int, int], float] = {}
+    least = 0.0
+    for each in sorted(tested, key=lambda key: tested[key]):
+        possible = len({index for index, side in tested if (index, side) not in adjusted})
+        least = max(least, min(1.0, possible * tested[each]))
+        adjusted[each] = least
+    return [(adjusted.get((index, 0)), adjusted.get((index, 1))) for index in range(len(pairs))]
+
+
+def fixed_sequences(chains: Sequence[Sequence[float | None]], alpha: float = 0.05) -> list[list[float | None]]:
+    """The level at which each hypothesis is tested, where each chain is tested in order and ends at its first failure.
+
+    Chains share ``alpha`` equally; one that is rejected to its end leaves its share to the others. The chance of any
+    false rejection is at most ``alpha``. Of chains of one hypothesis each this is Holm, of one chain each hypothesis is
+    tested at ``alpha``.
+
+    Args:
+        chains: p values in the order of testing; None, as of a single seed, is a failure.
+        alpha: In (0, 1).
+
+    Returns:
+        For each hypothesis the level, at or below which its p is a rejection; None if its chain ended before.
+
+    Raises:
+        ValueError: If a p value is not in [0, 1], or alpha not in (0, 1).
+
+    Source: Maurer, Hothorn, Lehmacher 1995, "Multiple comparisons in drug clinical trials and preclinical assays:
+    a-priori ordered hypotheses"; Bretz, Maurer, Brannath, Posch 2009, Stat. Med. 28(4), for several chains.
+    """
+    _level(alpha, "alpha")
+    holm([p for chain in chains for p in chain if p is not None])  # refuses what is no p value
+    levels: list[list[float | None]] = [[None] * len(chain) for chain in chains]
+    open_ = [index for index, chain in enumerate(chains) if chain]
+    share = dict.fromkeys(open_, alpha / max(1, len(open_)))
+    place = dict.fromkeys(open_, 0)
+    moved = True
+    while moved:
+        moved = False
+        for index in list(open_):
+            p = chains[index][place[index]]
+            levels[index][place[index]] = share[index]
+            if p is None or p > share[index]:
+                continue
+            moved, place[index] = True, place[index] + 1
+            if place[index] == len(chains[index]):
+                open_.remove(index)
+                for other in open_:
+                    share[other] += share[index] / len(open_)
+    return levels
+
+
 def equivalence(
     first: Sequence[float], second: Sequence[float], margin: float = 0.005, alpha: float = 0.05
 ) -> Equivalence:

@@ -33,6 +33,7 @@ from workbench.records.stages import Stage, expand, read_run, read_stage
 from workbench.records.sweep import SEEDS, OverSeeds, Run, SweepResult
 from workbench.records.verdict import (
     Against,
+    Family,
     GroupDifference,
     LevelDifference,
     LevelVerdict,
@@ -59,6 +60,7 @@ __all__ = [
     "Estimate",
     "Export",
     "ExportResult",
+    "Family",
     "FitResult",
     "GroupDifference",
     "HuntResult",

@@ -15,9 +15,9 @@ class Against:
 
     Attributes:
         paired: Ticket less arm, within seeds; positive where the ticket is better.
-        p: One-sided, of matching or of beating it; adjusted over controls where there are several. None if n does not
-            allow.
-        holds: Whether it does: yes (True), no (False), or open (None).
+        p: One-sided: of being less than delta below a dense arm, or of being above a control. None if n does not allow.
+        holds: Whether it matches or beats the arm: yes (True); no (False), if it is surely more than delta below the
+            dense arm, or below the control; or open (None).
     """
 
     paired: Paired | None
@@ -47,15 +47,17 @@ class LevelVerdict:
     Attributes:
         level: From 0, the dense one.
         density: Kept / prunable weights, in [0, 1].
-        verdict: ``"ticket"`` if it matches every dense arm and beats every control; ``"no ticket"`` if it surely does
-            not match or beat one of these; ``"inconclusive"`` while one is open, or no control was trained;
-            ``"dense"`` of level 0.
+        verdict: ``"ticket"`` if it matches every dense arm and beats every control; ``"no ticket"`` if it is surely
+            more than delta below a dense arm, or below a control; ``"inconclusive"`` otherwise; ``"dense"`` of level 0.
         why: What decided, in words.
         means: Arm -> score over seeds.
         matches: Dense arm -> whether the ticket is at most delta below it.
         beats: Control -> whether the ticket is above it.
         best_step: Arm -> the step of its lowest validation loss, over seeds.
         overlap: Of the masks of different seeds; None of a single hunt.
+        p: Of being a ticket: the largest p of its comparisons. None if one is missing.
+        alpha: The level at which that was tested; None if the sequence ended before.
+        decided_by: The arms whose comparison keeps it from being a ticket.
     """
 
     level: int | None
@@ -67,6 +69,26 @@ class LevelVerdict:
     beats: dict[str, Against]
     best_step: dict[str, Estimate] = field(default_factory=dict)
     overlap: Overlap | None = None
+    p: float | None = None
+    alpha: float | None = None
+    decided_by: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is tested together: the chance of any false ticket in it is at most ``alpha``.
+
+    Attributes:
+        correction: ``sequence``, from dense to sparse until the first that is not shown to be a ticket; or ``holm``.
+        alpha: Of the whole family.
+        groups: Of hunts, which share it.
+        levels: Of this group that are tested, in order.
+    """
+
+    correction: str = "sequence"
+    alpha: float = 0.05
+    groups: int = 1
+    levels: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,7 @@ class Verdict:
         higher_is_better: Its better direction.
         delta: What a ticket may lose on the dense network, in the unit of the metric, above 0.
         levels: Those that all hunts have.
+        family: What is tested together.
     """
 
     name: str
@@ -92,6 +115,7 @@ class Verdict:
     higher_is_better: bool = True
     delta: float = 0.0
     levels: list[LevelVerdict] = field(default_factory=list)
+    family: Family | None = None
 
     @property
     def mode(self) -> str:
@@ -107,27 +131,40 @@ class LevelDifference:
         level: From 0.
         density: Kept / prunable weights, in [0, 1].
         paired: Differences within seeds; positive where the first group is better.
-        equivalence: Whether they are within delta of each other.
-        p_holm: Two-sided, adjusted over levels; None if n does not allow.
-        verdict: ``above`` or ``below`` where p_holm is at most 5 %, else ``equivalent``, else ``inconclusive``.
+        equivalence: Whether they are within delta of each other, of this level alone.
+        p_adjusted: Two-sided, of a difference; adjusted over all levels, groups and both questions. None if n does not
+            allow.
+        p_equivalent: Of being within delta, adjusted alike.
+        verdict: ``above`` or ``below`` where p_adjusted is at most 5 %, else ``equivalent`` where p_equivalent is, else
+            ``inconclusive``.
     """
 
     level: int | None
     density: float | None
     paired: Paired | None
     equivalence: Equivalence | None
-    p_holm: float | None
+    p_adjusted: float | None
+    p_equivalent: float | None
     verdict: Contrast
 
 
 @dataclass(frozen=True)
 class GroupDifference:
-    """The tickets of the group ``of`` less those of the group ``less``, within the ``seeds`` that both have."""
+    """The tickets of the group ``of`` less those of the group ``less``, within the ``seeds`` that both have.
+
+    Attributes:
+        of: The one.
+        less: The other.
+        seeds: That both have.
+        levels: That both have.
+        comparisons: Levels of all such pairs of groups, for whose number p values are adjusted.
+    """
 
     of: str
     less: str
     seeds: list[int | None]
     levels: list[LevelDifference]
+    comparisons: int | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ TICKET, DENSE, FIRST = "ticket", "dense", "level 0"
 _KNOWN = {FIRST: "the dense network", DENSE: "the dense network trained as long"}
 _TONES = {arm: tone for tone, arm in enumerate((TICKET, "reinit", "shuffled", "random", "other", DENSE, "twin"))}
 _WORDS = {"above": "better", "below": "worse"}
+_LEADS = {"no ticket": "Surely none", "inconclusive": "Open"}
 
 
 def verdicts_of(stage: Stage) -> list[Verdict]:
@@ -70,7 +71,9 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
             parts.append(Part(blocks, name(stage, verdict) if len(verdicts) > 1 else ""))
         for each in differences_of(stage):
             table = Grid(differences(each, measure(verdicts[0])), "gaps")
-            parts.append(Part([Text(contrast(each, verdicts[0])), table], pair(each)))
+            blocks = [Text(contrast(each, verdicts[0])), table]
+            blocks += [Text(text, "small")] if (text := difference_family(each)) else []
+            parts.append(Part(blocks, pair(each)))
         title = f"Are they tickets?{f' {stage.name}' if len(stages) > 1 else ''}"
         made.append(Chapter(title, parts))
     return made
@@ -114,30 +117,52 @@ def name(stage: Stage, verdict: Verdict) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """Which levels are tickets."""
-    n = _n(verdict)
+    """Which levels are tickets, and what keeps the first that is not from being one."""
+    n, failed = _n(verdict), _first_failed(verdict)
+    why = "" if failed is None else _why(failed, verdict)
     if not (tickets := _spans(verdict.levels, TICKET)):
-        reasons = _reasons(verdict, ("no ticket", "inconclusive"))
-        return f"No level is judged a ticket ({n}){f': {reasons[0]}' if len(reasons) == 1 else ''}."
+        where = f"at {percent(failed.density)} " if failed and not _alike(verdict) else ""
+        return f"No level is judged a ticket ({n}){f': {where}{why}' if why else ''}."
     first = next(level for level in verdict.levels if level.verdict == TICKET)
     dense = _all([_KNOWN.get(arm, arm) for arm in first.matches])
     answers = [f"match {dense} within {_margin(verdict)}"] if first.matches else []
     answers += [f"beat {_all(list(first.beats))}"] if first.beats else []
-    return f"Tickets at {_all(tickets)}: they {' and '.join(answers) or 'are judged so'} ({n})."
+    text = f"Tickets at {_all(tickets)}: they {' and '.join(answers) or 'are judged so'} ({n})."
+    if failed is None or not why:
+        return text
+    return f"{text} {_LEADS[failed.verdict]} at {percent(failed.density)}: {why}."
 
 
 def rest(verdict: Verdict) -> str:
-    """Which levels are no tickets, and which may be, and why; empty if there is none, or the sentence gives it."""
-    kinds = {level.verdict for level in verdict.levels} - {DENSE}
-    if len(kinds) == 1 and len(_reasons(verdict, list(kinds))) == 1:
+    """Which other levels are no tickets, and which may be, and why; empty if the sentence has all of it."""
+    failed = _first_failed(verdict)
+    if failed is not None and failed.why and _alike(verdict):
         return ""
+    told = failed if failed is not None and failed.why else None
     texts = []
-    for kind, words in (("no ticket", "Surely none"), ("inconclusive", "Open")):
-        if spans := _spans(verdict.levels, kind):
-            reasons = _reasons(verdict, (kind,))
-            why = f": {reasons[0]}" if len(reasons) == 1 else ""
-            texts.append(f"{words} at {_all(spans)}{why}.")
+    for kind, lead in _LEADS.items():
+        reasons = list(dict.fromkeys(lv.why for lv in verdict.levels if lv.verdict == kind and lv is not told))
+        spans = _ranges([(lv.density, lv.verdict == kind and lv is not told) for lv in verdict.levels])
+        if spans:
+            why = f": {reasons[0]}" if len(reasons) == 1 and reasons[0] else ""
+            texts.append(f"{lead} at {_all(spans)}{why}.")
     return " ".join(texts)
+
+
+def family(verdict: Verdict) -> str:
+    """What is tested together, and how; empty if that is not recorded."""
+    tested = verdict.family
+    if tested is None or not tested.levels:
+        return ""
+    groups = f" in each of {tested.groups} groups" if tested.groups > 1 else ""
+    levels = f"{len(tested.levels)} level{'s' if len(tested.levels) > 1 else ''}{groups}"
+    how = "Holm over all of them"
+    if tested.correction == "sequence":
+        how = "tested from dense to sparse until the first that is not shown to be a ticket"
+        how += ", Holm over groups" if tested.groups > 1 else ""
+    return (
+        f"Family: {levels}, {how}; the chance that any is falsely called a ticket is at most {percent(tested.alpha)}."
+    )
 
 
 def levels(verdict: Verdict, brief: bool = False) -> Table:
@@ -181,10 +206,10 @@ def legend(verdict: Verdict) -> str:
     if any(level.matches for level in verdict.levels):
         answers.append(f"of a dense network, yes: no more than {_margin(verdict)} below it, no: more")
     if any(level.beats for level in verdict.levels):
-        beaten = f"yes: above it, adjusted for their number (Holm), no: not above it by {_margin(verdict)}"
-        answers.append(f"of a control, {beaten}")
+        answers.append("of a control, yes: above it, no: below it")
     if answers:
-        text += f" Surely (5%, one-sided) {'; '.join(answers)}; else open."
+        text += f" Surely (one-sided) {'; '.join(answers)}; else open."
+    text += f" {said}" if (said := family(verdict)) else ""
     if any(level.overlap and level.overlap.jaccard is not None for level in verdict.levels):
         text += " Mask overlap: Jaccard index of two seeds' masks, mean over pairs, and what chance gives."
     return text
@@ -237,15 +262,29 @@ def differences(difference: GroupDifference, measured: Metric) -> Table:
                 Cell(count(level.level)),
                 Cell(percent(level.density)),
                 _change(level.paired, measured),
-                Cell(DASH if level.p_holm is None else _p(level.p_holm), title=str(level.p_holm or "")),
+                *(
+                    Cell(DASH if p is None else _p(p), title="" if p is None else str(p))
+                    for p in (level.p_adjusted, level.p_equivalent)
+                ),
                 Cell(_word(level) or DASH),
             ],
             marked=level.verdict in _WORDS,
         )
         for level in difference.levels
     ]
-    headers = ["level", "density", f"{measured.heading}, {pair(difference)}", "p (Holm)", "verdict"]
-    return without_empty(Table(headers, [True, True, True, True, False], lines))
+    headers = ["level", "density", f"{measured.heading}, {pair(difference)}", "p", "p, equivalent", "verdict"]
+    return without_empty(Table(headers, [True] * 5 + [False], lines))
+
+
+def difference_family(difference: GroupDifference) -> str:
+    """For what p values are adjusted; empty if that is not recorded."""
+    if difference.comparisons is None:
+        return ""
+    asked = f"{difference.comparisons} comparison{'' if difference.comparisons == 1 else 's'} of a level in two groups"
+    return (
+        f"Family: {asked}, each by two questions, whether they differ and whether they are within delta; p is adjusted "
+        "for all of them (Shaffer)."
+    )
 
 
 def pair(difference: GroupDifference) -> str:
@@ -264,8 +303,27 @@ def contrast(difference: GroupDifference, verdict: Verdict) -> str:
     return f"Tickets within seeds ({n}): {'; '.join(texts) or 'nothing is recorded'}."
 
 
-def _reasons(verdict: Verdict, verdicts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(level.why for level in verdict.levels if level.verdict in verdicts and level.why))
+def _first_failed(verdict: Verdict) -> LevelVerdict | None:
+    return next((level for level in verdict.levels if level.verdict in _LEADS), None)
+
+
+def _alike(verdict: Verdict) -> bool:
+    """Whether one reason, which is not a difference that was measured, holds for every level."""
+    failed = [level for level in verdict.levels if level.verdict != DENSE]
+    kinds = {(level.verdict, level.why) for level in failed}
+    return len(kinds) == 1 and (len(failed) == 1 or not failed[0].decided_by)
+
+
+def _why(level: LevelVerdict, verdict: Verdict) -> str:
+    """What keeps the level from being a ticket, with the differences that decided it."""
+    measured, both = measure(verdict), {**level.matches, **level.beats}
+    texts = []
+    for arm in level.decided_by:
+        if arm in both and (paired := both[arm].paired) is not None:
+            notes = filter(None, [f"{measured.change(paired.mean)}{measured.unit}", ends(paired.interval, measured)])
+            texts.append(f"against {arm} {', '.join(notes)}")
+    allowed = [f"delta {_margin(verdict)}"] if any(arm in level.matches for arm in level.decided_by) else []
+    return f"{level.why} ({'; '.join([*texts, *allowed])})" if texts else level.why
 
 
 def _word(level: LevelDifference) -> str:

@@ -114,6 +114,62 @@ def test_groups_are_compared_with_the_first_within_seeds(tmp_path: Path) -> None
     assert found["verdicts"][1]["levels"][2]["verdict"] == "no ticket"
 
 
+def rescored(source: Source, arm: str, scores: dict[int, float]) -> None:
+    """The hunt on disk with other test accuracies of an arm, by level."""
+    record = records.read(Path(source)) or {}
+    for level, score in scores.items():
+        row = record["levels"][level]
+        (row if arm == "ticket" else row["controls"][arm])["metrics"]["test/accuracy"] = score
+    records.write(Path(source), record)
+
+
+def test_all_levels_of_all_groups_are_one_family(tmp_path: Path) -> None:
+    for group in ("a", "b"):
+        runs = []
+        for seed in range(4):
+            source = hunt(tmp_path / group / f"seed-{seed}", seed)
+            if group == "b":
+                rescored(source, "reinit", {1: 0.95 + 0.001 * seed})
+            runs.append({"name": f"seed-{seed}", "folder": f"seed-{seed}", "over": {"seed": seed}})
+        records.write(tmp_path / group, {"job": "sweep", "status": "finished", "runs": runs})
+    sources = [Source(tmp_path / group) for group in ("a", "b")]
+    first, second = verdict(sources)["verdicts"]
+    assert first["family"] == {"correction": "sequence", "alpha": 0.05, "groups": 2, "levels": [1, 2]}
+    assert [level.get("alpha") for level in first["levels"]] == [None, 0.025, 0.025]
+    assert [level.get("alpha") for level in second["levels"]] == [None, 0.05, None], "the first left it its share"
+    assert [level["verdict"] for level in second["levels"]] == ["dense", "inconclusive", "inconclusive"]
+    assert second["levels"][1]["decided_by"] == ["reinit"]
+    every = verdict(sources, correction="holm")["verdicts"][1]
+    assert [level["verdict"] for level in every["levels"]] == ["dense", "inconclusive", "ticket"]
+    (difference,) = verdict(sources)["differences"]
+    assert difference["comparisons"] == 3
+
+
+def test_levels_are_chosen_beforehand(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(4)]
+    for seed, source in enumerate(hunts):
+        rescored(source, "reinit", {1: 0.95 + 0.001 * seed})
+    (found,) = verdict(hunts)["verdicts"]
+    assert [level["verdict"] for level in found["levels"]] == ["dense", "inconclusive", "inconclusive"]
+    (found,) = verdict(hunts, levels=[2])["verdicts"]
+    assert [level["verdict"] for level in found["levels"]] == ["dense", "inconclusive", "ticket"]
+    assert found["levels"][1]["why"] == "not chosen to be judged"
+    assert found["levels"][1]["means"]["reinit"]["n"] == 4
+    with pytest.raises(ValueError, match="levels has 3: all hunts have levels 1 to 2 beyond level 0"):
+        verdict(hunts, levels=[2, 3])
+
+
+def test_a_dense_network_that_diverged_is_named(tmp_path: Path) -> None:
+    hunts = [hunt(tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    for source in hunts:
+        rescored(source, "ticket", {0: float("nan")})
+    (found,) = verdict(hunts)["verdicts"]
+    assert {level["why"] for level in found["levels"][1:]} == {
+        "level 0 diverged in every seed: there is no dense network to match"
+    }
+    assert found["levels"][0]["means"] == {}
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     first = hunt(tmp_path / "a", 0)
     with pytest.raises(ValueError, match="hunts of different seeds"):

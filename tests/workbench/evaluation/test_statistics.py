@@ -237,3 +237,49 @@ def test_p_is_that_of_a_one_sided_paired_t_test(differences: list[float], bound:
         shifted_zeros = [bound] * len(differences)
         expected = theirs.ttest_rel(differences, shifted_zeros, alternative="greater").pvalue
         assert found == pytest.approx(expected, abs=1e-9)
+
+
+# Families
+
+
+def test_sequences_end_at_the_first_failure_and_leave_their_share() -> None:
+    chains = statistics.fixed_sequences
+    assert chains([[0.01, 0.06, 0.001]]) == [[0.05, 0.05, None]]
+    assert chains([[0.02, 0.06], [0.03, 0.04]]) == [[0.025, 0.025], [0.025, None]]
+    assert chains([[0.02, 0.02], [0.03, 0.04]]) == [[0.025, 0.025], [0.05, 0.05]]
+    assert chains([[None, 0.01], []]) == [[0.05, None], []]
+    assert chains([]) == []
+    with pytest.raises(ValueError, match=r"p value 1.2"):
+        chains([[0.1, 1.2]])
+    with pytest.raises(ValueError, match=r"alpha is 0"):
+        chains([[0.1]], 0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_sequences_of_one_hypothesis_are_holms(p_values: list[float]) -> None:
+    alpha = 0.05
+    levels = statistics.fixed_sequences([[p] for p in p_values], alpha)
+    for p, (at,), adjusted in zip(p_values, levels, statistics.holm(p_values)):
+        if abs(adjusted - alpha) > 1e-9:
+            assert at is not None
+            assert (p <= at) == (adjusted <= alpha)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3))
+def test_of_exclusive_hypotheses_those_sets_count_that_can_be_true(pairs: list[tuple[float, float]]) -> None:
+    """Never below the closed test over sets with one of each pair at most, and never above Holm over all."""
+    found = statistics.holm_exclusive(pairs)
+    for index, side in itertools.product(range(len(pairs)), (0, 1)):
+        sets = itertools.product(*(((side,) if i == index else (None, 0, 1)) for i in range(len(pairs))))
+        p_values = [[pair[s] for pair, s in zip(pairs, sides) if s is not None] for sides in sets]
+        closed_p = max(min(1.0, len(each) * min(each)) for each in p_values)
+        flat = statistics.holm([p for pair in pairs for p in pair])
+        assert closed_p - 1e-12 <= found[index][side] <= flat[2 * index + side] + 1e-12
+
+
+def test_what_is_not_tested_is_not_counted() -> None:
+    assert statistics.holm_exclusive([(0.01, None), (None, None), (0.04, 0.5)]) == [
+        (0.02, None), (None, None), (0.04, 0.5)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="p value 2"):
+        statistics.holm_exclusive([(2, 0.1)])

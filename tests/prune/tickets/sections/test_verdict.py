@@ -204,7 +204,8 @@ def test_what_is_open_is_never_passed_off(tmp_path):
     assert section.sentence(bare).endswith("no control was trained: give the hunt controls.")
     assert not any(section.scores(bare)[0].marked)
     open_ = judged(tmp_path / "c", leveled("dense", "ticket", "inconclusive", why="whether it beats reinit is open"))
-    assert section.rest(open_) == "Open at 25%: whether it beats reinit is open."
+    assert section.sentence(open_).endswith(" Open at 25%: whether it beats reinit is open.")
+    assert section.rest(open_) == "", "nothing is said twice"
 
 
 def test_the_dense_network_trained_as_long_is_named(tmp_path):
@@ -216,6 +217,58 @@ def test_the_dense_network_trained_as_long_is_named(tmp_path):
         "Tickets at 50%: they match the dense network and the dense network trained as long within 1 point and beat "
         "reinit (n = 3 seeds)."
     )
+
+
+def test_a_level_that_is_no_ticket_is_told_with_the_comparison_that_failed_and_by_how_much(tmp_path):
+    hunts = [hunt_record(seed, FEW) for seed in range(3)]
+    for hunt, lost in zip(hunts, (0.02, 0.021, 0.019)):
+        hunt["levels"][4]["metrics"]["test/accuracy"] -= lost
+    found = judged(tmp_path, verdict_record({"": hunts}))
+    assert [level.verdict for level in found.levels] == ["dense", "ticket", "ticket", "ticket", "no ticket"]
+    told = found.levels[4]
+    assert told.decided_by == ["level 0"]
+    interval = told.matches["level 0"].paired.interval
+    assert section.sentence(found).endswith(
+        f" Surely none at {percent(told.density)}: it is more than delta below level 0 (against level 0 "
+        f"{points(told.matches['level 0'].paired.mean)} points, {points(interval.low)} to {points(interval.high)}; "
+        "delta 0.3 points)."
+    )
+    assert section.rest(found) == ""
+
+
+def test_the_family_is_on_the_page(alone, two):
+    _, entry, page = alone
+    assert (
+        "Family: 4 levels, tested from dense to sparse until the first that is not shown to be a ticket; the chance "
+        "that any is falsely called a ticket is at most 5%."
+    ) in text_of(page)
+    assert entry["verdicts"][0]["family"]["levels"] == [1, 2, 3, 4]
+    assert "Family: 5 comparisons of a level in two groups, each by two questions" in text_of(two[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"correction": "holm", "groups": 2, "levels": [3]}, "Family: 1 level in each of 2 groups, Holm over all of "),
+        ({"groups": 2, "levels": [1, 2]}, "Family: 2 levels in each of 2 groups, tested from dense to sparse until the "
+         "first that is not shown to be a ticket, Holm over groups;"),
+        ({"levels": []}, ""),
+    ],
+)  # fmt: skip
+def test_every_family_is_told(tmp_path, change, said):
+    entry = leveled("dense", "ticket")
+    entry["verdicts"][0]["family"] |= change
+    assert section.family(judged(tmp_path, entry)).startswith(said)
+
+
+def test_a_sequence_that_ended_is_told_once(tmp_path):
+    entry = leveled("dense", "inconclusive", "inconclusive", why="it is not shown to beat reinit")
+    levels = entry["verdicts"][0]["levels"]
+    levels[1]["decided_by"], levels[2]["why"] = ["reinit"], "not tested, as the sequence ended at level 1"
+    found = judged(tmp_path, entry)
+    said = "No level is judged a ticket (n = 3 seeds): at 50% it is not shown to beat reinit (against reinit "
+    assert section.sentence(found).startswith(said)
+    assert section.rest(found) == "Open at 25%: not tested, as the sequence ended at level 1."
 
 
 def test_a_run_of_nothing_else_begins_with_the_verdict(alone):
@@ -261,12 +314,14 @@ def test_every_number_of_a_difference_is_in_the_record(two):
     for level, row in zip(told["levels"], cells(page, "gaps"), strict=True):
         paired = level["paired"]
         if paired["interval"] is None:
-            assert row[2:] == ["0.00", "—", "inconclusive"]
+            assert row[2:] == ["0.00", "—", "—", "inconclusive"]
             continue
         low, high = (points(paired["interval"][end]) for end in ("low", "high"))
         assert row[:3] == [str(level["level"]), percent(level["density"]), f"{points(paired['mean'])} {low} to {high}"]
-        assert row[3] == ("< 0.001" if level["p_holm"] < 0.001 else f"{level['p_holm']:.2g}")
-        assert row[4] == {"above": "better", "below": "worse"}.get(level["verdict"], level["verdict"])
+        assert row[3] == ("< 0.001" if level["p_adjusted"] < 0.001 else f"{level['p_adjusted']:.2g}")
+        p_equivalent = level["p_equivalent"]
+        assert row[4] == ("< 0.001" if p_equivalent < 0.001 else f"{p_equivalent:.2g}")
+        assert row[5] == {"above": "better", "below": "worse"}.get(level["verdict"], level["verdict"])
     assert "taught less labels: Tickets within seeds (n = 4 seeds): better at 41% down to" in " ".join(
         terminal(summary(run)).split()
     )
@@ -300,8 +355,8 @@ def test_hunts_that_a_verdict_tells_of_are_not_drawn_one_by_one(tmp_path):
 # Records that lack something, are hostile or broken
 
 
-LEVEL = ("level", "density", "verdict", "why", "means", "matches", "beats", "best_step", "overlap")
-WHOLE = ("name", "hunts", "fingerprints", "seeds", "metric", "higher_is_better", "delta", "levels")
+LEVEL = ("level", "density", "verdict", "why", "means", "matches", "beats", "best_step", "overlap", "p", "decided_by")
+WHOLE = ("name", "hunts", "fingerprints", "seeds", "metric", "higher_is_better", "delta", "levels", "family")
 
 
 @pytest.mark.parametrize("key", [*WHOLE, *(f"levels.{key}" for key in LEVEL)])
@@ -331,7 +386,7 @@ def test_a_page_is_drawn_of_whatever_is_left(tmp_path):
         del level[key]
     for key in WHOLE:
         del second[key]
-    for level, key in zip(entry["differences"][0]["levels"], ("level", "density", "paired", "p_holm", "verdict")):
+    for level, key in zip(entry["differences"][0]["levels"], ("level", "density", "paired", "p_adjusted", "verdict")):
         del level[key]
     entry["differences"].append({})
     page = page_of(write_records(tmp_path, entry))
