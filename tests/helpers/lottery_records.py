@@ -117,7 +117,7 @@ def verdict(name: str, hunts: list[dict[str, Any]]) -> dict[str, Any]:
         number = each[0]["level"]
         levels.append(
             {
-                **asdict(found),
+                **encode(found),
                 "level": number,
                 "density": each[0]["density"],
                 "best_step": {arm: asdict(mean(values)) for arm, values in steps.items()},
