@@ -74,6 +74,16 @@ class Overlap:
         return (self.first + self.second - 2 * self.both) / self.weights
 
     @property
+    def relative(self) -> float:
+        """The Hamming distance, of what masks that keep as much in each layer, but anywhere, have on average.
+
+        0 of the same masks, 1 of unrelated ones on average, more where one avoids the other. With density d in both and
+        in every layer, chance has 2 d (1 - d). Masks that leave chance no choice are the same: 0.
+        """
+        chance = self.first + self.second - 2 * self._expected
+        return (self.first + self.second - 2 * self.both) / chance if chance else 0.0
+
+    @property
     def chance(self) -> float:
         """The ``jaccard`` of as many in common as chance gives on average: c / (a + b - c).
 

@@ -62,7 +62,8 @@ class Controls:
             two, and between each level and the previous one (Frankle et al. 2020); or a mapping that also sets the
             points on the line and the split of the data. Only for `hunt`.
         diagnose: Record dead units and gradient flow of every training, and after each epoch the distance between the
-            mask that would be selected now and that of the previous epoch (the early-bird distance of You et al. 2020).
+            mask that would be selected now and that of the previous epoch (the early-bird distance of You et al. 2020,
+            relative to chance).
             Only for `hunt`.
 
     Raises:

@@ -1,7 +1,14 @@
 """What people ask of a verdict, of masks that stop moving, and of a recipe whose network they edit."""
 
-import numpy as np
+import warnings
 
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from prune import EarlyBird, Pruner
 from prune.tickets.judge import LevelScores, judged
 from tests.setups.base import Setup
 
@@ -67,10 +74,43 @@ def groups() -> None:
     assert shown <= 7
 
 
+def unrelated_masks() -> None:
+    """Magnitudes drawn anew after every epoch, at 3 % density: before, a ticket as soon as the window was full."""
+
+    class Redrawn(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for weight in pl_module.parameters():
+                nn.init.normal_(weight)
+
+    class Net(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(50, 40)
+
+        def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+            return self.layer(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    for relative in (True, False):
+        torch.manual_seed(0)
+        bird = EarlyBird(Pruner(), 0.03, window=3, distance="relative" if relative else "hamming")
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+        trainer = L.Trainer(max_epochs=4, accelerator="cpu", callbacks=[Redrawn(), bird], **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(Net(), DataLoader(TensorDataset(torch.rand(4, 50)), batch_size=2))
+        assert (bird.drawn_at is None) == relative
+        if relative:
+            assert all(0.8 < each < 1.1 for each in bird.distances), bird.distances
+
+
 SETUPS = [
     Setup("better by less than delta", "an advantage of .003 at delta .02", a_small_advantage),
     Setup("diverged arms", "dense in every seed", dense_diverged),
     Setup("diverged arms", "every control", controls_diverged),
     Setup("many levels", "twelve without any ticket", twelve_levels),
     Setup("many levels", "groups of hunts", groups),
+    Setup("early bird", "unrelated masks at a low density", unrelated_masks),
 ]

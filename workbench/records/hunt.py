@@ -104,7 +104,8 @@ class Training:
         best: Where its validation loss was lowest.
         stopped: Where early stopping ended it.
         diagnosis: Dead units and gradient flow.
-        mask_distances: After each epoch, how far the mask that would be drawn next is from the epoch before's.
+        mask_distances: After each epoch, how far the mask that would be drawn next is from the epoch before's, of what
+            unrelated masks with the same layers' densities are apart: 0 for the same, 1 for chance.
         status: Always ``finished``.
     """
 

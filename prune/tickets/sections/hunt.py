@@ -194,7 +194,7 @@ def columns(hunt: Hunt) -> str:
         ),
         f"{' and '.join(_splits(hunt))} barrier: how far the straight line between two trainings, of the ticket with "
         "another order of the data, or of this level and the last, rises above the mean of its ends": _splits(hunt),
-        "mask distance: share of the next mask that changed in the last epoch": any(
+        "mask distance: how far the next mask moved in the last epoch, of what unrelated masks are apart": any(
             row.level.mask_distances for row in rows
         ),
     }

@@ -33,7 +33,7 @@ def distance(one: list[bool], two: list[bool]) -> float:
 def test_the_ticket_is_that_of_the_authors_queue(window: int, threshold: float) -> None:
     """A queue of the last masks; drawn when it is full and all of them are near the newest."""
     pruner = Pruner()
-    bird, seen = EarlyBird(pruner, 0.3, threshold, window), Drawn(pruner, 0.3)
+    bird, seen = EarlyBird(pruner, 0.3, threshold, window, distance="hamming"), Drawn(pruner, 0.3)
     fit(user_module(optimizer=ADAMW), bird, seen, max_epochs=8)
     queue: list[list[bool]] = []
     farthest, drawn_at, ticket = [], None, None
@@ -51,18 +51,39 @@ def test_the_ticket_is_that_of_the_authors_queue(window: int, threshold: float) 
     assert (drawn_at is None) == (threshold == 0.001), "both happen"
 
 
+class Layers(lp.Callback):
+    """The masks after every epoch, layer by layer."""
+
+    def __init__(self) -> None:
+        self.masks: list[Masks] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.masks.append(Pruner()(pl_module.network, 0.3))
+
+
+def test_the_distance_is_relative_to_chance_at_the_layers_densities() -> None:
+    bird, seen = EarlyBird(Pruner(), 0.3, 0.4), Layers()
+    fit(user_module(optimizer=ADAMW), bird, seen, max_epochs=3)
+    for found, one, two in zip(bird.distances, seen.masks, seen.masks[1:]):
+        apart = sum(float((one[name] != two[name]).sum()) for name in one)
+        rates = {name: (float(one[name].float().mean()), float(two[name].float().mean())) for name in one}
+        chance = sum(one[name].numel() * (a * (1 - b) + b * (1 - a)) for name, (a, b) in rates.items())
+        assert found == pytest.approx(apart / chance)
+    assert len({round(float(mask.float().mean()), 3) for mask in seen.masks[0].values()}) > 1, "densities differ"
+
+
 @BOTH
 def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
     alone, watched, stopped = user_module(namespace), user_module(namespace), user_module(namespace)
     fit(alone, namespace=namespace, max_epochs=6)
-    bird = EarlyBird(Pruner(), 0.3, 0.4, 3)
+    bird = EarlyBird(Pruner(), 0.3, 0.9, 3)
     trainer = fit(watched, bird, namespace=namespace, max_epochs=6)
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters()))
     assert len(bird.distances) == 5
     assert float(trainer.callback_metrics["mask_distance"]) == pytest.approx(bird.distances[-1])
     assert bird.drawn_at is not None
     assert bird.drawn_at < 6
-    early = EarlyBird(Pruner(), 0.3, 0.4, 3, stop=True)
+    early = EarlyBird(Pruner(), 0.3, 0.9, 3, stop=True)
     trainer = fit(stopped, early, namespace=namespace, max_epochs=6)
     assert trainer.current_epoch == early.drawn_at == bird.drawn_at
     assert early.ticket == bird.ticket
@@ -74,9 +95,9 @@ def test_training_is_the_same_and_can_be_stopped_there(namespace: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("ended", [2, 4])
 def test_resumed_it_gives_the_same(namespace: Any, ended: int, tmp_path: Path) -> None:
-    whole = EarlyBird(Pruner(), 0.3, 0.25, 3)
+    whole = EarlyBird(Pruner(), 0.3, 0.6, 3)
     fit(user_module(namespace), whole, namespace=namespace, max_epochs=6)
-    first, second, module = EarlyBird(Pruner(), 0.3, 0.25, 3), EarlyBird(Pruner(), 0.3, 0.25, 3), user_module(namespace)
+    first, second, module = EarlyBird(Pruner(), 0.3, 0.6, 3), EarlyBird(Pruner(), 0.3, 0.6, 3), user_module(namespace)
     fit(module, first, namespace=namespace, max_epochs=ended).save_checkpoint(tmp_path / "half.ckpt")
     fit(user_module(namespace), second, namespace=namespace, max_epochs=6, ckpt_path=tmp_path / "half.ckpt")
     assert second.distances == whole.distances
@@ -134,6 +155,7 @@ def test_several_have_states_of_their_own() -> None:
     birds = [EarlyBird(Pruner(), density) for density in (0.1, 0.3)]
     fit(user_module(), *birds, max_epochs=2)
     assert birds[0].state_key != birds[1].state_key
+    assert EarlyBird(Pruner(), 0.1, distance="hamming").state_key != birds[0].state_key
     assert all(isinstance(each, Masks) or each is None for each in (bird.ticket for bird in birds))
 
 
@@ -142,6 +164,7 @@ def test_mistakes_are_named_before_training() -> None:
         ({"density": 0.0}, r"density is 0\.0"),
         ({"threshold": 0.0}, r"threshold is 0\.0: give a distance above 0"),
         ({"window": 1}, "window is 1: compare 2 masks or more"),
+        ({"distance": "far"}, "distance is 'far': choose from relative, hamming"),
     ):
         with pytest.raises(ValueError, match=message):
             EarlyBird(**{"pruner": Pruner(), "density": 0.5, **wrong})

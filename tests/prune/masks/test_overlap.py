@@ -92,3 +92,19 @@ def test_masks_of_other_parameters_are_refused() -> None:
         Masks({"a": mask}).overlap(Masks({"b": mask}))
     with pytest.raises(ValueError, match="has shape"):
         Masks({"a": mask}).layer_overlaps(Masks({"a": mask[:2]}))
+
+
+def test_the_relative_distance_is_one_by_chance_and_nought_of_the_same() -> None:
+    torch.manual_seed(0)
+    first, second = (
+        Masks({f"layer{i}": torch.rand(n) < d for i, (n, d) in enumerate(((40_000, 0.02), (20_000, 0.5)))})
+        for _ in range(2)
+    )
+    each = [layer.relative for layer in first.layer_overlaps(second).values()]
+    assert [*each, first.overlap(second).relative] == pytest.approx([1, 1, 1], abs=0.06)
+    assert first.overlap(second).hamming == pytest.approx((2 * 0.02 * 0.98 * 4 + 2 * 0.5 * 0.5 * 2) / 6, rel=0.06)
+    assert first.overlap(first).relative == 0
+    full = Masks({"layer0": torch.ones(3, dtype=torch.bool)})
+    assert full.overlap(full).relative == 0
+    inverse = Masks({name: ~mask for name, mask in first.items()})
+    assert first.overlap(inverse).relative > 1
