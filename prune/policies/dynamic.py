@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
-from prune.allocation import Allocation
+from prune.allocation import Allocation, Global
 from prune.criteria import random, seeded
 from prune.masks import Masks
 from prune.policies.policy import Policy
@@ -87,7 +87,7 @@ class Dynamic(Policy):
         growth: Growth = "rigl",
         fraction: float = 0.3,
         decay: str | Decay = "cosine",
-        allocation: str | Allocation = "erk",
+        allocation: str | Global | Allocation = "erk",
         include: Patterns = None,
         exclude: Patterns = None,
         output: str | None = None,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prune.allocation import ALLOCATIONS, Allocation, Layers
+from prune.allocation import ALLOCATIONS, Allocation, Global, Layers
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.masks import Masks
 from prune.pruner.scope import (
@@ -25,6 +25,7 @@ from prune.pruner.scope import (
 )
 from prune.schedule import check_density, exponential
 from prune.structures import STRUCTURES, Layout, Structure, structure_named
+from prune.structures.layout import best_of_each
 from workbench.distributed.ranks import all_gather, world_size
 from workbench.messages import nearest
 
@@ -44,7 +45,8 @@ class Pruner:
     """Chooses which weights of a model to keep; changes nothing in the model.
 
     Each axis takes a name or an instance: ``allocation="global"`` or ``allocation=Global(floor=0.05)``. In a recipe an
-    instance is ``{class_path: prune.allocation.Global, init_args: {floor: 0.05}}``.
+    instance is ``{class_path: prune.allocation.LayerwiseAsPaper, init_args: {output_rate: 0}}``; of the global
+    allocation ``{floor: 0.05}`` is enough.
 
     Args:
         criterion: How a weight is scored; the highest scores stay. "magnitude" (absolute value), "random" (the
@@ -54,7 +56,8 @@ class Pruner:
             "4x4" (or any block of rows x columns), "channel", "head", "ffn", "balanced", or a ``Structure``. "coupled"
             (channels with everything that depends on them, which `shrink` can remove) only in the job `hunt`;
             elsewhere give ``Coupled(example_inputs)``.
-        allocation: How the density is divided over layers. "global" (all weights compete), "uniform", "layerwise" (as
+        allocation: How the density is divided over layers. "global" (all weights compete, but no layer becomes more
+            than ten times sparser than the network; ``Global(floor=0)`` turns that off), "uniform", "layerwise" (as
             uniform, the output layer at half the rate), "erk", "erdos_renyi" (small layers stay denser), or an
             ``Allocation``.
         include: Name patterns (``fnmatch``, such as "layers.*.weight") or types of layers; only prunable weights that
@@ -75,7 +78,7 @@ class Pruner:
 
     criterion: str | Criterion = "magnitude"
     structure: str | Structure = "unstructured"
-    allocation: str | Allocation = "global"
+    allocation: str | Global | Allocation = "global"
     include: Patterns = None
     exclude: Patterns = None
     output: str | None = None
@@ -243,8 +246,12 @@ class Pruner:
         layout = scope.layout
         units = layout.pool(scores, within)
         candidates = layout.candidates(units, layout.unpruned(within))
-        counts = self.axes.allocation(Layers(units, density, candidates, outputs, layout.matrices))
-        masks = layout.spread(layout.select(units, counts, candidates), within)
+        layers, allocation = Layers(units, density, candidates, outputs, layout.matrices), self.axes.allocation
+        if isinstance(allocation, Global) and layout.select is best_of_each:
+            kept = allocation.select(layers)  # the same units as by its counts, in one pass over the scores
+        else:
+            kept = layout.select(units, allocation(layers), candidates)
+        masks = layout.spread(kept, within)
         return Masks({name: mask.to(scope.weights[name].device) for name, mask in masks.items()})
 
 

@@ -138,14 +138,15 @@ def shuffled(hunt: Hunt, level: int) -> Arm:
 def random(hunt: Hunt, level: int) -> Arm:
     """The ticket's start under a mask of as many units, drawn anew over all layers together.
 
-    No layer keeps less than the floor of :class:`prune.allocation.Global`.
+    No layer keeps less than the floor of :class:`prune.allocation.Global`: that of the pruner's own allocation, if it
+    is one.
     """
     layout, masks = _units(hunt, level)
     scores = _scores(layout, derived_seed(hunt.trainee.seed, level, "random"))
     candidates = layout.candidates(scores, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a layer lifted to its floor is no collapse
-        counts = Global()(Layers(scores, _density(layout, masks), candidates))
+        counts = _global(hunt.pruner)(Layers(scores, _density(layout, masks), candidates))
     kept = layout.select(scores, counts, candidates)
     return Arm(ticket_start(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
 
@@ -257,6 +258,11 @@ def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:
 def _density(layout: Layout, masks: Masks) -> float:
     """The share of all units that masks keep."""
     return sum(int(units.sum()) for units in (layout.unpruned(masks) or {}).values()) / sum(layout.units.values())
+
+
+def _global(pruner: Pruner) -> Global:
+    allocation = pruner.axes.allocation
+    return allocation if isinstance(allocation, Global) else Global()
 
 
 def _scores(layout: Layout, seed: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A hunt over a function that trains: for training loops without a Trainer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -117,7 +118,8 @@ def find_tickets(
     pruner = Pruner(seed=seed) if pruner is None else pruner
     pruner.check(model, *densities)
     chosen = {"rate": levels.rate, "densities": densities, "rewind": rewind.settings(), "monitor": monitor}
-    settings = settings_of(model, model, **chosen, train=train, pruner=pruner, seed=seed)
+    chosen["pruner"] = replace(pruner, allocation=pruner.axes.allocation)
+    settings = settings_of(model, model, **chosen, train=train, seed=seed)
     every = _updates("checkpoint", checkpoint, 1)
     trainee = FunctionTrainee(model, train, seed, point, every, out / "checkpoints", monitor, loader, loss)
     store = Store(out, records.fingerprint(settings), settings)

@@ -99,6 +99,7 @@ def hunt(
     given = {"model": model, "task": task, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
     of = subject(start, data, trainer, seed_everything, **given)
     pruner = Pruner() if pruner is None else pruner
+    selects = pruner_for(pruner, of, spec.rate)
     settings = settings_of(
         of.module,
         of.network,
@@ -108,13 +109,12 @@ def hunt(
         densities=densities,
         early_stop=spec.early_stop,
         rewind=rewind.settings(),
-        pruner=pruner,
+        pruner=replace(pruner, allocation=selects.axes.allocation),
         batches=batches,
         seed=of.seed,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
     )
-    selects = pruner_for(pruner, of, spec.rate)
     selects.check(of.network, *densities)
     check_criterion(selects, of.trainer)
     line = controls.interpolation
@@ -148,7 +148,8 @@ def hunt(
     trainings = [each for record in done for each in (record, *record.get("controls", {}).values())]
     seconds = round(sum(record["seconds"] for record in trainings), 3)
     winning = sparsest_winning(done, spec.tolerance)
-    return {**last, "seed": of.seed, "levels": done, "winning": winning, "seconds": seconds}
+    found = {"levels": done, "winning": winning, "pruner": settings["pruner"]}
+    return {**last, "seed": of.seed, **found, "seconds": seconds}
 
 
 def _barriers(

@@ -116,7 +116,9 @@ def transfer(
     start_now = Duration(0, "it")
     moved = Hunt(
         LightningTrainee(of, start_now, out / "checkpoints", checkpoint, hunted["batches"], early_stop),
-        Pruner(structure=coupled(of) if pruner.structure == "coupled" else pruner.structure),
+        Pruner(
+            structure=coupled(of) if pruner.structure == "coupled" else pruner.structure, allocation=pruner.allocation
+        ),
         (*(each["density"] for each in levels[:-1]), masks.density),
         Store(out, key, settings),
         controls=spec,

@@ -83,7 +83,7 @@ def test_floor_holds_a_collapsing_layer_and_says_so():
     """Pitfall 7: at 80% global, a layer scaled by 0.2 kept 0 weights."""
     scores = collapsing()
     assert int(keep_top_k(scores, 200)["weak"].sum()) == 0
-    with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300; it keeps 6"):
+    with pytest.warns(UserWarning, match=r"layer collapse: 'weak' would have kept 0 of 300; it keeps 6, by floor 0\.1"):
         counts = Global()(Layers(scores, 0.2))
     rest = keep_top_k({n: scores[n] for n in ("a", "c")}, 194)
     assert counts == {"a": int(rest["a"].sum()), "weak": 6, "c": int(rest["c"].sum())}
@@ -114,6 +114,20 @@ def test_lifting_one_layer_may_push_another_below_its_floor():
         counts = Global(2)(Layers(scores, 8 / 12))
     assert counts == {"strong": 4, "middle": 2, "weak": 2}
     assert [str(w.message).split("'")[1] for w in caught] == ["weak", "middle"]
+
+
+@pytest.mark.parametrize("floor", [0, 0.1, 0.5, 2])
+@pytest.mark.parametrize("halved", [False, True])
+def test_what_is_selected_is_what_the_counts_select(floor: float, halved: bool):
+    """Ties and layers at their floor included."""
+    scores = {name: (score * 20).round() for name, score in collapsing().items()}
+    within = {name: torch.arange(len(score)) % 2 == 0 for name, score in scores.items()} if halved else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts, selected = (way(Layers(scores, 0.2, within)) for way in (Global(floor), Global(floor).select))
+    expected = best_of_each(scores, counts, within)
+    assert list(selected) == list(scores)
+    assert all(torch.equal(selected[name], expected[name]) for name in scores)
 
 
 def test_floor_asks_for_no_more_than_is_left():

@@ -4,12 +4,18 @@ import tempfile
 from pathlib import Path
 
 import lightning
+import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prune import Controls, Rewind, hunt
+from prune import Controls, Masks, Rewind, hunt
 from prune.tickets.controls import Interpolation
 from tests.setups.base import Setup
+from workbench import load, records
+from workbench.checkpoints import compact
+from workbench.launcher import recipe as recipes
+from workbench.launcher.runner import run
 from workbench.models import MLP
 from workbench.tasks import Classification
 
@@ -56,4 +62,61 @@ def _barriers() -> None:
         assert barrier["barrier"] == max(barrier["heights"]) - sum(barrier["ends"]) / 2
 
 
-SETUPS = [Setup("barriers", "points and split of a hunt", _barriers)]
+class Bottleneck(nn.Module):
+    """Its middle layer starts with weights far smaller than the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.init_args: dict = {}
+        self.into, self.middle, self.out = nn.Linear(64, 20), nn.Linear(20, 20), nn.Linear(20, 10)
+        with torch.no_grad():
+            self.middle.weight.mul_(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.middle(self.into(x).relu()).relu())
+
+
+RECIPE = """
+data: workbench.data.Digits
+trainer: {max_steps: 2, accelerator: cpu}
+ticket:
+  job: hunt
+  model: tests.setups.scores.Bottleneck
+  density: [0.05]
+  rewind: 1it
+  pruner: {allocation: ALLOCATION}
+  controls: {diagnose: false}
+"""
+
+
+def _floor() -> None:
+    """Plain global magnitude pruning, as in the papers, from a recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {}
+        for name, allocation in (("global", "global"), ("plain", "{floor: 0}")):
+            path = Path(folder, f"{name}.yaml")
+            path.write_text(RECIPE.replace("ALLOCATION", allocation))
+            with pytest.warns(UserWarning, match="layer collapse: 'middle.weight'"):
+                run(recipes.read(path), Path(folder, name))
+            record = records.read(Path(folder, name, "ticket"))
+            assert record is not None
+            assert record["pruner"]["allocation"] == {
+                "class": "prune.allocation.Global",
+                "floor": 0 if name == "plain" else 0.1,
+            }
+            trained = load(Path(folder, name, "ticket/level_00")).state_dict()
+            weights = {key: trained[key].abs() for key in ("into.weight", "middle.weight", "out.weight")}
+            threshold = torch.cat([each.flatten() for each in weights.values()]).topk(94).values[-1]
+            masks = Masks(compact.masks(Path(folder, name, "ticket/level_01")))
+            kept[name] = {key: int(mask.sum()) for key, mask in masks.items()}
+            if name == "plain":
+                assert all(torch.equal(masks[key], weights[key] >= threshold) for key in weights)
+        assert kept["plain"]["middle.weight"] == 0
+        assert kept["global"]["middle.weight"] == 2, "a tenth of 20, its part at the same density"
+
+
+SETUPS = [
+    Setup("floor of the global allocation", "turned off by an argument", _floor),
+    Setup("barriers", "points and split of a hunt", _barriers),
+]

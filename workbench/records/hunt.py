@@ -155,11 +155,13 @@ class HuntResult:
     Attributes:
         levels: From the dense one on.
         winning: The sparsest level within tolerance of level 0 on validation data; None without validation scores.
+        pruner: What selected the weights, with the arguments of its allocation.
         world_size: Processes that trained together.
     """
 
     levels: list[Level] = field(default_factory=list)
     winning: int | None = None
+    pruner: dict[str, Any] = field(default_factory=dict)
     world_size: int | None = None
 
 

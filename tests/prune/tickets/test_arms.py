@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prune.allocation import Global
 from prune.levels import Levels
 from prune.masks import Masks
 from prune.pruner import Pruner
@@ -190,6 +191,23 @@ def test_random_masks_are_drawn_anew_and_no_layer_is_lost(tmp_path: Path) -> Non
         found = masks_of(hunt, "random")
         assert sum(kept for kept, _ in found.counts().values()) == 6
         assert all(kept >= 1 for kept, _ in found.counts().values())
+
+
+def test_a_random_mask_has_the_floor_of_the_ticket(tmp_path: Path) -> None:
+    """A layer of few weights gets none by chance, where the ticket may leave it none."""
+    hunt = hunted(tmp_path)
+    sparse = Masks({n: torch.arange(m.numel()).view(m.shape) < 1 for n, m in hunt.store.masks(2).items()})
+    hunt.store.keep(2, "ticket", {}, sparse)
+    hunt.trainee.save(hunt.store.folder(2), {"metrics": {}}, _applied(hunt, sparse))
+    least = {}
+    for floor in (0, 1):
+        of = replace(hunt, pruner=replace(hunt.pruner, allocation=Global(floor)))
+        masks = []
+        for seed in range(10):
+            of.trainee.seed = seed
+            masks.append(masks_of(of, "random"))
+        least[floor] = min(kept for each in masks for kept, _ in each.counts().values())
+    assert least == {0: 0, 1: 1}
 
 
 def _applied(hunt: Hunt, masks: Masks) -> Masks:
