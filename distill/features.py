@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+from workbench.models.wrappers import named_modules, unwrap, without_prefixes
+
 _TOKENS = re.compile(r"\*\*|\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
 
 
@@ -125,8 +126,8 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
     positional one, else ``hidden_states``, else the first one given by keyword.
 
     The features are those of the model's last forward, with their graph where there was one; recomputation in the
-    backward pass of activation checkpointing changes nothing. Wrappers are looked through: names of a compiled or
-    DistributedDataParallel model are those of the model inside. Inside the block torch's fused encoder and attention
+    backward pass of activation checkpointing changes nothing. Wrappers are looked through: names of a compiled, DDP,
+    FSDP, Fabric or PEFT model are those of the model inside. Inside the block torch's fused encoder and attention
     kernels are off, since they skip submodules, and compiled code runs eagerly, since it may have been compiled
     without these hooks; both only change rounding. On exit, also by an exception, no hook is left and the features
     are gone.
@@ -143,7 +144,7 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
         ValueError: If a name or pattern matches nothing; on reading, if the last forward did not call a submodule,
             called it more than once, gave it no tensor, or changed it in place afterwards.
     """
-    model = _unwrapped(model)
+    model = _without_wrappers(model)
     sites = _sites(model, [names] if isinstance(names, str) else names)
     features = Features(sites, clone)
     if not sites:
@@ -246,31 +247,18 @@ def _in_reentrant_checkpoint() -> bool:
     return False
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _without_wrappers(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"features are of an nn.Module's submodules, and {type(model).__name__} is none")
-    if isinstance(model, nn.DataParallel):
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError("DataParallel runs copies of the model, whose features are lost: use DistributedDataParallel")
-    inner: Any = None
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        inner = model.module
-    else:
-        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
-    return model if inner is None else _unwrapped(inner)
-
-
-def _modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule by every path, as the model would have them without wrappers, in the order of the model."""
-    for name, child in module._modules.items():
-        if child is not None:
-            child = _unwrapped(child)
-            yield path + name, child
-            yield from _modules(child, f"{path}{name}.")
+    return unwrap(model)
 
 
 def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The module of every name that is to be captured, in order."""
-    modules = dict(_modules(model))
+    # A layer with adapters returns the sum of both.
+    modules = {path: module for path, module in named_modules(model, remove_duplicate=False, adapted=True) if path}
     wanted: set[str] = set()
     for name in names:
         path, _, side = name.partition(":")
@@ -298,9 +286,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _near(path: str, names: list[str]) -> str:
-    for wrapper in ("module.", "_orig_mod."):
-        if path.startswith(wrapper):
-            return f"leave out {wrapper!r}, names are those of the model inside"
+    if (plain := without_prefixes(path)) != path:
+        return f"say {plain!r}, names are those of the model inside"
     close = difflib.get_close_matches(path, names, n=5, cutoff=0.5)
     close = close or [name for name in names if "." not in name][:10]
     return f"near are {', '.join(close)}" if close else "it has none"

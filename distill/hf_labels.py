@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from workbench.models.positions import IGNORED, tokens_of, valid_tokens
+from workbench.models.wrappers import unwrap
 
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
@@ -33,7 +34,7 @@ def label_spec(model: nn.Module, names: Iterable[str] = ("labels",)) -> LabelSpe
     A transformers model is causal if its class is one for causal language modelling, or its loss is, and it is no
     encoder-decoder, whose decoder's inputs are shifted already.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator] - of peft
+    base = unwrap(model, adapters=True)
     classes = {each.__name__ for each in type(base).__mro__}
     decoders = {name for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(each)}
     by_loss = LOSS_MAPPING.get(str(getattr(base, "loss_type", None))) is ForCausalLMLoss

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import quantize
 from workbench.models.architecture import describe
+from workbench.models.wrappers import class_of, plain_state, unwrap
 from workbench.tasks import logits_of
 
 TeacherSource = nn.Module | str | Path | Callable[..., Any]
@@ -181,13 +182,13 @@ class _Member:
                 "learn from several out of a cache, cache them together, cache_teacher([one, other], ...)"
             )
         # The copy keeps freezing from reaching into the caller's network; a network just loaded has no other user.
-        network = copy.deepcopy(source) if isinstance(source, nn.Module) else _load(source)
+        network = copy.deepcopy(unwrap(source)) if isinstance(source, nn.Module) else _load(source)
         if precision == "bf16":
             network = network.to(torch.bfloat16)
         elif precision == "int8":
             network = quantize(network)
         self.network = network.requires_grad_(False).eval()
-        self._compile = compile
+        self._compile = compile or "_orig_mod" in getattr(source, "_modules", ())  # as torch.compile left it
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], features: list[str]) -> tuple[Any, dict[str, Tensor]]:
         """The raw output, and the features."""
@@ -252,11 +253,11 @@ def _shares(weights: Sequence[float] | None, count: int, several: bool) -> list[
 
 
 def _digest_of_network(network: nn.Module) -> bytes:
-    described = describe(network) or {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
+    described = describe(network) or {"class": f"{class_of(network).__module__}.{class_of(network).__qualname__}"}
     if isinstance(config := described.get("config"), dict):
         described["config"] = {name: value for name, value in config.items() if name not in _PASSING}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, value in network.state_dict().items():
+    for name, value in plain_state(network, network.state_dict()).items():
         if not isinstance(value, Tensor):
             digest.update(f"{name} {value!r}".encode())
             continue

@@ -24,7 +24,7 @@ TORCH_ONLY = {
     "distill": ("losses", "features", "language"),
 }
 TORCH_ONLY_GROUND = (
-    *("models.anatomy", "models.forward", "models.positions", "checkpoints", "duration"),
+    *("models.anatomy", "models.forward", "models.positions", "models.wrappers", "checkpoints", "duration"),
     *("randomness", "distributed.ranks", "messages", "files", "lazy"),
 )
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
@@ -103,6 +103,7 @@ def test_the_reader_of_checkpoints_is_torch_and_safetensors() -> None:
         "checkpoints.bits",
         "models.architecture",
         "models.resize",
+        "models.wrappers",
         "files",
         "models.activations",
     )

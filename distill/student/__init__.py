@@ -13,6 +13,7 @@ from distill.teacher import Teacher
 from workbench.models import MLP, SentenceEncoder
 from workbench.models.activations import swap_activation
 from workbench.models.anatomy import anatomy_of
+from workbench.models.wrappers import unwrap
 from workbench.records.source import Source
 
 
@@ -73,6 +74,7 @@ def cut_student(
     """
     if not isinstance(teacher, nn.Module):
         teacher = teacher.module if isinstance(teacher, Teacher) else Teacher(teacher).module
+    teacher = unwrap(teacher)
     if isinstance(teacher, SentenceEncoder):
         inner = cut_student(teacher.encoder, layers, every, hidden, heads, ffn, activation)
         return SentenceEncoder(inner, teacher.pooling, teacher.normalize).train()

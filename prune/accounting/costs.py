@@ -14,6 +14,7 @@ from prune.accounting.running import ready
 from prune.masks import Masks
 from prune.masks.memory import memory_span, shared_memory
 from prune.pruner import prunable
+from workbench.models.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def account(model: nn.Module, example_inputs: Any, masks: Masks | None = None) -
     Raises:
         ValueError: if the model has no prunable weight, or masks do not fit it.
     """
+    model = unwrap(model)  # compiled code hides its operators
     stored = None if masks is None else masks.stored_bytes(model)
     groups = shared_memory(model)
     first = {name: group[0][0] for group in groups for name, _ in group}

@@ -28,10 +28,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from prune.callbacks.calibration import trainer_calibration
 from prune.masks import Masks
-from prune.masks.enforce import unwrap_model
 from prune.policies import Policy, Timestamp
 from prune.policies.optimizers import unscaled
 from prune.policies.policy import densities
+from workbench.models.wrappers import places, unwrap
 from workbench.training.module import network_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
@@ -177,9 +177,7 @@ def _budget(trainer: Any, pl_module: Any) -> tuple[float, float]:
 def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:
     """Networks that the weights are averaged into, by callbacks or by the module."""
     attributes = [value for callback in trainer.callbacks for value in vars(callback).values()]
-    averages = [
-        unwrap_model(value) for value in (*attributes, *pl_module.modules()) if isinstance(value, AveragedModel)
-    ]
+    averages = [unwrap(value) for value in (*attributes, *pl_module.modules()) if isinstance(value, AveragedModel)]
     swa = [c._average_model for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | OtherSWA)]
     # An AveragedModel of something else, such as a critic, has other parameters.
     shapes = _shapes(network_of(pl_module))
@@ -188,7 +186,7 @@ def _averages(trainer: Any, pl_module: Any) -> list[nn.Module]:
 
 
 def _shapes(network: nn.Module) -> dict[str, Any]:
-    return {name: parameter.shape for name, parameter in unwrap_model(network).named_parameters()}
+    return {name: place.parameter.shape for name, place in places(network).items()}
 
 
 def _check_strategy(trainer: Any) -> None:

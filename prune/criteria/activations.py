@@ -14,6 +14,7 @@ from prune.criteria.weights import check, precise
 from workbench.messages import some
 from workbench.models.forward import all_reduce_sum, batches, forward, preserve_state, total_batches
 from workbench.models.positions import tokens_of
+from workbench.models.wrappers import named_modules
 
 
 def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     """
     check(model, weights)
     names = {id(weight): name for name, weight in weights.items()}
-    layers = [(names[id(own)], m) for m in model.modules() if id(own := getattr(m, "weight", None)) in names]
+    layers = [(names[id(own)], m) for _, m in named_modules(model) if id(own := getattr(m, "weight", None)) in names]
     index = {name: position for position, name in enumerate(weights)}
     device, count, tokens = next(iter(weights.values())).device, 0, None
 

@@ -1,8 +1,8 @@
 """Enforcing masks on a model: weights that stay zero in any training loop, their gradients and optimizer state.
 
 Functions take masks first, as parameter name -> bool tensor of the parameter's whole shape; ``prune.Masks`` has them
-as methods. Each rank masks its shard of a DTensor with its part of the mask, without communication. Names of a model
-inside a wrapper match, too: ``torch.compile``, DDP, ``AveragedModel``.
+as methods. Each rank masks its shard of a DTensor with its part of the mask, without communication. Names are those of
+the model without wrappers (:mod:`workbench.models.wrappers`), in whatever it is trained.
 
 Masking gradients is not enough: momentum and weight decay move weights that have no gradient. So weights are multiplied
 by their masks after every step of the optimizer, as integers: 0.0 times NaN or infinity is NaN, 0.0 times a negative
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prune.masks.memory import distributed, local, memory_span, owners, shard, shared_memory, summed
 from workbench.messages import nearest, some
+from workbench.models.wrappers import Place, places, without_prefixes
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,25 +92,21 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
 
 def mask_multiplier(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
     """The hook of ``keep``: multiplies the weights by their masks, and ignores its arguments."""
-    # Modules and not parameters: ``model.to`` and ``fully_shard`` may replace parameters.
-    owners_of: dict[str, tuple[nn.Module, str]] = {}
-    for name, (path, _) in _resolve(masks, model).items():
-        if not masks[name].all():
-            module, _, attribute = path.rpartition(".")
-            owners_of[name] = model.get_submodule(module), attribute
+    # Places and not parameters: ``model.to`` and ``fully_shard`` may replace parameters.
+    places_of = {name: place for name, place in _resolve(masks, model).items() if not masks[name].all()}
     factors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def mask_weights(*_: Any) -> None:
         weights = []
-        for name, (module, attribute) in owners_of.items():
-            parameter = module.get_parameter(attribute)
+        for name, place in places_of.items():
+            parameter = place.parameter
             weight = _bits(local(parameter))
             if name not in factors or not _same_kind(factors[name], weight):
                 factors[name] = torch.empty_like(weight).copy_(shard(masks[name], parameter))
             weights.append(weight)
         if weights:
-            torch._foreach_mul_(weights, [factors[name] for name in owners_of])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(weights, [factors[name] for name in places_of])  # pyright: ignore[reportPrivateImportUsage]
 
     return mask_weights
 
@@ -163,7 +159,7 @@ def is_applied_to(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
 
 def masked_parameters(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
     """The masked parameters of ``model`` by the masks' names, after checking names and shapes."""
-    return {name: parameter for name, (_, parameter) in _resolve(masks, model).items()}
+    return {name: place.parameter for name, place in _resolve(masks, model).items()}
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -180,30 +176,23 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
-    name = name.replace("_orig_mod.", "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
-def _resolve(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Name of the mask -> name in ``model`` and parameter, after checking names and shapes."""
-    exact = {name: (name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    by_name = {_plain(name): pair for name, pair in exact.items()} | exact
-    matches = {name: by_name.get(name, by_name.get(_plain(name))) for name in masks}
-    missing = [name for name, pair in matches.items() if pair is None]
+def _resolve(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Place]:
+    """Name of the mask -> where ``model`` has its parameter, after checking names and shapes."""
+    plain = places(model)
+    in_model = {place.path: place for place in plain.values()}
+    # Masks may have been made of a model in another wrapper, by names that only say so.
+    matches = {name: plain.get(name) or in_model.get(name) or plain.get(without_prefixes(name)) for name in masks}
+    missing = [name for name, place in matches.items() if place is None]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(masks)} masks name no parameter of this {type(model).__name__}: "
-            f"{some(missing)}. Give the model that the masks were made for{nearest(missing[0], exact)}"
+            f"{some(missing)}. Give the model that the masks were made for{nearest(missing[0], plain)}"
         )
-    resolved = {name: pair for name, pair in matches.items() if pair is not None}
-    for name, (_, parameter) in resolved.items():
-        if parameter.shape != masks[name].shape:
+    resolved = {name: place for name, place in matches.items() if place is not None}
+    for name, place in resolved.items():
+        if (shape := place.parameter.shape) != masks[name].shape:
             raise ValueError(
-                f"mask '{name}' has shape {tuple(masks[name].shape)}, the parameter {tuple(parameter.shape)}: "
+                f"mask '{name}' has shape {tuple(masks[name].shape)}, the parameter {tuple(shape)}: "
                 "give the model that the masks were made for"
             )
     return resolved
@@ -275,14 +264,3 @@ def _same_kind(factor: Tensor, weight: Tensor) -> bool:
 
 def _fill(values: Tensor, mask: Tensor) -> None:
     local(values).masked_fill_(~shard(mask, values), 0)
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """``model`` without wrappers that prefix the names of its parameters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # of torch.compile
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.models.wrappers import places
+
 
 def shared_memory(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """All parameters under all their names, grouped by overlapping memory, in definition order.
+    """All parameters under all their names without wrappers, grouped by overlapping memory, in definition order.
 
     A parameter without plain memory (meta, sparse, empty, a wrapper) is grouped with itself only.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = [(name, place.parameter) for name, place in places(model).items()]
     spans = [memory_span(parameter) for _, parameter in named]
     group_of, group, home, end = [0] * len(named), -1, None, 0
     for i in sorted(range(len(named)), key=spans.__getitem__):

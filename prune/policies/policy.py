@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune.masks import Masks
-from prune.masks.enforce import Handle, mask_multiplier, unwrap_model, unwrap_optimizer
+from prune.masks.enforce import Handle, mask_multiplier, unwrap_optimizer
 from prune.masks.memory import local, owners, shard, summed
 from prune.policies.calibration import Calibration, calibrated, check_frozen
 from prune.policies.optimizers import first_holding, skips_step
@@ -41,6 +41,7 @@ from prune.pruner import Pruner
 from workbench.distributed.ranks import all_gather, world_size
 from workbench.duration import Duration
 from workbench.messages import some
+from workbench.models.wrappers import unwrap
 
 
 class Policy(ABC):
@@ -165,10 +166,10 @@ class Policy(ABC):
         """
         self.detach()
         try:
-            self._model = unwrap_model(model)
+            self._model = unwrap(model)
             several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
             self._optimizers = [unwrap_optimizer(optimizer) for optimizer in several]
-            self._averages = [unwrap_model(average) for average in averages]
+            self._averages = [unwrap(average) for average in averages]
             self._time, self._calibration = time, calibration
             resumed = self.masks is not None and (self._restored or self.masks.is_applied_to(self._model))
             if not (resumed or self._restored):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prune.allocation import ALLOCATIONS, Allocation, Global, Layers
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.masks import Masks
+from prune.masks.enforce import masked_parameters
 from prune.pruner.scope import (
     Patterns,
     Scope,
@@ -281,7 +282,7 @@ def _masked(model: nn.Module, masks: Masks | None) -> Iterator[None]:
     if masks is None or masks.is_applied_to(model):
         yield
         return
-    weights = {name: model.get_parameter(name) for name in masks}
+    weights = masked_parameters(masks, model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         masks.apply(model)

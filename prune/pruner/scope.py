@@ -12,6 +12,7 @@ from prune.masks.memory import distributed, local, memory_span, owners, shared_m
 from prune.schedule import kept
 from prune.structures import Layout, Structure
 from workbench.messages import nearest
+from workbench.models.wrappers import places
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None
@@ -106,11 +107,7 @@ def prunable(
             nothing is left, or two weights share only part of their memory.
     """
     groups = shared_memory(model)
-    layers = {
-        f"{path}.{name}" if path else name: layer
-        for path, layer in model.named_modules(remove_duplicate=False)
-        for name in layer._parameters
-    }
+    layers = {name: place.owner for name, place in places(model).items()}
     scope = [g for g in groups if all(_is_prunable(name, layers[name]) for name, _ in g)]
     names = {group[0][0]: [name for name, _ in group] for group in scope}
     chosen = set(names)

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from prune.masks.enforce import unwrap_model, unwrap_optimizer
+from prune.masks.enforce import unwrap_optimizer
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.start import Start
 from workbench.duration import Duration
+from workbench.models.wrappers import unwrap
 from workbench.training.callbacks import History
 from workbench.training.module import network_of
 from workbench.training.resume import save_checkpoint
@@ -201,7 +202,7 @@ def _average_anew(trainer: Trainer, module: LightningModule) -> None:
     network = network_of(module)
     for average in _averages(trainer, module):
         average.n_averaged.zero_()  # the next update copies
-        twin = network_of(unwrap_model(average))
+        twin = network_of(unwrap(average))
         if (state := network.state_dict()).keys() == twin.state_dict().keys():
             twin.load_state_dict(state)
 

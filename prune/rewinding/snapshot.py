@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from prune.masks.enforce import unwrap_optimizer
 from prune.masks.memory import distributed, local
 from workbench.messages import closest
+from workbench.models.wrappers import named_buffers, named_parameters
 from workbench.randomness import random_state, set_random_state
 
 PARTS = ("weights", "buffers", "optimizers", "schedulers", "scaler", "random")
@@ -73,8 +74,8 @@ class Snapshot:
         """
         snapshot = cls()
         snapshot._parts = {
-            "weights": {name: _copy(name, p, device) for name, p in model.named_parameters()},
-            "buffers": {name: _copy(name, b, device) for name, b in model.named_buffers()},
+            "weights": {name: _copy(name, p, device) for name, p in named_parameters(model)},
+            "buffers": {name: _copy(name, b, device) for name, b in named_buffers(model)},
         }
         if optimizers is not None:
             snapshot._parts["optimizers"] = [_remember(each, device) for each in several(optimizers)]
@@ -126,7 +127,7 @@ class Snapshot:
         missing = [name for name, value in given.items() if value is not None and name not in self._parts]
         chosen = _chosen(parts, self.what, {name for name, value in given.items() if value is None}, missing)
         copies: list[tuple[Tensor, Tensor]] = []
-        for part, named in (("weights", model.named_parameters()), ("buffers", model.named_buffers())):
+        for part, named in (("weights", named_parameters(model)), ("buffers", named_buffers(model))):
             if part in chosen:
                 copies += _pairs(part, self._parts[part], dict(named))
         pairs = {name: _matched(name, self._parts[name], given[name]) for name in chosen if name in _LISTS}
@@ -253,7 +254,7 @@ def _pairs(part: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -
         near = closest(name, live if name in saved else saved, 0)
         raise ValueError(
             f"{part} of snapshot and model differ: only {where} '{name}' (nearest in the other: {near}). Give the "
-            "model that the snapshot was taken of, or one like it, wrapped alike"
+            "model that the snapshot was taken of, or one like it"
         )
     for name, tensor in live.items():
         if local(tensor).shape != saved[name].shape:

@@ -39,7 +39,9 @@ from prune.shrinking.find import find_groups
 from prune.shrinking.surgery import is_zero, keep_one, remove, zero_columns, zero_rows
 from prune.shrinking.units import Selection, removed_outputs
 from prune.shrinking.unused import bias_update, constant, input_ranges, randomized, unused
+from workbench.messages import some
 from workbench.models.resize import add_bias
+from workbench.models.wrappers import unwrap, wrapped_parts
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900 (which channels go together);
         Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650 (heads).
     """
+    model = unwrap(model)
+    if parts := wrapped_parts(model):
+        raise ValueError(
+            f"{some(parts)} of this {type(model).__name__} are wrapped, by torch.compile, checkpointing or adapters: "
+            "shrink the plain model (with its adapters merged), and wrap what comes out"
+        )
     call = Call.of(example_inputs).on_device_of(model)
     masked = copy.deepcopy(model).eval()
     kept = {} if masks is None else dict(Masks(masks))

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from workbench.models.wrappers import submodule
+
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
     """The layer whose weight has this name."""
-    return model.get_submodule(name.rpartition(".")[0])
+    return submodule(model, name.rpartition(".")[0])
 
 
 def turned(layer: nn.Module, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prune.structures.axes import shape_of, turned
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.anatomy import KINDS, Layer, layers_of
+from workbench.models.wrappers import submodule
 
 
 class Share(NamedTuple):
@@ -76,7 +77,7 @@ def _layout(kind: str, model: nn.Module, weights: Tensors, shares: Callable[[Lay
         for part, outputs, units in shares(layer):
             name = f"{prefix}{part}.weight"
             if name in weights:
-                index = turned(layer.module.get_submodule(part), units[:, None] if outputs else units[None])
+                index = turned(submodule(layer.module, part), units[:, None] if outputs else units[None])
                 members[name] = [(f"{prefix}{kind}", index)]
     if not members:
         raise ValueError(
@@ -112,7 +113,7 @@ def _units(layer: Layer) -> Iterator[Share]:
 
 
 def _outputs(layer: Layer, part: str) -> int:
-    module = layer.module.get_submodule(part)
+    module = submodule(layer.module, part)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return shape_of(module, weight)[0]

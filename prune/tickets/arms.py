@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prune.allocation import Global, Layers
 from prune.criteria import seeded
 from prune.masks import Masks
+from prune.masks.enforce import masked_parameters
 from prune.pruner import Pruner
 from prune.rewinding.modes import MODES, Rewind, StateDict, start_of
 from prune.rewinding.start import Start
@@ -251,7 +252,7 @@ def _in_order(hunt: Hunt, start: Start) -> Start:
 def _units(hunt: Hunt, level: int) -> tuple[Layout, Masks]:
     """How the structure divides what the ticket's mask is of, and that mask."""
     masks = hunt.store.masks(level)
-    weights = {name: hunt.trainee.network.get_parameter(name) for name in masks}
+    weights = masked_parameters(masks, hunt.trainee.network)
     return hunt.pruner.axes.structure.layout(hunt.trainee.network, weights), masks
 
 

@@ -113,7 +113,7 @@ def test_a_star_stops_at_dots_and_two_do_not(pattern: str, expected: list[str] |
         ("layers.7", "near are .*layers.1"),
         ("heads", "near are .*head"),
         ("encoder.block.*", "near are layers, head"),
-        ("module.layers.1", "leave out 'module.'"),
+        ("module.layers.1", "say 'layers.1'"),
         ("head:inputs", "':input' or ':output' can be captured"),
         ("", "matches no submodule"),
     ],

@@ -45,6 +45,7 @@ from workbench.checkpoints.bits import pack, unpack
 from workbench.files import atomic_file, read_json, sha256, write_json
 from workbench.models.architecture import build, describe, is_architecture
 from workbench.models.resize import ResizeError
+from workbench.models.wrappers import places, plain_names, plain_state, unwrap, without_prefixes
 
 FORMAT = "compact-checkpoint"
 VERSION = 1
@@ -70,7 +71,7 @@ def save(
     """Write ``model`` as a compact checkpoint into the folder ``path``; it is read back and compared bit for bit.
 
     Args:
-        model: The trained network. It is not changed.
+        model: The trained network, also in a wrapper, which leaves no trace. It is not changed.
         path: The folder, created if missing. A checkpoint in it stays valid until the new one is complete.
         masks: Parameter name -> bool tensor of the parameter's shape, True where the weight is kept; never inferred
             from zeros. A tied weight may be given by any of its names.
@@ -90,7 +91,9 @@ def save(
         OSError: If the disk is full or fails; the previous checkpoint is then unchanged.
     """
     path = Path(path)
-    state, first = _tied_state(model.state_dict() if state is None else state)
+    named = None if state is None else plain_state(model, state)
+    model = unwrap(model)
+    state, first = _tied_state(plain_state(model, model.state_dict()) if named is None else named)
     masks = _checked_masks(model, state, first, masks or {})
     stored, entries = _packed(model, state, first, masks, dtype)
     content = to_safetensors(stored)
@@ -122,7 +125,7 @@ def load(path: str | Path, model: nn.Module | None = None, map_location: str | t
 
     Args:
         path: The folder that :func:`save` wrote, or a finished stage's folder.
-        model: A module to fill, if the checkpoint has no architecture.
+        model: A module to fill, if the checkpoint has no architecture; also in a wrapper.
         map_location: Device of the weights.
 
     Raises:
@@ -133,13 +136,15 @@ def load(path: str | Path, model: nn.Module | None = None, map_location: str | t
     with _Reader(path) as reader:
         if model is None:
             model = _build(reader.index, path)
-        target = model.state_dict(keep_vars=True)
+        inner = unwrap(model)
+        held = inner.state_dict(keep_vars=True)
+        target = plain_state(inner, held)
         _check_shapes(target, reader.entries, path)
         state = reader.state()
         for name, tensor in target.items():
             tensor.data = tensor.data.to(state[name].dtype)
-        model.load_state_dict(state)
-    for name, tensor in model.state_dict().items():
+        inner.load_state_dict(dict(zip(held, (state[name] for name in target))))
+    for name, tensor in plain_state(inner, inner.state_dict()).items():
         if not _bitwise_equal(tensor, state[name]):
             raise ValueError(f"{path}: {type(model).__name__} did not load {name!r} as stored; does it tie weights?")
     return model.to(map_location).eval()
@@ -266,11 +271,13 @@ def _checked_masks(
     model: nn.Module, state: Mapping[str, Tensor], first: Mapping[str, str], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The masks on the CPU, each by the first name of its parameter."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(state)
+    parameters = set(places(model)) & set(state)
     checked: dict[str, Tensor] = {}
-    for name, mask in masks.items():
-        if name not in parameters:
-            raise ValueError(f"mask {name!r} names no parameter of the model; it has {sorted(parameters)}")
+    in_model = plain_names(model)
+    for given, mask in masks.items():
+        name = next((n for n in (given, in_model.get(given), without_prefixes(given)) if n in parameters), None)
+        if name is None:
+            raise ValueError(f"mask {given!r} names no parameter of the model; it has {sorted(parameters)}")
         tensor, mask = state[name], mask.detach().cpu()
         if mask.dtype != torch.bool or mask.shape != tensor.shape:
             raise ValueError(f"mask {name!r} is {mask.dtype} {list(mask.shape)}: bool {list(tensor.shape)} is needed")
@@ -291,7 +298,7 @@ def _packed(
     """The tensors of the weights file, and the index's entry for every name in ``state``."""
     if dtype is not None and _dtype_name(dtype) not in _FLOATS:
         raise ValueError(f"dtype is {dtype}: store values as one of {', '.join(_FLOATS)}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = set(places(model))
     stored: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():

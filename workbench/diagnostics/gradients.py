@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from workbench.models.forward import all_reduce_sum, batches, preserve_state, scalar, total_batches
+from workbench.models.wrappers import named_parameters
 
 
 def gradient_flow(
@@ -40,12 +41,13 @@ def gradient_flow(
     Source: Evci, Ioannou, Keskin, Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", 2022,
     arXiv:2010.03533.
     """
-    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    parameters = dict(named_parameters(network))
+    weights = {name: weight for name, weight in parameters.items() if weight.requires_grad}
     if not weights:
         raise ValueError(f"{type(network).__name__} has no parameter that trains: set requires_grad")
     if sharded := [name for name, weight in weights.items() if hasattr(weight, "placements")]:
         raise ValueError(f"'{sharded[0]}' is sharded (DTensor): look at the network before fully_shard")
-    kept = _fitting(masks or {}, dict(network.named_parameters()))
+    kept = _fitting(masks or {}, parameters)
     home, count = next(iter(weights.values())).device, 0
     with preserve_state(network, training=True):
         sums = {name: torch.zeros_like(weight, dtype=_precise(weight)) for name, weight in weights.items()}
@@ -77,7 +79,7 @@ def _layers(network: nn.Module) -> list[str]:
     """Names of the weights of Linear and Conv layers, in definition order."""
     kinds = (nn.Linear, _ConvNd)
     layers = {id(m.weight) for m in network.modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D"}
-    return [name for name, weight in network.named_parameters() if id(weight) in layers]
+    return [name for name, weight in named_parameters(network) if id(weight) in layers]
 
 
 def _precise(weight: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from workbench.distributed.ranks import world_size
 from workbench.models.activations import kind_of
 from workbench.models.forward import all_reduce_sum, batches, forward, preserve_state, total_batches
 from workbench.models.positions import tokens_of
+from workbench.models.wrappers import named_modules
 
 Run = Callable[[nn.Module, Any], Any]
 Site = tuple[str, str]  # names of the activation and of the layer before it
@@ -139,7 +140,7 @@ def _observe(network: nn.Module, loader: Iterable[Any], run: Run, look: Look, ou
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which calls no activation
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has none of these hooks
-        for name, module in network.named_modules():
+        for name, module in named_modules(network):
             if kind_of(module) is not None and outputs:
                 stack.callback(module.register_forward_hook(partial(after, name)).remove)
             elif kind_of(module) is not None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from workbench.models.wrappers import named_modules, submodule, unwrap
+
 KINDS = (
     "BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama of transformers, workbench.models.Transformer, and what is laid "
     "out as they are"
@@ -94,8 +96,8 @@ ANATOMIES = (
 
 def anatomy_of(model: nn.Module) -> Anatomy | None:
     """How a model of transformers is laid out; None if it is none of these."""
-    base = base_of(model)
-    if base is None or not hasattr(getattr(model, "config", None), "num_hidden_layers"):
+    base, config = base_of(model), getattr(unwrap(model, adapters=True), "config", None)
+    if base is None or not hasattr(config, "num_hidden_layers"):
         return None
     for anatomy in ANATOMIES:
         layers = at(base, anatomy.layers)
@@ -106,14 +108,15 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
 
 def base_of(model: nn.Module) -> nn.Module | None:
     """The model without its head; None if it is not one of transformers."""
+    model = unwrap(model, adapters=True)
     prefix = getattr(model, "base_model_prefix", None)
-    return None if prefix is None else getattr(model, prefix, model)
+    return None if prefix is None else unwrap(getattr(model, prefix, model), adapters=True)
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:
     """The submodule at ``path``, if there is one."""
     try:
-        return module.get_submodule(path)
+        return submodule(module, path)
     except AttributeError:
         return None
 
@@ -140,7 +143,7 @@ def layers_of(model: nn.Module) -> Iterator[Layer]:
     Raises:
         ValueError: If the width of a head is unknown.
     """
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         anatomy = next((anatomy for anatomy in ANATOMIES if _has_all(module, anatomy)), None)
         if anatomy is not None:
             yield Layer(path, module, anatomy, _head_width(model, path, anatomy))
@@ -154,7 +157,7 @@ def _head_width(model: nn.Module, path: str, anatomy: Anatomy) -> int:
     """From the attention, else from the nearest configuration around it."""
     steps = [*(path.split(".") if path else []), *anatomy.inputs[0].split(".")[:-1]]
     for depth in range(len(steps), -1, -1):
-        module: Any = model.get_submodule(".".join(steps[:depth]))
+        module: Any = submodule(model, ".".join(steps[:depth]))
         config: Any = getattr(module, "config", None)
         for holder, names in ((module, ("attention_head_size", "head_dim")), (config, ("head_dim",))):
             for name in names:

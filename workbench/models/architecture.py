@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from workbench.models.resize import ResizeError, is_resized, resize
+from workbench.models.wrappers import class_of, has_adapters, unwrap
 
 _ATTENTION = ("eager", "sdpa")
 _POOLER = "add_pooling_layer"
@@ -21,9 +22,13 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
     A transformers model is described by its configuration; any other by its class and what its constructor was given:
     its ``init_args``, or a LightningModule's ``hparams``, or none where it takes none. An activation that was
-    swapped in afterwards, and layers that were made smaller, are noted beside.
+    swapped in afterwards, and layers that were made smaller, are noted beside. Wrappers are looked through; a network
+    with adapters of PEFT is not described, for its class does not make them.
     """
-    cls = _class_of(model)
+    if has_adapters(model):
+        return None
+    model = unwrap(model)
+    cls = class_of(model)
     description: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     config: Any = getattr(model, "config", None)
     try:
@@ -43,11 +48,6 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         return json.loads(json.dumps(description))
     except (TypeError, ValueError):
         return None
-
-
-def _class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's class, without the one that FSDP2 puts in front of it."""
-    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
 def build(architecture: Mapping[str, Any] | None, path: Path) -> nn.Module:
@@ -136,12 +136,12 @@ def is_architecture(value: Any) -> bool:
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
     """The constructor's arguments; raises TypeError if they are unknown or incomplete."""
-    signature = inspect.signature(_class_of(model))
+    signature = inspect.signature(class_of(model))
     init_args: Any = getattr(model, "init_args", None)
     if not isinstance(init_args, Mapping):
         init_args = getattr(model, "hparams", None) or ({} if not signature.parameters else None)
     if not isinstance(init_args, Mapping):
-        raise TypeError(f"{_class_of(model).__name__} does not say what it was built with")
+        raise TypeError(f"{class_of(model).__name__} does not say what it was built with")
     arguments = {name: value for name, value in init_args.items() if name != "_instantiator"}
     signature.bind(**arguments)
     return arguments

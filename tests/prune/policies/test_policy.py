@@ -173,21 +173,13 @@ def test_a_closure_hides_the_gradients() -> None:
         optimizer.step(lambda: model(torch.ones(6)).sum())
 
 
-class Wrapped(nn.Module):
-    """As torch.compile wraps a module, for which it would import half of torch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = model
-
-
 @EVERY
 def test_wrapped_models_and_averages(name: str) -> None:
     """An average follows weights that have gone to zero only slowly, so it is masked whenever the masks change."""
     model, policy = net(), POLICIES[name][0]()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = SGD(model.parameters())
-    with policy.follow(Wrapped(model), optimizer, averages=[average]):
+    with policy.follow(nn.DataParallel(model), optimizer, averages=[average]):
         for index in range(12):
             train(model, optimizer, index, index + 1)
             average.update_parameters(model)

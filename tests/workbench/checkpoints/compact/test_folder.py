@@ -39,6 +39,7 @@ def test_importing_it_needs_torch_and_safetensors_only() -> None:
                 "workbench.lazy",
             ),
             *("workbench.models", "workbench.models.architecture", "workbench.models.resize"),
+            "workbench.models.wrappers",
         ]
     )
 
