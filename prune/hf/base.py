@@ -29,25 +29,21 @@ Invariant: between ``on_train_begin`` and ``release`` every hook is in ``_handle
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prune.criteria import Criterion
+from prune.hf.calibration import trainer_calibration
 from prune.masks import Masks
 from prune.masks.enforce import Handle, unwrap_optimizer
 from prune.policies import Policy, Timestamp
-from prune.policies.calibration import Calibration
 from prune.policies.optimizers import unscaled
 from prune.policies.timestamp import START
-from workbench.randomness import isolated
 
 FILE = "masks.safetensors"
 _KEY = "pruning"
@@ -58,8 +54,9 @@ class PolicyCallback(TrainerCallback):
 
     Gradients of pruned weights are zeroed at the end of the backward pass that completes an update, before the Trainer
     clips. The state of the policy is part of the optimizer's state in checkpoints; the masks are also written into
-    every checkpoint, as ``masks.safetensors``, to be read by others. A criterion that needs data is calibrated on the
-    first batches of the training data, in the order of the data set, and on the model's own loss.
+    every checkpoint, as ``masks.safetensors``, to be read by others. A criterion that needs data is calibrated on
+    batches of the training data, shuffled by the Trainer's seed and divided among processes, and on the model's own
+    loss: see :mod:`prune.hf.calibration`.
 
     Args:
         policy: What decides.
@@ -105,7 +102,7 @@ class PolicyCallback(TrainerCallback):
         hooks += [p.register_post_accumulate_grad_hook(self._queue) for p in model.parameters() if p.requires_grad]
         self._handle = Handle([hook.remove for hook in hooks])
         try:
-            calibration = _calibration(args, kwargs["train_dataloader"])
+            calibration = trainer_calibration(args, kwargs["train_dataloader"])
             self.policy.attach(model, optimizer, self._time, calibration=calibration)
             self.policy.check_budget(state.max_steps, _epochs(args, kwargs["train_dataloader"]))
         except BaseException:
@@ -214,41 +211,6 @@ class PolicyCallback(TrainerCallback):
 
 def _now(state: TrainerState) -> Timestamp:
     return Timestamp(state.global_step, state.epoch or 0.0)
-
-
-def _calibration(args: TrainingArguments, loader: Any) -> Calibration:
-    """Batches in the order of the data set; those of the Trainer's own loader belong to the running epoch."""
-
-    def calibration(criterion: Criterion, batches: int) -> dict[str, Any]:
-        if not criterion.needs_loader:
-            return {}
-        plain = DataLoader(loader.dataset, args.train_batch_size, collate_fn=loader.collate_fn)
-        data = {"loader": _FirstBatches(plain, batches, args.seed)}
-        return {**data, "loss": _loss} if criterion.needs_loss else data
-
-    return calibration
-
-
-class _FirstBatches:
-    """The first batches of a loader, drawn anew from the same random state at every reading."""
-
-    def __init__(self, loader: DataLoader, batches: int, seed: int) -> None:
-        self.loader, self.batches, self.seed = loader, batches, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        return isolated(self.loader, self.batches, self.seed)
-
-
-def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    """The model's own."""
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"{type(model).__name__} gives no loss for {list(batch)}, and that of a Trainer is not known here: prune "
-            "once before, with Pruner(...)(model, density, loader=..., loss=...), and train with KeepMasked(masks)"
-        )
-    return loss
 
 
 def updates_per_epoch(args: TrainingArguments, loader: Any) -> int | None:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prune import Controls, Masks, Rewind, hunt
+from prune import Controls, Masks, Pruner, Rewind, hunt
 from prune.tickets.controls import Interpolation
 from tests.setups.base import Setup
 from workbench import load, records
 from workbench.checkpoints import compact
+from workbench.data import Digits
 from workbench.launcher import recipe as recipes
 from workbench.launcher.runner import run
 from workbench.models import MLP
@@ -116,7 +117,57 @@ def _floor() -> None:
         assert kept["global"]["middle.weight"] == 2, "a tenth of 20, its part at the same density"
 
 
+class DigitsModel(nn.Module):
+    """As transformers' models: the loss is in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor | None]:
+        logits = self.layers(pixels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def _sorted_data() -> None:
+    """SNIP at 5 % on 128 digits of a training set that is sorted by label."""
+    from transformers import Trainer, TrainingArguments
+
+    from prune.hf import GradualPruning
+
+    digits = Digits()
+    digits.setup("fit")
+    x, y = (torch.cat(parts) for parts in zip(*digits.train_dataloader()))
+    order = y.argsort(stable=True)
+    rows = [{"pixels": x[i], "labels": y[i]} for i in order.tolist()]
+    model = DigitsModel()
+    snip = GradualPruning(0.05, "0it", "1it", "1it", Pruner("snip"), schedule="one_shot", batches=2)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=64,
+            num_train_epochs=6,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            seed=0,
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[snip]).train()
+    assert snip.masks is not None
+    assert abs(snip.masks.density - 0.05) < 1e-4
+    digits.setup("test")
+    x, y = (torch.cat(parts) for parts in zip(*digits.test_dataloader()))
+    assert (model(x)["logits"].argmax(1) == y).float().mean() > 0.8, ".64 where it sees the first rows, of one class"
+
+
 SETUPS = [
+    Setup("data of a criterion", "a trainer's data sorted by label", _sorted_data),
     Setup("floor of the global allocation", "turned off by an argument", _floor),
     Setup("barriers", "points and split of a hunt", _barriers),
 ]

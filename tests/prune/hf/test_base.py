@@ -359,20 +359,10 @@ def test_ranks_prune_alike_and_see_the_mean_gradient(tmp_path: Path) -> None:
     assert "ranks hold different masks" in said
 
 
-# Refusals and calibration
+# Refusals
 
 
 def test_deepspeed_is_refused() -> None:
     args: Any = SimpleNamespace(deepspeed="zero.json")
     with pytest.raises(ValueError, match="DeepSpeed keeps its own copy of the weights"):
         KeepMasked(masks()).on_train_begin(args, None, None, model=bert(), optimizer=None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("criterion", ["snip", "wanda"])
-def test_a_criterion_that_looks_at_data_is_shown_the_first_batches(criterion: str, tmp_path: Path) -> None:
-    pruner, rows = Pruner(criterion, allocation="uniform"), sentences()
-    sparse = GradualPruning(0.4, "0it", "1it", "1it", pruner, schedule="one_shot", batches=2)
-    trained(tmp_path, sparse, model=bert(), rows=rows, max_steps=2)
-    batches = [{name: torch.stack([row[name] for row in rows[i : i + 4]]) for name in rows[0]} for i in (0, 4)]
-    loss = {"loss": lambda model, batch: model(**batch).loss} if criterion == "snip" else {}
-    assert sparse.masks == pruner(bert(), 0.4, loader=batches, **loss)
