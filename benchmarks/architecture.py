@@ -34,7 +34,7 @@ FLOORS = {
     ),
     "distill": (
         "module callbacks hf",
-        "targets",
+        "targets hf_columns hf_vocabulary",
         "cache student",
         "teacher objective language",
         "losses features hf_labels",

@@ -15,6 +15,7 @@ from distill.features import Features, capture
 from distill.losses import LogitLoss
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
 from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
+from workbench.models.forward import LABELS
 from workbench.models.positions import tokens_of
 from workbench.tasks import logits_of
 from workbench.tasks.outputs import infer
@@ -45,7 +46,8 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
     loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * the loss of ``training_step``, or the weighted sum of the
     terms in ``losses``, where a term without a loss is that of ``training_step``
 
-    The student's logits are those of its network in the step; the teacher gets the same inputs without ``labels``.
+    The student's logits are those of its network in the step; the teacher gets the same inputs without ``labels``, and
+    what else of a batch that is a mapping its ``forward`` names.
     ``training_step`` is wrapped during ``fit`` and restored afterwards. The teacher does not run where no term with a
     weight above 0 needs it. Logged per epoch: ``train/TERM``, the mean of each term, such as ``train/soft``. Every term
     is a mean over a micro-batch, as the module's own loss is. Lightning averages these over micro-batches and ranks,
@@ -252,7 +254,7 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             targets = targets_of(
                 self.teacher,
                 call.args,
-                call.kwargs,
+                {**self._columns(call, batch.batch), **call.kwargs},
                 batch.cached_targets,
                 layers=self.objective.teacher_layers(None if first else weights),
                 logits=self.objective.needs_logits(weights),
@@ -277,6 +279,13 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         )
         self._means.add(_without_sum(terms), valid.sum())
         return terms["loss"]
+
+    def _columns(self, call: _Call, batch: Any) -> dict[str, Any]:
+        """What a mapping holds that the teacher names and the student was not called with, such as token types."""
+        if isinstance(self.teacher, CachedTeacher) or not isinstance(batch, Mapping):
+            return {}
+        named = {name for keywords in self.teacher.keywords for name in (keywords or ())[len(call.args) :]}
+        return {name: batch[name] for name in named & batch.keys() - set(LABELS)}
 
     def _make_projectors(self, outputs: Outputs, targets: Outputs, optimizers: list[torch.optim.Optimizer]) -> None:
         make_projectors(self.objective, outputs, targets)

@@ -1,6 +1,6 @@
 """Distillation in transformers: a mixin for any ``Trainer``, and the plain Trainer with it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,9 @@ from transformers import Trainer
 from distill.cache import CachedBatch, CachedTeacher
 from distill.cache.samples import fetch
 from distill.features import capture
+from distill.hf_columns import check_columns, columns_for, teacher_only
 from distill.hf_labels import Positions, label_spec, scored_positions
+from distill.hf_vocabulary import vocabulary_for
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors, zero_of
 from distill.targets import TeacherLike, as_teacher, targets_of
 from distill.teacher import eval_mode
@@ -55,6 +57,10 @@ class DistillationMixin(_Trainer):
     not padding. The features of a term are averaged over the tokens of a micro-batch that are not padding, and these
     averages are weighted alike.
 
+    Columns of the data sets that student or teacher take by name arrive, and each gets those that it takes. Language
+    models are compared over the ids that both tokenizers share, whatever number of rows their heads are padded to;
+    tokenizers that disagree are refused.
+
     Logged beside ``loss``: every term by its name, the mean since the last log. Evaluation and prediction are the
     Trainer's own: ``eval_loss`` is the own loss.
 
@@ -68,6 +74,8 @@ class DistillationMixin(_Trainer):
         create_optimizer                 projectors are made and added to the optimizer's groups
         _load_optimizer_and_scheduler    projectors of a checkpoint are loaded, before the optimizer's state
         get_batch_samples                counts the valid positions of an update, over micro-batches and ranks
+        _set_signature_columns_if_needed keeps the columns of a data set that the teacher takes
+        prediction_step                  leaves out what only the teacher takes
         training_step                    clears the projectors' gradients at an update's first micro-batch, and averages
                                          them over ranks after its last
         compute_loss                     the objective, scaled by this micro-batch's share of the update's positions
@@ -77,9 +85,14 @@ class DistillationMixin(_Trainer):
     Args:
         *args: The Trainer's.
         teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache,
-            made of the training set by the same collator and without columns that the model does not take.
+            made of the training set by the same collator.
         losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name, whose features are named as in
             the model; SoftTargets() by default.
+        teacher_columns: Columns of the data sets that the teacher takes, beside those that its ``forward`` names. Only
+            needed for a function or a wrapper that takes ``**kwargs``; an empty list says that there are none.
+        teacher_tokenizer: The teacher's tokenizer, to be compared with ``processing_class``; by default the one beside
+            the weights that the teacher was loaded from, if it is on this disk.
+        vocabulary: How many ids both language models share, in place of comparing tokenizers.
         **kwargs: The Trainer's.
 
     Raises:
@@ -89,13 +102,29 @@ class DistillationMixin(_Trainer):
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
 
-    def __init__(self, *args: Any, teacher: TeacherLike, losses: Losses | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: TeacherLike,
+        losses: Losses | None = None,
+        teacher_columns: Sequence[str] | None = None,
+        teacher_tokenizer: Any = None,
+        vocabulary: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.teacher = as_teacher(teacher)
         self.objective = Objective(SoftTargets() if losses is None else losses)
         self._term_means = Means()
         self._new_update = True
+        self._teacher_columns = columns_for(self.teacher, teacher_columns)
         super().__init__(*args, **kwargs)
-        self._label_spec = label_spec(self.accelerator.unwrap_model(self.model), self.label_names)
+        student = self.accelerator.unwrap_model(self.model)
+        self._label_spec = label_spec(student, self.label_names)
+        self._teacher_only = teacher_only(student, self._teacher_columns, self._label_spec.names)
+        if teacher_columns is None and self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            check_columns(self.train_dataset, self._signature_columns or (), self.teacher)
+        self._vocabulary = vocabulary_for(student, self.teacher, self.processing_class, teacher_tokenizer, vocabulary)
         # compute_loss divides by the positions of the whole update, so the Trainer must not divide by the number of
         # micro-batches as well.
         self.loss_is_scaled_for_ga = True
@@ -113,7 +142,7 @@ class DistillationMixin(_Trainer):
         ``num_items_in_batch`` is the count of :meth:`get_batch_samples`; without it the loss is a mean over this batch.
         """
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, self._own_inputs(inputs), return_outputs, num_items_in_batch)
         weights = self.objective.weights(self._progress)
         inputs = dict(inputs)
         cached = inputs.pop(_CACHED, None)
@@ -122,8 +151,8 @@ class DistillationMixin(_Trainer):
             if positions.valid.any():
                 own, raw = self._own_loss(model, inputs, weights)
             else:  # cross-entropy over no position is NaN, and its share of the update 0
-                own, raw = None, model(**inputs)
-            logits = self._scored(positions.of(logits_of(raw)), positions, inputs)
+                own, raw = None, model(**self._own_inputs(inputs))
+            logits = self._scored(self._shared(logits_of(raw), positions), positions, inputs)
             outputs = Outputs(logits, features.take())
         valid, labels = positions.shaped(logits)
         # accelerate casts inside of the model's forward only; the teacher and the projectors need autocast as well.
@@ -174,6 +203,17 @@ class DistillationMixin(_Trainer):
             del self.accelerator.prepare
         loader.collate_fn = _AddCachedTargets(loader.collate_fn)
         return prepare(loader)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        new = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if new:
+            columns = self._signature_columns or []
+            self._signature_columns = [*columns, *sorted(self._teacher_columns - set(columns))]
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, without the inputs that only the teacher takes."""
+        return super().prediction_step(model, self._own_inputs(inputs), *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch.
@@ -243,9 +283,13 @@ class DistillationMixin(_Trainer):
         needed = any(weight and self.objective.terms[name].loss is None for name, weight in weights.items())
         if needed or any(name in inputs for name in self._label_spec.names):
             # A copy: the Trainer takes labels out of it.
-            loss_and_output: Any = super().compute_loss(model, dict(inputs), return_outputs=True)
+            loss_and_output: Any = super().compute_loss(model, self._own_inputs(inputs), return_outputs=True)
             return loss_and_output
-        return None, model(**inputs)
+        return None, model(**self._own_inputs(inputs))
+
+    def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the inputs without what only the teacher takes."""
+        return {name: value for name, value in inputs.items() if name not in self._teacher_only}
 
     def _targets(
         self, inputs: dict[str, Any], cached: Any, positions: Positions, weights: Mapping[str, float] | None
@@ -263,7 +307,12 @@ class DistillationMixin(_Trainer):
             outputs = positions.of(outputs)
             return outputs if self.objective.outputs is None else self.objective.outputs.scored(outputs)
 
-        return targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=score)
+        targets = targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=score, match=True)
+        return targets if targets.logits is None else targets._replace(logits=targets.logits[..., : self._vocabulary])
+
+    def _shared(self, outputs: Tensor, positions: Positions) -> Tensor:
+        """The outputs at the scored positions, those of a language model over the shared vocabulary."""
+        return positions.of(outputs)[..., : self._vocabulary]
 
     def _scored(self, logits: Tensor, positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
         """The model's outputs in scored form; the first batch tells what they are."""
@@ -289,7 +338,7 @@ class DistillationMixin(_Trainer):
             assert model is not None
             layers, cached = self.objective.student_layers(), inputs.pop(_CACHED, None)
             with eval_mode(model), self.accelerator.autocast(), capture(model, layers) as features:
-                model(**inputs)
+                model(**self._own_inputs(inputs))
                 student = Outputs(None, features.take())
                 return student, self._targets(inputs, cached, scored_positions(inputs, self._label_spec), None)
 

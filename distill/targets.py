@@ -35,6 +35,7 @@ def targets_of(
     layers: Sequence[str] = (),
     logits: bool = True,
     score: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    match: bool = False,
 ) -> Outputs:
     """A teacher's outputs for a batch, live or cached.
 
@@ -46,6 +47,7 @@ def targets_of(
         layers: Layers of the teacher whose features are needed.
         logits: Whether the teacher's logits are needed.
         score: Selects the scored positions of the model's outputs, such as all but the last of a causal model.
+        match: Whether a live teacher gets only the keyword arguments that it names.
 
     Raises:
         ValueError: If the teacher is a cache and the batch has no cached targets, the cached targets lack logits or
@@ -64,7 +66,7 @@ def targets_of(
             "the teacher is a cache and the batch comes without cached targets: train on a loader that attach returned"
         )
     inputs = {name: value for name, value in kwargs.items() if name != "labels"}
-    raw, features = teacher.outputs(args, inputs, layers)
+    raw, features = teacher.outputs(args, inputs, layers, match)
     return Outputs(score(logits_of(raw, "the teacher")) if logits else None, features)
 
 

@@ -1,6 +1,7 @@
 """Teacher: a trained network, or several, frozen and in eval mode."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import quantize
 from workbench.models.architecture import describe
+from workbench.models.forward import keywords_of
 from workbench.models.wrappers import class_of, plain_state, unwrap
 from workbench.tasks import logits_of
 
@@ -25,8 +27,8 @@ TeacherSource = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
 Average = Literal["logits", "probabilities"]
 _HALF = (torch.bfloat16, torch.float16)
-# These entries of a configuration record its origin and configure nothing.
-_PASSING = ("_name_or_path", "transformers_version")
+# These entries of a configuration change nothing that a teacher answers.
+_PASSING = ("_name_or_path", "transformers_version", "use_cache")
 
 
 @final
@@ -88,7 +90,7 @@ class Teacher:
 
     @torch.no_grad()
     def outputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], features: Iterable[str] = ()
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], features: Iterable[str] = (), match: bool = False
     ) -> tuple[Any, dict[str, Tensor]]:
         """The output for ``(*args, **kwargs)``, and the inputs or outputs of the submodules named by ``features``.
 
@@ -96,6 +98,7 @@ class Teacher:
             args: Positional arguments of the network.
             kwargs: Keyword arguments.
             features: Paths or patterns, as :func:`distill.features.capture` takes them.
+            match: Whether each network gets only the keyword arguments that it names, see :attr:`keywords`.
 
         Raises:
             ValueError: If features of several teachers or of a function are requested, or a name matches nothing.
@@ -104,9 +107,13 @@ class Teacher:
         if names and (len(self._members) > 1 or self._members[0].network is None):
             what = "several teachers" if len(self._members) > 1 else "a function"
             raise ValueError(f"features {names} are requested of {what}: only a single network has them")
+        given = [member.matching(kwargs) if match else kwargs for member in self._members]
         if len(self._members) == 1:
-            return self._members[0].run(args, kwargs, names)
-        outputs = [logits_of(member.run(args, kwargs, [])[0], "a teacher to be averaged") for member in self._members]
+            return self._members[0].run(args, given[0], names)
+        outputs = [
+            logits_of(member.run(args, own, [])[0], "a teacher to be averaged")
+            for member, own in zip(self._members, given)
+        ]
         if others := [list(each.shape) for each in outputs if each.shape != outputs[0].shape]:
             raise ValueError(
                 f"teachers to be averaged give logits {list(outputs[0].shape)} and {others[0]}: "
@@ -127,6 +134,16 @@ class Teacher:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         # A teacher never changes, and may be far larger than its student: copies share it.
         return self
+
+    @property
+    def keywords(self) -> list[tuple[str, ...] | None]:
+        """The keyword arguments that each network or function takes by name; None where it takes any."""
+        return [member.keywords for member in self._members]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those of the teachers that are networks, for reading."""
+        return [member.network for member in self._members if member.network is not None]
 
     @property
     def module(self) -> nn.Module:
@@ -188,7 +205,17 @@ class _Member:
         elif precision == "int8":
             network = quantize(network)
         self.network = network.requires_grad_(False).eval()
+        _keep_no_cache(self.network)
         self._compile = compile or "_orig_mod" in getattr(source, "_modules", ())  # as torch.compile left it
+
+    @functools.cached_property
+    def keywords(self) -> tuple[str, ...] | None:
+        """Names of keyword arguments; None for any."""
+        return keywords_of(self._function if self.network is None else self.network)
+
+    def matching(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of the arguments that it takes."""
+        return {name: kwargs[name] for name in kwargs if self.keywords is None or name in self.keywords}
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], features: list[str]) -> tuple[Any, dict[str, Tensor]]:
         """The raw output, and the features."""
@@ -236,6 +263,13 @@ class _Member:
         if self._precision is None:
             return output
         return tree_map_only(Tensor, lambda value: value.float() if value.dtype in _HALF else value, output)
+
+
+def _keep_no_cache(network: nn.Module) -> None:
+    """Turn off the keys and values that transformers models keep for a next token, which a teacher never has."""
+    for part in network.modules():
+        if getattr(config := getattr(part, "config", None), "use_cache", None):
+            config.use_cache = False  # type: ignore[union-attr]
 
 
 def _shares(weights: Sequence[float] | None, count: int, several: bool) -> list[float]:

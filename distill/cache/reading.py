@@ -71,6 +71,10 @@ class CachedTeacher:
         """The cached splits."""
         return sorted(self._splits)
 
+    def columns(self, split: str = "train") -> list[str] | None:
+        """The columns of the data set that was cached; None where its samples have no names."""
+        return self._split(split).index["fingerprint"].get("columns")
+
     def describe(self, split: str = "train") -> dict[str, Any]:
         """The index of a split: fingerprint, entries and shards, as in ``cache.json``."""
         return self._split(split).index

@@ -121,12 +121,18 @@ def digest(value: Any) -> bytes:
     return blake.digest()
 
 
-def probe(dataset: Any, collate: Callable[[Any], Any]) -> dict[str, str]:
-    """What the first samples look like, and the batch that is made of them: digests in hexadecimal digits."""
+def probe(dataset: Any, collate: Callable[[Any], Any]) -> dict[str, Any]:
+    """What the first samples look like, and the batch that is made of them: columns, digests in hexadecimal digits."""
     indices = [EpochIndex(index, 0) for index in range(min(len(dataset), _TRIED))]
     data = fetch(dataset, indices)
     items = digest(digests(data, len(indices))).hex()
-    return {"items": items, "batch": digest(collate(data)).hex()}
+    return {"columns": columns_of(dataset), "items": items, "batch": digest(collate(data)).hex()}
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """The names in a sample of a data set, sorted; None where samples have no names."""
+    first = dataset[EpochIndex(0, 0)] if len(dataset) else None
+    return sorted(map(str, first)) if isinstance(first, Mapping) else None
 
 
 def check_repeatable(dataset: Any, collate: Callable[[Any], Any]) -> None:

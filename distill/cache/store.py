@@ -50,6 +50,7 @@ PARTS = {
     "samples": "another number of samples",
     "views": "another number of views",
     "tokenizer": "another tokenizer",
+    "columns": "other columns",
     "items": "another data set, transform or order of samples",
     "batch": "another collate_fn",
     "answers": "a function that answers otherwise",

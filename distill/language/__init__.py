@@ -1,7 +1,7 @@
 """Distilling language models: positions, vocabularies, a loss that never holds [tokens, vocabulary]. Torch only."""
 
 from distill.language.chunked import FactoredLogits, chunked_soft_target, chunked_terms
-from distill.language.heads import check_headless, check_vocabulary, headless, pad_vocabulary
+from distill.language.heads import check_headless, check_vocabulary, headless, pad_vocabulary, shared_vocabulary
 from workbench.models.positions import IGNORED, shift, valid_tokens
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "chunked_terms",
     "headless",
     "pad_vocabulary",
+    "shared_vocabulary",
     "shift",
     "valid_tokens",
 ]

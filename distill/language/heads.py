@@ -47,6 +47,38 @@ def check_vocabulary(student_tokens: Mapping[str, int], teacher_tokens: Mapping[
     return max(student_tokens.values()) + 1
 
 
+def shared_vocabulary(
+    student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int], padding: str | None = None
+) -> int:
+    """How many ids two vocabularies share, from 0 on, where each may go on with tokens of its own.
+
+    Args:
+        student_tokens: Token -> id, such as ``tokenizer.get_vocab()`` gives.
+        teacher_tokens: The same of the teacher. Tokens that it alone has never occur in the student's inputs.
+        padding: A token that the student alone may have: nothing is learnt where it stands.
+
+    Returns:
+        One more than the largest id that is a token to both.
+
+    Raises:
+        ValueError: If an id is another token to the teacher, or the teacher does not know a token of the student.
+    """
+    own, other = ({number: token for token, number in tokens.items()} for tokens in (student_tokens, teacher_tokens))
+    if unlike := sorted(number for number in own.keys() & other.keys() if own[number] != other[number]):
+        first = unlike[0]
+        raise ValueError(
+            f"{len(unlike)} ids are other tokens to the teacher, the first {first}: {own[first]!r} to the student and "
+            f"{other[first]!r} to the teacher: give both models one tokenizer"
+        )
+    if unknown := sorted(number for number in own.keys() - other.keys() if own[number] != padding):
+        first = unknown[0]
+        raise ValueError(
+            f"the teacher does not know {len(unknown)} of the student's tokens, the first {own[first]!r} with id "
+            f"{first}: give both models one tokenizer"
+        )
+    return max(own.keys() & other.keys(), default=-1) + 1
+
+
 def pad_vocabulary(logits: Tensor, vocabulary: int, size: int | None = None) -> Tensor:
     """Logits over ``size`` rows, of which those from ``vocabulary`` on take no probability.
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, DistillModule, Teacher
 from distill.cache import CachedTeacher, cache_teacher
-from distill.losses import DKD, RKD, Hint, SoftTarget
+from distill.losses import DKD, RKD, Hint, SoftTarget, soft_target
 from distill.objective import SoftTargets, Term
 from tests.helpers.projectors import draw_alike
 from tests.helpers.ranks import on_ranks
@@ -291,6 +291,38 @@ def test_two_of_them_are_refused() -> None:
 def test_arguments_out_of_range(alpha: float, temperature: float) -> None:
     with pytest.raises(ValueError, match=r"alpha is|temperature is"):
         DistillationCallback(teacher(), SoftTargets(temperature, alpha))
+
+
+class Segmented(nn.Module):
+    """As BERT beside DistilBERT: it looks at one column more than its student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self.head(x if segments is None else x + segments)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_teacher_gets_what_of_a_batch_it_names_besides(by_name: bool) -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        logits = self.model(x=batch["x"]) if by_name else self.model(batch["x"])
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    batch = {
+        "x": torch.randn(6, 5),
+        "segments": torch.ones(6, 5),
+        "labels": torch.zeros(6).long(),
+        "index": torch.ones(6),
+    }
+    module, expert = theirs(), Segmented()
+    module.model = Segmented()
+    expected = soft_target(module.model(batch["x"]), expert(batch["x"], batch["segments"]), 4.0)
+    type(module).training_step = step
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(6)]
+    trainer = fit(module, DistillationCallback(expert), loader=DataLoader(rows, 6), max_epochs=1)  # type: ignore[arg-type]
+    assert trainer.callback_metrics["train/soft"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_classes_of_another_number_are_named() -> None:

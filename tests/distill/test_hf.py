@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lp
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,6 +17,8 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -543,6 +546,37 @@ def test_a_cached_teacher_equals_a_live_one(workers: int, tmp_path: Path) -> Non
     assert cached.accelerator.prepare.__self__ is cached.accelerator
     with pytest.raises(ValueError, match="the batch comes without cached targets"):
         cached.compute_loss(cached.model.train(), collated(sentences(4)))
+
+
+def table_of(rows: list[dict[str, Tensor]]) -> Any:
+    plain = [{name: value.tolist() for name, value in row.items()} for row in rows]
+    return Dataset.from_list(plain).with_format("torch")
+
+
+def test_a_cache_has_the_columns_of_its_teacher(tmp_path: Path) -> None:
+    """Those that its student does not take, too."""
+    rows = [{**row, "token_type_ids": torch.tensor([0, 0, 0, 1, 1, 1])} for row in sentences()]
+    cache_teacher(expert(), DataLoader(rows, 4, collate_fn=collated), tmp_path / "cache")  # type: ignore[arg-type]
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 8, "num_labels": 3}
+    torch.manual_seed(3)
+    student = DistilBertForSequenceClassification(
+        DistilBertConfig(dim=4, hidden_dim=4, n_layers=1, n_heads=2, dropout=0.0, seq_classif_dropout=0.0, **sizes)
+    )
+    live, cached, table = (
+        trained(tmp_path, copy.deepcopy(student), teacher, data, data_collator=collated)
+        for teacher, data in (
+            (expert(), rows),
+            (tmp_path / "cache", rows),
+            (
+                tmp_path / "cache",
+                Dataset.from_list([{n: v.tolist() for n, v in r.items()} for r in rows]).with_format("torch"),
+            ),
+        )
+    )
+    assert largest(weights(live.model), weights(cached.model)) == 0
+    assert largest(weights(live.model), weights(table.model)) == 0
+    without = trained(tmp_path, copy.deepcopy(student), expert(), sentences())
+    assert largest(weights(live.model), weights(without.model)) > 1e-3
 
 
 def test_text_without_labels_is_enough_for_soft_targets(tmp_path: Path) -> None:

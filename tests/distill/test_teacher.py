@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distill.cache import CachedTeacher, cache_teacher
 from distill.teacher import Teacher, averaged
+from tests.helpers.tiny_gpt2 import gpt2
 from workbench import load
 from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import Int8Linear, quantize
@@ -429,6 +430,17 @@ def test_equal_weights_by_default_and_impossible_classes_stay_impossible() -> No
     assert p.sum() == pytest.approx(1)
     assert p[0, 2] == 0
     assert averaged([one, torch.full((1, 3), math.inf)], [1.0, 0.0]).tolist() == one.tolist()
+
+
+def test_no_keys_and_values_are_kept_for_a_next_token() -> None:
+    model = gpt2()
+    assert model.config.use_cache
+    before = Teacher(model).fingerprint()
+    raw = Teacher(model)(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    assert not [name for name in raw if "cache" in name or "past" in name]
+    assert model.config.use_cache
+    model.config.use_cache = False
+    assert Teacher(model).fingerprint() == before
 
 
 def test_half_precision_answers_are_averaged_in_float32() -> None:

@@ -1,24 +1,34 @@
 """Set-ups of the transformers Trainer, of features in half precision, and of compiled modules."""
 
+import copy
 import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DistilBertConfig,
+    DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     TrainingArguments,
+    default_data_collator,
 )
 
 from distill import DistillationTrainer, DistillModule
-from distill.losses import Hint
+from distill.losses import Hint, soft_target
 from distill.objective import Objective, Outputs, SoftTargets, Term
 from tests.setups.base import Setup
 from workbench.tasks import LanguageModelling
@@ -98,9 +108,113 @@ def chunked_without_a_hard_weight() -> None:
     assert logged["loss"].item() == logged["soft"].item()
 
 
+def bert_teacher_of_distilbert() -> None:
+    """Pairs of sentences: the teacher was trained with segments, which DistilBERT does not have."""
+    sizes = {"vocab_size": 23, "max_position_embeddings": 8, "num_labels": 3}
+    torch.manual_seed(0)
+    student = DistilBertForSequenceClassification(
+        DistilBertConfig(
+            dim=8,
+            hidden_dim=8,
+            n_layers=1,
+            n_heads=2,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+            **sizes,
+        )
+    )
+    teacher = BertForSequenceClassification(
+        BertConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            initializer_range=1.0,
+            **sizes,
+        )
+    ).eval()
+    columns = {
+        "input_ids": torch.randint(1, 23, (4, 6)),
+        "attention_mask": torch.ones(4, 6, dtype=torch.int64),
+        "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]] * 4),
+        "labels": torch.tensor([0, 1, 2, 0]),
+        "idx": torch.arange(4),
+    }
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(4)]
+    table = Dataset.from_dict({name: column.tolist() for name, column in columns.items()}).with_format("torch")
+    inputs = {name: columns[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        own = student.eval()(**inputs, labels=columns["labels"])
+        asked = teacher(**inputs, token_type_ids=columns["token_type_ids"]).logits
+        assert (asked - teacher(**inputs).logits).abs().max() > 0.5
+    for data in (rows, table):
+        with arguments(per_device_train_batch_size=4, learning_rate=0.0) as args:
+            trainer = DistillationTrainer(student, args, train_dataset=data, eval_dataset=data, teacher=teacher)
+            trainer.train()
+            assert math.isclose(trainer.state.log_history[0]["soft"], soft_target(own.logits, asked), rel_tol=1e-4)
+            assert math.isclose(trainer.evaluate()["eval_loss"], own.loss, rel_tol=1e-4)
+            unlabelled = [{name: row[name] for name in row if name != "labels"} for row in rows]
+            assert abs(trainer.predict(unlabelled).predictions - own.logits.numpy()).max() < 1e-5
+
+
+def tokenizer(*tokens: str) -> PreTrainedTokenizerFast:
+    words = {token: number for number, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "[UNK]")), pad_token="[PAD]")
+
+
+WORDS = ("[PAD]", "[UNK]", *(f"word{i}" for i in range(17)))
+
+
+def heads_padded_to_unlike_sizes() -> None:
+    """19 tokens; the student's head has 20 rows and the teacher's 24."""
+    student, teacher = gpt2(8, 20), gpt2(16, 24)
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(2, 19, (2, 6))]
+    batch = {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+    with torch.no_grad():
+        one, other = (model.eval()(**batch).logits[:, :-1, :19] for model in (student, teacher))
+    with tempfile.TemporaryDirectory() as folder, arguments() as args:
+        teacher.save_pretrained(folder)
+        tokenizer(*WORDS).save_pretrained(folder)
+        own = {"processing_class": tokenizer(*WORDS)}
+        for source, given in (
+            (folder, own),
+            (teacher, {**own, "teacher_tokenizer": tokenizer(*WORDS)}),
+            (teacher, {"vocabulary": 19}),
+        ):
+            # A collator of tensors, so that nothing but the comparison needs a tokenizer.
+            trainer = DistillationTrainer(
+                copy.deepcopy(student),
+                args,
+                train_dataset=rows,
+                teacher=source,
+                data_collator=default_data_collator,
+                losses=SoftTargets(2.0, 0.5),
+                **given,
+            )
+            trainer.train()
+            assert math.isclose(trainer.state.log_history[0]["soft"], soft_target(one, other, 2.0), rel_tol=1e-4)
+        with pytest.raises(ValueError, match="the student's 20, the teacher's 24, and nothing"):
+            DistillationTrainer(student, args, train_dataset=rows, teacher=teacher)
+
+
+def unlike_tokenizers() -> None:
+    student, teacher = gpt2(8, 20), gpt2(16, 20)
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(2, 19, (2, 6))]
+    swapped = [*WORDS[:5], WORDS[6], WORDS[5], *WORDS[7:]]
+    with tempfile.TemporaryDirectory() as folder, arguments() as args:
+        teacher.save_pretrained(folder)
+        tokenizer(*swapped).save_pretrained(folder)
+        with pytest.raises(ValueError, match="the first 5: 'word3' to the student and 'word4' to the teacher"):
+            DistillationTrainer(student, args, train_dataset=rows, teacher=folder, processing_class=tokenizer(*WORDS))
+
+
 SETUPS = [
     Setup("teacher features in a wider dtype", "7e4 beside an fp16 student", large_features_beside_fp16),
     Setup("teacher features in a wider dtype", "1.003 beside a bf16 student", fine_features_beside_bf16),
+    Setup("columns", "a BERT teacher of a DistilBERT student", bert_teacher_of_distilbert),
+    Setup("vocabularies", "padded to unlike sizes", heads_padded_to_unlike_sizes),
+    Setup("vocabularies", "unlike tokenizers", unlike_tokenizers),
     Setup("labels all ignored", "a micro-batch of a trainer", micro_batch_without_labels),
     Setup("labels all ignored", "chunked with alpha 1", chunked_without_a_hard_weight),
 ]

@@ -1,5 +1,6 @@
 """How a model is looked at through batches: it is left as it was, and every rank has a part of them. Torch only."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -80,6 +81,23 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(
         f"a batch is {type(batch).__name__}: give a mapping, a tuple or list of inputs and last the labels, or a tensor"
     )
+
+
+def keywords_of(model: Any) -> tuple[str, ...] | None:
+    """Names of the keyword arguments that a network or function takes, in its order; None if it takes any.
+
+    A transformers model takes those that its ``forward`` names: its ``**kwargs`` are options, no inputs.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    call = network.forward if isinstance(network, nn.Module) else network
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters) and not hasattr(network, "main_input_name"):
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(each.name for each in parameters if each.kind in named)
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

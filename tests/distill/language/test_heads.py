@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, Gemma2Config, Gemma2ForCausalLM
 
-from distill.language import check_vocabulary, chunked_soft_target, headless, pad_vocabulary, shift
+from distill.language import check_vocabulary, chunked_soft_target, headless, pad_vocabulary, shared_vocabulary, shift
 from distill.losses import soft_target
 from tests.helpers.tiny_gpt2 import ENDS, gpt2
 
@@ -23,6 +23,19 @@ def test_vocabularies_are_compared_token_by_token():
         check_vocabulary(tokens, {**tokens, "d": 5})
     with pytest.raises(ValueError, match="is empty"):
         check_vocabulary({}, tokens)
+
+
+def test_vocabularies_share_what_is_the_same_token_to_both():
+    student, teacher = {"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "c": 2, "d": 3}
+    assert shared_vocabulary(student, teacher) == 3
+    assert shared_vocabulary({**student, "[PAD]": 3}, {"a": 0, "b": 1, "c": 2}, padding="[PAD]") == 3
+    with pytest.raises(ValueError, match="does not know 1 of the student's tokens, the first 'd' with id 3"):
+        shared_vocabulary(teacher, student)
+    with pytest.raises(
+        ValueError, match="2 ids are other tokens to the teacher, the first 1: 'b' to the student and 'c'"
+    ):
+        shared_vocabulary(student, {"a": 0, "c": 1, "b": 2})
+    assert shared_vocabulary({}, teacher) == 0
 
 
 def test_padded_rows_take_no_probability():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.models.forward import forward, inputs_of
+from workbench.models.forward import forward, inputs_of, keywords_of
 from workbench.tasks import Classification, Regression
 
 X, MASK, Y = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 1])
@@ -47,3 +47,24 @@ def test_a_model_that_takes_other_inputs_is_named() -> None:
         forward(nn.Linear(3, 2), (X, MASK, Y))
     with pytest.raises(ValueError, match=r"Linear cannot be called with arguments \['x'\] of a batch"):
         forward(nn.Linear(3, 2), {"x": X, "labels": Y})
+
+
+class Open(nn.Module):
+    def forward(self, x: Any, **options: Any) -> Any:
+        return x
+
+
+class Named(nn.Module):
+    main_input_name = "x"
+
+    def forward(self, x: Any, mask: Any = None, *, scale: float = 1.0, **options: Any) -> Any:
+        return x
+
+
+def test_names_of_keyword_arguments() -> None:
+    assert keywords_of(nn.Linear(1, 1)) == ("input",)
+    assert keywords_of(Open()) is None
+    assert keywords_of(Named()) == ("x", "mask", "scale")  # as models of transformers, whose **kwargs are options
+    assert keywords_of(lambda x, /, y, *rest, z=1: x) == ("y", "z")
+    assert keywords_of(lambda **batch: batch) is None
+    assert keywords_of(min) is None
