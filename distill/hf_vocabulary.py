@@ -8,6 +8,7 @@ from torch import nn
 from distill.cache import CachedTeacher
 from distill.language import shared_vocabulary
 from distill.teacher import Teacher
+from workbench.models.wrappers import unwrap
 
 
 def vocabulary_for(
@@ -85,7 +86,7 @@ def _teacher_rows(teacher: Teacher | CachedTeacher) -> dict[str, int | None]:
 
 def _rows(model: Any) -> int | None:
     """Rows of the head of a language model; None of another model."""
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(unwrap(model), "get_output_embeddings", None)
     head = get() if callable(get) else None
     count = getattr(head, "out_features", None)
     return count if isinstance(count, int) else None
@@ -98,13 +99,14 @@ def _tokens(owner: Any) -> dict[str, int] | None:
     for each in (owner, getattr(owner, "tokenizer", None)):
         get: Any = getattr(each, "get_vocab", None)
         if callable(get):
-            return dict(get())
+            tokens: Any = get()
+            return tokens
     return None
 
 
 def _beside(model: Any) -> Any:
     """The tokenizer beside the weights that a model was loaded from, if it is on this disk."""
-    name = getattr(model, "name_or_path", None)
+    name = getattr(unwrap(model, adapters=True), "name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
     from transformers import AutoTokenizer

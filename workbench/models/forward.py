@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.distributed.ranks import world_size
+from workbench.models.wrappers import unwrap
 
 LABELS = ("label", "labels", "label_ids")
 
@@ -88,7 +89,7 @@ def keywords_of(model: Any) -> tuple[str, ...] | None:
 
     A transformers model takes those that its ``forward`` names: its ``**kwargs`` are options, no inputs.
     """
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    network = unwrap(model, adapters=True) if isinstance(model, nn.Module) else model
     call = network.forward if isinstance(network, nn.Module) else network
     try:
         parameters = inspect.signature(call).parameters.values()
