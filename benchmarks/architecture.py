@@ -34,10 +34,10 @@ FLOORS = {
     ),
     "distill": (
         "module callbacks hf",
-        "targets hf_columns hf_vocabulary",
+        "targets scored hf_columns hf_vocabulary",
         "cache student",
         "teacher objective language",
-        "losses features hf_labels",
+        "losses features hf_labels terms",
     ),
 }
 """From the top floor down: a room imports only what stands below it, or beside it without a circle."""

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from distill.features import capture
     from distill.hf import DistillationMixin, DistillationTrainer
     from distill.module import DistillModule
-    from distill.objective import SoftTargets, Term
     from distill.student import cut_student
     from distill.teacher import Teacher
+    from distill.terms import SoftTargets, Term
 
 __all__ = [
     "CachedTeacher",
@@ -41,9 +41,9 @@ __getattr__, __dir__ = lazy.attach(
         "DistillationCallback": "distill.callbacks",
         "DistillationMixin": "distill.hf",
         "DistillationTrainer": "distill.hf",
-        "SoftTargets": "distill.objective",
+        "SoftTargets": "distill.terms",
         "Teacher": "distill.teacher",
-        "Term": "distill.objective",
+        "Term": "distill.terms",
         "cache_teacher": "distill.cache",
         "capture": "distill.features",
         "cut_student": "distill.student",

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from distill.cache import CachedBatch, CachedTeacher
 from distill.features import Features, capture
-from distill.losses import LogitLoss
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
-from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
+from distill.scored import Scores, aligned_labels, by_labels, by_task
+from distill.targets import TeacherLike, as_teacher, targets_of, task_targets, training_progress
+from distill.teacher import Teacher
 from workbench.models.forward import LABELS
-from workbench.models.positions import tokens_of
-from workbench.tasks import logits_of
-from workbench.tasks.outputs import infer
+from workbench.models.positions import IGNORED, tokens_of
+from workbench.tasks import Kind, LogitsSpec, OutputType, loss_weight, select_logits
+from workbench.tasks.outputs import infer, output_type
 from workbench.training.means import GlobalMean, Means
 from workbench.training.module import StepOutput, SupervisedModule
 
@@ -48,6 +49,11 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
 
     The student's logits are those of its network in the step; the teacher gets the same inputs without ``labels``, and
     what else of a batch that is a mapping its ``forward`` names.
+    What they are, of classes, independent labels or numbers, decides the loss, see :class:`~distill.SoftTargets`.
+    For a :class:`workbench.TaskModule` the task says it, and where the labels count: training equals that of a
+    :class:`~distill.DistillModule`. For any other module ``outputs`` says it, else ``config.problem_type`` of its
+    network, else the labels of the first batch (:func:`workbench.tasks.outputs.infer`); where these leave a doubt,
+    training stops before the first step and asks.
     ``training_step`` is wrapped during ``fit`` and restored afterwards. The teacher does not run where no term with a
     weight above 0 needs it. Logged per epoch: ``train/TERM``, the mean of each term, such as ``train/soft``. Every term
     is a mean over a micro-batch, as the module's own loss is. Lightning averages these over micro-batches and ranks,
@@ -63,29 +69,43 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
 
     Order of events in a fit::
 
-        setup                  projectors of an earlier fit are dropped
+        setup                  projectors of an earlier fit are dropped, and what its outputs were
         on_load_checkpoint     state of the projectors is kept until they are made
         on_fit_start           training_step is wrapped
         on_train_start         a post-step hook on the module's first optimizer is registered
-        training_step          student (with hooks), teacher, terms; at the first batch projectors and their optimizer
+        training_step          student (with hooks), teacher, terms; at the first batch what the outputs are, projectors
+                               and their optimizer
         on_before_optimizer_step, optimizer.step, post-step hook: projectors' gradients averaged, projectors stepped
         on_before_zero_grad    projectors' gradients cleared with the module's
         teardown, on_exception hooks removed, training_step restored
 
     Args:
         teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache.
-        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name; SoftTargets() by default.
+        losses: The objective: :class:`~distill.SoftTargets`, or terms by name; SoftTargets() by default.
             Features of the student are named as in the submodule that makes the logits.
         student: Name of the submodule that makes the logits; ``network``, ``model`` or else the module itself if None.
-        valid: Batch -> valid positions, a bool tensor of the logits' shape without the classes, e.g.
-            ``lambda batch: batch["labels"] != -100``. All if None.
-        labels: Batch -> hard labels at these positions, for losses that need them. If None, ``labels`` of a mapping, or
-            the last entry of a tuple.
+        valid: Batch -> valid positions, a bool tensor of the logits' shape without the classes, of labels and numbers
+            of the whole shape, e.g. ``lambda batch: batch["labels"] != -100`` for a masked language model. The last
+            output of a causal one predicts nothing, and each other the next token:
+            ``lambda batch: torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))``. If None, positions whose
+            label is neither ``ignore_index`` nor NaN, after the shift of a causal transformers model, and that no
+            ``attention_mask`` of the batch calls padding; all without labels. Not for a TaskModule.
+        labels: Batch -> hard labels at these positions. If None, ``labels``, ``label`` or ``label_ids`` of a mapping,
+            or the last entry of a tuple; for a causal transformers model shifted. Not for a TaskModule.
+        outputs: What the outputs are: ``"classes"`` along the last axis, ``"labels"``, ``"numbers"`` or
+            ``"embedding"``; for classes along axis 1, as in segmentation, ``OutputType("classes", class_dim=1)``.
+        logits: Where the logits are in what the student returns: a key, an index or a function, see
+            :func:`workbench.tasks.select_logits`; None for a tensor, or an output with ``logits``. A TaskModule has its
+            own.
+        teacher_logits: The same for the teacher.
+        ignore_index: Label of positions that do not count. Not for a TaskModule.
 
     Raises:
         ValueError: If a term is out of range; when training starts, if the module has no such submodule or steps its
-            optimizers manually; in training, if the submodule was not called exactly once or did not return logits, the
-            teacher has other classes, or an output that a term compares is missing.
+            optimizers manually, or a TaskModule's task says something else than the arguments; in training, before the
+            first step, if it cannot be told what the outputs are, or a term compares others; in training, if the
+            submodule was not called exactly once or did not return logits, the teacher has other classes, labels do not
+            go with the outputs, or an output that a term compares is missing.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
@@ -96,11 +116,18 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         losses: Losses | None = None,
         student: str | None = None,
         valid: Callable[[Any], Tensor] | None = None,
-        labels: Callable[[Any], Tensor] | None = None,
+        labels: Callable[[Any], Tensor | None] | None = None,
+        outputs: OutputType | Kind | None = None,
+        logits: LogitsSpec | None = None,
+        teacher_logits: LogitsSpec | None = None,
+        ignore_index: int = IGNORED,
     ) -> None:
-        self.objective = Objective(SoftTargets() if losses is None else losses)
-        self.teacher = as_teacher(teacher)
+        self.losses = SoftTargets() if losses is None else losses
+        self.outputs = None if outputs is None else output_type(outputs)
+        self.objective = Objective(self.losses, outputs=outputs)
+        self.teacher = as_teacher(teacher, teacher_logits)
         self.student, self.valid, self.labels = student, valid, labels
+        self.logits, self.ignore_index = logits, ignore_index
         self._means = Means()
         self._global_mean = GlobalMean()
         self._wrapped: Any = None
@@ -115,9 +142,9 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         return self.teacher.attach(loader) if isinstance(self.teacher, CachedTeacher) else loader
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drop the projectors of an earlier fit."""
+        """Drop what an earlier fit made: its projectors, and what its outputs were."""
         if stage == "fit":
-            self.objective.projectors.clear()
+            self.objective = Objective(self.losses, outputs=self.outputs)
             self._optimizer, self._scaler, self._restored = None, None, {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -129,6 +156,8 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
                 "add distill.losses.soft_target to the loss in its training_step"
             )
         self._student_of(pl_module)
+        if isinstance(pl_module, SupervisedModule):
+            self._check_task(pl_module)
         name = _step_name(pl_module)
         original = getattr(pl_module, name)
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
@@ -245,39 +274,26 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
                 "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
             )
         [call] = calls
-        logits = logits_of(call.output, "the student")
-        if self.objective.outputs is None:
-            labels = self._found_labels(batch.batch)
-            self.objective.resolve(infer(logits, labels, getattr(self._student_of(module), "config", None)))
-        outputs, targets = Outputs(logits, call.features), Outputs(None)
+        scores = self._scores(module, batch.batch, call)
+        outputs, targets = Outputs(scores.logits, call.features), Outputs(None)
         if first or self.objective.needs_teacher(weights):
-            targets = targets_of(
-                self.teacher,
-                call.args,
-                {**self._columns(call, batch.batch), **call.kwargs},
-                batch.cached_targets,
-                layers=self.objective.teacher_layers(None if first else weights),
-                logits=self.objective.needs_logits(weights),
-            )
+            layers = self.objective.teacher_layers(None if first else weights)
+            targets = self._targets(module, batch, call, layers, self.objective.needs_logits(weights))
         if first:
             self._make_projectors(outputs, targets, module.trainer.optimizers)
-        assert outputs.logits is not None
-        logits = outputs.logits
-        if self.valid is None:
-            valid = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        else:
-            valid = self.valid(batch.batch)
-        tokens = tokens_of(call.kwargs)
         terms = self.objective(
             outputs,
             targets,
             weights,
             task_loss=lambda _: own,
-            valid=valid,
-            labels=self._labels(batch.batch),
-            tokens=tokens_of(batch.batch) if tokens is None else tokens,
+            valid=scores.valid,
+            labels=scores.labels,
+            tokens=scores.tokens,
         )
-        self._means.add(_without_sum(terms), valid.sum())
+        weight = scores.valid.sum()
+        if isinstance(module, SupervisedModule):
+            weight = loss_weight(module.task, batch.batch)
+        self._means.add(_without_sum(terms), weight)
         return terms["loss"]
 
     def _columns(self, call: _Call, batch: Any) -> dict[str, Any]:
@@ -286,6 +302,51 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             return {}
         named = {name for keywords in self.teacher.keywords for name in (keywords or ())[len(call.args) :]}
         return {name: batch[name] for name in named & batch.keys() - set(LABELS)}
+
+    def _scores(self, module: Any, batch: Any, call: _Call) -> Scores:
+        """What is scored of the student's output; the first batch tells what it is."""
+        if isinstance(module, SupervisedModule):
+            return by_task(module, call.output, batch)
+        student = self._student_of(module)
+        logits = select_logits(call.output, self.logits, "the student")
+        tokens = tokens_of(call.kwargs)
+        tokens = tokens_of(batch) if tokens is None else tokens
+        if self.labels is None:
+            labels = aligned_labels(student, batch, tokens, self.ignore_index)
+        else:
+            labels = self.labels(batch)
+        if self.objective.outputs is None:
+            config = getattr(student, "config", None)
+            self._resolve(infer(logits, labels, config, self.ignore_index))
+        assert self.objective.outputs is not None
+        if self.valid is not None:
+            return Scores(self.objective.outputs.scored(logits), self.valid(batch), labels, tokens)
+        return by_labels(self.objective.outputs, logits, labels, tokens, self.ignore_index)
+
+    def _targets(self, module: Any, batch: "_Batch", call: _Call, layers: list[str], logits: bool) -> Outputs:
+        if isinstance(module, SupervisedModule):
+            return task_targets(
+                self.teacher, module.task, batch.batch, call.args, call.kwargs, batch.cached_targets, layers, logits
+            )
+        assert self.objective.outputs is not None
+        score = self.objective.outputs.scored
+        kwargs = {**self._columns(call, batch.batch), **call.kwargs}
+        return targets_of(self.teacher, call.args, kwargs, batch.cached_targets, layers, logits, score)
+
+    def _check_task(self, module: SupervisedModule) -> None:
+        """Raises: ValueError: if an argument says what the module's task says already, or something else."""
+        name, task = type(module).__name__, type(module.task).__name__
+        for argument in ("valid", "labels", "logits"):
+            if getattr(self, argument) is not None:
+                raise ValueError(f"{argument} is given, and the {name} knows it, by its task {task}: leave it out")
+        if self.outputs not in (None, module.task.outputs):
+            raise ValueError(f"outputs are {self.outputs}, and those of {task} {module.task.outputs}: leave it out")
+        self._resolve(module.task.outputs)
+
+    def _resolve(self, outputs: OutputType) -> None:
+        self.objective.resolve(outputs)
+        if isinstance(self.teacher, Teacher):
+            self.teacher.check_outputs(outputs)
 
     def _make_projectors(self, outputs: Outputs, targets: Outputs, optimizers: list[torch.optim.Optimizer]) -> None:
         make_projectors(self.objective, outputs, targets)
@@ -307,18 +368,6 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
-
-    def _labels(self, batch: Any) -> Tensor | None:
-        if not any(isinstance(loss, LogitLoss) and loss.needs_labels for loss in self.objective.losses.values()):
-            return None
-        return self._found_labels(batch)
-
-    def _found_labels(self, batch: Any) -> Tensor | None:
-        if self.labels is not None:
-            return self.labels(batch)
-        if isinstance(batch, Mapping):
-            return batch.get("labels")
-        return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
     def _student_of(self, module: Any) -> nn.Module:
         if self.student is None:

@@ -86,7 +86,7 @@ class DistillationMixin(_Trainer):
         *args: The Trainer's.
         teacher: A Teacher, a trained network, or where to load one from; or a CachedTeacher, or where to find a cache,
             made of the training set by the same collator.
-        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name, whose features are named as in
+        losses: The objective: :class:`~distill.SoftTargets`, or terms by name, whose features are named as in
             the model; SoftTargets() by default.
         teacher_columns: Columns of the data sets that the teacher takes, beside those that its ``forward`` names. Only
             needed for a function or a wrapper that takes ``**kwargs``; an empty list says that there are none.

@@ -15,13 +15,13 @@ from distill.features import capture
 from distill.language import FactoredLogits, check_headless, chunked_terms, headless
 from distill.losses import SoftTarget
 from distill.objective import Losses, Objective, Outputs, SoftTargets, Term
-from distill.targets import TeacherLike, as_teacher, targets_of, training_progress
+from distill.targets import TeacherLike, as_teacher, task_targets, training_progress
 from distill.teacher import Teacher, eval_mode
 from workbench.duration import Duration
 from workbench.models.positions import tokens_of
 from workbench.randomness import random_state, same_random_state, set_random_state
 from workbench.records.source import Source
-from workbench.tasks import Imitation, LanguageModelling, Task
+from workbench.tasks import Imitation, LanguageModelling, LogitsSpec, Task, loss_weight, scored
 from workbench.training.fit import check_namespace, task_for, trains
 from workbench.training.loop import train_and_save
 from workbench.training.module import LRSchedulerCallable, OptimizerCallable, StepOutput, SupervisedModule, metric_name
@@ -33,7 +33,7 @@ class DistillModule(SupervisedModule):
 
     loss = alpha * T^2 KL(teacher || student) + (1 - alpha) * task loss, or the weighted sum of the terms in ``losses``
 
-    What is compared is what the task's outputs are, :class:`~distill.objective.SoftTargets`: distributions over classes
+    What is compared is what the task's outputs are, :class:`~distill.SoftTargets`: distributions over classes
     or of independent labels, or a regression's numbers.
 
     The teacher is frozen, in eval mode and outside the module tree: not in ``parameters()``, the optimizer, DDP or
@@ -53,7 +53,7 @@ class DistillModule(SupervisedModule):
         student: The network to train, afterwards ``network``; or several by name.
         teacher: A Teacher, a trained network, or where to load a teacher or a cache of its outputs from.
         task: Loss on hard labels, and metrics.
-        losses: The objective: :class:`~distill.objective.SoftTargets`, or terms by name. By default SoftTargets(), for
+        losses: The objective: :class:`~distill.SoftTargets`, or terms by name. By default SoftTargets(), for
             an Imitation task its own loss.
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
@@ -76,6 +76,8 @@ class DistillModule(SupervisedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         chunked: bool = False,
+        logits: LogitsSpec | None = None,
+        teacher_logits: LogitsSpec | None = None,
     ) -> None:
         imitation = isinstance(task, Imitation)
         if imitation and isinstance(losses, SoftTargets):
@@ -83,11 +85,13 @@ class DistillModule(SupervisedModule):
                 f"temperature is {losses.temperature} and alpha {losses.alpha}, but {type(task).__name__} has no "
                 "labels beside the teacher: leave them out, or give losses"
             )
-        super().__init__(student, task, optimizer, lr_scheduler, target=self._teacher_output if imitation else None)
+        super().__init__(student, task, optimizer, lr_scheduler, self._teacher_output if imitation else None, logits)
         if losses is None:
             losses = {"imitation": Term()} if imitation else SoftTargets()
-        self.teacher = as_teacher(teacher)
+        self.teacher = as_teacher(teacher, teacher_logits)
         self.objective = Objective(losses, tuple(self.members), task.outputs)
+        if isinstance(self.teacher, Teacher):
+            self.teacher.check_outputs(task.outputs)
         self.chunked = chunked
         if imitation and isinstance(self.teacher, CachedTeacher):
             raise ValueError(
@@ -96,6 +100,8 @@ class DistillModule(SupervisedModule):
             )
         if chunked:
             _check_chunked(self.objective.terms, task, self.teacher)
+            if logits is not None or teacher_logits is not None:
+                raise ValueError("chunked computes logits itself, by the output layer: leave logits and chunked apart")
         self._heads_checked = False
         if self.family:
             self.configure_gradient_clipping = self._clip_each
@@ -131,13 +137,13 @@ class DistillModule(SupervisedModule):
         """
         batch, cached = _split_batch(batch)
         args, kwargs = self.task.inputs(batch)
-        targets = self._targets(args, kwargs, cached, None)
+        targets = self._targets(batch, args, kwargs, cached, None)
         # Each member starts from the same random state, so that its projectors are those it would have alone.
         state = random_state()
         for member, student in self.members.items():
             set_random_state(state)
             with eval_mode(student):
-                outputs = self._outputs(student, args, kwargs, self.objective.student_layers(member))
+                outputs = self._outputs(student, batch, args, kwargs, self.objective.student_layers(member))
             self.objective.prepare(outputs.features, targets.features, member)
 
     def step(self, batch: Any) -> StepOutput:
@@ -150,7 +156,7 @@ class DistillModule(SupervisedModule):
         if self.chunked:
             teacher_logits = self._factored_teacher(args, kwargs) if weights["soft"] else None
         elif self.target is not None or self.objective.needs_teacher(weights):
-            targets = self._targets(args, kwargs, cached, weights)
+            targets = self._targets(batch, args, kwargs, cached, weights)
         if isinstance(self.task, Imitation):
             assert targets.logits is not None
             batch = self.task.with_target(batch, targets.logits)
@@ -164,7 +170,9 @@ class DistillModule(SupervisedModule):
                     student_logits = self._factored(student, student, args, kwargs)
                     terms = self._chunked_terms(student_logits, teacher_logits, batch, weights)
                 else:
-                    outputs = self._outputs(student, args, kwargs, self.objective.student_layers(member, weights))
+                    outputs = self._outputs(
+                        student, batch, args, kwargs, self.objective.student_layers(member, weights)
+                    )
                     terms = self.objective(
                         outputs,
                         targets,
@@ -178,37 +186,34 @@ class DistillModule(SupervisedModule):
             logged |= {metric_name(member, name): value for name, value in terms.items()}
             total = terms["loss"] if total is None else total + terms["loss"]
         assert total is not None
-        return StepOutput(total, logged, valid.sum())
+        return StepOutput(total, logged, loss_weight(self.task, batch))
 
     def _targets(
         self,
+        batch: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         cached: Mapping[str, Tensor] | None,
         weights: Mapping[str, float] | None,
     ) -> Outputs:
         """The teacher's outputs at the scored positions; without ``weights`` its features only."""
-        task, layers = self.task, self.objective.teacher_layers(weights)
+        layers = self.objective.teacher_layers(weights)
         logits = weights is not None and (self.target is not None or self.objective.needs_logits(weights))
-        score = task.aligned if isinstance(task, LanguageModelling) else task.output
-        targets = targets_of(self.teacher, args, kwargs, cached, layers=layers, logits=logits, score=score)
-        if targets.logits is None or not isinstance(task, LanguageModelling):
-            return targets
-        return targets._replace(logits=targets.logits[..., : task.vocabulary])
+        return task_targets(self.teacher, self.task, batch, args, kwargs, cached, layers, logits)
 
     def _outputs(
-        self, student: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: Sequence[str]
+        self, student: nn.Module, batch: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layers: Sequence[str]
     ) -> Outputs:
         if not layers:
-            return Outputs(self.task.output(student(*args, **kwargs)))
+            return Outputs(scored(self.task, student(*args, **kwargs), batch, self.logits))
         with capture(student, layers) as features:
-            logits = self.task.output(student(*args, **kwargs))
+            logits = scored(self.task, student(*args, **kwargs), batch, self.logits)
             return Outputs(logits, features.take())
 
     def _teacher_output(self, *args: Any, **kwargs: Any) -> Tensor:
         """The targets of an Imitation task in validation."""
         assert isinstance(self.teacher, Teacher)
-        return self.task.output(self.teacher(*args, **kwargs))
+        return self.task.output(self.teacher.select(self.teacher(*args, **kwargs)))
 
     def _clip_each(
         self,

@@ -1,140 +1,18 @@
 """What a student minimises: a weighted sum of named terms, whose weights may warm up and decay."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from distill.features import make_projector, matches
-from distill.losses import (
-    BernoulliTarget,
-    EmbeddingCosine,
-    FeatureLoss,
-    LogitLoss,
-    SoftTarget,
-    SquaredError,
-    check_alpha,
-    check_classes,
-    check_temperature,
-    sampled_soft_target,
-)
+from distill.losses import FeatureLoss, LogitLoss, SoftTarget, check_classes, sampled_soft_target
+from distill.terms import Layers, Losses, Progress, SoftTargets, Term, check_kind
 from workbench.distributed.ranks import world_size
-from workbench.duration import Duration
 from workbench.randomness import same_random_state
 from workbench.tasks import Kind, OutputType
 from workbench.tasks.outputs import output_type
-
-Layers = str | list[str]
-Progress = Callable[[str], float]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of an objective.
-
-    Its weight after t of training is weight * min(1, t / warmup) * (1 - (1 - final) * min(1, t / decay)).
-
-    Args:
-        loss: A loss on logits or on features; the task's own loss, on labels, if None.
-        weight: Its factor, at least 0. A term of weight 0 is not computed, but the task's own loss is still logged.
-        student: For a loss on features: layers of the student, by path or pattern as :func:`distill.features.capture`
-            takes them; for a family of students, a mapping from each member's name to its layers.
-        teacher: The layers of the teacher, as many as of the student; the same names as the student's if None.
-        warmup: How long the weight rises linearly from 0.
-        decay: How long the weight takes to fall linearly to ``final`` times itself, counted from the start of training;
-            None keeps it constant.
-        final: Share of the weight that is left after the decay, in [0, 1].
-
-    Raises:
-        ValueError: If a number is out of range, a loss on features has no layers, or another loss has some.
-    """
-
-    loss: LogitLoss | FeatureLoss | None = None
-    weight: float = 1.0
-    student: Layers | dict[str, Layers] | None = None
-    teacher: Layers | None = None
-    warmup: Duration = Duration(0, "it")  # noqa: RUF009 - frozen
-    decay: Duration | None = None
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight is {self.weight}: give a finite number of at least 0")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final is {self.final}: the share of the weight that decay leaves is between 0 and 1")
-        if self.decay is not None and self.decay.value < 1:
-            raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it out")
-        named = self.student is not None or self.teacher is not None
-        if isinstance(self.loss, FeatureLoss) and self.student is None:
-            raise ValueError(f"{type(self.loss).__name__} compares features: name them, student: layers.1")
-        if named and not isinstance(self.loss, FeatureLoss):
-            kind = "the task's own loss" if self.loss is None else type(self.loss).__name__
-            raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher out")
-
-    def weight_at(self, progress: Progress) -> float:
-        """The weight now; ``progress("ep")`` is the number of epochs done and ``progress("it")`` that of updates."""
-        weight = self.weight
-        if self.warmup.value:
-            weight *= min(1.0, progress(self.warmup.unit) / self.warmup.value)
-        if self.decay is not None:
-            weight *= 1 - (1 - self.final) * min(1.0, progress(self.decay.unit) / self.decay.value)
-        return weight
-
-
-@dataclass(frozen=True)
-class SoftTargets:
-    """The objective of Hinton et al. 2015, alpha * soft loss + (1 - alpha) * task loss, for outputs of every kind.
-
-    ========== ================================================= =====================================
-    outputs    soft loss                                         loss
-    ========== ================================================= =====================================
-    classes    T^2 KL(teacher || student), softmax of the        :class:`distill.losses.SoftTarget`
-               classes
-    labels     T^2 KL(teacher || student), a sigmoid each        :class:`distill.losses.BernoulliTarget`
-    numbers    (student - teacher)^2                             :class:`distill.losses.SquaredError`
-    embedding  1 - cos(student, teacher)                         :class:`distill.losses.EmbeddingCosine`
-    ========== ================================================= =====================================
-
-    Args:
-        temperature: T > 0, which softens both distributions, 4 by default; only for classes and labels.
-        alpha: Weight of the soft targets, from 0 (labels only) to 1 (teacher only).
-
-    Raises:
-        ValueError: If a number is out of range.
-
-    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
-    """
-
-    temperature: float | None = None
-    alpha: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_alpha(self.alpha)
-        if self.temperature is not None:
-            check_temperature(self.temperature)
-
-    def terms(self, kind: Kind = "classes") -> dict[str, Term]:
-        """The same objective as terms for outputs of this kind: ``soft`` and ``hard``.
-
-        Raises:
-            ValueError: If a temperature is given for outputs that none softens.
-        """
-        if self.temperature is not None and kind in ("numbers", "embedding"):
-            what = "numbers" if kind == "numbers" else "embeddings"
-            raise ValueError(f"temperature is {self.temperature}, and the outputs are {what}: leave it out")
-        temperature = 4.0 if self.temperature is None else self.temperature
-        soft: dict[Kind, LogitLoss] = {
-            "classes": SoftTarget(temperature),
-            "labels": BernoulliTarget(temperature),
-            "numbers": SquaredError(),
-            "embedding": EmbeddingCosine(),
-        }
-        return {"soft": Term(soft[kind], self.alpha), "hard": Term(None, 1 - self.alpha)}
-
-
-Losses = SoftTargets | Mapping[str, Term]
 
 
 class Outputs(NamedTuple):
@@ -217,7 +95,7 @@ class Objective(nn.Module):
         terms = self.terms if self._soft_targets is None else self._soft_targets.terms(outputs.kind)
         for name, term in terms.items():
             if isinstance(term.loss, LogitLoss):
-                _check_kind(name, term.loss, outputs.kind)
+                check_kind(name, term.loss, outputs.kind)
         self.terms, self.losses, self.outputs = terms, _losses_of(terms), outputs
         return outputs
 
@@ -310,6 +188,11 @@ class Objective(nn.Module):
             elif isinstance(term.loss, FeatureLoss):
                 value = self._feature_loss(name, student, teacher, (tokens, valid), member)
             elif teacher.sample is not None and term.loss.needs_teacher:
+                if self.outputs is not None and self.outputs.class_dim != -1:
+                    raise ValueError(
+                        f"the cache holds a sample of the last axis, and the classes are along axis "
+                        f"{self.outputs.class_dim}: cache with store: full"
+                    )
                 value = _sampled_loss(term.loss, student.logits, teacher.sample, valid)
             else:
                 if teacher.logits is None and term.loss.needs_teacher:
@@ -430,26 +313,6 @@ def _matching_mask(feature: Tensor, masks: Iterable[Tensor | None]) -> Tensor | 
 
 def _losses_of(terms: Mapping[str, Term]) -> nn.ModuleDict:
     return nn.ModuleDict({name: term.loss for name, term in terms.items() if term.loss is not None})
-
-
-_SOFT_LOSSES: dict[Kind, str] = {
-    "classes": "SoftTarget",
-    "labels": "BernoulliTarget",
-    "numbers": "SquaredError",
-    "embedding": "EmbeddingCosine",
-}
-
-
-def _check_kind(name: str, loss: LogitLoss, kind: Kind) -> None:
-    """Raises: ValueError: if the loss does not compare outputs of this kind."""
-    # z-scores are taken over the classes.
-    kinds = frozenset({"classes"}) if getattr(loss, "standardize", False) else loss.kinds
-    if kind not in kinds:
-        raise ValueError(
-            f"term {name!r} is {loss}, which compares {' or '.join(sorted(kinds))}, and the outputs are {kind}: use "
-            f"{_SOFT_LOSSES[kind]}, e.g. {{soft: {{loss: {{class_path: distill.losses.{_SOFT_LOSSES[kind]}}}, "
-            "weight: 0.5}, hard: {weight: 0.5}}, or another loss that takes them"
-        )
 
 
 def _sampled_loss(

@@ -1,5 +1,7 @@
 """What every trainer shares: the teacher behind an argument, its outputs for a batch, and how far training is."""
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,57 @@ from distill.features import matches
 from distill.objective import Outputs
 from distill.teacher import Teacher
 from workbench.records.source import Source
-from workbench.tasks import logits_of
+from workbench.tasks import LanguageModelling, LogitsSpec, Task, scored
 
 TeacherLike = Teacher | CachedTeacher | nn.Module | Source | Path
 
 
-def as_teacher(teacher: TeacherLike) -> Teacher | CachedTeacher:
+def as_teacher(teacher: TeacherLike, logits: LogitsSpec | None = None) -> Teacher | CachedTeacher:
     """The teacher itself, or one made of a network, or loaded from a folder, which may hold a cache.
 
+    Args:
+        teacher: The teacher, or where it comes from.
+        logits: Where the logits are in what it returns, see :class:`distill.Teacher`.
+
     Raises:
-        ValueError: If there is nothing to load.
+        ValueError: If there is nothing to load, or logits are to be looked for in a cache or elsewhere than a Teacher
+            says.
     """
-    if isinstance(teacher, Teacher | CachedTeacher):
+    if isinstance(teacher, str | Path):
+        teacher = open_teacher(teacher)
+    elif not isinstance(teacher, Teacher | CachedTeacher):
+        teacher = Teacher(teacher)
+    if logits is None:
         return teacher
-    return open_teacher(teacher) if isinstance(teacher, str | Path) else Teacher(teacher)
+    if isinstance(teacher, CachedTeacher):
+        raise ValueError(
+            f"teacher_logits is {logits!r}, and a cache holds logits already: leave it out, and cache "
+            "Teacher(..., logits=...)"
+        )
+    if teacher.logits not in (None, logits):
+        raise ValueError(f"teacher_logits is {logits!r}, and the teacher's own logits {teacher.logits!r}: give one")
+    teacher = copy.copy(teacher)
+    teacher.logits = logits
+    return teacher
+
+
+def task_targets(
+    teacher: Teacher | CachedTeacher,
+    task: Task,
+    batch: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    cached: Mapping[str, Tensor] | None = None,
+    layers: Sequence[str] = (),
+    logits: bool = True,
+) -> Outputs:
+    """:func:`targets_of` for a batch of a task, at the positions that it scores."""
+    if isinstance(task, LanguageModelling):
+        targets = targets_of(teacher, args, kwargs, cached, layers=layers, logits=logits, score=task.aligned)
+        scores = targets.logits
+        return targets if scores is None else targets._replace(logits=scores[..., : task.vocabulary])
+    score = functools.partial(scored, task, batch=batch)
+    return targets_of(teacher, args, kwargs, cached, layers=layers, logits=logits, score=score)
 
 
 def targets_of(
@@ -67,7 +106,7 @@ def targets_of(
         )
     inputs = {name: value for name, value in kwargs.items() if name != "labels"}
     raw, features = teacher.outputs(args, inputs, layers, match)
-    return Outputs(score(logits_of(raw, "the teacher")) if logits else None, features)
+    return Outputs(score(teacher.select(raw)) if logits else None, features)
 
 
 def _check_cached(cached: Mapping[str, Any], features: Mapping[str, Any], layers: Sequence[str], logits: bool) -> None:

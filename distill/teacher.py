@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.losses import check_classes
 from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import quantize
 from workbench.models.architecture import describe
 from workbench.models.forward import keywords_of
 from workbench.models.wrappers import class_of, plain_state, unwrap
-from workbench.tasks import logits_of
+from workbench.tasks import LogitsSpec, OutputType, select_logits
 
 TeacherSource = nn.Module | str | Path | Callable[..., Any]
 Precision = Literal["bf16", "int8"]
@@ -51,7 +52,10 @@ class Teacher:
             None leaves the network in its own precision, also where the student is trained under autocast.
         compile: Compile the network with ``torch.compile`` at the first call. Calls for features are not compiled.
         weights: Weights of several teachers; equal if None.
-        average: Which outputs of several teachers are averaged.
+        average: Which outputs of several teachers are averaged; probabilities are those of classes along the last
+            axis.
+        logits: Where the logits are in what a network returns, see :func:`workbench.tasks.select_logits`: a key, an
+            index or a function; None for a tensor, or an output with ``logits``.
 
     Raises:
         ValueError: If the source cannot be found or lacks weights, a precision is set for a function, or the
@@ -65,6 +69,7 @@ class Teacher:
         compile: bool = False,
         weights: Sequence[float] | None = None,
         average: Average = "logits",
+        logits: LogitsSpec | None = None,
     ) -> None:
         if precision is not None and precision not in get_args(Precision):
             raise ValueError(f"precision is {precision!r}: choose bf16, int8, or None for the network's own")
@@ -75,6 +80,7 @@ class Teacher:
         self.weights = _shares(weights, len(sources), several)
         self.precision: Precision | None = precision
         self.average: Average = average
+        self.logits = logits
         self._members = [_Member(each, precision, compile) for each in sources]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +117,7 @@ class Teacher:
         if len(self._members) == 1:
             return self._members[0].run(args, given[0], names)
         outputs = [
-            logits_of(member.run(args, own, [])[0], "a teacher to be averaged")
+            select_logits(member.run(args, own, [])[0], self.logits, "a teacher to be averaged")
             for member, own in zip(self._members, given)
         ]
         if others := [list(each.shape) for each in outputs if each.shape != outputs[0].shape]:
@@ -121,12 +127,36 @@ class Teacher:
             )
         return averaged(outputs, self.weights, self.average), {}
 
+    def select(self, raw: Any) -> Tensor:
+        """The logits among what a call returned.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        return select_logits(raw, None if len(self._members) > 1 else self.logits, "the teacher")
+
+    def check_outputs(self, outputs: OutputType) -> None:
+        """Refuse to average probabilities of anything but classes along the last axis.
+
+        Raises:
+            ValueError: If several teachers average probabilities, and the outputs are something else.
+        """
+        if len(self._members) > 1 and self.average == "probabilities" and outputs != OutputType("classes"):
+            where = f" along axis {outputs.class_dim}" if outputs.kind == "classes" else ""
+            raise ValueError(
+                f"several teachers average probabilities of classes along the last axis, and the outputs are "
+                f"{outputs.kind}{where}: give average='logits'"
+            )
+
     def fingerprint(self) -> str:
-        """SHA-256 of architecture, weights and precision, and of how several teachers are averaged.
+        """SHA-256 of architecture, weights and precision, of how several teachers are averaged and where logits are.
 
         For a function it covers the name and the code, not the objects that the code refers to.
         """
-        digest = hashlib.sha256(json.dumps([self.precision, self.weights, self.average]).encode())
+        settings: list[Any] = [self.precision, self.weights, self.average]
+        if self.logits is not None:
+            settings.append(_digest_of_function(self.logits).hex() if callable(self.logits) else self.logits)
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for member in self._members:
             digest.update(member.fingerprint())
         return digest.hexdigest()
@@ -170,6 +200,7 @@ def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Averag
     Returns:
         [..., classes], at least float32.
     """
+    check_classes(logits[0])
     wide = [each if each.dtype == torch.float64 else each.float() for each in logits]
     if average == "logits":
         # A teacher of weight 0 is left out: 0 * inf is NaN.

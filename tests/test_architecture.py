@@ -225,6 +225,8 @@ def test_tests_mirror_the_packages() -> None:
 
 TESTED_IN: dict[str, str] = {
     "distill.losses.elementwise_modules": "distill/losses/test_elementwise.py",
+    "distill.scored": "distill/test_callbacks.py",
+    "distill.terms": "distill/test_objective.py",
     "workbench.checkpoints.int8": "distill/test_teacher.py",
     "workbench.data.hub": "workbench/data/test_images.py",
     "workbench.data.prepared": "workbench/data/test_images.py",

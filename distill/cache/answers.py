@@ -13,7 +13,7 @@ from distill.cache.store import Entry, dtype_name
 from distill.teacher import Teacher
 from workbench.models.forward import inputs_of
 from workbench.models.positions import tokens_of
-from workbench.tasks import Task, find_logits
+from workbench.tasks import OutputType, Task, find_logits
 
 
 class Targets(NamedTuple):
@@ -58,14 +58,22 @@ class TargetExtractor:
         """
         args, kwargs = inputs_of(batch) if self.task is None else self.task.inputs(batch)
         args, kwargs = tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
+        if self.task is not None:
+            self.teacher.check_outputs(self.task.outputs)
         raw, features = self.teacher.outputs(args, kwargs, self.features)
-        logits = find_logits(raw)
+        logits = find_logits(raw) if self.teacher.logits is None else self.teacher.select(raw)
         if logits is None and not features:
             raise ValueError(
-                f"the teacher returned {type(raw).__name__} without logits: name features to keep, or wrap it to "
-                "return a tensor"
+                f"the teacher returned {type(raw).__name__} without logits: name features to keep, or say "
+                "by Teacher(..., logits=...) where they are"
             )
         if logits is not None and self.draws:
+            outputs = OutputType("classes") if self.task is None else self.task.outputs
+            if outputs != OutputType("classes") or logits.ndim > 3 or logits.shape[-1] < 2:
+                raise ValueError(
+                    f"logits are {list(logits.shape)}: only classes along the last axis, [B, C] or [B, L, C], can be "
+                    "sampled; use store: full"
+                )
             # The padding rows of an lm head are not scored, so their ids must not be sampled.
             logits = logits[..., : getattr(self.task, "vocabulary", None)]
         values = {} if logits is None else {"logits": logits}

@@ -27,7 +27,7 @@ class Task(nn.Module, ABC):
     @property
     @abstractmethod
     def outputs(self) -> OutputType:
-        """What :meth:`output` returns, in scored form."""
+        """What the network's outputs are; :meth:`output` returns them in scored form."""
 
     @property
     @abstractmethod
@@ -78,9 +78,16 @@ class Resized(Task, ABC):
         """What :meth:`output` returned, at the positions of the batch's targets."""
 
 
-def scored(task: Task, raw: Any, batch: Any) -> Tensor:
-    """What a model returned for a batch, in the form that the task's loss and metrics take."""
-    output = task.output(raw)
+def scored(task: Task, raw: Any, batch: Any, logits: LogitsSpec | None = None) -> Tensor:
+    """What a model returned for a batch, in the form that the task's loss and metrics take.
+
+    Args:
+        task: The task.
+        raw: What the model returned.
+        batch: The batch.
+        logits: Where its logits are in it, see :func:`select_logits`; None where the task finds them.
+    """
+    output = task.output(raw if logits is None else select_logits(raw, logits))
     return task.resized(output, batch) if isinstance(task, Resized) else output
 
 
@@ -90,8 +97,11 @@ def loss_weight(task: Task, batch: Any) -> Tensor:
 
 
 def find_logits(raw: Any) -> Tensor | None:
-    """The tensor itself, or ``logits`` of a mapping or of a transformers output; None if there are none."""
-    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
+    """The tensor itself, or ``logits`` of a mapping or of an output; None if there are none.
+
+    Of a mapping without ``logits``, as torchvision's networks for segmentation return it, ``out``.
+    """
+    logits = raw.get("logits", raw.get("out")) if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
     return logits if isinstance(logits, Tensor) else None
 
 
@@ -105,7 +115,7 @@ def logits_of(raw: Any, who: str = "the model") -> Tensor:
         return logits
     raise ValueError(
         f"{who} returned {type(raw).__name__} without logits: return a tensor, or an output or a "
-        "mapping with 'logits' (in transformers a model with a head)."
+        "mapping with 'logits' (in transformers a model with a head), or say by an argument logits where they are."
     )
 
 

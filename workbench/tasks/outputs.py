@@ -96,7 +96,7 @@ class OutputType:
         valid = ~fitted.isnan() if fitted.is_floating_point() else torch.ones_like(fitted, dtype=torch.bool)
         if self.kind != "numbers" and ignore_index is not None and fitted.dtype != torch.bool:
             valid &= fitted != ignore_index
-        return valid.to(scored.device), fitted
+        return valid.to(scored.device), fitted.long() if self.kind == "classes" else fitted
 
 
 def output_type(outputs: OutputType | Kind) -> OutputType:
@@ -113,6 +113,8 @@ def of_problem(config: Any) -> OutputType | None:
 def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, ignore_index: int = IGNORED) -> OutputType:
     """What outputs are, from a first batch: by ``config.problem_type``, else by the labels' shape and dtype.
 
+    A transformers model that was given labels has set ``problem_type`` itself: to regression with ``num_labels=1``.
+
     ============================================== ====================== ==========================================
     labels                                         logits                 outputs
     ============================================== ====================== ==========================================
@@ -124,7 +126,6 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
     0 or 1, floats, rows not all of sum 1          the same shape         labels
     other floats, not all in [0, 1]                the same shape, or one numbers
                                                    logit more
-    any floats, ``num_labels=1`` of transformers   one logit              numbers, as transformers takes them
     none                                           [B, C], [B, L, C] of   classes along the last axis
                                                    transformers
     ============================================== ====================== ==========================================
@@ -147,7 +148,7 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
         raise _question(logits, labels, "without labels it cannot be told what they are")
     same = _fitted(labels, logits.shape, resolution=False) is not None
     if labels.is_floating_point():
-        return _of_floats(logits, labels, same, transformers)
+        return _of_floats(logits, labels, same)
     if same:
         values = labels if labels.dtype == torch.bool else labels[labels != ignore_index]
         if bool(((values == 0) | (values == 1)).all()):
@@ -168,11 +169,9 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
     raise _question(logits, labels, "classes may stand along several axes" if axes else "the shapes do not go together")
 
 
-def _of_floats(logits: Tensor, labels: Tensor, same: bool, transformers: bool) -> OutputType:
+def _of_floats(logits: Tensor, labels: Tensor, same: bool) -> OutputType:
     values = labels[~labels.isnan()]
     single = labels.numel() == len(labels) or (labels.ndim > 1 and logits.shape[1:2] == (1,))
-    if same and transformers and labels.numel() == len(labels):
-        return OutputType("numbers")
     if not same:
         raise _question(logits, labels, "the shapes do not go together")
     if bool(((values < 0) | (values > 1)).any()):

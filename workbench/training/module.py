@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from workbench.distributed.ranks import all_gather
 from workbench.distributed.sharding import shard
-from workbench.tasks import Imitation, Task, loss_weight, scored, update_metrics
+from workbench.tasks import Imitation, LogitsSpec, Task, loss_weight, scored, update_metrics
 from workbench.training.means import GlobalMean, Means
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -90,6 +90,8 @@ class SupervisedModule(LightningModule, ABC):
         optimizer: Parameters -> optimizer; AdamW at 1e-3 if None.
         lr_scheduler: Optimizer -> scheduler, stepped once an epoch; constant if None.
         target: Arguments of a network -> targets of a task without labels.
+        logits: Where the logits are in what a network returns, see :func:`workbench.tasks.select_logits`: a key, an
+            index or a function; None for a tensor, or an output with ``logits``.
 
     Raises:
         ValueError: If a family is empty or a name is no identifier or an attribute of ``nn.ModuleDict``.
@@ -105,6 +107,7 @@ class SupervisedModule(LightningModule, ABC):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         target: Callable[..., Tensor] | None = None,
+        logits: LogitsSpec | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -132,6 +135,7 @@ class SupervisedModule(LightningModule, ABC):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.target = target
+        self.logits = logits
         self._epoch, self._logged = 0, False
         self._global_mean = GlobalMean()
         self.random_states = RandomStates()
@@ -270,7 +274,7 @@ class SupervisedModule(LightningModule, ABC):
             batch = self.task.with_target(batch, self.target(*args, **kwargs))
         losses: dict[str, Tensor] = {}
         for member, network in self.members.items():
-            output = scored(self.task, network(*args, **kwargs), batch)
+            output = scored(self.task, network(*args, **kwargs), batch, self.logits)
             loss = losses[metric_name(member, "loss")] = self.task.loss(output, batch)
             metrics: Any = self.metrics[metric_name(split, member)]
             update_metrics(metrics, output, self.task.targets(batch), loss)
@@ -296,7 +300,7 @@ class TaskModule(SupervisedModule):
     def step(self, batch: Any) -> StepOutput:
         """The task's loss."""
         args, kwargs = self.task.inputs(batch)
-        loss = self.task.loss(scored(self.task, self.network(*args, **kwargs), batch), batch)
+        loss = self.task.loss(scored(self.task, self.network(*args, **kwargs), batch, self.logits), batch)
         return StepOutput(loss, {"loss": loss}, loss_weight(self.task, batch))
 
 

@@ -14,7 +14,7 @@ from distill.cache.writing import write
 from distill.teacher import Teacher
 from tests.helpers.cache_data import CLASSES, WIDTH, Speaking, Words, loader, pad, pad_left, pad_unlabelled
 from workbench.models import MLP
-from workbench.tasks import LanguageModelling
+from workbench.tasks import LanguageModelling, OutputType
 
 
 def test_samples_of_several_lengths_are_stored_without_padding(tmp_path: Path) -> None:
@@ -52,12 +52,14 @@ def test_features_and_no_logits(tmp_path: Path) -> None:
         assert set(targets) == {"feature/layer", "feature/layer:input"}
         assert torch.equal(targets["feature/layer"], teacher(x)["hidden"])
         assert torch.equal(targets["feature/layer:input"], x)
-    with pytest.raises(ValueError, match="returned dict without logits: name features to keep, or wrap it"):
+    with pytest.raises(ValueError, match="returned dict without logits: name features to keep, or say by"):
         cache_teacher(teacher, loader(), tmp_path / "other")
 
 
 def test_a_task_reads_batches_and_leaves_outputs_to_the_reader(tmp_path: Path) -> None:
     class Backwards:
+        outputs = OutputType("classes")
+
         def inputs(self, batch: Any) -> Any:
             return (batch[0].flip(1),), {}
 
