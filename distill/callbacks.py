@@ -18,6 +18,7 @@ from distill.targets import TeacherLike, as_teacher, targets_of, task_targets, t
 from distill.teacher import Teacher
 from workbench.models.forward import LABELS
 from workbench.models.positions import IGNORED, tokens_of
+from workbench.models.wrappers import unwrap
 from workbench.tasks import Kind, LogitsSpec, OutputType, loss_weight, select_logits
 from workbench.tasks.outputs import infer, output_type
 from workbench.training.means import GlobalMean, Means
@@ -312,11 +313,11 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         tokens = tokens_of(call.kwargs)
         tokens = tokens_of(batch) if tokens is None else tokens
         if self.labels is None:
-            labels = aligned_labels(student, batch, tokens, self.ignore_index)
+            labels = aligned_labels(unwrap(student, adapters=True), batch, tokens, self.ignore_index)
         else:
             labels = self.labels(batch)
         if self.objective.outputs is None:
-            config = getattr(student, "config", None)
+            config = getattr(unwrap(student, adapters=True), "config", None)
             self._resolve(infer(logits, labels, config, self.ignore_index))
         assert self.objective.outputs is not None
         if self.valid is not None:

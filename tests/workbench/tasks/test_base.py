@@ -17,6 +17,7 @@ Heads = namedtuple("Heads", ["depth", "classes"])
         (ONE, None),
         ({"logits": ONE, "out": OTHER}, None),
         ({"out": ONE, "aux": OTHER}, "out"),
+        ({"out": ONE, "aux": OTHER}, None),
         ((OTHER, ONE), 1),
         ([OTHER, ONE], -1),
         (Heads(OTHER, ONE), "classes"),
@@ -31,7 +32,7 @@ def test_logits_are_found_where_one_says(raw: Any, spec: Any) -> None:
 @pytest.mark.parametrize(
     ("raw", "spec", "message"),
     [
-        ({"out": ONE}, None, "the teacher returned dict without logits"),
+        ({"main": ONE}, None, "the teacher returned dict without logits"),
         (
             {"out": ONE},
             "main",
