@@ -11,7 +11,7 @@ from pytorch_lightning import Callback as PLCallback
 from torch import Tensor, nn
 
 from distill.cache import CachedBatch, CachedTeacher
-from distill.features import Features, capture
+from distill.features import Features, capture, is_compiled
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
 from distill.scored import Scores, aligned_labels, by_labels, by_task
 from distill.targets import TeacherLike, as_teacher, targets_of, task_targets, training_progress
@@ -72,7 +72,7 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
 
         setup                  projectors of an earlier fit are dropped, and what its outputs were
         on_load_checkpoint     state of the projectors is kept until they are made
-        on_fit_start           training_step is wrapped
+        on_fit_start           training_step is wrapped; what torch.compile made of the module before is discarded
         on_train_start         a post-step hook on the module's first optimizer is registered
         training_step          student (with hooks), teacher, terms; at the first batch what the outputs are, projectors
                                and their optimizer
@@ -159,6 +159,9 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         self._student_of(pl_module)
         if isinstance(pl_module, SupervisedModule):
             self._check_task(pl_module)
+        if is_compiled(pl_module):
+            # Code that was compiled in an earlier fit takes no notice of the hooks: it is compiled again with them.
+            torch.compiler.reset()
         name = _step_name(pl_module)
         original = getattr(pl_module, name)
         if isinstance(getattr(getattr(original, "func", None), "__self__", None), DistillationCallback):
@@ -272,7 +275,8 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             name = self.student or type(self._student_of(module)).__name__
             raise ValueError(
                 f"'{name}' was called {len(calls)} times in a training_step of {type(module).__name__}: give "
-                "DistillationCallback(student=...) the name of the submodule that makes its logits in one call"
+                "DistillationCallback(student=...) the name of the submodule that makes its logits in one call. "
+                "Code that was compiled in an earlier training takes no notice of hooks: torch.compiler.reset()"
             )
         [call] = calls
         scores = self._scores(module, batch.batch, call)

@@ -168,6 +168,16 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
         yield features
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to a model, to a part of it or to one of their methods."""
+    for part in model.modules():
+        if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
+            return True
+        if any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values()):
+            return True
+    return False
+
+
 def make_projector(student: Tensor, teacher: Tensor) -> nn.Module:
     """A learned map from the student's features to the shape of the teacher's.
 

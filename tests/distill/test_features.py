@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distill.features import Features, capture, make_projector, matches
+from distill.features import Features, capture, is_compiled, make_projector, matches
 from tests.helpers.ranks import on_ranks
 
 
@@ -503,3 +503,16 @@ def test_shapes_that_no_projector_fits(student: tuple[int, ...], teacher: tuple[
 )
 def test_which_names_a_place_stands_for(name: str, place: str, fits: bool) -> None:
     assert matches(name, place) == fits
+
+
+def test_what_was_compiled_is_known() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    assert not is_compiled(network())
+    assert is_compiled(torch.compile(network(), backend="eager"))  # type: ignore[arg-type]
+    in_place, part, method = network(), network(), network()
+    in_place[0].compile(backend="eager")  # type: ignore[index]
+    part[0] = torch.compile(part[0], backend="eager")  # type: ignore[index,operator]
+    method.forward = torch.compile(method.forward, backend="eager")  # type: ignore[method-assign]
+    assert all(map(is_compiled, (in_place, part, method)))

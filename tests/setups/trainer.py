@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,7 +29,7 @@ from transformers import (
     default_data_collator,
 )
 
-from distill import DistillationTrainer, DistillModule
+from distill import DistillationCallback, DistillationTrainer, DistillModule
 from distill.losses import Hint, soft_target
 from distill.objective import Objective, Outputs, SoftTargets, Term
 from tests.setups.base import Setup
@@ -209,7 +211,48 @@ def unlike_tokenizers() -> None:
             DistillationTrainer(student, args, train_dataset=rows, teacher=folder, processing_class=tokenizer(*WORDS))
 
 
+class Net(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def compiled_fitted_and_distilled() -> None:
+    torch.manual_seed(0)
+    data = DataLoader(TensorDataset(torch.randn(8, 5), torch.randint(0, 3, (8,))), 4)
+    start, teacher = Net(), nn.Linear(5, 3)
+
+    def fit(module: Any, *callbacks: Any) -> Any:
+        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = lightning.Trainer(max_epochs=2, enable_model_summary=False, callbacks=list(callbacks), **silent)
+        trainer.fit(module, data)
+        return trainer.callback_metrics
+
+    def distilled(module: Any) -> float:
+        fit(module)
+        return fit(module, DistillationCallback(teacher, SoftTargets(2.0, 0.5)))["train/soft"].item()
+
+    plain, inside = copy.deepcopy(start), copy.deepcopy(start)
+    expected = distilled(plain)
+    assert math.isclose(distilled(torch.compile(inside, backend="eager")), expected, rel_tol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.parameters(), inside.parameters()))
+    in_place = copy.deepcopy(start)
+    in_place.compile(backend="eager")
+    assert math.isclose(distilled(in_place), expected, rel_tol=1e-5)
+
+
 SETUPS = [
+    Setup("a compiled module", "fitted once, then distilled", compiled_fitted_and_distilled),
     Setup("teacher features in a wider dtype", "7e4 beside an fp16 student", large_features_beside_fp16),
     Setup("teacher features in a wider dtype", "1.003 beside a bf16 student", fine_features_beside_bf16),
     Setup("columns", "a BERT teacher of a DistilBERT student", bert_teacher_of_distilbert),
