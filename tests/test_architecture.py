@@ -24,7 +24,8 @@ TORCH_ONLY = {
     "distill": ("losses", "features", "language"),
 }
 TORCH_ONLY_GROUND = (
-    *("models.anatomy", "models.forward", "models.positions", "models.wrappers", "checkpoints", "duration"),
+    *("models.anatomy", "models.forward", "models.matrices", "models.positions", "models.wrappers"),
+    *("checkpoints", "duration"),
     *("randomness", "distributed.ranks", "messages", "files", "lazy"),
 )
 HEAVY = ("torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics")
@@ -286,7 +287,7 @@ TESTED_IN: dict[str, str] = {
     "prune.shrinking.surgery": "prune/shrinking/test_shrink.py",
     "prune.shrinking.units": "prune/shrinking/test_shrink.py",
     "prune.shrinking.unused": "prune/shrinking/test_shrink.py",
-    "prune.structures.axes": "prune/structures/test_structures.py",
+    "prune.structures.fitting": "prune/structures/test_structures.py",
     "prune.structures.groups": "prune/structures/test_structures.py",
     "prune.structures.weights": "prune/structures/test_structures.py",
     "prune.tickets.diagnose": "prune/tickets/test_hunt.py",

@@ -1,6 +1,6 @@
 """Parameters, bytes and FLOPs of a model, dense and without masked weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from prune.accounting.running import ready
 from prune.masks import Masks
 from prune.masks.memory import memory_span, shared_memory
 from prune.pruner import prunable
+from workbench.models.matrices import matrices
 from workbench.models.wrappers import unwrap
 
 
@@ -191,7 +192,9 @@ def _flops(model: nn.Module, example_inputs: Any, weights: Mapping[str, nn.Param
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it runs a whole layer as one operator, which has no formula
-        with ready(model, example_inputs) as forward, counter, _FlopsByWeight(counter, weights) as by_weight:
+        computed = {name for name, matrix in matrices(model).items() if matrix.made_by is not None}
+        by_weight = _FlopsByWeight(counter, weights, computed)
+        with ready(model, example_inputs) as forward, counter, by_weight:
             forward()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -199,31 +202,49 @@ def _flops(model: nn.Module, example_inputs: Any, weights: Mapping[str, nn.Param
 
 
 class _FlopsByWeight(TorchDispatchMode):
-    """Adds the FLOPs that ``counter`` counts for an operator to the weight that one of its arguments is a view of.
+    """Adds the FLOPs that ``counter`` counts for an operator to the weights that its arguments are views of.
 
-    Arguments are compared by memory, because a module may pass a transpose or slice of its weight.
+    Arguments are compared by memory, because a module may pass a transpose or slice of its weight. Several weights of
+    one operator, as of a recurrent layer, share its FLOPs by their sizes. What a parametrization computes from a weight
+    counts as the weight.
     """
 
-    def __init__(self, counter: FlopCounterMode, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, counter: FlopCounterMode, weights: Mapping[str, nn.Parameter], computed: Collection[str]
+    ) -> None:
         super().__init__()
         self.counter, self.flops = counter, dict.fromkeys(weights, 0)
-        self.spans = {name: memory_span(weight) for name, weight in weights.items()}
+        self._sizes = {name: weight.numel() for name, weight in weights.items()}
+        self._spans = [(name, memory_span(weight)) for name, weight in weights.items()]
+        self._computed = set(computed)
+        self._products: list[Tensor] = []  # kept until the end: freed memory would be another tensor's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
-        if (flops := self.counter.get_total_flops() - before) and (name := self._weight_in(args)):
-            self.flops[name] += flops
+        names = self._weights_in((args, kwargs))
+        if flops := self.counter.get_total_flops() - before:
+            total = sum(self._sizes[name] for name in names)
+            for name in names:
+                self.flops[name] += flops * self._sizes[name] // total
+        for name in names & self._computed:
+            self._follow(name, result)
         return result
 
-    def _weight_in(self, args: Any) -> str | None:
-        for argument in tree_leaves(args):
+    def _follow(self, name: str, result: Any) -> None:
+        """Take what is computed from a weight, and is as large, for the weight."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.numel() == self._sizes[name] and not self._weights_in(tensor):
+                self._products.append(tensor)
+                self._spans.append((name, memory_span(tensor)))
+
+    def _weights_in(self, arguments: Any) -> set[str]:
+        names: set[str] = set()
+        for argument in tree_leaves(arguments):
             if isinstance(argument, Tensor):
                 device, storage, start, _ = memory_span(argument)
-                for name, span in self.spans.items():
-                    if span[:2] == (device, storage) and span[2] <= start < span[3]:
-                        return name
-        return None
+                names |= {n for n, span in self._spans if span[:2] == (device, storage) and span[2] <= start < span[3]}
+        return names
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -236,7 +257,18 @@ def _recurrent(inputs: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * torch.Size(inputs[:-1]).numel() * sum(torch.Size(each).numel() for each in weights if len(each) > 1)
 
 
+def _bilinear(one: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * one[0] * torch.Size(weight).numel()
+
+
+def _grouped(inputs: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Of experts: each row of inputs is multiplied by the matrix of one of them."""
+    return 2 * inputs[0] * weights[-2] * weights[-1]
+
+
 _UNCOUNTED = {
+    torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten._trilinear: _bilinear,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
     torch.ops.aten._cudnn_rnn: _recurrent,

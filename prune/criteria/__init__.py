@@ -4,14 +4,14 @@ Scores are in fp32 for weights of any type (bf16 has 1,927 distinct magnitudes i
 so half precision would leave the choice to ties); float64 weights keep float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from prune.criteria.activations import wanda
-from prune.criteria.flow import synflow
+from prune.criteria.activations import check_inputs, wanda
+from prune.criteria.flow import check_products, synflow
 from prune.criteria.gradients import grasp, movement, movement_step, snip, snip_step, taylor, taylor_step
 from prune.criteria.weights import magnitude, random, seeded
 
@@ -50,6 +50,8 @@ class Criterion:
         rounds: number of steps, of equal ratio, to a density, with new scores before each.
         online: ``online(weight, grad)``, what one training step adds to a score that is a sum over steps; None if
             the score is no such sum.
+        check: ``check(model, names)`` refuses parameters that it cannot score, before anything is trained; None if it
+            scores all.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Criterion:
     needs_loss: bool = False
     rounds: int = 1
     online: Callable[[Tensor, Tensor], Tensor] | None = None
+    check: Callable[[nn.Module, Collection[str]], None] | None = None
 
 
 CRITERIA = {
@@ -68,9 +71,9 @@ CRITERIA = {
         Criterion("random", random, needs_generator=True),
         Criterion("snip", snip, needs_loader=True, needs_loss=True, online=snip_step),
         Criterion("grasp", grasp, needs_loader=True, needs_loss=True),
-        Criterion("synflow", synflow, needs_loader=True, rounds=100),
+        Criterion("synflow", synflow, needs_loader=True, rounds=100, check=check_products),
         Criterion("taylor", taylor, needs_loader=True, needs_loss=True, online=taylor_step),
         Criterion("movement", movement, needs_loader=True, needs_loss=True, online=movement_step),
-        Criterion("wanda", wanda, needs_loader=True),
+        Criterion("wanda", wanda, needs_loader=True, check=check_inputs),
     )
 }

@@ -1,6 +1,6 @@
 """Wanda: weights times the norms of the activations that they are multiplied with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from prune.criteria.weights import check, precise
 from workbench.messages import some
 from workbench.models.forward import all_reduce_sum, batches, forward, preserve_state, total_batches
+from workbench.models.matrices import matrices
 from workbench.models.positions import tokens_of
-from workbench.models.wrappers import named_modules
 
 
 def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
@@ -32,6 +32,7 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
     ``attention_mask``, [B, L], padding does not count in inputs [B, L, ...] or [B * L, ...]. Convolutions: X_j are the
     values that the weight is multiplied with, one for every position of the kernel, padding included (the unfolded
     input); so it differs between the weights of one filter. A weight shared by several layers counts the inputs of all.
+    W is what the layer multiplies by, also under ``weight_norm`` or ``spectral_norm``.
 
     Args:
         model: run as ``model(**batch)`` without labels, ``model(batch[0])`` or ``model(batch)``, without a graph.
@@ -46,8 +47,11 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
             was never called.
     """
     check(model, weights)
+    check_inputs(model, weights)
+    every = matrices(model)
     names = {id(weight): name for name, weight in weights.items()}
-    layers = [(names[id(own)], m) for _, m in named_modules(model) if id(own := getattr(m, "weight", None)) in names]
+    uses = {id(m.layer): m for m in every.values() if id(m.parameter) in names}  # a layer under two names is one
+    layers = [(names[id(matrix.parameter)], matrix.layer) for matrix in uses.values()]
     index = {name: position for position, name in enumerate(weights)}
     device, count, tokens = next(iter(weights.values())).device, 0, None
 
@@ -73,7 +77,26 @@ def wanda(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterabl
             f"the layers of {some(missed)} were never called, so their inputs are not known: exclude them, or give "
             "batches that reach them (nn.MultiheadAttention reads the weight of its out_proj without calling it)"
         )
-    return {name: precise(weight).abs() * squares[name].sqrt().to(precise(weight)) for name, weight in weights.items()}
+    products = {name: precise(every[name].product()) for name in weights}
+    return {name: product.abs() * squares[name].sqrt().to(product) for name, product in products.items()}
+
+
+def check_inputs(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse weights of layers that do not take their inputs as they are called.
+
+    Raises:
+        ValueError: naming them.
+    """
+    every = matrices(model)
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        raise ValueError(f"{some(unknown)} are not the weight of any layer: Wanda scores Linear and Conv layers")
+    if others := {n: every[n] for n in names if every[n].kind not in ("linear", "convolution")}:
+        kind = type(next(iter(others.values())).layer).__name__
+        raise ValueError(
+            f"{some(others)}: Wanda scores Linear and Conv layers, whose inputs they are called with, and this is a "
+            f"{kind}: exclude it, or use another criterion"
+        )
 
 
 def _zeros(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
@@ -84,15 +107,11 @@ def _zeros(weights: Mapping[str, nn.Parameter], layers: Iterable[tuple[str, nn.M
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         if isinstance(layer, _ConvNd):
             shape = tuple(weight.shape)
-        elif isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
-            shape = (1, weight.shape[1]) if isinstance(layer, nn.Linear) else (weight.shape[0], 1)
         else:
-            raise ValueError(f"'{name}' is the weight of a {type(layer).__name__}: Wanda scores Linear and Conv layers")
+            shape = (1, weight.shape[1]) if isinstance(layer, nn.Linear) else (weight.shape[0], 1)
         if name in zeros and zeros[name].shape != shape:
             raise ValueError(f"'{name}' is shared by layers that use it in different ways: exclude it")
         zeros[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
-    if others := weights.keys() - zeros.keys():
-        raise ValueError(f"{some(sorted(others))} are not the weight of any layer: Wanda scores Linear and Conv layers")
     return zeros
 
 

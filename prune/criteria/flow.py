@@ -1,6 +1,6 @@
 """SynFlow: the flow through a weight from an input of ones to the sum of the outputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prune.criteria.weights import check
+from workbench.messages import some
 from workbench.models.forward import inputs_of, preserve_state, to_device
+from workbench.models.matrices import matrices
 
 
 def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Iterable[Any]) -> dict[str, Tensor]:
@@ -40,6 +42,7 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
             zero, infinite or NaN.
     """
     check(model, weights)
+    check_products(model, weights)
     device = next(iter(weights.values())).device
     with preserve_state(model, training=False):
         batch = next(iter(loader), None)
@@ -63,6 +66,20 @@ def synflow(model: nn.Module, weights: Mapping[str, nn.Parameter], loader: Itera
         name: torch.zeros_like(leaf) if grad is None else (grad * leaf).abs().detach()
         for (name, leaf), grad in zip(leaves.items(), gradients)
     }
+
+
+def check_products(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse weights that layers do not multiply by as they are: with all of them positive R means nothing.
+
+    Raises:
+        ValueError: naming them.
+    """
+    every = matrices(model)
+    if made := {name: matrix.made_by for name in names if (matrix := every[name]).made_by is not None}:
+        raise ValueError(
+            f"{some(made)} are under {next(iter(made.values()))}, and SynFlow follows weights as they are: remove the "
+            "parametrization, exclude them, or use another criterion"
+        )
 
 
 def _positive(name: str, value: Tensor, parameter: bool, dtype: torch.dtype) -> Tensor:

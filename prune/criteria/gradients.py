@@ -11,6 +11,7 @@ Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss)
     When to use: before training, in one shot, at high sparsity. Costs two passes, the second with second derivatives.
 
     Arguments and errors are those of ``snip``; scores have either sign. Batches are kept between the two passes, on the
-    device that the loader gave them on. Attention is computed without fused kernels, which have no second derivative.
+    device that the loader gave them on. Attention and recurrent layers are computed without fused kernels, which have
+    no second derivative.
     """
     with torch.random.fork_rng(devices=[]):
         kept = list(loader)
@@ -110,9 +112,14 @@ def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss)
             return [None] * len(mean)
         return list(torch.autograd.grad(flow, list(weights.values()), allow_unused=True))
 
-    with sdpa_kernel(SDPBackend.MATH):
+    unfused = torch.backends.cudnn.flags(enabled=False) if _is_recurrent(model) else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), unfused:
         curvature = _mean(model, weights, kept, loss, lambda weight, grad: precise(grad), product)
     return {name: precise(weight) * curvature[name] for name, weight in weights.items()}
+
+
+def _is_recurrent(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def snip_step(weight: Tensor, grad: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from prune.masks import Masks
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp, check_times
 from prune.pruner import Patterns, Pruner
+from prune.pruner.norms import keep_norms
 from prune.schedule import check_density
+from prune.structures import Layout
 from prune.topk import keep_top_k
 from workbench.duration import Duration
+from workbench.models.matrices import matrices
 
 Growth = Literal["rigl", "set"]
 Decay = Callable[[float], float]
@@ -115,8 +118,9 @@ class Dynamic(Policy):
     def _start(self, time: Timestamp, resumed: bool) -> None:
         self._check_pruner(self.pruner)
         self._passed = min(self._passed, time.passed(self.every))  # a second training begins at 0 again
+        assert self._model is not None, "attached"
+        self._matrices = matrices(self._model)
         if not resumed:
-            assert self._model is not None, "attached"
             self._enforce(self.pruner(self._model, self.density))
 
     def _needs_dense_gradients(self, time: Timestamp) -> bool:
@@ -144,8 +148,17 @@ class Dynamic(Policy):
                 scores = grads[name].detach().abs()
             else:
                 continue
-            moved[name] = rewired(self.masks[name], weight.detach(), scores, share)
+            moved[name] = rewired(self.masks[name], self._dropped_by(name, weight), scores, share)
         self._enforce(Masks(moved))
+
+    def _dropped_by(self, name: str, weight: nn.Parameter) -> Tensor:
+        """What the layer multiplies by; infinite where a norm would be left without weights."""
+        matrix = self._matrices[name]
+        if matrix.made_by is None:
+            return weight.detach()
+        assert self.masks is not None, "attached"
+        layout = Layout({name: weight.shape}, {name: [(name, None)]})
+        return keep_norms({name: matrix}, layout, {name: matrix.product().abs()}, {name: self.masks[name]})[name]
 
     def _after_update(self, time: Timestamp) -> None:
         pass
@@ -172,8 +185,8 @@ class Dynamic(Policy):
 def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float) -> Tensor:
     """``mask`` after a drop of n = floor(k * ``share``) of its k active weights and a growth of n inactive ones.
 
-    Dropped are those of the smallest |weight|; grown those of the highest ``scores`` among all inactive then. Ties go
-    by index.
+    Dropped are those of the smallest ``|weight|``, never infinite ones, which may make n less; grown those of the
+    highest ``scores`` among all inactive then. Ties go by index.
 
     Args:
         mask: bool, any shape.
@@ -182,6 +195,6 @@ def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float) -> Tenso
         share: In [0, 1].
     """
     active = int(mask.sum())
-    moving = math.floor(active * share)
+    moving = min(math.floor(active * share), active - int(weight[mask].isinf().sum()))
     kept = keep_top_k({"": weight.abs()}, active - moving, {"": mask})[""]
     return kept | keep_top_k({"": scores}, moving, {"": ~kept})[""]

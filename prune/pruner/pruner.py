@@ -14,6 +14,8 @@ from prune.allocation import ALLOCATIONS, Allocation, Global, Layers
 from prune.criteria import CRITERIA, Criterion, seeded
 from prune.masks import Masks
 from prune.masks.enforce import masked_parameters
+from prune.pruner.dense import tell
+from prune.pruner.norms import check_kept, keep_norms, lifted, needed
 from prune.pruner.scope import (
     Patterns,
     Scope,
@@ -22,13 +24,13 @@ from prune.pruner.scope import (
     matching,
     output_weight,
     patterns_of,
-    prunable,
 )
 from prune.schedule import check_density, exponential
 from prune.structures import STRUCTURES, Layout, Structure, structure_named
 from prune.structures.layout import best_of_each
 from workbench.distributed.ranks import all_gather, world_size
 from workbench.messages import nearest
+from workbench.models.matrices import Matrix
 
 Scores = Mapping[str, Tensor]
 
@@ -62,7 +64,7 @@ class Pruner:
             uniform, the output layer at half the rate), "erk", "erdos_renyi" (small layers stay denser), or an
             ``Allocation``.
         include: Name patterns (``fnmatch``, such as "layers.*.weight") or types of layers; only prunable weights that
-            match one are pruned. None for all weights of Linear and Conv layers.
+            match one are pruned. None for all (:func:`prunable`).
         exclude: Name patterns or types of layers; weights that match one are not pruned.
         output: Name pattern of the output layers, which "layerwise" prunes more slowly. None for the last Linear or
             Conv layer in definition order, if that is pruned (a head tied to an embedding is not).
@@ -146,6 +148,7 @@ class Pruner:
         scope = self._scope(model)
         for name, weight in scope.prunable.items():
             check_weight(name, weight)
+        tell(model, scope.dense)
         if within is not None:
             scope.check_masks(within)
         if density == 1:
@@ -160,7 +163,7 @@ class Pruner:
             check_fits("scores", scores, scope.weights)
             return _agreed(select(scores, density, within))
         if not criterion.needs_loader:
-            return select(self._score_weights(scope.weights), density, within)
+            return select(self._score_weights(scope.matrices), density, within)
         data = self._check_data(loader, loss)
         start = 1.0 if within is None else max(density, _unit_density(scope.layout, within))
         for step in range(1, criterion.rounds):
@@ -187,6 +190,9 @@ class Pruner:
             ValueError: as a call; or naming the density that is above what the structure allows.
         """
         scope = self._scope(model)
+        tell(model, scope.dense)
+        if self.axes.criterion.check is not None:
+            self.axes.criterion.check(model, scope.weights)
         for density in densities:
             check_density(density)
             if density < 1:
@@ -197,8 +203,8 @@ class Pruner:
         return float(self._scope(model).layout.densest)
 
     def _scope(self, model: nn.Module) -> Scope:
-        patterns = patterns_of(self.include)
-        return Scope(model, self.axes.structure, patterns, prunable(model, patterns, self.exclude, self.smallest))
+        include, exclude = patterns_of(self.include), patterns_of(self.exclude)
+        return Scope(model, self.axes.structure, include, exclude, self.smallest)
 
     def _outputs(self, model: nn.Module, scope: Scope) -> list[str]:
         """The keys of the output layers."""
@@ -226,11 +232,12 @@ class Pruner:
             )
         return tuple(needed.values())
 
-    def _score_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _score_weights(self, weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
+        """Scores of what the layers multiply by: of ``weight_norm`` and the like not the parameter itself."""
         criterion = self.axes.criterion
         if criterion.needs_generator:
-            return {n: criterion.score(w.detach(), seeded(self.seed, n)) for n, w in weights.items()}
-        return {name: criterion.score(weight.detach()) for name, weight in weights.items()}
+            return {n: criterion.score(each.product(), seeded(self.seed, n)) for n, each in weights.items()}
+        return {name: criterion.score(each.product()) for name, each in weights.items()}
 
     def _score_model(
         self, model: nn.Module, weights: Mapping[str, nn.Parameter], within: Masks | None, data: tuple[Any, ...]
@@ -245,14 +252,17 @@ class Pruner:
     ) -> Masks:
         scope.check_density(density)
         layout = scope.layout
-        units = layout.pool(scores, within)
-        candidates = layout.candidates(units, layout.unpruned(within))
-        layers, allocation = Layers(units, density, candidates, outputs, layout.matrices), self.axes.allocation
+        unpruned = layout.unpruned(within)
+        units = keep_norms(scope.matrices, layout, layout.pool(scores, within), unpruned)
+        candidates = layout.candidates(units, unpruned)
+        layers, allocation = Layers(units, density, candidates, outputs, scope.shapes), self.axes.allocation
         if isinstance(allocation, Global) and layout.select is best_of_each:
-            kept = allocation.select(layers)  # the same units as by its counts, in one pass over the scores
+            chosen = allocation.select(layers)  # the same units as by its counts, in one pass over the scores
         else:
-            kept = layout.select(units, allocation(layers), candidates)
-        masks = layout.spread(kept, within)
+            counts = lifted(allocation(layers), needed(scope.matrices, layout))
+            chosen = layout.select(units, counts, candidates)
+        masks = layout.spread(chosen, within)
+        check_kept(scope.matrices, masks)
         return Masks({name: mask.to(scope.weights[name].device) for name, mask in masks.items()})
 
 

@@ -3,16 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from prune.masks.memory import distributed, local, memory_span, owners, shared_memory, summed
+from prune.pruner.dense import Left, left_dense
+from prune.pruner.norms import check_norms
 from prune.schedule import kept
 from prune.structures import Layout, Structure
 from workbench.messages import nearest
-from workbench.models.wrappers import places
+from workbench.models.matrices import Matrix, matrices, refusal
+from workbench.models.wrappers import places, submodule
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None
@@ -29,13 +32,20 @@ class Scope:
         model: the model.
         structure: the pruner's.
         include: the pruner's patterns; each must match a weight that the structure covers.
-        prunable: weights that ``include``, ``exclude`` and ``smallest`` select, by first name, in definition order.
+        exclude: the pruner's patterns.
+        smallest: the pruner's; smaller weights are left out.
     """
 
     model: nn.Module
     structure: Structure
-    include: tuple[Pattern, ...] | None
-    prunable: Mapping[str, nn.Parameter]
+    include: tuple[Pattern, ...] | None = None
+    exclude: tuple[Pattern, ...] | None = None
+    smallest: int = 1
+
+    @cached_property
+    def prunable(self) -> dict[str, nn.Parameter]:
+        """Weights that ``include``, ``exclude`` and ``smallest`` select, by first name, in definition order."""
+        return prunable(self.model, self.include, self.exclude, self.smallest)
 
     @cached_property
     def layout(self) -> Layout:
@@ -48,9 +58,10 @@ class Scope:
         if len(layout.shapes) < len(self.prunable):
             for pattern in self.include or ():
                 if not layout.shapes.keys() & prunable(self.model, (pattern,)).keys():
+                    why = next((f" ('{name}' is {reason})" for name, reason in layout.left.items()), "")
                     raise ValueError(
-                        f"include pattern {pattern!r} matches only weights that {self.structure} does not cover; it "
-                        f"covers {list(layout.shapes)[:3]} and the like"
+                        f"include pattern {pattern!r} matches only weights that {self.structure} does not cover{why}; "
+                        f"it covers {list(layout.shapes)[:3]} and the like"
                     )
         return layout
 
@@ -58,6 +69,45 @@ class Scope:
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights that the structure covers; masks are for these."""
         return {name: self.prunable[name] for name in self.layout.shapes}
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The weights that the structure covers, and how each is laid out."""
+        every = matrices(self.model)
+        return {name: every[name] for name in self.layout.shapes}
+
+    @cached_property
+    def shapes(self) -> dict[str, list[Sequence[int]]]:
+        """Key of the layout -> the shapes of the matrices that its units are in.
+
+        Gates of a recurrent layer, queries, keys and values, and experts are matrices of their own.
+        """
+        shapes: dict[str, list[Sequence[int]]] = {}
+        for name, members in self.layout.members.items():
+            for key in dict.fromkeys(key for key, _ in members):
+                shapes.setdefault(key, []).extend(self.matrices[name].shapes())
+        return shapes
+
+    @cached_property
+    def dense(self) -> list[Left]:
+        """The matrices that stay dense, though ``include``, ``exclude`` and ``smallest`` do not say so."""
+        names = _Names(self.model)
+        candidates = {
+            group[0][0]: self._why(group, names)
+            for group in names.groups
+            if group[0][0] not in self.layout.shapes
+            and group[0][1].numel() >= self.smallest
+            and (self.include is None or names.fit(self.include, group))
+            and not (self.exclude and names.fit(self.exclude, group))
+        }
+        return left_dense(self.model, candidates)
+
+    def _why(self, group: Sequence[tuple[str, nn.Parameter]], names: "_Names") -> str | None:
+        name = group[0][0]
+        other = next((alias for alias, _ in group if alias not in names.matrices), None)
+        if other is None:
+            return self.layout.left.get(name, f"not covered by {self.structure}")
+        return None if len(group) == 1 else f"shared with '{other}'"
 
     def check_masks(self, within: Mapping[str, Tensor]) -> None:
         """Refuse masks of other weights.
@@ -84,6 +134,7 @@ class Scope:
                 f"density {density} is above the {float(self.layout.densest):g} that {self.structure} allows: give "
                 "that or less, or 1 to prune nothing"
             )
+        check_norms(self.matrices, self.layout, density)
 
 
 def prunable(
@@ -91,9 +142,10 @@ def prunable(
 ) -> dict[str, nn.Parameter]:
     """The weights that may be pruned, by first name, in definition order.
 
-    They are the ``weight`` of Linear and Conv layers (transposed ones and transformers' ``Conv1D`` too);
-    never norms, biases or embeddings. A weight shared by several such layers appears once; one shared with
-    anything else (a decoder tied to its embedding) not at all.
+    They are the matrices of Linear, Conv, Bilinear, recurrent and attention layers (transposed convolutions and
+    transformers' ``Conv1D`` too) and of fused experts; under ``weight_norm`` and ``spectral_norm`` what the weight is
+    computed from (:mod:`workbench.models.matrices`). Never norms, biases or embeddings. A weight shared by several such
+    layers appears once; one shared with anything else (a decoder tied to its embedding) not at all.
 
     Args:
         model: anything.
@@ -106,18 +158,17 @@ def prunable(
         ValueError: if an ``include`` pattern matches no prunable weight, an ``exclude`` pattern no parameter,
             nothing is left, or two weights share only part of their memory.
     """
-    groups = shared_memory(model)
-    layers = {name: place.owner for name, place in places(model).items()}
-    scope = [g for g in groups if all(_is_prunable(name, layers[name]) for name, _ in g)]
-    names = {group[0][0]: [name for name, _ in group] for group in scope}
-    chosen = set(names)
+    names = _Names(model)
+    scope = [group for group in names.groups if all(name in names.matrices for name, _ in group)]
+    chosen = {group[0][0] for group in scope}
     if not chosen:
-        raise ValueError(f"this {type(model).__name__} has no Linear or Conv weight: nothing can be pruned")
+        raise ValueError(f"this {type(model).__name__} has no matrix of a layer that is known: nothing can be pruned")
     if include is not None:
-        chosen &= set(matching("include", patterns_of(include) or (), names, layers))
+        patterns = patterns_of(include) or ()
+        names.check_include(patterns, scope)
+        chosen &= set(matching("include", patterns, names.of(scope), names.layers))
     if exclude is not None:
-        everything = {group[0][0]: [name for name, _ in group] for group in groups}
-        chosen -= set(matching("exclude", patterns_of(exclude) or (), everything, layers))
+        chosen -= set(matching("exclude", patterns_of(exclude) or (), names.of(names.groups), names.layers))
     if smallest > 1:
         chosen -= (small := {g[0][0] for g in scope if g[0][0] in chosen and g[0][1].numel() < smallest})
         if small and not chosen:
@@ -132,23 +183,70 @@ def prunable(
     return {group[0][0]: group[0][1] for group in scope if group[0][0] in chosen}
 
 
-def _is_prunable(name: str, layer: nn.Module) -> bool:
-    # Conv1D is how transformers' GPT-2 spells Linear; known by name, so that transformers need not be there.
-    prunable_type = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or type(layer).__name__ == "Conv1D"
-    return prunable_type and name.rpartition(".")[2] == "weight"
+_Group = Sequence[tuple[str, nn.Parameter]]
+
+
+class _Names:
+    """The parameters of a model by all names that patterns may match.
+
+    A parameter that a layer's weight is computed from, such as ``weight_v``, has the name of the weight, too.
+
+    Attributes:
+        groups: parameters with all their names, those that share memory together.
+        matrices: name -> matrix, of those that can be pruned.
+        layers: name -> the layer that has it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.groups, self.matrices = model, shared_memory(model), matrices(model)
+        self.layers = {name: place.owner for name, place in places(model).items()}
+        self._products: dict[str, str] = {}
+        for name in list(self.layers):
+            path, _, product = name.rpartition(".")[0].rpartition(".")
+            owner, _, marker = path.rpartition(".")
+            if marker == "parametrizations":
+                self._products[name] = f"{owner}.{product}".lstrip(".")
+                self.layers[name] = self.layers[self._products[name]] = submodule(model, owner)
+        for name, matrix in self.matrices.items():  # hooks of old
+            if matrix.made_by is not None and name not in self._products:
+                path = name.rpartition(".")[0]
+                self._products[name] = f"{path}.{matrix.attribute}".lstrip(".")
+                self.layers[self._products[name]] = matrix.layer
+
+    def of(self, groups: Iterable[_Group]) -> dict[str, list[str]]:
+        """First name -> all names."""
+        return {group[0][0]: self._aliases(group) for group in groups}
+
+    def fit(self, patterns: Iterable[Pattern], group: _Group) -> bool:
+        """Whether a pattern matches one of its names or layers."""
+        return any(_fits(pattern, name, self.layers) for pattern in patterns for name in self._aliases(group))
+
+    def check_include(self, patterns: Iterable[Pattern], scope: Sequence[_Group]) -> None:
+        """Refuse a pattern that matches nothing but what cannot be pruned, and say why it cannot.
+
+        Raises:
+            ValueError: naming the pattern and a parameter.
+        """
+        others = [group for group in self.groups if group not in scope]
+        for pattern in patterns:
+            if any(self.fit((pattern,), group) for group in scope):
+                continue
+            for group in (group for group in others if self.fit((pattern,), group)):
+                alias = next(name for name, _ in group if name not in self.matrices)
+                raise ValueError(
+                    f"include pattern {pattern!r} matches only what cannot be pruned: '{group[0][0]}' is "
+                    f"{refusal(self.model, alias)}"
+                )
+
+    def _aliases(self, group: _Group) -> list[str]:
+        return [alias for name, _ in group for alias in (name, self._products.get(name, name))]
 
 
 def output_weight(model: nn.Module) -> nn.Parameter | None:
-    """The weight of the last Linear or Conv layer in definition order, also if it cannot be pruned, as a tied one."""
-    return next(
-        (
-            parameter
-            for layer in reversed(list(model.modules()))
-            for name, parameter in reversed(layer._parameters.items())
-            if parameter is not None and _is_prunable(name, layer)
-        ),
-        None,
-    )
+    """The weight of the last Linear, Conv or Bilinear layer in definition order, also if it is a tied one."""
+    kinds = ("linear", "convolution", "bilinear")
+    every = list(matrices(model).values())
+    return next((matrix.parameter for matrix in reversed(every) if matrix.kind in kinds), None)
 
 
 def check_weight(name: str, weight: nn.Parameter) -> None:
@@ -219,12 +317,10 @@ def matching(
     """
     matches: list[str] = []
     for pattern in patterns:
-        by_name = isinstance(pattern, str)
-        fits = partial(fnmatchcase, pat=pattern) if by_name else partial(_is_in, layers or {}, pattern)
-        hits = [first for first, aliases in names.items() if any(fits(alias) for alias in aliases)]
+        hits = [n for n, aliases in names.items() if any(_fits(pattern, alias, layers or {}) for alias in aliases)]
         if not hits:
-            every = [alias for aliases in names.values() for alias in aliases]
-            hint = nearest(pattern, every) if by_name else ""
+            every = list(dict.fromkeys(alias for aliases in names.values() for alias in aliases))
+            hint = nearest(pattern, every) if isinstance(pattern, str) else ""
             raise ValueError(
                 f"{role} pattern {pattern!r} matches none of the {len(every)} names that {_ROLES[role]}{hint}"
             )
@@ -232,5 +328,5 @@ def matching(
     return matches
 
 
-def _is_in(layers: Mapping[str, nn.Module], kind: type, name: str) -> bool:
-    return isinstance(layers.get(name), kind)
+def _fits(pattern: Pattern, name: str, layers: Mapping[str, nn.Module]) -> bool:
+    return fnmatchcase(name, pattern) if isinstance(pattern, str) else isinstance(layers.get(name), pattern)

@@ -13,7 +13,6 @@ from prune.shrinking.find import find_groups
 from prune.shrinking.surgery import keep_one, remove, zero_columns
 from prune.shrinking.units import Group, Selection, Side, Slot
 from prune.shrinking.unused import randomized
-from prune.structures.axes import layer_of
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.resize import axes
 
@@ -117,7 +116,7 @@ def _members(model: nn.Module, weights: Tensors, groups: Sequence[Group]) -> dic
             parts.setdefault((slot.layer, slot.side), []).append(_Part(number, slot))
     divided: dict[str, list[_Axis]] = {}
     for name in weights:
-        layer = layer_of(model, name)
+        layer = model.get_submodule(name.rpartition(".")[0])
         outputs, inputs = axes(layer) or (0, 0)
         sides: tuple[tuple[Side, int], ...] = (("channels", 0), ("outputs", outputs), ("inputs", inputs))
         for side, dim in sides:

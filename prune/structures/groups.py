@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune.structures.axes import groups_of, layer_of, shape_of, turned
+from prune.structures.fitting import divide, no_inputs
 from prune.structures.layout import Layout, Tensors
+from workbench.models.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Channel:
     """An output of a layer with all its weights.
 
     Formula: unit = a row of a matrix, or a filter of a convolution. Exclude the output layer, whose outputs are the
-    predictions.
+    predictions. Recurrent, attention and bilinear layers, fused experts and layers under ``weight_norm`` are not
+    covered.
 
     Source: Li et al., Pruning filters for efficient ConvNets, 2017, arXiv:1608.08710, section 3.1 (the sum of a
     filter's magnitudes: within a layer the same order as their mean).
@@ -23,8 +25,13 @@ class Channel:
     """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
-        """One unit for each output."""
-        return _layout(weights, {n: _outputs(layer_of(model, n), w) for n, w in weights.items()})
+        """One unit for each output.
+
+        Raises:
+            ValueError: if it covers none of the weights.
+        """
+        fitting = divide(self, model, weights, _no_channels)
+        return fitting.divided({name: _outputs(matrix) for name, matrix in fitting.matrices.items()})
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Block:
     """Rectangles of a weight.
 
     Formula: unit = ``rows`` consecutive outputs x ``columns`` consecutive inputs; in a convolution the whole kernel.
+    Bilinear layers are not covered.
 
     Source: Narang et al., Block-sparse recurrent neural networks, 2017, arXiv:1711.02782, section 3.
 
@@ -55,14 +63,15 @@ class Block:
         Raises:
             ValueError: if blocks do not divide a layer.
         """
-        layers = {name: layer_of(model, name) for name in weights}
-        shapes = {name: shape_of(layers[name], weight) for name, weight in weights.items()}
-        if indivisible := {n: tuple(s[:2]) for n, s in shapes.items() if s[0] % self.rows or s[1] % self.columns}:
+        fitting = divide(self, model, weights, no_inputs)
+        shapes = {name: matrix.turned_shape() for name, matrix in fitting.matrices.items()}
+        sides = {n: (s[0] // fitting.matrices[n].experts, s[1]) for n, s in shapes.items()}
+        if indivisible := {n: side for n, side in sides.items() if side[0] % self.rows or side[1] % self.columns}:
             raise ValueError(
                 f"blocks of {self.rows} outputs x {self.columns} inputs do not divide these layers: {indivisible}; "
                 "exclude them, or choose other blocks"
             )
-        return _layout(weights, {n: turned(layers[n], self._index(shape)) for n, shape in shapes.items()})
+        return fitting.divided({n: fitting.matrices[n].back(self._index(shape)) for n, shape in shapes.items()})
 
     def _index(self, shape: torch.Size) -> Tensor:
         rows = torch.arange(shape[0]) // self.rows * (shape[1] // self.columns)
@@ -70,12 +79,21 @@ class Block:
         return index[(...,) + (None,) * (len(shape) - 2)]
 
 
-def _outputs(layer: nn.Module, weight: Tensor) -> Tensor:
-    shape = shape_of(layer, weight)
+def _outputs(matrix: Matrix) -> Tensor:
+    shape = matrix.turned_shape()
     index = torch.arange(shape[0])[(...,) + (None,) * (len(shape) - 1)]
     # In a grouped transposed convolution the groups share columns, and the row tells which output it is.
-    return turned(layer, index.expand(-1, shape[1], *index.shape[2:]) if groups_of(layer) > 1 else index)
+    return matrix.back(index.expand(-1, shape[1], *index.shape[2:]) if matrix.grouped else index)
 
 
-def _layout(weights: Tensors, indices: dict[str, Tensor]) -> Layout:
-    return Layout({n: w.shape for n, w in weights.items()}, {n: [(n, index)] for n, index in indices.items()})
+def _no_channels(matrix: Matrix) -> str | None:
+    """Why the outputs of a matrix are no channels that could be removed; None if they are."""
+    if matrix.norm is not None:
+        return "under weight_norm, which divides by the norm of an output's weights"
+    reasons = {
+        "recurrent": "its rows are gates of a recurrent layer",
+        "attention": "its rows are parts of attention heads",
+        "experts": "its rows are of one expert each",
+        "bilinear": "of a bilinear layer",
+    }
+    return reasons.get(matrix.kind)

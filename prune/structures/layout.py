@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Protocol, final
@@ -59,6 +59,7 @@ class Layout:
         densest: the highest density below 1 that the structure allows, n/m for N:M.
         candidates: ``candidates(scores of units, unpruned units)``: the units that may be kept (None for all).
         select: ``select(scores of units, counts, candidates)``: the kept units, ``counts[key]`` of each key.
+        left: parameter name -> why the structure does not fit it, so that it is not pruned, in words.
 
     Raises:
         ValueError: if a unit has no weights, or an index does not fit its parameter.
@@ -69,6 +70,7 @@ class Layout:
     densest: Fraction = Fraction(1)
     candidates: Callable[[Tensors, Tensors | None], Tensors | None] = all_unpruned
     select: Callable[[Tensors, Mapping[str, int], Tensors | None], dict[str, Tensor]] = best_of_each
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.members or self.members.keys() != self.shapes.keys():
@@ -90,15 +92,6 @@ class Layout:
             for name, members in self.members.items()
             for key, index in members
         }
-
-    @cached_property
-    def matrices(self) -> dict[str, list[Sequence[int]]]:
-        """Key -> the shapes of the parameters that its units are in."""
-        matrices: dict[str, list[Sequence[int]]] = {}
-        for name, members in self.members.items():
-            for key in dict.fromkeys(key for key, _ in members):
-                matrices.setdefault(key, []).append(self.shapes[name])
-        return matrices
 
     @cached_property
     def _sizes(self) -> dict[str, Tensor]:

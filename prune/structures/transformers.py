@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prune.structures.axes import shape_of, turned
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.anatomy import KINDS, Layer, layers_of
+from workbench.models.matrices import matrix_named
 from workbench.models.wrappers import submodule
 
 
@@ -77,7 +77,7 @@ def _layout(kind: str, model: nn.Module, weights: Tensors, shares: Callable[[Lay
         for part, outputs, units in shares(layer):
             name = f"{prefix}{part}.weight"
             if name in weights:
-                index = turned(submodule(layer.module, part), units[:, None] if outputs else units[None])
+                index = matrix_named(model, name).back(units[:, None] if outputs else units[None])
                 members[name] = [(f"{prefix}{kind}", index)]
     if not members:
         raise ValueError(
@@ -116,4 +116,4 @@ def _outputs(layer: Layer, part: str) -> int:
     module = submodule(layer.module, part)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return shape_of(module, weight)[0]
+    return weight.shape[-1 if type(module).__name__ == "Conv1D" else 0]

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prune.structures.axes import layer_of, shape_of, turned
+from prune.structures.fitting import divide, no_inputs, unordered
 from prune.structures.layout import Layout, Tensors, whole
 from prune.topk import keep_top_k
+from workbench.models.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Unstructured:
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
         """One unit for each weight."""
-        return _single(weights)
+        return Layout({name: weight.shape for name, weight in weights.items()}, {n: [(n, None)] for n in weights})
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NM:
 
     Formula: unit = one weight; candidates = the n highest scores of every m consecutive inputs. At density n/m all
     candidates are kept; below it they compete as in :class:`Unstructured`. In a convolution neighbours are input
-    channels at one position of the kernel.
+    channels at one position of the kernel. Bilinear layers are not covered.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3; Zhou et al.,
     Learning N:M fine-grained structured sparse neural networks from scratch, 2021, arXiv:2102.04010, equation 1.
@@ -61,26 +61,27 @@ class NM:
         Raises:
             ValueError: if m does not divide the inputs of a layer.
         """
-        layers = {name: layer_of(model, name) for name in weights}
-        inputs = {name: shape_of(layers[name], weight)[1] for name, weight in weights.items()}
+        fitting = divide(self, model, weights, no_inputs)
+        inputs = {name: matrix.turned_shape()[1] for name, matrix in fitting.matrices.items()}
         if indivisible := {name: count for name, count in inputs.items() if count % self.m}:
             raise ValueError(
                 f"{self.n}:{self.m} needs inputs in groups of {self.m}, but these layers have other numbers of them: "
                 f"{indivisible}; exclude them, or choose another m"
             )
-        return _single(weights, Fraction(self.n, self.m), candidates=partial(self._best, layers))
+        rules = {"densest": Fraction(self.n, self.m), "candidates": partial(self._best, fitting.matrices)}
+        return fitting.divided(dict.fromkeys(fitting.matrices), **rules)
 
-    def _best(self, layers: Mapping[str, nn.Module], scores: Tensors, unpruned: Tensors | None) -> dict[str, Tensor]:
+    def _best(self, matrices: Mapping[str, Matrix], scores: Tensors, unpruned: Tensors | None) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}
-        for name, layer in layers.items():
+        for name, matrix in matrices.items():
             score = whole(scores[name])
             allowed = _allowed(score, None if unpruned is None else unpruned[name])
-            better = _better(self._grouped(layer, score), self._grouped(layer, allowed))
-            masks[name] = allowed & turned(layer, (better < self.n).flatten(-2).movedim(-1, 1))
+            better = _better(self._grouped(matrix, score), self._grouped(matrix, allowed))
+            masks[name] = allowed & matrix.back((better < self.n).flatten(-2).movedim(-1, 1))
         return masks
 
-    def _grouped(self, layer: nn.Module, tensor: Tensor) -> Tensor:
-        return turned(layer, tensor).movedim(1, -1).unflatten(-1, (-1, self.m))
+    def _grouped(self, matrix: Matrix, tensor: Tensor) -> Tensor:
+        return matrix.turned(tensor).movedim(1, -1).unflatten(-1, (-1, self.m))
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,13 @@ class Balanced:
     """
 
     def layout(self, model: nn.Module, weights: Tensors) -> Layout:
-        """One unit for each weight, selected output by output."""
-        return _single(weights, select=partial(_best_of_outputs, {name: layer_of(model, name) for name in weights}))
+        """One unit for each weight, selected output by output.
+
+        Raises:
+            ValueError: if it covers none of the weights.
+        """
+        fitting = divide(self, model, weights, unordered)
+        return fitting.divided(dict.fromkeys(fitting.matrices), select=partial(_best_of_outputs, fitting.matrices))
 
 
 def ranks(scores: Tensor, unpruned: Tensor | None = None) -> Tensor:
@@ -132,19 +138,15 @@ def _better(scores: Tensor, unpruned: Tensor) -> Tensor:
     return better.movedim(0, -1)
 
 
-def _single(weights: Tensors, densest: Fraction = Fraction(1), **rules: Any) -> Layout:
-    return Layout({n: w.shape for n, w in weights.items()}, {n: [(n, None)] for n in weights}, densest, **rules)
-
-
 def _best_of_outputs(
-    layers: Mapping[str, nn.Module], scores: Tensors, counts: Mapping[str, int], candidates: Tensors | None
+    matrices: Mapping[str, Matrix], scores: Tensors, counts: Mapping[str, int], candidates: Tensors | None
 ) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, matrix in matrices.items():
         score, k = whole(scores[name]), counts[name]
         allowed = _allowed(score, None if candidates is None else candidates[name])
-        rows = [turned(layer, tensor).flatten(1) for tensor in (score, allowed)]
-        rank = turned(layer, ranks(*rows).unflatten(1, shape_of(layer, score)[1:]))
+        rows = [matrix.turned(tensor).flatten(1) for tensor in (score, allowed)]
+        rank = matrix.back(ranks(*rows).unflatten(1, matrix.turned_shape()[1:]))
         # up_to[r]: weights of rank r or better, over all outputs. Whole ranks are kept while they fit, then the best
         # weights of the next rank: so no output keeps two more than another.
         up_to = rank[allowed].bincount().cumsum(0)

@@ -21,6 +21,7 @@ from prune.criteria import seeded
 from prune.masks import Masks
 from prune.masks.enforce import masked_parameters
 from prune.pruner import Pruner
+from prune.pruner.norms import keep_norms
 from prune.rewinding.modes import MODES, Rewind, StateDict, start_of
 from prune.rewinding.start import Start
 from prune.structures import Layout
@@ -30,6 +31,7 @@ from prune.tickets.store import TICKET, Store
 from prune.tickets.trainee import Arm, Trainee
 from workbench import records
 from workbench.checkpoints import compact
+from workbench.models.matrices import matrices
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def shuffled(hunt: Hunt, level: int) -> Arm:
     layout, masks = _units(hunt, level)
     alive = layout.unpruned(masks) or {}
     counts = {key: int(units.sum()) for key, units in alive.items()}
-    scores = _scores(layout, derived_seed(hunt.trainee.seed, level, "shuffled"))
+    scores = _scores(hunt, layout, derived_seed(hunt.trainee.seed, level, "shuffled"))
     kept = layout.select(scores, counts, layout.candidates(scores, None))
     return Arm(ticket_start(hunt, level), Masks(layout.spread(kept)), hunt.seed(level))
 
@@ -143,7 +145,7 @@ def random(hunt: Hunt, level: int) -> Arm:
     is one.
     """
     layout, masks = _units(hunt, level)
-    scores = _scores(layout, derived_seed(hunt.trainee.seed, level, "random"))
+    scores = _scores(hunt, layout, derived_seed(hunt.trainee.seed, level, "random"))
     candidates = layout.candidates(scores, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a layer lifted to its floor is no collapse
@@ -266,16 +268,20 @@ def _global(pruner: Pruner) -> Global:
     return allocation if isinstance(allocation, Global) else Global()
 
 
-def _scores(layout: Layout, seed: int) -> dict[str, Tensor]:
-    """A random number for every unit: not the mean over its weights, by which large units would all be alike."""
+def _scores(hunt: Hunt, layout: Layout, seed: int) -> dict[str, Tensor]:
+    """A random number for every unit: not the mean over its weights, by which large units would all be alike.
+
+    Under ``weight_norm`` the highest of every output is infinite: it is kept, as in the ticket.
+    """
     shapes = {
         key: layout.shapes[name] if index is None else (layout.units[key],)
         for name, members in layout.members.items()
         for key, index in members
     }
-    return {
+    scores = {
         key: torch.rand(tuple(shape), generator=seeded(seed, key), dtype=torch.float64) for key, shape in shapes.items()
     }
+    return keep_norms(matrices(hunt.trainee.network), layout, scores, None)
 
 
 ARMS: dict[str, Callable[[Hunt, int], Arm]] = {

@@ -27,7 +27,7 @@ class Small(nn.Module):
         self.decoder = nn.Linear(8, 11)
 
 
-SCOPE = ["conv.weight", "up.weight", "body.in.weight", "body.out.weight", "decoder.weight"]
+SCOPE = ["conv.weight", "up.weight", "bilinear.weight", "body.in.weight", "body.out.weight", "decoder.weight"]
 
 
 def mlp(*sizes: int) -> Any:
@@ -37,5 +37,5 @@ def mlp(*sizes: int) -> Any:
 
 def quiet(pruner: Pruner, model: nn.Module, density: float, within: Masks | None = None) -> Masks:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "layer collapse")
+        warnings.filterwarnings("ignore", "layer collapse|.* matrices that stay dense")
         return pruner(model, density, within)

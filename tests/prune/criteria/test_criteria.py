@@ -244,8 +244,8 @@ def test_frozen_weights_are_scored_where_none_is_needed(name: str):
             points(1),
             "flow through this Sequential is 0",
         ),
-        ("wanda", nn.Embedding(3, 2), [torch.zeros(2).long()], "'weight' is the weight of a Embedding"),
-        ("wanda", nn.Bilinear(2, 2, 2), [], "'weight' is the weight of a Bilinear"),
+        ("wanda", nn.Embedding(3, 2), [torch.zeros(2).long()], "'weight' are not the weight of any layer"),
+        ("wanda", nn.Bilinear(2, 2, 2), [], "'weight': Wanda scores Linear and Conv layers, .* and this is a Bilinear"),
     ],
 )
 def test_what_cannot_be_scored_is_named(name: str, model: nn.Module, loader: list[Any], message: str):

@@ -20,7 +20,6 @@ def test_a_weight_in_two_units_needs_both() -> None:
         },
     )
     assert layout.units == {"middle": 3, "b": 2}
-    assert layout.matrices == {"middle": [(3, 2), (2, 3)], "b": [(2, 3)]}
     scores = {"a": torch.tensor([[1.0, 3], [5, 7], [0, 0]]), "b": torch.tensor([[2.0, 4, 6], [8, 10, 12]])}
     units = layout.pool(scores)
     assert units["middle"].tolist() == [14 / 4, 26 / 4, 18 / 4]

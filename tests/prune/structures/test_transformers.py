@@ -66,7 +66,8 @@ def test_what_falls_together_only_feeds_what_falls(structure: str, family: str) 
 def test_weights_that_a_structure_does_not_cover_are_left_out() -> None:
     model = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, vocab_size=9))
     pruner = Pruner(structure="head")
-    masks = pruner(model, 0.5)
+    with pytest.warns(UserWarning, match=r"14.4% .* stay dense: .* and 3 more: not covered by Head"):
+        masks = pruner(model, 0.5)
     assert list(masks) == list(pruner.scope(model))
     assert {name.split(".")[4] for name in masks} == {"attention"}
     assert "bert.pooler.dense.weight" in prunable(model)
@@ -74,7 +75,7 @@ def test_weights_that_a_structure_does_not_cover_are_left_out() -> None:
         ValueError, match=r"include pattern '\*pooler\*' matches only weights that Head\(\) does not cover"
     ):
         Pruner(structure="head", include=["*attention*", "*pooler*"])(model, 0.5)
-    some = Pruner(structure="ffn", include="*layer.1.*")(model, 0.25)
+    some = quiet(Pruner(structure="ffn", include="*layer.1.*"), model, 0.25)
     assert {name.split(".")[3] for name in some} == {"1"}
     assert set(some.counts().values()) == {(96, 384)}
 
@@ -94,7 +95,7 @@ def test_a_network_without_attention_is_refused(structure: Any) -> None:
 def test_the_output_layer_of_the_paper_is_no_attention() -> None:
     """Heads do not cover the classifier, so nothing is pruned at its slower rate; channels do."""
     model = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, vocab_size=9, num_labels=10))
-    heads = Pruner(structure="head", allocation="layerwise")(model, 0.5)
+    heads = quiet(Pruner(structure="head", allocation="layerwise"), model, 0.5)
     assert {kept / total for kept, total in heads.counts().values()} == {0.5}
     slow = Pruner(structure="channel", allocation="layerwise")(model, 0.5)
     assert slow.counts()["classifier.weight"] == (7 * 16, 160)
