@@ -15,6 +15,7 @@ from prune.shrinking.units import Group, Selection, Side, Slot
 from prune.shrinking.unused import randomized
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.resize import axes
+from workbench.models.wrappers import submodule
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def _members(model: nn.Module, weights: Tensors, groups: Sequence[Group]) -> dic
             parts.setdefault((slot.layer, slot.side), []).append(_Part(number, slot))
     divided: dict[str, list[_Axis]] = {}
     for name in weights:
-        layer = model.get_submodule(name.rpartition(".")[0])
+        layer = submodule(model, name.rpartition(".")[0])
         outputs, inputs = axes(layer) or (0, 0)
         sides: tuple[tuple[Side, int], ...] = (("channels", 0), ("outputs", outputs), ("inputs", inputs))
         for side, dim in sides:

@@ -65,7 +65,7 @@ def test_magnitude_is_that_of_the_product() -> None:
 
 
 def test_a_density_without_a_weight_for_each_output_is_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"density 0.05 keeps 5, but '0.parametri.*' need 8, one for each"):
+    with pytest.raises(ValueError, match=r"density 0.05 keeps 5, but '0.parametri.*' need 8, one an output"):
         Pruner().check(net(), 0.5, 0.05)
     with pytest.raises(ValueError, match="raise the density, exclude them, or remove the weight_norm"):
         Pruner()(net(), 0.05)
