@@ -21,7 +21,7 @@ FLOORS = {
         "training data",
         "report tasks checkpoints",
         "models records",
-        "distributed randomness duration paths files yaml_io messages progress lazy",
+        "distributed randomness duration paths files yaml_io messages progress lazy definitions",
     ),
     "prune": (
         "tickets",

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from distill.losses import check_classes
 from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import quantize
+from workbench.definitions import code_of, definitions_of
 from workbench.models.architecture import describe
 from workbench.models.forward import keywords_of
 from workbench.models.wrappers import class_of, plain_state, unwrap
@@ -149,9 +150,10 @@ class Teacher:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 of architecture, weights and precision, of how several teachers are averaged and where logits are.
+        """SHA-256 of architecture, code, weights, precision, how several teachers are averaged and where logits are.
 
-        For a function it covers the name and the code, not the objects that the code refers to.
+        Code counts as far as it is not installed: see :mod:`workbench.definitions`. Of a function it does not cover the
+        objects that its code refers to.
         """
         settings: list[Any] = [self.precision, self.weights, self.average]
         if self.logits is not None:
@@ -321,6 +323,7 @@ def _digest_of_network(network: nn.Module) -> bytes:
     described = describe(network) or {"class": f"{class_of(network).__module__}.{class_of(network).__qualname__}"}
     if isinstance(config := described.get("config"), dict):
         described["config"] = {name: value for name, value in config.items() if name not in _PASSING}
+    described |= {"code": code} if (code := definitions_of([network])) else {}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, value in plain_state(network, network.state_dict()).items():
         if not isinstance(value, Tensor):
@@ -338,7 +341,8 @@ def _digest_of_function(function: Any) -> bytes:
     named = function if hasattr(function, "__qualname__") else type(function)
     digest = hashlib.sha256(f"{named.__module__}.{named.__qualname__}".encode())
     if (code := getattr(function, "__code__", None)) is not None:
-        digest.update(code.co_code + " ".join(code.co_names).encode())
+        digest.update(code_of(code).encode())
+    digest.update(json.dumps(definitions_of([function])).encode())
     return digest.digest()
 
 

@@ -119,6 +119,7 @@ def find_tickets(
     pruner.check(model, *densities)
     chosen = {"rate": levels.rate, "densities": densities, "rewind": rewind.settings(), "monitor": monitor}
     chosen["pruner"] = replace(pruner, allocation=pruner.axes.allocation)
+    chosen |= {} if loss is None else {"loss": loss}
     settings = settings_of(model, model, **chosen, train=train, seed=seed)
     every = _updates("checkpoint", checkpoint, 1)
     trainee = FunctionTrainee(model, train, seed, point, every, out / "checkpoints", monitor, loader, loss)

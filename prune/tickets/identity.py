@@ -11,12 +11,15 @@ from typing import Any
 from torch import nn
 
 from workbench import messages
+from workbench.definitions import definitions_of
+from workbench.definitions import difference as code_difference
 from workbench.distributed.ranks import digest
 from workbench.launcher.arguments import SHOWN
 from workbench.models.architecture import describe
 
 # Which device trains a level, and which callbacks observe it, does not make it another one.
 _ELSEWHERE = ("accelerator", "devices", "num_nodes", "strategy", "callbacks", "plugins", "enable_checkpointing")
+CODE = "code"
 INITIAL, _MOVED = "initial weights", "other initial weights (give the model as it was at first, not as it was trained)"
 _DEPTH, _LONGEST = 4, 100
 
@@ -36,9 +39,14 @@ def settings_of(
         data: Known by its class and by those of its arguments that it keeps under their names.
         trainer: Arguments of Lightning's Trainer, of which those count that can change the result.
         chosen: Arguments of the hunt.
+
+    Returns:
+        As JSON; with the entry ``code``, the hashes of all classes and functions of these that are not installed.
     """
     budget = {name: value for name, value in (trainer or {}).items() if name not in (*_ELSEWHERE, *SHOWN)}
+    code = definitions_of([module, network, data, *budget.values(), *chosen.values()])
     return {
+        **({CODE: code} if code else {}),
         **{name: plain(value) for name, value in chosen.items()},
         "module": plain(module),
         "network": describe(network) or re.sub(r" at 0x[0-9a-f]+", "", repr(network)),
@@ -50,7 +58,11 @@ def settings_of(
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first settings that differ, for a message: ``rate 0.4 instead of 0.5``; empty if none is known."""
-    return messages.difference(before, now, {INITIAL: _MOVED})
+    old, new = ({name: value for name, value in each.items() if name != CODE} for each in (before, now))
+    changed = messages.difference(old, new, {INITIAL: _MOVED})
+    if code := code_difference(before.get(CODE) or {}, now.get(CODE) or {}):
+        code = f"other code ({code})"
+    return ", ".join(filter(None, (changed, code)))
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -1,7 +1,9 @@
 import copy
 import gc
+import importlib
 import json
 import math
+import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -504,6 +506,27 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path, 
     with torch.no_grad():
         bert.classifier.bias[0] += 1e-7
     assert Teacher(bert).fingerprint() != first
+
+
+def test_the_fingerprint_is_of_the_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of a network whose forward was edited, or of a function with another constant, is another one."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for text in ("x + 1", "x + 1  # more", "x + 2"):
+        (tmp_path / "teacher_of_mine.py").write_text(
+            f"from torch import nn\ndef f(x):\n    return {text}\n"
+            "class Net(nn.Linear):\n    def forward(self, x):\n        return f(x)\n"
+        )
+        sys.modules.pop("teacher_of_mine", None)
+        importlib.invalidate_caches()
+        module = importlib.import_module("teacher_of_mine")
+        torch.manual_seed(0)
+        found.append((Teacher(module.f).fingerprint(), Teacher(module.Net(2, 2)).fingerprint()))
+    sys.modules.pop("teacher_of_mine")
+    first, commented, edited = found
+    assert commented == first
+    assert edited[0] != first[0]
+    assert edited[1] != first[1]
 
 
 @pytest.mark.parametrize(

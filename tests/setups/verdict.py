@@ -1,16 +1,29 @@
 """What people ask of a verdict, of masks that stop moving, and of a recipe whose network they edit."""
 
+import importlib
+import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prune import EarlyBird, Pruner
+from prune import EarlyBird, Pruner, find_tickets
 from prune.tickets.judge import LevelScores, judged
+from prune.tickets.level import Level
 from tests.setups.base import Setup
+from workbench.launcher import recipe
+from workbench.launcher.recipe import RecipeError
+from workbench.launcher.runner import run
 
 NAN = [float("nan")] * 5
 
@@ -106,6 +119,111 @@ def unrelated_masks() -> None:
             assert all(0.8 < each < 1.1 for each in bird.distances), bird.distances
 
 
+NET = """
+import torch
+from torch import nn
+from layers_of_mine import block
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.layers = block(64, width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.layers(x)))
+"""
+LAYERS = """
+from torch import nn
+
+def block(inside, outside):
+    return nn.Sequential(nn.Linear(inside, outside), nn.ReLU())
+"""
+RECIPE = """
+data: {class_path: workbench.data.Digits}
+trainer: {max_steps: 1, accelerator: cpu, limit_val_batches: 1, limit_test_batches: 1}
+net: {job: fit, model: {class_path: net_of_mine.Net}}
+"""
+
+
+@contextmanager
+def _project() -> Iterator[Path]:
+    """A folder on the path with a network, a module beside it and a recipe."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, text in (("net_of_mine.py", NET), ("layers_of_mine.py", LAYERS), ("r.yaml", RECIPE)):
+            (folder / file).write_text(text)
+        sys.path.insert(0, name)
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(before)
+            sys.path.remove(name)
+            _forget()
+
+
+def _forget() -> None:
+    """As a new process has it."""
+    for name in ("net_of_mine", "layers_of_mine"):
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    _forget()
+
+
+def forward_edited() -> None:
+    """sigmoid to tanh, then the same command: before, the stage was kept as it was."""
+
+    def command(replace: bool = False) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(recipe.read(folder / "r.yaml"), folder / "out", replace)[0]
+
+    with _project() as folder:
+        first = command()
+        _edit(folder / "net_of_mine.py", "def forward(self, x):", "def forward(self, x):  # the answer")
+        assert command()["ended"] == first["ended"], "a comment changes nothing"
+        assert command()["seconds"] == first["seconds"]
+        _edit(folder / "net_of_mine.py", "sigmoid", "tanh")
+        said = r"made with other code \(net_of_mine\.py has changed: Net\.forward\): choose another --out, or --replace"
+        with pytest.raises(RecipeError, match=said):
+            command()
+        assert command(replace=True)["fingerprint"] != first["fingerprint"]
+
+
+def helper_edited() -> None:
+    """A function that the network calls, in another file: before, the levels of a hunt were kept."""
+
+    def hunt() -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        model = importlib.import_module("net_of_mine").Net()
+        return find_tickets(model, _train, levels=1, rewind="0it", out=folder / "hunt")
+
+    with _project() as folder:
+        hunt()
+        assert len(hunt()) == 2
+        _edit(folder / "layers_of_mine.py", "nn.ReLU()", "nn.ReLU6()")
+        with pytest.raises(ValueError, match=r"other code \(layers_of_mine\.py has changed: block\)"):
+            hunt()
+
+
+def _train(model: nn.Module, level: Level) -> dict[str, float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    level.begin(optimizer)
+    for _ in level.steps(2):
+        model(torch.ones(2, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"val/accuracy": 0.5}
+
+
 SETUPS = [
     Setup("better by less than delta", "an advantage of .003 at delta .02", a_small_advantage),
     Setup("diverged arms", "dense in every seed", dense_diverged),
@@ -113,4 +231,6 @@ SETUPS = [
     Setup("many levels", "twelve without any ticket", twelve_levels),
     Setup("many levels", "groups of hunts", groups),
     Setup("early bird", "unrelated masks at a low density", unrelated_masks),
+    Setup("an edited network", "forward edited under a recipe", forward_edited),
+    Setup("an edited network", "a helper beside it edited", helper_edited),
 ]

@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from torch import nn
 
 from workbench import records
+from workbench.definitions import Hashes, definitions
 from workbench.duration import Duration
 from workbench.launcher import errors
 from workbench.launcher.jobs import find_jobs
@@ -164,13 +165,23 @@ class Arguments:
             arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
         return arguments
 
+    @functools.cached_property
+    def code(self) -> Hashes:
+        """The code that is not installed of the job, and of what the arguments name that can change its result."""
+        entry = self.stage.job.entry
+        return definitions([f"{entry.module}.{entry.attr}", *_texts(self._essential())])
+
     def fingerprint(self, parents: Mapping[str, str]) -> str:
-        """SHA-256 of the job, the arguments that can change its result, and its parents' fingerprints."""
+        """SHA-256 of the job, the arguments that can change its result, their code, and its parents' fingerprints."""
+        parts = [self.stage.job.name, self._essential(), dict(parents)]
+        return records.fingerprint([*parts, self.code] if self.code else parts)
+
+    def _essential(self) -> dict[str, Any]:
         arguments = self._as_json()
         if self.trains:
             # Without defaults: a new version's new defaults must not change the fingerprint of a finished stage.
             arguments["trainer"] = {name: arguments["trainer"][name] for name in self._trainer}
-        return records.fingerprint([self.stage.job.name, essential(arguments), dict(parents)])
+        return essential(arguments)
 
     def build(self, folder_of: Callable[[Source], Source]) -> dict[str, Any]:
         """Keyword arguments for the job: objects made, sources replaced by ``folder_of`` them."""
@@ -202,6 +213,15 @@ class Arguments:
 
     def _is_default(self, name: str) -> bool:
         return self._values["trainer"][name] == inspect.signature(Trainer).parameters[name].default
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def checked(check: Callable[..., None]) -> Callable[[JobT], JobT]:

@@ -14,7 +14,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from workbench.launcher.signatures import Parameter, find_function, module_source, parameters_of
+from workbench.definitions import module_source
+from workbench.launcher.signatures import Parameter, find_function, parameters_of
 
 GROUP = "workbench.jobs"
 _DISTRIBUTION = "distill-prune"

@@ -7,7 +7,10 @@ these sources. Its *fingerprint* is a SHA-256 over
 - the resolved arguments that can change its result: without the trainer's logging and progress bars and without how
   often checkpoints are written (`arguments.essential`), and of the trainer only what the recipe gives, so that a new
   version's new defaults do not invalidate finished stages,
-- for each parent, its fingerprint; for a folder outside the run the SHA-256 of its checkpoint, else its path.
+- the code of the classes and functions that these arguments name, and of what that uses, as far as it is not installed
+  (`workbench.definitions`),
+- for each parent, its fingerprint; for a folder outside the run the SHA-256 of its checkpoint and the code of its
+  network's class, else its path.
 
 So a change in one stage changes the fingerprints of all stages that depend on it. Two exceptions: a job that names no
 stage and trains nothing, such as a report, depends on every stage above it; and a sweep's fingerprint is that of its
@@ -20,6 +23,7 @@ from typing import Any
 
 from workbench import records
 from workbench.checkpoints import compact
+from workbench.definitions import definitions
 from workbench.launcher.arguments import Arguments
 from workbench.launcher.recipe import Recipe
 from workbench.messages import closest, nearest
@@ -150,11 +154,13 @@ def _check_member(recipe: Recipe, family: Arguments, source: Source, name: str, 
 
 
 def _folder_identity(source: Source) -> str:
-    """A folder outside the run in a fingerprint: the SHA-256 of its checkpoint, else its path."""
+    """A folder outside the run in a fingerprint: its checkpoint's SHA-256 and its network's code, else its path."""
     try:
-        return compact.read_index(compact.find(source))["sha256"]
+        index = compact.read_index(compact.find(source))
     except ValueError:
         return str(source)
+    code = definitions([(index["architecture"] or {}).get("class_path", "")])
+    return records.fingerprint([index["sha256"], code]) if code else index["sha256"]
 
 
 def _find_path(references: Mapping[str, list[str]], start: str, goal: str) -> list[str] | None:

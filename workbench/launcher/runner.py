@@ -34,6 +34,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from workbench import progress, records
+from workbench.definitions import difference as code_difference
 from workbench.distributed.ranks import rank
 from workbench.launcher.arguments import Arguments, essential
 from workbench.launcher.lineage import check, find_stage, lineage_of
@@ -45,7 +46,7 @@ from workbench.records.source import Source
 
 _POLL = 0.2
 _RESERVED = ("stage", "job", "status", "fingerprint", "given", "arguments", "parents")
-_RESERVED += ("versions", "environment", "started")
+_RESERVED += ("code", "versions", "environment", "started")
 _PROCESS_STARTED = records.now()
 
 
@@ -128,6 +129,7 @@ def run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, 
         "arguments": arguments.resolved(),
         "seed": arguments.seed,
         "parents": parents,
+        **({"code": arguments.code} if arguments.code else {}),
         "versions": records.versions(),
         "environment": records.environment(),
         "started": (records.read(folder) or {}).get("started", records.now()),
@@ -235,8 +237,11 @@ def _what_differs(record: Mapping[str, Any], arguments: Arguments, parents: Mapp
     if record.get("job") != job:
         return f"job {record.get('job')} instead of {job}"
     before, now = essential(record.get("arguments") or {}), essential(arguments.resolved())
-    if changed := difference(before, now):
-        return changed
+    changed = difference(before, now)
+    if code := code_difference(record.get("code") or {}, arguments.code):
+        code = f"other code ({code})"
+    if changed or code:
+        return ", ".join(filter(None, (changed, code)))
     old = record.get("parents") or {}
     others = [f"another '{parent['stage']}' as {key}" for key, parent in parents.items() if old.get(key) != parent]
     return ", ".join(others) or "other stages above it"

@@ -8,9 +8,9 @@ are read: the classes of torch and lightning are no dataclasses, and their sourc
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import find_spec
 from pathlib import Path
+
+from workbench.definitions import module_source
 
 REQUIRED = "required"
 _PACKAGES = ("workbench", "prune", "distill")
@@ -34,21 +34,6 @@ class Parameter:
     default: str
     description: str
     fields: "tuple[Parameter, ...]" = ()
-
-
-def module_source(name: str) -> str | None:
-    """The path of a module's source; None if it has none.
-
-    Raises:
-        ValueError: If there is no such module.
-    """
-    try:
-        spec = _spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise ValueError(f"there is no module '{name}'")
-    return spec.origin if spec.origin is not None and spec.origin.endswith(".py") else None
 
 
 def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
@@ -202,18 +187,6 @@ def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
         yield node
         if isinstance(node, ast.If):
             yield from node.body
-
-
-def _spec(module: str) -> ModuleSpec | None:
-    """Where ``module`` is. Unlike ``find_spec`` it imports no parent package, which may be slow to import."""
-    top, *rest = module.split(".")
-    spec = find_spec(top)
-    for depth in range(1, len(rest) + 1):
-        if spec is None:
-            return None
-        name = ".".join([top, *rest[:depth]])
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or ()))
-    return spec
 
 
 def _argument_descriptions(docstring: str) -> dict[str, str]:

@@ -95,3 +95,18 @@ def test_an_architecture_that_is_not_in_the_weights_counts() -> None:
     one, other = Mute(0.1), Mute(0.2)
     other.load_state_dict(one.state_dict())
     assert difference(settings(one), settings(other)).startswith("network Mute(")
+
+
+def test_code_that_is_not_installed_is_part_of_the_settings() -> None:
+    own, bare = Mute(0.1), nn.Linear(2, 2)
+    assert "code" not in settings_of(bare, bare)
+    train = test_objects_are_their_class_and_what_they_keep_of_their_arguments
+    settings = settings_of(own, own, Data(3, Path("a")), train=train)
+    found = settings["code"][__name__]
+    assert {"Mute.__init__", "Data.setup", "Own.__init__"} <= found.keys(), "the last one by what the function names"
+    changed = {**settings, "code": {__name__: {**found, "Data.setup": "0"}}}
+    said = f"other code ({__name__.replace('.', '/')}.py has changed: Data.setup)"
+    assert difference(settings, changed) == said
+    assert difference({**settings, "train": "x"}, changed).endswith(f", {said}")
+    observer = {"max_epochs": 1, "callbacks": [lp.Callback()]}
+    assert settings_of(own, own, trainer=observer)["code"] == settings_of(own, own)["code"]

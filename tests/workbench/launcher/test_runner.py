@@ -168,6 +168,61 @@ def test_a_parent_made_anew_is_named(plugin: Any, out: Path) -> None:
         execute(out, CHAIN.replace("make}", "make, size: 2}"))
 
 
+USED = """
+class Scale:
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def apply(self, x):
+        return x * self.factor
+"""
+JOB_OF_MINE = """
+from pathlib import Path
+from scale_of_mine import Scale
+
+def work(by: Scale, out: Path = Path()) -> dict:
+    'Work.'
+    return {"metrics": {"test/loss": by.apply(2.0)}}
+"""
+WORK = (
+    "one: {job: work, by: {class_path: scale_of_mine.Scale}}\ntwo: {job: work, by: {class_path: scale_of_mine.Scale}}\n"
+)
+
+
+def test_code_that_has_changed_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job and of a class that is named, in a project that is installed editable."""
+    write_metadata(out.parent / "metadata", "job_of_mine", "[workbench.jobs]\nwork = job_of_mine:work\n")
+    files = {"scale_of_mine": USED, "job_of_mine": JOB_OF_MINE}
+    (out.parent / "src").mkdir()
+    for folder in ("metadata", "src"):
+        monkeypatch.syspath_prepend(out.parent / folder)
+
+    def attempt(file: str = "", old: str = "", new: str = "", text: str = WORK) -> list[dict[str, Any]]:
+        for name, code in files.items():
+            (out.parent / "src" / f"{name}.py").write_text(code.replace(old, new) if name == file else code)
+        try:
+            return execute(out, text)
+        finally:
+            for name in files:
+                sys.modules.pop(name, None)
+
+    first, _ = attempt()
+    assert sorted(first["code"]["scale_of_mine"]) == ["Scale", "Scale.__init__", "Scale.apply"]
+    assert list(first["code"]["job_of_mine"]) == ["work"]
+    assert attempt()[0] == {"format": 2, **first}
+    said = (
+        r"holds a finished stage made with other code \(scale_of_mine\.py has changed: Scale\.apply\): choose another"
+    )
+    with pytest.raises(RecipeError, match=said):
+        attempt("scale_of_mine", "return x *", "return x +")
+    with pytest.raises(RecipeError, match=r"other code \(job_of_mine\.py has changed: work\)"):
+        attempt("job_of_mine", "2.0", "3.0")
+    other = WORK.replace("scale_of_mine.Scale}", "scale_of_mine.Scale, init_args: {factor: 2}}")
+    with pytest.raises(RecipeError, match=r"made with by\.init_args\.factor 1\.0 instead of 2\.0: choose"):
+        attempt(text=other)
+    assert [record["status"] for record in attempt()] == ["finished"] * 2
+
+
 def test_replace_moves_aside_what_differs_and_what_depends_on_it(plugin: Any, out: Path) -> None:
     execute(out, "other: {job: make}\n" + CHAIN)
     files = tree(out)
