@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workbench.models.recurrent import Recurrent, RecurrentStack, RecurrentTokens
     from workbench.models.resnet import ResNet
     from workbench.models.transformer import Transformer
+    from workbench.models.unet import UNet
 
 __all__ = [
     "MLP",
@@ -34,6 +35,7 @@ __all__ = [
     "ResNet",
     "SentenceEncoder",
     "Transformer",
+    "UNet",
     "activations",
 ]
 
@@ -55,6 +57,7 @@ __getattr__, __dir__ = lazy.attach(
         "ResNet": "workbench.models.resnet",
         "SentenceEncoder": "workbench.models.encoder",
         "Transformer": "workbench.models.transformer",
+        "UNet": "workbench.models.unet",
         "activations": "workbench.models.activations",
     },
 )
