@@ -31,6 +31,11 @@ SMALL: dict[str, list[tuple[str, str]]] = {
         *[("hunts.run.levels", "1"), ("hunts.run.trainer.max_epochs", "1"), ("hunts.over.seed", "[0]")],
     ],
     "mnist": [("data.batch_size", "8"), ("data.validation", "20")],
+    "pairs": [
+        ("data.batch_size", "32"),
+        ("sparse.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{density: 0.5, {TIMES}}}}}]"),
+    ],
+    "segments": [("data.batch_size", "4"), ("data.train", "16"), ("data.val", "4"), ("data.test", "4")],
     "shakespeare": [("data.batch_size", "4"), ("data.length", "16")],
     "sparse": [
         ("gradual.trainer.callbacks", f"[{{class_path: prune.GradualPruning, init_args: {{density: 0.5, {TIMES}}}}}]"),
@@ -54,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_number_of_recipes() -> None:
-    assert len(FILES) == 13, "a recipe was added or lost: say so here"
+    assert len(FILES) == 15, "a recipe was added or lost: say so here"
     assert len(recipes.recipes()) == len(FILES)
     assert SMALL.keys() == {path.stem for path in FILES} - {"digits"}
 

@@ -18,9 +18,11 @@ from workbench.evaluation import statistics
 from workbench.evaluation.scores import Scores
 from workbench.records import AccuracyDifference, ClassScores, Comparison, ComparisonResult, PerClass, Scored
 from workbench.records.source import Source
-from workbench.tasks import Task
+from workbench.tasks import Task, scored
 from workbench.training.fit import task_for
 
+_SCORED = ("accuracy", "nll")
+_NO_YES = ["no", "yes"]
 CLASSES = 256
 """Number of classes listed in a record: those that move most."""
 
@@ -38,10 +40,11 @@ def compare(
     """Score a teacher and its students on one split, and compare each student's accuracy with a baseline's.
 
     Every network is read from its compact checkpoint, and all networks get the same batches. The networks must return
-    logits over classes. The scores are accuracy, NLL, Brier score, calibration error, and each student's agreement with
-    the teacher and KL divergence from it. Accuracy is compared with the baseline's sample by sample; if a sample has
-    many labels, such as the tokens of a text, text by text. The intervals cover the choice of the test set, but not the
-    choice of the seed: train several seeds for that.
+    logits over classes, or of independent labels, each a yes or no. The scores are accuracy, NLL, Brier score,
+    calibration error, and each student's agreement with the teacher and KL divergence from it; beside them the task's
+    main metric, such as mean IoU. Accuracy is compared with the baseline's sample by sample; if a sample has many
+    labels, such as the tokens of a text or the pixels of an image, text by text and image by image. The intervals
+    cover the choice of the test set, but not the choice of the seed: train several seeds for that.
 
     Args:
         teacher: A stage of the recipe, or a folder with a compact checkpoint.
@@ -58,7 +61,8 @@ def compare(
 
     Raises:
         ValueError: If there is no student, a name occurs twice, the baseline is none of them, the data module lacks the
-            split, a network cannot be read, or outputs are no logits over the labels' classes.
+            split, a network cannot be read, the task has numbers or embeddings, or outputs are no logits over the
+            labels' classes.
     """
     named = _named(students, out)
     if baseline is None:
@@ -68,15 +72,20 @@ def compare(
     if split not in ("val", "test"):
         raise ValueError(f"split is {split!r}: choose val or test")
     task = task_for(data, task)
+    if task.outputs.kind not in ("classes", "labels"):
+        raise ValueError(
+            f"compare scores classes and labels, and outputs of {type(task).__name__} are {task.outputs.kind}: read "
+            "the metrics of the stages, or make a sweep over seeds"
+        )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     teacher_network = compact.load(teacher, map_location=place)
     networks = {name: compact.load(source, map_location=place) for name, source in named.items()}
-    tally = _Tally(_name(teacher, out), list(networks), baseline)
+    tally = _Tally(_name(teacher, out), list(networks), baseline, task, place)
     loaders = _loaders(data, split)
     total, done = _length(loaders), 0
     for loader in loaders:
         for batch in loader:
-            tally.add(task, _moved(data, batch, place), teacher_network, networks)
+            tally.add(_moved(data, batch, place), teacher_network, networks)
             done += 1
             progress.update(done, max(total, done), split)
     return records.encode(ComparisonResult(tally.result(split, getattr(data, "names", None))))
@@ -90,9 +99,18 @@ class _Tally:
         teacher: Its name.
         students: Their names.
         baseline: One of them.
+        task: Theirs.
+        device: Where they compute.
     """
 
-    def __init__(self, teacher: str, students: Sequence[str], baseline: str) -> None:
+    def __init__(self, teacher: str, students: Sequence[str], baseline: str, task: Task, device: torch.device) -> None:
+        self.task = task
+        self.main, mode = task.monitor
+        self.monitor = None if self.main in _SCORED else [self.main, mode]
+        # By name, and the teacher's without one: a student may be called as the teacher is.
+        self.metrics: dict[str | None, Any] = {}
+        if self.monitor is not None:
+            self.metrics = {name: task.metrics()[self.main].to(device) for name in (None, *students)}
         self.teacher, self.students, self.baseline = teacher, students, baseline
         self.teacher_scores = Scores()
         self.scores = {name: Scores() for name in students}
@@ -103,15 +121,15 @@ class _Tally:
         self.nested = False
 
     @torch.no_grad()
-    def add(self, task: Task, batch: Any, teacher: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+    def add(self, batch: Any, teacher: nn.Module, networks: Mapping[str, nn.Module]) -> None:
         """Run the teacher once and every student once, and count."""
-        labels, valid = task.targets(batch), task.valid(batch)
-        inputs = task.inputs(batch)
-        wanted = _logits(task, teacher, inputs, labels, self.teacher)
+        valid = self.task.valid(batch)
+        labels = _class_numbers(self.task, self.task.targets(batch), valid)
+        wanted = self._logits(None, teacher, batch, labels)
         self.teacher_scores.update(wanted, labels, valid=valid)
         right: dict[str, Tensor] = {}
         for name, network in networks.items():
-            logits = _logits(task, network, inputs, labels, name)
+            logits = self._logits(name, network, batch, labels)
             if logits.shape != wanted.shape:
                 raise ValueError(
                     f"{name} answers with {list(logits.shape)} and {self.teacher} with {list(wanted.shape)}: "
@@ -128,11 +146,34 @@ class _Tally:
             counts = [torch.bincount(positions[alone[valid]], minlength=classes).cpu() for alone in pair]
             self.classes[name] = self.classes.get(name, torch.tensor(0)) + torch.stack(counts)
 
+    def _logits(self, name: str | None, network: nn.Module, batch: Any, labels: Tensor) -> Tensor:
+        """What the network answers, [..., classes], floating-point inputs in its own precision; a label has two."""
+        task = self.task
+        own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        args, kwargs = tree_map_only(
+            Tensor, lambda value: value.to(own) if value.is_floating_point() else value, task.inputs(batch)
+        )
+        output = scored(task, network(*args, **kwargs), batch)
+        shape = output.shape if task.outputs.elementwise else output.shape[:-1]
+        if labels.is_floating_point() or shape != labels.shape:
+            raise ValueError(
+                f"{name or self.teacher} answers with {list(output.shape)} where {type(task).__name__} has targets "
+                f"{list(labels.shape)} of {labels.dtype}: compare scores logits [..., classes] against class numbers "
+                "[...], and one logit for each label"
+            )
+        if self.monitor is not None:
+            self.metrics[name].update(output, task.targets(batch))
+        # A sigmoid of z is a softmax over 0 and z.
+        return torch.stack((torch.zeros_like(output), output), -1) if task.outputs.elementwise else output
+
     def result(self, split: str, names: Any) -> Comparison:
         """Everything; ``names`` are those of the classes, if there are any."""
         if not self.teacher_scores.count:
             raise ValueError("the split has no sample to score: compare on another")
-        students = {name: replace(_scored(scores), gain=0.0) for name, scores in self.scores.items()}
+        names = _NO_YES if self.task.outputs.kind == "labels" else names
+        students = {
+            name: replace(_scored(scores), gain=0.0, score=self._main(name)) for name, scores in self.scores.items()
+        }
         differences = {name: self._paired(name) for name in self.students if name != self.baseline}
         tested = {name: each.p for name, each in differences.items() if each.p is not None}
         adjusted = dict(zip(tested, statistics.holm(list(tested.values()))))
@@ -144,10 +185,14 @@ class _Tally:
             baseline=self.baseline,
             n=self.teacher_scores.count,
             unit="positions" if self.nested else "samples",
-            teacher=replace(_scored(self.teacher_scores), name=self.teacher),
+            monitor=self.monitor,
+            teacher=replace(_scored(self.teacher_scores), name=self.teacher, score=self._main(None)),
             students=students,
             per_class=self._per_class(names),
         )
+
+    def _main(self, name: str | None) -> float | None:
+        return float(self.metrics[name].compute()) if self.monitor is not None else None
 
     def _paired(self, name: str) -> AccuracyDifference:
         gained, lost = torch.cat(self.rows[name], 1).tolist()
@@ -240,19 +285,18 @@ def _moved(data: LightningDataModule, batch: Any, device: torch.device) -> Any:
     return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
 
 
-def _logits(
-    task: Task, network: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], labels: Tensor, name: str
-) -> Tensor:
-    """What the network answers, floating-point inputs in its own precision."""
-    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    args, kwargs = tree_map_only(Tensor, lambda value: value.to(own) if value.is_floating_point() else value, inputs)
-    logits = task.output(network(*args, **kwargs))
-    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"{name} answers with {list(logits.shape)} where {type(task).__name__} has targets {list(labels.shape)} of "
-            f"{labels.dtype}: compare scores logits [..., classes] against class numbers [...]"
-        )
-    return logits
+def _class_numbers(task: Task, labels: Tensor, valid: Tensor) -> Tensor:
+    """Labels as class numbers: 0 for no, 1 for yes.
+
+    Raises:
+        ValueError: If a label is a probability.
+    """
+    if task.outputs.kind != "labels":
+        return labels
+    known = labels.masked_fill(~valid, 0)
+    if bool(((known != 0) & (known != 1)).any()):
+        raise ValueError("labels are probabilities: compare counts what is right, and needs 0 or 1")
+    return known.long()
 
 
 def _by_row(which: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from workbench.records import ClassScores, Comparison, ComparisonResult, Scored,
 from workbench.report.bands import ends
 from workbench.report.blocks import Chapter, Figure, Gallery, Grid, Part, Text
 from workbench.report.cells import Cell, Line, Table, short, without_empty
-from workbench.report.format import DASH, Metric, count
+from workbench.report.format import DASH, Metric, count, metric
 from workbench.report.section import Section, Summary
 
 ACCURACY = Metric("accuracy", "max", True)
@@ -61,8 +61,10 @@ def chapters(stages: Sequence[Stage], summary: Summary) -> list[Chapter]:
 
 def scores(comparison: Comparison) -> Table:
     """One line per network, the teacher first."""
+    main = _main(comparison)
     columns: list[tuple[str, bool, Callable[[Scored], Cell]]] = [
         ("network", False, lambda s: Cell(s.name or "", _role(comparison, s))),
+        (main.name, True, lambda s: Cell(main.show(s.score), title="" if s.score is None else str(s.score))),
         ("accuracy", True, lambda s: _share(s, "accuracy")),
         ("NLL", True, lambda s: _number(s, "nll")),
         ("Brier", True, lambda s: _number(s, "brier")),
@@ -199,6 +201,12 @@ def draw_moves(name: str, title: str, shown: Sequence[Move], comparison: Compari
 
     height = 1.0 + 0.2 * lines + len(shown) * max(0.26, 0.15 * len(students))
     return drawn(name, title, (5.6, height), draw)
+
+
+def _main(comparison: Comparison) -> Metric:
+    """The task's main metric beside accuracy."""
+    name, mode = comparison.monitor or ("", "max")
+    return metric(name, mode, [network.score for network in networks(comparison)])
 
 
 def _role(comparison: Comparison, network: Scored) -> str:

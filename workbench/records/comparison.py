@@ -18,6 +18,7 @@ class Scored:
         ece: Expected calibration error over 15 bins, in [0, 1].
         agreement: Share of predictions that are the teacher's.
         kl: KL(teacher || student) at temperature 1, in nats.
+        score: The task's main metric, where that is neither accuracy nor nll.
         gain: Accuracy less the baseline's.
         paired: That difference, with its interval and test.
     """
@@ -29,6 +30,7 @@ class Scored:
     ece: Unbounded | None = None
     agreement: Unbounded | None = None
     kl: Unbounded | None = None
+    score: Unbounded | None = None
     gain: Unbounded | None = None
     paired: AccuracyDifference | None = None
 
@@ -78,6 +80,7 @@ class Comparison:
         baseline: The student that the others are compared with.
         n: Samples, or positions in them.
         unit: Which of the two.
+        monitor: The task's main metric and its better direction, where that is neither accuracy nor nll.
         teacher: Its scores.
         students: Name -> its scores.
         per_class: Results by class.
@@ -87,6 +90,7 @@ class Comparison:
     baseline: str | None = None
     n: float | None = None
     unit: str = "samples"
+    monitor: list[str] | None = None
     teacher: Scored | None = None
     students: dict[str, Scored] = field(default_factory=dict)
     per_class: PerClass = field(default_factory=PerClass)

@@ -17,7 +17,7 @@ from workbench.launcher import recipe
 from workbench.launcher.runner import run
 from workbench.models import MLP
 from workbench.records.source import Source
-from workbench.tasks import Classification
+from workbench.tasks import Binary, Classification, Embedding, MultiLabel, Regression, Segmentation
 
 IGNORED = -100
 
@@ -323,3 +323,96 @@ def test_only_classes_are_compared(family, tmp_path):
 
     with pytest.raises(ValueError, match=r"has targets \[7, 4\] of torch\.float32: compare scores logits"):
         run_it(family, tmp_path, task=Regression(3))
+
+
+class Rows(pl.LightningDataModule):
+    """[N, 4] points, and labels of any shape."""
+
+    def __init__(self, y: Tensor, batch_size: int = 7) -> None:
+        super().__init__()
+        self.x = torch.randn(len(y), 4, generator=torch.Generator().manual_seed(5))
+        self.y, self.batch_size = y, batch_size
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.x, self.y), self.batch_size)
+
+
+def some_labels(*shape: int, high: int = 2) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", ["binary", "labels"])
+def test_independent_labels_are_scored_each_by_a_sigmoid(kind, tmp_path):
+    width = 1 if kind == "binary" else 3
+    family = {
+        name: stored(tmp_path / name, seed, lambda: MLP(4, (6,), width))
+        for seed, name in enumerate(("teacher", "alone", "soft"))
+    }
+    y = some_labels(20) if kind == "binary" else some_labels(20, 3).float()
+    if kind == "labels":
+        y[::4, 1] = float("nan")
+    task = Binary() if kind == "binary" else MultiLabel(3)
+    data = Rows(y)
+    found = run_it(family, tmp_path, data=data, task=task)
+    known = ~y.isnan() if kind == "labels" else torch.ones(20, dtype=torch.bool)
+    logits = {name: task.output(answers(source, data.x))[known].double() for name, source in family.items()}
+    hard = y[known].bool()
+    assert found["n"] == len(hard)
+    for name, entry in {"teacher": found["teacher"], **found["students"]}.items():
+        assert entry["accuracy"] == ((logits[name] > 0) == hard).double().mean()
+        nll = nn.functional.binary_cross_entropy_with_logits(logits[name], hard.double())
+        assert entry["nll"] == pytest.approx(nll.item())
+    t, s = logits["teacher"].sigmoid(), logits["soft"].sigmoid()
+    kl = (t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()).mean()
+    assert found["students"]["soft"]["kl"] == pytest.approx(kl.item())
+    assert found["per_class"]["names"] == ["no", "yes"]
+    assert found["unit"] == ("samples" if kind == "binary" else "positions")
+    if kind == "labels":
+        metrics = task.metrics()
+        metrics.update(task.output(answers(family["soft"], data.x)), y)
+        assert found["monitor"] == ["f1", "max"]
+        assert found["students"]["soft"]["score"] == pytest.approx(metrics.compute()["f1"].item())
+    else:
+        assert "monitor" not in found or found["monitor"] is None
+
+
+class Pixels(nn.Module):
+    """[B, 4] -> logits [B, 3, 2, 3], half as high as the labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.init_args: dict = {}
+        self.layer = nn.Linear(4, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).unflatten(1, (3, 2, 3))
+
+
+def test_pixels_are_compared_image_by_image_at_the_labels_resolution(tmp_path):
+    family = {name: stored(tmp_path / name, seed, Pixels) for seed, name in enumerate(("teacher", "alone", "soft"))}
+    y = some_labels(20, 4, 3, high=3)
+    y[::2, 0] = 255
+    task, data = Segmentation(3, ignore_index=255), Rows(y)
+    found = run_it(family, tmp_path, data=data, task=task)
+    assert (found["n"], found["unit"], found["monitor"]) == (20 * 12 - 10 * 3, "positions", ["mean_iou", "max"])
+    for name, entry in {"teacher": found["teacher"], **found["students"]}.items():
+        output = task.output(answers(family[name], data.x))
+        metrics = task.metrics()
+        metrics.update(output, y)
+        for key, metric in (("score", "mean_iou"), ("accuracy", "accuracy"), ("nll", "nll")):
+            assert entry[key] == pytest.approx(metrics.compute()[metric].item(), rel=1e-5)
+    assert found["students"]["soft"]["paired"]["method"] == statistics.clustered([1, 2], [0, 1], [12, 12]).method
+
+
+@pytest.mark.parametrize(
+    ("task", "y", "message"),
+    [
+        (Regression(), torch.zeros(20, 3), "outputs of Regression are numbers: read the metrics of the stages"),
+        (Embedding(), torch.zeros(20, 3), "outputs of Embedding are embedding"),
+        (MultiLabel(3), torch.full((20, 3), 0.3), "labels are probabilities: compare counts what is right"),
+        (MultiLabel(2), torch.zeros(20, 2), r"answers with \[7, 3\] where MultiLabel has targets \[7, 2\]"),
+    ],
+)
+def test_what_has_nothing_right_or_wrong_is_refused(family, tmp_path, task, y, message):
+    with pytest.raises(ValueError, match=message):
+        run_it(family, tmp_path, data=Rows(y), task=task)

@@ -152,3 +152,15 @@ def test_a_malformed_comparison_is_named(tmp_path, wrong):
     run = written(tmp_path / "run", [realistic()[0], {**compared(), "comparison": wrong}])
     with pytest.raises(ValueError, match=r"01.record\.json"):
         report(run / "report")
+
+
+def test_a_main_metric_beside_accuracy_has_its_column(tmp_path):
+    entry = compared()
+    entry["comparison"]["monitor"] = ["mean_iou", "max"]
+    entry["comparison"]["teacher"]["score"] = 0.61234
+    for place, student in enumerate(entry["comparison"]["students"].values()):
+        student["score"] = 0.5 + place / 100
+    stages = [entry if each.get("comparison") else each for each in distilled()]
+    rows = cells(page_of(tmp_path, stages), "scores")
+    assert [row[1] for row in rows] == ["61.23%", "50.00%", "51.00%", "52.00%", "53.00%"]
+    assert rows[0][2] == "98.06%"
