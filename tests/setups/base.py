@@ -78,5 +78,6 @@ NAMED: dict[str, tuple[str, ...]] = {
     "a bare loop": ("resumed without the policy's state", "ended before the pruning did"),
     "wrappers": ("compile", "DDP", "FSDP", "fully_shard", "Fabric", "AveragedModel", "PEFT", "accelerate"),
     "optimizers that evaluate inside their step": ("L-BFGS",),
+    "tasks": ("Binary", "MultiLabel", "Segmentation"),
     "one scoring": ("half precision against full", "the recommended level is exported", "why a level is no ticket"),
 }

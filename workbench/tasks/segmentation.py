@@ -1,7 +1,6 @@
 """Semantic segmentation: a class for each pixel, frame or voxel."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, final
 
 import torch
@@ -100,8 +99,6 @@ class Segmentation(Weighted, Resized):
 
     def output(self, raw: Any) -> Tensor:
         """Logits with the classes last, [B, h, w, C]: of the tensor itself, of ``logits`` or of ``out``."""
-        if isinstance(raw, Mapping) and "logits" not in raw and "out" in raw:
-            raw = raw["out"]
         logits = logits_of(raw)
         if not 3 <= logits.ndim <= 5 or logits.shape[1] != self.classes:
             raise ValueError(
