@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from pytorch_lightning import Callback as PLCallback
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from distill.cache import CachedBatch, CachedTeacher
 from distill.features import Features, capture, is_compiled
@@ -279,7 +280,10 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
                 "Code that was compiled in an earlier training takes no notice of hooks: torch.compiler.reset()"
             )
         [call] = calls
-        scores = self._scores(module, batch.batch, call)
+        if self.objective.compares_outputs or isinstance(module, SupervisedModule):
+            scores = self._scores(module, batch.batch, call)
+        else:
+            scores = self._samples(own, batch.batch, call)
         outputs, targets = Outputs(scores.logits, call.features), Outputs(None)
         if first or self.objective.needs_teacher(weights):
             layers = self.objective.teacher_layers(None if first else weights)
@@ -328,13 +332,20 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             return Scores(self.objective.outputs.scored(logits), self.valid(batch), labels, tokens)
         return by_labels(self.objective.outputs, logits, labels, tokens, self.ignore_index)
 
+    def _samples(self, own: Tensor, batch: Any, call: _Call) -> Scores:
+        """Every sample, for terms that compare layers only: whatever the student returns, it is not looked at."""
+        tokens = tokens_of(call.kwargs)
+        count = len(next(leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)))
+        valid = torch.ones(count, dtype=torch.bool, device=own.device) if self.valid is None else self.valid(batch)
+        return Scores(own, valid, None, tokens_of(batch) if tokens is None else tokens)
+
     def _targets(self, module: Any, batch: "_Batch", call: _Call, layers: list[str], logits: bool) -> Outputs:
         if isinstance(module, SupervisedModule):
             return task_targets(
                 self.teacher, module.task, batch.batch, call.args, call.kwargs, batch.cached_targets, layers, logits
             )
-        assert self.objective.outputs is not None
-        score = self.objective.outputs.scored
+        outputs = self.objective.outputs
+        score = (lambda logits: logits) if outputs is None else outputs.scored
         kwargs = {**self._columns(call, batch.batch), **call.kwargs}
         return targets_of(self.teacher, call.args, kwargs, batch.cached_targets, layers, logits, score)
 

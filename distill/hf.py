@@ -316,6 +316,8 @@ class DistillationMixin(_Trainer):
 
     def _scored(self, logits: Tensor, positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
         """The model's outputs in scored form; the first batch tells what they are."""
+        if not self.objective.compares_outputs:
+            return logits
         if self.objective.outputs is None:
             labels = inputs.get("labels") if positions.targets is None else positions.targets
             config = getattr(self.accelerator.unwrap_model(self.model), "config", None)

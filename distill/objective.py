@@ -94,10 +94,15 @@ class Objective(nn.Module):
             raise ValueError(f"the outputs are {outputs}, and were {self.outputs} before: they stay the same")
         terms = self.terms if self._soft_targets is None else self._soft_targets.terms(outputs.kind)
         for name, term in terms.items():
-            if isinstance(term.loss, LogitLoss):
+            if isinstance(term.loss, LogitLoss) and not term.on_layers:
                 check_kind(name, term.loss, outputs.kind)
         self.terms, self.losses, self.outputs = terms, _losses_of(terms), outputs
         return outputs
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether a term compares the networks' outputs, so that it must be known what these are."""
+        return any(isinstance(term.loss, LogitLoss) and not term.on_layers for term in self.terms.values())
 
     @property
     def projects(self) -> bool:
@@ -122,8 +127,8 @@ class Objective(nn.Module):
 
     def needs_logits(self, weights: Mapping[str, float]) -> bool:
         """Whether a term with a weight above 0 needs the teacher's logits, not just its features."""
-        losses = (self.terms[name].loss for name, weight in weights.items() if weight)
-        return any(isinstance(loss, LogitLoss) and loss.needs_teacher for loss in losses)
+        terms = [self.terms[name] for name, weight in weights.items() if weight]
+        return any(isinstance(t.loss, LogitLoss) and t.loss.needs_teacher and not t.on_layers for t in terms)
 
     def student_layers(self, member: str = "", weights: Mapping[str, float] | None = None) -> list[str]:
         """Layers of a student to capture: for the terms with a weight above 0, or for all terms if None."""
@@ -185,7 +190,7 @@ class Objective(nn.Module):
             elif not weight:
                 idle += [name] if term.weight else []
                 continue
-            elif isinstance(term.loss, FeatureLoss):
+            elif term.on_layers or isinstance(term.loss, FeatureLoss):
                 value = self._feature_loss(name, student, teacher, (tokens, valid), member)
             elif teacher.sample is not None and term.loss.needs_teacher:
                 if self.outputs is not None and self.outputs.class_dim != -1:
@@ -226,15 +231,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         if self.outputs is None:
             raise ValueError(f"{loss} compares outputs, and it is not said what they are: call resolve first")
-        if self.outputs.kind == "classes":
-            check_classes(student)
-        if self.outputs.elementwise:
-            if valid is not None and valid.shape != student.shape and valid.shape == student.shape[: valid.ndim]:
-                valid = valid.reshape(*valid.shape, *[1] * (student.ndim - valid.ndim)).expand_as(student)
-            if "classes" in loss.kinds:
-                # To a loss over the last axis each is a vector of its own.
-                student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
-        return loss(student, teacher, valid, labels)
+        return _scored_loss(loss, self.outputs, student, teacher, valid, labels)
 
     def _feature_loss(
         self,
@@ -245,9 +242,15 @@ class Objective(nn.Module):
         member: str,
     ) -> Tensor:
         """The mean over the term's pairs of features; ``masks`` are those of the tokens and of the valid positions."""
-        loss, values = self.terms[name].loss, []
-        assert isinstance(loss, FeatureLoss)
+        term, values = self.terms[name], []
+        loss = term.loss
+        assert loss is not None
         for index, (fs, ft) in enumerate(self._pairs(name, member, student.features, teacher.features)):
+            if isinstance(loss, LogitLoss):
+                outputs = term.output_type
+                zs, zt = outputs.scored(fs), outputs.scored(ft)
+                values.append(_scored_loss(loss, outputs, zs, zt, _matching_mask(zs, masks)))
+                continue
             key = _key(member, name, str(index))
             if loss.projects:
                 if key not in self.projectors:
@@ -277,7 +280,7 @@ class Objective(nn.Module):
 
     def _layers(self, layers_of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:
         terms = (term for name, term in self.terms.items() if weights is None or weights[name])
-        return list(dict.fromkeys(x for term in terms if isinstance(term.loss, FeatureLoss) for x in layers_of(term)))
+        return list(dict.fromkeys(layer for term in terms if term.on_layers for layer in layers_of(term)))
 
 
 def zero_of(logits: Tensor) -> Tensor:
@@ -309,6 +312,26 @@ def _matching_mask(feature: Tensor, masks: Iterable[Tensor | None]) -> Tensor | 
         if mask is not None and feature.ndim > mask.ndim and feature.shape[: mask.ndim] == mask.shape:
             return mask
     return None
+
+
+def _scored_loss(
+    loss: LogitLoss,
+    outputs: OutputType,
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """A loss of outputs in scored form; ``valid`` of labels and numbers may be of their leading axes."""
+    if outputs.kind == "classes":
+        check_classes(student)
+    if outputs.elementwise:
+        if valid is not None and valid.shape != student.shape and valid.shape == student.shape[: valid.ndim]:
+            valid = valid.reshape(*valid.shape, *[1] * (student.ndim - valid.ndim)).expand_as(student)
+        if "classes" in loss.kinds:
+            # To a loss over the last axis each is a vector of its own.
+            student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
+    return loss(student, teacher, valid, labels)
 
 
 def _losses_of(terms: Mapping[str, Term]) -> nn.ModuleDict:

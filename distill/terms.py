@@ -14,7 +14,8 @@ from distill.losses import (
     check_temperature,
 )
 from workbench.duration import Duration
-from workbench.tasks import Kind
+from workbench.tasks import Kind, OutputType
+from workbench.tasks.outputs import output_type
 
 Layers = str | list[str]
 Progress = Callable[[str], float]
@@ -27,18 +28,22 @@ class Term:
     Its weight after t of training is weight * min(1, t / warmup) * (1 - (1 - final) * min(1, t / decay)).
 
     Args:
-        loss: A loss on logits or on features; the task's own loss, on labels, if None.
+        loss: A loss on the networks' outputs or on features; the task's own loss, on labels, if None.
         weight: Its factor, at least 0. A term of weight 0 is not computed, but the task's own loss is still logged.
         student: For a loss on features: layers of the student, by path or pattern as :func:`distill.features.capture`
-            takes them; for a family of students, a mapping from each member's name to its layers.
+            takes them; for a family of students, a mapping from each member's name to its layers. For a loss on
+            outputs, of a network with several heads: the submodules that make them.
         teacher: The layers of the teacher, as many as of the student; the same names as the student's if None.
         warmup: How long the weight rises linearly from 0.
         decay: How long the weight takes to fall linearly to ``final`` times itself, counted from the start of training;
             None keeps it constant.
         final: Share of the weight that is left after the decay, in [0, 1].
+        outputs: For a loss on outputs of which ``student`` names the heads: what they are, or their kind, see
+            :class:`workbench.tasks.OutputType`.
 
     Raises:
-        ValueError: If a number is out of range, a loss on features has no layers, or another loss has some.
+        ValueError: If a number is out of range, a loss on features has no layers, a loss on heads has no ``outputs`` or
+            needs labels, or the task's own loss has any of these.
     """
 
     loss: LogitLoss | FeatureLoss | None = None
@@ -48,6 +53,7 @@ class Term:
     warmup: Duration = Duration(0, "it")  # noqa: RUF009 - frozen
     decay: Duration | None = None
     final: float = 0.0
+    outputs: OutputType | Kind | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
@@ -59,9 +65,41 @@ class Term:
         named = self.student is not None or self.teacher is not None
         if isinstance(self.loss, FeatureLoss) and self.student is None:
             raise ValueError(f"{type(self.loss).__name__} compares features: name them, student: layers.1")
-        if named and not isinstance(self.loss, FeatureLoss):
-            kind = "the task's own loss" if self.loss is None else type(self.loss).__name__
-            raise ValueError(f"{kind} compares outputs, so it takes no submodules: leave student and teacher out")
+        if self.loss is None and (named or self.outputs is not None):
+            raise ValueError("the task's own loss takes no submodules: leave student, teacher and outputs out")
+        if isinstance(self.loss, LogitLoss):
+            self._check_heads(self.loss, named)
+        elif self.outputs is not None:
+            raise ValueError(f"{type(self.loss).__name__} compares features: leave outputs out")
+
+    @property
+    def on_layers(self) -> bool:
+        """Whether it compares what layers return, and not the networks' outputs."""
+        return self.student is not None
+
+    @property
+    def output_type(self) -> OutputType:
+        """What the heads that it compares return."""
+        assert self.outputs is not None
+        return output_type(self.outputs)
+
+    def _check_heads(self, loss: LogitLoss, named: bool) -> None:
+        name = type(loss).__name__
+        if not named:
+            if self.outputs is not None:
+                raise ValueError(
+                    f"{name} is given outputs: say for the whole training what the networks' outputs are, or name the "
+                    "heads that this term compares, student: heads.1"
+                )
+            return
+        if self.student is None or self.outputs is None:
+            raise ValueError(
+                f"{name} on submodules compares the outputs of heads: name them, student: heads.1, and say what they "
+                "are, outputs: classes, labels, numbers or embedding"
+            )
+        if loss.needs_labels:
+            raise ValueError(f"{name} needs labels, and those of a head are not known: use a loss without")
+        check_kind("of heads", loss, self.output_type.kind)
 
     def weight_at(self, progress: Progress) -> float:
         """The weight now; ``progress("ep")`` is the number of epochs done and ``progress("it")`` that of updates."""

@@ -7,9 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distill.losses import DKD, Hint, LabelSmoothing, SimilarityPreserving, SoftTarget, hint, soft_target
+from distill.losses import (
+    DKD,
+    BernoulliTarget,
+    Hint,
+    LabelSmoothing,
+    LogitMSE,
+    SimilarityPreserving,
+    SoftTarget,
+    bernoulli_target,
+    cosine,
+    hint,
+    soft_target,
+    squared_error,
+)
 from distill.objective import Objective, Outputs, SoftTargets, Term, zero_of
 from workbench.duration import Duration
+from workbench.tasks import OutputType
 
 
 def never(unit: str) -> float:
@@ -223,8 +237,8 @@ def test_a_sample_of_the_teacher_is_enough_for_soft_targets_alone() -> None:
         (lambda: Term(final=1.5), "final is 1.5"),
         (lambda: Term(decay=Duration(0, "ep")), "decay is 0ep"),
         (lambda: Term(Hint()), "Hint compares features: name them"),
-        (lambda: Term(SoftTarget(), student="a"), "SoftTarget compares outputs"),
-        (lambda: Term(student="a"), "the task's own loss compares outputs"),
+        (lambda: Term(SoftTarget(), student="a"), "SoftTarget on submodules compares the outputs of heads: name them"),
+        (lambda: Term(student="a"), "the task's own loss takes no submodules"),
         (lambda: Objective({}), "nothing to learn from"),
         (lambda: Objective({"hard": Term(weight=0.0)}), "nothing to learn from"),
         (lambda: Objective({"loss": Term()}), "a term is called 'loss'"),
@@ -249,3 +263,86 @@ def test_features_that_do_not_pair_are_counted() -> None:
     by_name = Objective({"like": Term(SimilarityPreserving(), student={"s": "a"})}, ("s",))
     with pytest.raises(ValueError, match="name the teacher's too"):
         by_name.teacher_layers()
+
+
+def test_outputs_are_said_once() -> None:
+    objective = Objective(SoftTargets())
+    with pytest.raises(ValueError, match="compares outputs, and it is not said what they are: call resolve first"):
+        objective(seen(), seen(), objective.weights(never), own)
+    labels = objective.resolve(OutputType("labels"))
+    assert objective.resolve(OutputType("labels")) == labels
+    assert isinstance(objective.losses["soft"], BernoulliTarget)
+    with pytest.raises(ValueError, match="before: they stay the same"):
+        objective.resolve(OutputType("classes"))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        ("classes", lambda s, t, v: soft_target(s, t, 4.0, v[:, 0])),
+        ("labels", lambda s, t, v: bernoulli_target(s, t, 4.0, v)),
+        ("numbers", lambda s, t, v: squared_error(s, t, v)),
+        ("embedding", lambda s, t, v: cosine(s, t, v[:, 0])),
+    ],
+)
+def test_soft_targets_of_every_kind_of_outputs(outputs: Any, expected: Any) -> None:
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    valid = torch.tensor([True, False, True, True])
+    objective = Objective(SoftTargets(alpha=1.0), outputs=outputs)
+    found = objective(Outputs(student), Outputs(teacher), objective.weights(never), own, valid=valid)["soft"]
+    assert torch.equal(found, expected(student, teacher, valid[:, None].expand(4, 3)))
+
+
+def test_a_loss_on_vectors_takes_each_number_as_one() -> None:
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    valid = torch.rand(4, 3) < 0.6
+    found = Objective({"z": Term(LogitMSE())}, outputs="numbers")(
+        Outputs(student), Outputs(teacher), {"z": 1.0}, own, valid=valid
+    )
+    torch.testing.assert_close(found["z"], squared_error(student, teacher, valid))
+
+
+def test_one_class_is_refused_by_every_loss_on_classes() -> None:
+    logits = torch.randn(4, 1)
+    for loss in (SoftTarget(), LogitMSE()):
+        objective = Objective({"z": Term(loss)}, outputs="classes")
+        with pytest.raises(ValueError, match="a softmax over one class is always 1"):
+            objective(Outputs(logits), Outputs(logits), {"z": 1.0}, own)
+
+
+def test_heads_are_compared_by_what_they_are() -> None:
+    """Each head of a network is a term; nothing need be known of what the network returns."""
+    head = torch.randn(4, 3, 5, requires_grad=True)
+    student, teacher = Outputs(torch.tensor(1.0), {"a": head}), Outputs(None, {"b": torch.randn(4, 3, 5)})
+    tokens = torch.rand(4, 5) < 0.6
+    for outputs, expected in (
+        (OutputType("classes", 1), lambda s, t: soft_target(s.mT, t.mT, 4.0, tokens)),
+        ("classes", lambda s, t: soft_target(s, t, 4.0)),
+    ):
+        term = Term(SoftTarget(), student="a", teacher="b", outputs=outputs)  # type: ignore[arg-type]
+        objective = Objective({"head": term})
+        assert objective.student_layers() == ["a"]
+        assert objective.teacher_layers() == ["b"]
+        assert objective.needs_teacher({"head": 1.0})
+        assert not objective.needs_logits({"head": 1.0})
+        assert not objective.compares_outputs
+        found = objective(student, teacher, {"head": 1.0}, own, tokens=tokens)
+        torch.testing.assert_close(found["head"], expected(head, teacher.features["b"]))
+        assert torch.autograd.grad(found["loss"], head)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Term(SoftTarget(), student="a"), "SoftTarget on submodules compares the outputs of heads: name them"),
+        (lambda: Term(SoftTarget(), outputs="classes"), "name the heads that this term compares, student: heads.1"),
+        (lambda: Term(SoftTarget(), student="a", outputs="labels"), "compares classes, and the outputs are labels"),
+        (lambda: Term(DKD(), student="a", outputs="classes"), "DKD needs labels, and those of a head are not known"),
+        (lambda: Term(Hint(), student="a", outputs="classes"), "Hint compares features: leave outputs out"),
+        (lambda: Term(outputs="classes"), "the task's own loss takes no submodules"),
+        (lambda: Term(SoftTarget(), student="a", outputs="words"), "outputs are 'words': choose from classes"),  # type: ignore[arg-type]
+    ],
+)
+def test_heads_that_make_no_sense(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
