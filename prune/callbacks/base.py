@@ -21,11 +21,13 @@ from typing import Any, final
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from pytorch_lightning import Callback as OtherCallback
 from pytorch_lightning.callbacks import StochasticWeightAveraging as OtherSWA
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from prune.callbacks.best import Held, checkpointers, forget, names, of_denser, stoppers
 from prune.callbacks.calibration import trainer_calibration
 from prune.masks import Masks
 from prune.policies import Policy, Timestamp
@@ -52,6 +54,10 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
     a module that steps by hand clips is unknown: there they are zeroed after every ``backward``, except for updates of
     which the policy reads all gradients.
 
+    A network that is denser than it will be scores better than what it becomes. So whenever it is pruned,
+    ``ModelCheckpoint(monitor=...)`` forgets the scores of before: the best checkpoint is one at the final density, if
+    one is saved there. ``EarlyStopping`` waits until then (in ``LotteryTicket``, it ends each level).
+
     Args:
         policy: What decides.
         log: Whether to log densities.
@@ -60,18 +66,21 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
     Raises:
         ValueError: When training starts, if masks do not fit, ranks hold different ones, two callbacks prune the same
             weight, the strategy hides the weights from the optimizer's hooks, training is too short, or a criterion
-            needs the loss of a module that steps by hand.
+            needs the loss of a module that steps by hand; when a checkpoint of other settings is resumed.
 
     Warns:
-        UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name; when it
-            ends before the policy is complete.
+        UserWarning: By name, when training starts, if frozen weights are pruned that ``include`` does not name, or many
+            weights are exactly 0 and will grow again; when it ends before the policy is complete, without a best
+            checkpoint at the final density, or with weights that are not masked.
     """
 
+    stops_levels = False  # whether early stopping ends a part of the training rather than all of it
     made_of_settings = True  # recipes make one when they are checked, and not only when its stage starts
 
     def __init__(self, policy: Policy, log: bool = True, part: str = "") -> None:
         self.policy, self._log, self._part = policy, log, part
         self._clips, self._step = False, 0
+        self._held, self._compared = Held(), None
 
     @property
     @final
@@ -91,9 +100,14 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
         _check_strategy(trainer)
         self._clips, self._step = _clips(trainer, pl_module), trainer.global_step
         averages, calibration = _averages(trainer, pl_module), partial(trainer_calibration, trainer, pl_module)
-        self.policy.attach(network_of(pl_module), trainer.optimizers, _now(trainer, 0.0), averages, calibration)
+        network, optimizers = network_of(pl_module), trainer.optimizers
+        resumed = self.policy.attach(network, optimizers, _now(trainer, 0.0), averages, calibration)
         if not trainer.fast_dev_run:
             self.policy.check_budget(*_budget(trainer, pl_module))
+        self._compared = self.masks if resumed else None
+        self._compare(trainer)
+        if _first(trainer, self) and _held_back(trainer) and (held := [*checkpointers(trainer), *stoppers(trainer)]):
+            rank_zero_info(f"{names(held)} compare networks at the final density only")
 
     @final
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -117,6 +131,7 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
             self._step = trainer.global_step
             done = 1.0 if trainer.is_last_batch else (batch_idx + 1) / trainer.num_training_batches
             self.policy.after_step(_now(trainer, done))
+        self._compare(trainer)
 
     @final
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -128,19 +143,37 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
 
     @final
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warn if training ended too early."""
-        shortfall = self.policy.shortfall()
-        if shortfall is not None and not trainer.fast_dev_run and trainer.is_global_zero:
+        """Warn if training ended too early, without a checkpoint at the final density, or with weights unmasked."""
+        self._held.release()
+        masked = self.masks is None or self.masks.is_applied_to(network_of(pl_module))
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        shortfall, denser = self.policy.shortfall(), dict(of_denser(trainer)) if _first(trainer, self) else {}
+        if shortfall is not None:
             warnings.warn(f"training ended with {shortfall}", stacklevel=2)
+        for each, path in denser.items():
+            warnings.warn(
+                f"the best checkpoint of {names([each])} is of a denser network: no other has been compared since the "
+                f"last pruning. Train on after it, or use the last weights instead of {path}",
+                stacklevel=2,
+            )
+        if not masked:
+            warnings.warn(
+                "weights that were pruned are not zero at the end: something has loaded or averaged others. Let it "
+                "come before, or call masks.apply(network)",
+                stacklevel=2,
+            )
 
     @final
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave no hook behind."""
+        self._held.release()
         self.policy.detach()
 
     @final
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave no hook behind."""
+        self._held.release()
         self.policy.detach()
 
     @final
@@ -152,6 +185,39 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there when training starts."""
         self.policy.load_state_dict(state_dict)
+
+    @final
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint in which a callback of this class pruned another part of the network."""
+        stored, kind = checkpoint.get("callbacks", {}), type(self).__qualname__
+        here = {each.state_key for each in trainer.callbacks}
+        others = [str(key) for key in stored if (key == kind or str(key).startswith(f"{kind},")) and key not in here]
+        if self.state_key not in stored and others:
+            raise ValueError(
+                f"the checkpoint was trained with {others[0]}, and {self.state_key} is given: resume with the same "
+                "include and exclude, or the same masks; or start a new training from its weights"
+            )
+
+    def _compare(self, trainer: Any) -> None:
+        """Let what compares by a metric forget networks that are denser than this one, and hold back early stopping."""
+        before, now = self._compared, self.masks
+        if now is not before:
+            self._compared = now
+            if now is not None and (before is None or now.density < before.density):
+                forget(trainer)
+        if _first(trainer, self):
+            self._held.hold(trainer) if _held_back(trainer) else self._held.release()
+
+
+def _first(trainer: Any, callback: PolicyCallback) -> bool:
+    """Whether it is the one that acts for all of its kind."""
+    return next(each for each in trainer.callbacks if isinstance(each, PolicyCallback)) is callback
+
+
+def _held_back(trainer: Any) -> bool:
+    """Whether early stopping is to wait for the density of a policy."""
+    pruning = [each for each in trainer.callbacks if isinstance(each, PolicyCallback) and not each.stops_levels]
+    return any(not each.policy.at_final_density() for each in pruning)
 
 
 def _now(trainer: Any, done: float) -> Timestamp:

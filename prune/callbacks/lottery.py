@@ -64,6 +64,7 @@ class LotteryTicket(PolicyCallback):
     """
 
     policy: Iterative
+    stops_levels = True
 
     @takes_arguments_of(Iterative)
     def __init__(self, policy: Iterative) -> None:

@@ -37,6 +37,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from prune.hf.calibration import trainer_calibration
 from prune.masks import Masks
@@ -44,6 +45,8 @@ from prune.masks.enforce import Handle, unwrap_optimizer
 from prune.policies import Policy, Timestamp
 from prune.policies.optimizers import unscaled
 from prune.policies.timestamp import START
+
+logger = logging.get_logger(__name__)
 
 FILE = "masks.safetensors"
 _KEY = "pruning"
@@ -58,6 +61,9 @@ class PolicyCallback(TrainerCallback):
     batches of the training data, shuffled by the Trainer's seed and divided among processes, and on the model's own
     loss: see :mod:`prune.hf.calibration`.
 
+    A model that is denser than it will be scores better than what it becomes: ``load_best_model_at_end`` takes the
+    best at the final density, and the patience of ``EarlyStoppingCallback`` begins there.
+
     Args:
         policy: What decides.
         log: Whether to log densities beside the loss.
@@ -70,7 +76,7 @@ class PolicyCallback(TrainerCallback):
         self._optimizer: Any = None
         self._time = START
         self._callback_queued = False
-        self._masks_before: Masks | None = None
+        self._compared: Masks | None = None
 
     @property
     @final
@@ -103,22 +109,24 @@ class PolicyCallback(TrainerCallback):
         self._handle = Handle([hook.remove for hook in hooks])
         try:
             calibration = trainer_calibration(args, kwargs["train_dataloader"])
-            self.policy.attach(model, optimizer, self._time, calibration=calibration)
+            resumed = self.policy.attach(model, optimizer, self._time, calibration=calibration)
             self.policy.check_budget(state.max_steps, _epochs(args, kwargs["train_dataloader"]))
         except BaseException:
             self.release()
             raise
-        self._masks_before = self.masks
+        self._compared = self.masks if resumed else None
+        self._compare(state)
+        if not self.policy.at_final_density() and args.metric_for_best_model is not None:
+            logger.info(
+                f"{type(self).__name__}: the best model by {args.metric_for_best_model} is one at the final density"
+            )
 
     @final
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the policy of the update. Where it pruned, forget the best model, which was a denser one."""
+        """Tell the policy of the update."""
         self._time = _now(state)
         self.policy.after_step(self._time)
-        before, now = self._masks_before, self.masks
-        if now is not before and now is not None and (before is None or now.density < before.density):
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        self._masks_before = now
+        self._compare(state)
 
     @final
     def on_log(
@@ -151,12 +159,38 @@ class PolicyCallback(TrainerCallback):
         if self._at_end is not None:
             self._at_end(state)
         self.release()
-        if (shortfall := self.policy.shortfall()) is not None and state.is_world_process_zero:
-            warnings.warn(f"training ended with {shortfall}", stacklevel=2)
-        best, masks = state.best_model_checkpoint, self.masks
+        best, masks, model = state.best_model_checkpoint, self.masks, kwargs["model"]
         # The Trainer loads the best model before this event.
-        if args.load_best_model_at_end and best and masks is not None and not masks.is_applied_to(kwargs["model"]):
+        if args.load_best_model_at_end and best and masks is not None and not masks.is_applied_to(model):
             self.policy.masks = Masks.load(Path(best) / FILE)
+        masked = self.masks is None or self.masks.is_applied_to(model)
+        if not state.is_world_process_zero:
+            return
+        if (shortfall := self.policy.shortfall()) is not None:
+            warnings.warn(f"training ended with {shortfall}", stacklevel=2)
+        elif args.load_best_model_at_end and state.best_metric is None:
+            warnings.warn(
+                "no model was evaluated at the final density, so none is the best: the last one is left. Evaluate "
+                "after the last pruning",
+                stacklevel=2,
+            )
+        if not masked:
+            warnings.warn(
+                "weights that were pruned are not zero at the end: something has loaded others. masks.apply(model) "
+                "prunes these",
+                stacklevel=2,
+            )
+
+    def _compare(self, state: TrainerState) -> None:
+        """Forget the best model where it is denser than this one, or this one is not at the final density.
+
+        So early stopping counts nothing until then, either: its patience begins where there is no best.
+        """
+        before, now = self._compared, self.masks
+        self._compared = now
+        sparser = now is not before and now is not None and (before is None or now.density < before.density)
+        if sparser or not self.policy.at_final_density():
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _restore(self, optimizer: Optimizer, state: TrainerState) -> None:
         """Load what ``_store`` put into the optimizer's state, if a checkpoint with it is resumed.

@@ -24,20 +24,31 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Handle:
-    """Removes the hooks of ``keep``; as a context manager also after an exception."""
+    """Removes hooks; as a context manager also after an exception.
 
-    def __init__(self, removers: Iterable[Callable[[], None]]):
-        self._removers = list(removers)
+    Args:
+        removers: Called once, the last one first.
+        at_end: Called before them, unless an exception ends the context.
+    """
+
+    def __init__(self, removers: Iterable[Callable[[], None]], at_end: Callable[[], None] = lambda: None):
+        self._removers, self._at_end = list(removers), at_end
 
     def remove(self) -> None:
         """Remove the hooks; a second call does nothing."""
-        while self._removers:
-            self._removers.pop()()
+        try:
+            if self._removers:
+                self._at_end()
+        finally:
+            while self._removers:
+                self._removers.pop()()
 
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._at_end = lambda: None
         self.remove()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prune.allocation import Allocation, Global
 from prune.criteria import random, seeded
 from prune.masks import Masks
+from prune.policies.history import axes_of, named
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp, check_times
 from prune.pruner import Patterns, Pruner
@@ -176,6 +177,15 @@ class Dynamic(Policy):
             raise ValueError(
                 f"begin is {self.begin}, but training has {budget}{self.end.unit} only: begin earlier, or train longer"
             )
+
+    def _settings(self) -> dict[str, Any]:
+        times = {name: str(getattr(self, name)) for name in ("begin", "end", "every")}
+        how = {"growth": self.growth, "fraction": self.fraction, "decay": named(self.decay), "seed": self.seed}
+        return {"density": self.density, **times, **how, **axes_of(self.pruner)}
+
+    def at_final_density(self) -> bool:
+        """Always."""
+        return True
 
     def shortfall(self) -> str | None:
         """None: the density is constant."""

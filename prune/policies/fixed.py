@@ -31,6 +31,7 @@ class Fixed(Policy):
 
     def __init__(self, masks: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
         super().__init__()
+        self.starts_dense = False
         self.masks = self._fixed = masks_of(masks)
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,6 +58,10 @@ class Fixed(Policy):
 
     def check_budget(self, updates: float, epochs: float) -> None:
         """Any length is enough."""
+
+    def at_final_density(self) -> bool:
+        """Always."""
+        return True
 
     def shortfall(self) -> str | None:
         """None: a fixed mask is complete at once."""

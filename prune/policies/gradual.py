@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.masks.memory import gathered, local, shard
+from prune.policies.history import axes_of, named
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp, check_times
 from prune.pruner import Pruner
@@ -79,6 +80,7 @@ class Gradual(Policy):
         self.schedule = _parsed(schedule)
         self._online = self.pruner.axes.criterion.online
         self.reads_gradients = self._online is not None
+        self.starts_dense = initial == 1 or self.begin.value > 0
         self._load_state({})
 
     def _scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,6 +154,15 @@ class Gradual(Policy):
             raise ValueError(
                 f"end is {self.end}, but training has {budget}{self.end.unit} only: end earlier, or train for longer"
             )
+
+    def _settings(self) -> dict[str, Any]:
+        times = {name: str(getattr(self, name)) for name in ("begin", "end", "every")}
+        schedule = {"initial": self.initial, "schedule": named(self.schedule)}
+        return {"density": self.density, **times, **schedule, **axes_of(self.pruner)}
+
+    def at_final_density(self) -> bool:
+        """From the pruning at ``end`` on."""
+        return self._target <= self.density
 
     def shortfall(self) -> str | None:
         """The density reached, if it is not the final one."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from prune.levels import Levels
 from prune.masks import Masks
+from prune.policies.history import axes_of
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp
 from prune.pruner import Pruner
@@ -189,7 +190,6 @@ class Iterative(Policy):
         return {
             "level": self.level,
             "rows": list(self.rows),
-            "targets": list(self.targets),
             "point": None if self.point is None else self.point.state_dict(),
             "position": self.position,
             "metrics": [self._last, self._lowest, self._highest],
@@ -200,11 +200,6 @@ class Iterative(Policy):
         self._reset()
         if not state:
             return
-        if state["targets"] != self.targets:
-            raise ValueError(
-                f"what is resumed has levels of densities {state['targets']}, but {self.targets} are given: resume "
-                "with the same levels and rate"
-            )
         self.level, self.rows, self.position = state["level"], list(state["rows"]), state["position"]
         self._last, self._lowest, self._highest = map(dict, state["metrics"])
         self._groups = state["groups"]
@@ -224,6 +219,14 @@ class Iterative(Policy):
                 f"rewind is {self.rewind}, but a level trains for {budget:g}{self.rewind.unit} only: rewind to an "
                 "earlier point"
             )
+
+    def _settings(self) -> dict[str, Any]:
+        rewind = {"at": str(self.rewind), "mode": self.mode}
+        return {"levels": list(self.targets), "rewind": rewind, **axes_of(self.pruner)}
+
+    def at_final_density(self) -> bool:
+        """In the last level."""
+        return self.level == len(self.targets) - 1
 
     def shortfall(self) -> str | None:
         """The level reached, if it is not the last one's end."""

@@ -22,6 +22,7 @@ in, the policy must still see dense ones: [_needs_dense_gradients].
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
@@ -34,6 +35,7 @@ from prune.masks import Masks
 from prune.masks.enforce import Handle, mask_multiplier, unwrap_optimizer
 from prune.masks.memory import local, owners, shard, summed
 from prune.policies.calibration import Calibration, calibrated, check_frozen
+from prune.policies.history import Watch, check_new, check_same_settings, say_strayed, warn_pruned
 from prune.policies.optimizers import first_holding, skips_step
 from prune.policies.ownership import claim, release
 from prune.policies.timestamp import START, Timestamp
@@ -56,6 +58,7 @@ class Policy(ABC):
     Attributes:
         masks: Those in force, or None. They stay after :meth:`detach`, and are part of :meth:`state_dict`.
         reads_gradients: Whether it reads gradients, so that they must be there before the optimizer steps.
+        starts_dense: Whether a training without its state starts with a dense network; not so where masks are given.
 
     Args:
         times: All that the policy is given, to know whether any is in epochs.
@@ -64,7 +67,7 @@ class Policy(ABC):
 
     def __init__(self, *times: Duration, batches: int = 0) -> None:
         self.masks: Masks | None = None
-        self.reads_gradients = False
+        self.reads_gradients, self.starts_dense = False, True
         self._batches = batches
         self._in_epochs = any(time.unit == "ep" for time in times)
         self._restored, self._updates = False, 0
@@ -129,6 +132,14 @@ class Policy(ABC):
             ValueError: If it is too short.
         """
 
+    def _settings(self) -> dict[str, Any]:
+        """What a training has to be resumed with, JSON values by the names of arguments; nothing by default."""
+        return {}
+
+    @abstractmethod
+    def at_final_density(self) -> bool:
+        """Whether the network is as sparse as it will get: what is scored before is another, denser network."""
+
     @abstractmethod
     def shortfall(self) -> str | None:
         """What the policy has not reached yet, for a warning when training ends; None if it is complete."""
@@ -143,7 +154,7 @@ class Policy(ABC):
         time: Timestamp = START,
         averages: Iterable[nn.Module] = (),
         calibration: Calibration | None = None,
-    ) -> None:
+    ) -> bool:
         """Start at ``time``, or go on: after :meth:`load_state_dict`, or where ``model`` still obeys the masks held.
 
         An update is a step of one optimizer, the first that holds one of the weights (:meth:`counts_steps_of`).
@@ -157,13 +168,29 @@ class Policy(ABC):
             calibration: For a criterion that needs data: (criterion, number of batches) -> the arguments ``loader`` and
                 ``loss`` of a pruner's call. Called now, as a check, and at every pruning.
 
+        Returns:
+            Whether it goes on, under the masks held.
+
         Raises:
             ValueError: If masks do not fit the model, no optimizer holds its weights, another attached policy prunes
                 one of them, or the gradient of a frozen one is to be read.
 
         Warns:
-            UserWarning: By name, if frozen weights are pruned that ``include`` does not name.
+            UserWarning: By name, if frozen weights are pruned that ``include`` does not name; if it starts although
+                many weights are exactly 0, which will grow again.
         """
+        return self._attach(model, optimizers, time, averages, calibration, warn_pruned)
+
+    def _attach(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        time: Timestamp,
+        averages: Iterable[nn.Module],
+        calibration: Calibration | None,
+        look_back: Callable[[str, Mapping[str, nn.Parameter]], None],
+    ) -> bool:
+        """:meth:`attach`, with what is done about weights that look pruned already."""
         self.detach()
         try:
             self._model = unwrap(model)
@@ -184,14 +211,17 @@ class Policy(ABC):
             claim(self, self._weights)
             hooks = [optimizer.register_step_post_hook(self._mask_weights) for optimizer in self._optimizers]
             self._masking = Handle([hook.remove for hook in hooks])
+            self._counted = first_holding(self._optimizers, self._weights)
             if resumed and self.masks is not None:
                 self._enforce(self.masks, clear_state=False)
+            elif self.starts_dense and not self._restored:
+                look_back(type(self).__name__, self._weights)
             self._start(time, resumed)
             self._restored = False
-            self._counted = first_holding(self._optimizers, self._weights)
         except BaseException:
             self.detach()
             raise
+        return resumed
 
     @final
     def before_step(self, time: Timestamp, clip: bool = True) -> None:
@@ -242,6 +272,7 @@ class Policy(ABC):
         steps_per_epoch: int | None = None,
         averages: Iterable[nn.Module] = (),
         calibration: Calibration | None = None,
+        anew: bool = False,
     ) -> Handle:
         """Attach, and take every event from the optimizer's steps: for a training loop that stays as it is.
 
@@ -255,25 +286,40 @@ class Policy(ABC):
             steps_per_epoch: Updates in an epoch, where times are given in epochs.
             averages: As for :meth:`attach`.
             calibration: As for :meth:`attach`.
+            anew: Start here, at update 0 and with a dense network, although weights look pruned or the optimizer has
+                stepped. Without it that is refused, for it is what a training looks like whose policy was not restored.
 
         Returns:
             A handle: ``handle.remove()``, or leaving ``with handle:``, detaches.
 
         Raises:
-            ValueError: As :meth:`attach`, or if times are given in epochs and ``steps_per_epoch`` is not; in training,
-                if gradients are to be read and are computed in a closure, after the optimizer's step has begun.
+            ValueError: As :meth:`attach`, or if times are given in epochs and ``steps_per_epoch`` is not; without
+                ``anew``, if many weights are exactly 0 or the optimizer has stepped, and no state was loaded; in
+                training, if gradients are to be read and are computed in a closure, after the optimizer's step has
+                begun.
+
+        Warns:
+            UserWarning: As :meth:`attach`; by name, at the next step and at the end, if pruned weights are not zero
+                any more, because other ones were loaded; at the end, if the policy is not complete.
         """
         if self._in_epochs and not steps_per_epoch:
             raise ValueError(
                 f"steps_per_epoch is {steps_per_epoch}, but times of this {type(self).__name__} are in epochs: "
                 "give the number of updates in an epoch, or times such as '500it'"
             )
-        done = self._updates if self._restored else 0
+        done = begun = self._updates if self._restored else 0
 
         def time() -> Timestamp:
             return Timestamp(done, done / steps_per_epoch if steps_per_epoch else math.nan)
 
+        watch = Watch()
+
+        def look(when: str) -> None:
+            if self.masks is not None and (strays := watch.strays(self._weights, self.masks)):
+                say_strayed(strays, self.masks, when)
+
         def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            look(f"before update {done + 1}")
             if self.reads_gradients and any(callable(argument) for argument in (*args, *kwargs.values())):
                 raise ValueError(
                     f"the optimizer is given a closure, and this {type(self).__name__} looks at gradients before the "
@@ -287,8 +333,14 @@ class Policy(ABC):
             if not skips_step(optimizer):
                 done += 1
                 self.after_step(time())
+            watch.note(self._weights)
 
-        self.attach(model, optimizers, time(), averages, calibration)
+        def look_back(kind: str, weights: Mapping[str, nn.Parameter]) -> None:
+            if not anew:
+                check_new(kind, weights, self._optimizers)
+
+        self._attach(model, optimizers, time(), averages, calibration, look_back)
+        watch.note(self._weights)
         counted = self._counted
         assert counted is not None, "attached"
         hooks = [counted.register_step_pre_hook(before).remove, counted.register_step_post_hook(after).remove]
@@ -300,7 +352,13 @@ class Policy(ABC):
             if self._following is following:
                 self.detach()
 
-        return Handle([end])
+        def say() -> None:
+            if self._following is following:
+                look("at the end")
+                if done > begun and (shortfall := self.shortfall()) is not None:
+                    warnings.warn(f"training ended with {shortfall}", stacklevel=4)
+
+        return Handle([end], say)
 
     # State
 
@@ -308,14 +366,20 @@ class Policy(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Masks, one bit per weight, and how far the policy is; tensors and plain values."""
         masks = {} if self.masks is None else self.masks.state_dict()
-        return {"masks": masks, "updates": self._updates, **self._state()}
+        return {"masks": masks, "updates": self._updates, "settings": self._settings(), **self._state()}
 
     @final
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there when attached."""
+        """Go on from there when attached.
+
+        Raises:
+            ValueError: If it is the state of a policy of other settings.
+        """
+        check_same_settings(type(self).__name__, state_dict["settings"], self._settings())
         self.masks = Masks.from_state_dict(state_dict["masks"]) if state_dict["masks"] else None
         self._updates = state_dict["updates"]
-        self._load_state({name: value for name, value in state_dict.items() if name not in ("masks", "updates")})
+        common = ("masks", "updates", "settings")
+        self._load_state({name: value for name, value in state_dict.items() if name not in common})
         self._restored = True
 
     @final

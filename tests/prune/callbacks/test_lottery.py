@@ -392,7 +392,9 @@ def test_a_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
     fit(theirs(), ticket, Keep(tmp_path, ticket), max_epochs=1)
     state = torch.load(tmp_path / "1-6", weights_only=True)["callbacks"]["LotteryTicket"]
     assert state["level"] == 1
-    with pytest.raises(ValueError, match=r"has levels of densities \[1\.0, 0\.7\], but \[1\.0, 0\.8\] are given"):
+    with pytest.raises(
+        ValueError, match=r"levels \[1\.0, 0\.8\] instead of \[1\.0, 0\.7\], rewind\.at 1ep instead of 1it"
+    ):
         fit(theirs(), LotteryTicket(levels=1), ckpt_path=tmp_path / "1-6", max_epochs=1)
 
 

@@ -97,6 +97,9 @@ class Looking(Policy):
     def check_budget(self, updates: float, epochs: float) -> None:
         self.budget = updates, epochs
 
+    def at_final_density(self) -> bool:
+        return True
+
     def shortfall(self) -> str | None:
         return None
 

@@ -169,7 +169,7 @@ def test_a_closure_hides_the_gradients() -> None:
         pytest.raises(ValueError, match="given a closure, and this Dynamic looks at gradients before the step"),
     ):
         optimizer.step(lambda: model(torch.ones(6)).sum())
-    with POLICIES["set"][0]().follow(model, optimizer):
+    with POLICIES["set"][0]().follow(model, optimizer, anew=True):
         optimizer.step(lambda: model(torch.ones(6)).sum())
 
 
@@ -196,7 +196,7 @@ def test_one_weight_has_one_policy() -> None:
         with rest.follow(model, optimizer):
             train(model, optimizer, 0, 2)
     assert (alive(model), model[2].weight.count_nonzero()) == (60 + 15, 15)
-    Gradual(0.5, "0it", "2it", "1it").follow(model, optimizer).remove()
+    Gradual(0.5, "0it", "2it", "1it").follow(model, optimizer, anew=True).remove()
 
 
 def test_what_cannot_be_driven() -> None:
@@ -225,13 +225,15 @@ def test_frozen_weights_are_pruned_only_where_that_is_said(name: str) -> None:
     with pytest.warns(UserWarning, match=r"^'0\.weight': frozen, and pruned like the others"):
         makes[name]().follow(model, optimizer, steps_per_epoch=5).remove()
     for scope in ({"exclude": "0.*"}, {"include": "*"}):
-        makes[name](**scope).follow(model, optimizer, steps_per_epoch=5).remove()
+        makes[name](**scope).follow(model, optimizer, steps_per_epoch=5, anew=True).remove()
     asked = [Iterative(2, pruner=Pruner("snip")), Gradual(0.2, "2it", "9it", "2it", Pruner("grasp"))]
+    model = net()
+    model[0].weight.requires_grad_(False)
     for policy in asked:
         with pytest.raises(
             ValueError, match=r"'0\.weight': frozen, so criterion '(snip|grasp)' finds no gradient there"
         ):
-            policy.attach(model, optimizer, calibration=lambda criterion, batches: {})
+            policy.attach(model, SGD(model[2].parameters()), calibration=lambda criterion, batches: {})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""What a policy finds out about a model that was trained before, or changed behind its back."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prune import Masks, Pruner
+from prune.policies import Dynamic, Fixed, Gradual, Iterative
+from prune.policies.history import Watch, zeros
+from tests.helpers.bare_loop import ADAMW, SGD, net, train
+
+
+def gradual(**changed: Any) -> Gradual:
+    return Gradual(**{"density": 0.2, "begin": "2it", "end": "6it", "every": "2it", **changed})
+
+
+@pytest.mark.parametrize(
+    ("make", "changed", "said"),
+    [
+        (gradual, {"density": 0.1}, r"density 0\.1 instead of 0\.2"),
+        (gradual, {"end": "8it", "every": "1it"}, "end 8it instead of 6it, every 1it instead of 2it"),
+        (gradual, {"schedule": "linear"}, "schedule linear instead of cubic"),
+        (gradual, {"pruner": Pruner("random", exclude="0.*")}, "criterion random instead of magnitude, exclude"),
+        (
+            lambda **c: Dynamic(**{"density": 0.3, "begin": "1it", "end": "6it", "every": "2it", **c}),
+            {"density": 0.2},
+            "density",
+        ),
+        (
+            lambda **c: Dynamic(**{"density": 0.3, "begin": "1it", "end": "6it", "every": "2it", **c}),
+            {"growth": "set"},
+            "growth",
+        ),
+        (lambda **c: Iterative(**{"levels": 2, **c}), {"levels": 3}, "levels"),
+        (lambda **c: Iterative(**{"levels": 2, **c}), {"rewind": "2ep"}, r"rewind\.at 2ep instead of 1ep"),
+    ],
+)
+def test_other_settings_are_refused_by_name(make: Any, changed: dict[str, Any], said: str) -> None:
+    state = make().state_dict()
+    make().load_state_dict(copy.deepcopy(state))
+    with pytest.raises(ValueError, match=f"other settings than it was trained with: {said}"):
+        make(**changed).load_state_dict(state)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_a_policy_without_its_state_does_not_start_in_the_middle(optimizer: Any) -> None:
+    model = net()
+    stepper = optimizer(model.parameters())
+    train(model, stepper, 0, 1)
+    with pytest.raises(ValueError, match=r"^\w+ has stepped already, but this Gradual has no state"):
+        gradual().follow(model, stepper)
+    with gradual().follow(model, stepper, anew=True):
+        train(model, stepper, 1, 7)
+    assert zeros(Pruner().scope(model)) == 0.8
+
+
+def test_layers_of_zeros_are_no_sign() -> None:
+    model = net()
+    nn.init.zeros_(model[2].weight)
+    assert zeros(Pruner().scope(model)) == 0
+    gradual().follow(model, SGD(model.parameters())).remove()
+
+
+def test_fixed_masks_are_given_for_a_sparse_model() -> None:
+    model = net()
+    masks = Pruner()(model, 0.3)
+    masks.apply(model)
+    optimizer = SGD(model.parameters())
+    train(model, optimizer, 0, 1)
+    with Fixed(masks).follow(model, optimizer):
+        train(model, optimizer, 1, 3)
+    assert masks.is_applied_to(model)
+
+
+def test_a_sparse_model_is_pruned_on_from_its_density() -> None:
+    model = net()
+    masks = Pruner()(model, 0.5)
+    masks.apply(model)
+    policy = gradual(initial=0.5, begin="0it")
+    with policy.follow(model, optimizer := SGD(model.parameters())):
+        assert policy.masks == masks
+        train(model, optimizer, 0, 6)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_come_back_are_named_at_the_next_step(assign: bool) -> None:
+    model, policy = net(), gradual()
+    optimizer, before = SGD(model.parameters()), copy.deepcopy(model.state_dict())
+    with policy.follow(model, optimizer):
+        train(model, optimizer, 0, 7)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))  # obeys the masks
+        train(model, optimizer, 7, 8)
+        if assign:
+            model[0].weight.data = model[0].weight.data.clone()  # not seen, and harmless
+        model.load_state_dict(before)
+        with pytest.warns(
+            UserWarning, match=r"not zero before update 9, in '0\.weight'.*density 1, not 0\.2\. Compare"
+        ):
+            train(model, optimizer, 8, 9)
+        train(model, optimizer, 9, 10)
+
+
+def test_an_exception_is_not_talked_over() -> None:
+    model, policy = net(), gradual()
+    optimizer = SGD(model.parameters())
+
+    def fail() -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"), policy.follow(model, optimizer):
+        train(model, optimizer, 0, 3, fail)
+
+
+def test_only_what_changed_is_looked_at() -> None:
+    model, watch = net(), Watch()
+    weights = dict(model.named_parameters())
+    masks = Masks({"0.weight": torch.zeros(10, 6, dtype=torch.bool), "2.weight": torch.zeros(3, 10, dtype=torch.bool)})
+    watch.note(weights)
+    assert watch.strays(weights, masks) == {}
+    with torch.no_grad():
+        model[2].weight.mul_(1)
+    assert watch.strays(weights, masks) == {"2.weight": 30}
