@@ -97,6 +97,7 @@ def _accelerate() -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before, in full precision
     try:
         accelerator, network = Accelerator(cpu=True, mixed_precision="bf16"), _network()
         model, optimizer = accelerator.prepare(network, SGD(network.parameters(), 0.1, 0.9))
