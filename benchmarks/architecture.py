@@ -34,7 +34,7 @@ FLOORS = {
     ),
     "distill": (
         "module callbacks hf",
-        "targets scored hf_columns hf_vocabulary",
+        "targets scored hf_columns hf_vocabulary hf_loader",
         "cache student",
         "teacher objective language",
         "losses features hf_labels terms",

@@ -1,31 +1,30 @@
 """Distillation in transformers: a mixin for any ``Trainer``, and the plain Trainer with it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from distill.cache import CachedBatch, CachedTeacher
-from distill.cache.samples import fetch
+from distill.cache import CachedTeacher
 from distill.features import capture
 from distill.hf_columns import check_columns, columns_for, teacher_only
-from distill.hf_labels import Positions, label_spec, scored_positions
+from distill.hf_labels import Positions, label_spec, outputs_for, scored_positions
+from distill.hf_loader import CACHED_TARGETS, AddCachedTargets, first_samples
 from distill.hf_vocabulary import vocabulary_for
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors, zero_of
 from distill.targets import TeacherLike, as_teacher, targets_of
-from distill.teacher import eval_mode
+from distill.teacher import Teacher, eval_mode
 from workbench.distributed.ranks import all_gather
 from workbench.files import atomic_file
 from workbench.models.positions import tokens_of
+from workbench.models.wrappers import unwrap
 from workbench.randomness import same_random_state
-from workbench.tasks import logits_of
+from workbench.tasks import Kind, LogitsSpec, OutputType, select_logits
 from workbench.tasks.outputs import infer
 from workbench.training.means import Means
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-_CACHED = "cached_targets"
 _FILE = "distillation.safetensors"
 
 
@@ -93,11 +91,20 @@ class DistillationMixin(_Trainer):
         teacher_tokenizer: The teacher's tokenizer, to be compared with ``processing_class``; by default the one beside
             the weights that the teacher was loaded from, if it is on this disk.
         vocabulary: How many ids both language models share, in place of comparing tokenizers.
+        outputs: What the outputs are: ``"classes"`` along the last axis, ``"labels"``, ``"numbers"`` or
+            ``"embedding"``; for classes along axis 1 ``OutputType("classes", class_dim=1)``. If None, the model's class
+            says it, else ``config.problem_type``, else its own loss (one output of a classifier is a number, float
+            labels are independent), else the labels of the first batch (:func:`workbench.tasks.outputs.infer`).
+        logits: Where the logits are in what the model returns: a key, an index or a function, see
+            :func:`workbench.tasks.select_logits`; ``logits`` if None.
+        teacher_logits: The same for the teacher.
         **kwargs: The Trainer's.
 
     Raises:
-        ValueError: If an argument is out of range, or the Trainer's settings do not go with a teacher; in training, if
-            the teacher has other classes than the model, or an output that a term compares is missing.
+        ValueError: If an argument is out of range, or the Trainer's settings do not go with a teacher; tokenizers,
+            heads or kinds of outputs of both do not go together; in training, before the first update, if it cannot be
+            told what the outputs are, the teacher has other classes than the model, or an output that a term compares
+            is missing.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
@@ -110,10 +117,14 @@ class DistillationMixin(_Trainer):
         teacher_columns: Sequence[str] | None = None,
         teacher_tokenizer: Any = None,
         vocabulary: int | None = None,
+        outputs: OutputType | Kind | None = None,
+        logits: LogitsSpec | None = None,
+        teacher_logits: LogitsSpec | None = None,
         **kwargs: Any,
     ) -> None:
-        self.teacher = as_teacher(teacher)
-        self.objective = Objective(SoftTargets() if losses is None else losses)
+        self.teacher = as_teacher(teacher, teacher_logits)
+        self.objective = Objective(SoftTargets() if losses is None else losses, outputs=outputs)
+        self._logits = logits
         self._term_means = Means()
         self._new_update = True
         self._teacher_columns = columns_for(self.teacher, teacher_columns)
@@ -125,6 +136,9 @@ class DistillationMixin(_Trainer):
             self._set_signature_columns_if_needed()
             check_columns(self.train_dataset, self._signature_columns or (), self.teacher)
         self._vocabulary = vocabulary_for(student, self.teacher, self.processing_class, teacher_tokenizer, vocabulary)
+        known = self.objective.outputs or outputs_for(student, self.compute_loss_func is None)
+        if known is not None:
+            self._resolve(known, said=outputs is not None)
         # compute_loss divides by the positions of the whole update, so the Trainer must not divide by the number of
         # micro-batches as well.
         self.loss_is_scaled_for_ga = True
@@ -145,16 +159,18 @@ class DistillationMixin(_Trainer):
             return super().compute_loss(model, self._own_inputs(inputs), return_outputs, num_items_in_batch)
         weights = self.objective.weights(self._progress)
         inputs = dict(inputs)
-        cached = inputs.pop(_CACHED, None)
+        cached = inputs.pop(CACHED_TARGETS, None)
         positions = scored_positions(inputs, self._label_spec)
         with capture(model, self.objective.student_layers(weights=weights)) as features:
             if positions.valid.any():
                 own, raw = self._own_loss(model, inputs, weights)
             else:  # cross-entropy over no position is NaN, and its share of the update 0
                 own, raw = None, model(**self._own_inputs(inputs))
-            logits = self._scored(self._shared(logits_of(raw), positions), positions, inputs)
+            logits = self._scored(select_logits(raw, self._logits), positions, inputs)
             outputs = Outputs(logits, features.take())
-        valid, labels = positions.shaped(logits)
+        valid, labels = positions.valid, positions.targets
+        if (known := self.objective.outputs) is not None:
+            valid, labels = positions.shaped(logits, known, inputs.get("labels"), self._label_spec.ignored)
         # accelerate casts inside of the model's forward only; the teacher and the projectors need autocast as well.
         with self.accelerator.autocast():
             needed = self.objective.needs_teacher(weights)
@@ -167,7 +183,7 @@ class DistillationMixin(_Trainer):
                 labels=labels,
                 tokens=tokens_of(inputs),
             )
-        loss, count = terms.pop("loss"), valid.sum()
+        loss, count = terms.pop("loss"), positions.valid.sum()
         # Without an own loss, as in a batch without labels, its term is the zero of above: not logged.
         with_loss = {name for name, term in self.objective.terms.items() if own is not None or term.loss is not None}
         self._term_means.add({name: value for name, value in terms.items() if name in with_loss}, count)
@@ -201,7 +217,7 @@ class DistillationMixin(_Trainer):
             loader = self.teacher.attach(super().get_train_dataloader())
         finally:
             del self.accelerator.prepare
-        loader.collate_fn = _AddCachedTargets(loader.collate_fn)
+        loader.collate_fn = AddCachedTargets(loader.collate_fn)
         return prepare(loader)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -310,20 +326,31 @@ class DistillationMixin(_Trainer):
         targets = targets_of(self.teacher, (), kwargs, cached, layers=layers, logits=logits, score=score, match=True)
         return targets if targets.logits is None else targets._replace(logits=targets.logits[..., : self._vocabulary])
 
-    def _shared(self, outputs: Tensor, positions: Positions) -> Tensor:
-        """The outputs at the scored positions, those of a language model over the shared vocabulary."""
-        return positions.of(outputs)[..., : self._vocabulary]
-
     def _scored(self, logits: Tensor, positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
-        """The model's outputs in scored form; the first batch tells what they are."""
+        """The model's outputs at the scored positions, in scored form; the first batch may tell what they are."""
+        logits = positions.of(logits)[..., : self._vocabulary]
         if not self.objective.compares_outputs:
             return logits
         if self.objective.outputs is None:
-            labels = inputs.get("labels") if positions.targets is None else positions.targets
-            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-            self.objective.resolve(infer(logits, labels, config))
+            labels = inputs.get("labels")
+            config = getattr(unwrap(self.accelerator.unwrap_model(self.model), adapters=True), "config", None)
+            # What the configuration says of one output holds for the model's own loss.
+            known = config if self.compute_loss_func is None else None
+            self._resolve(infer(logits, labels if isinstance(labels, Tensor) else None, known))
         assert self.objective.outputs is not None
         return self.objective.outputs.scored(logits)
+
+    def _resolve(self, outputs: OutputType, said: bool = False) -> None:
+        """Fix what the outputs are, which the teacher's configuration must not contradict unless it was ``said``."""
+        if isinstance(self.teacher, Teacher):
+            self.teacher.check_outputs(outputs)
+            for network in () if said else self.teacher.networks:
+                if (other := outputs_for(network)) not in (None, outputs):
+                    raise ValueError(
+                        f"the student's outputs are {outputs} and the teacher's {other}, by their classes and "
+                        "config.problem_type: distil a model of one kind, or say by the argument outputs what both are"
+                    )
+        self.objective.resolve(outputs)
 
     @torch.no_grad()
     def _example_outputs(self) -> tuple[Outputs, Outputs]:
@@ -335,10 +362,10 @@ class DistillationMixin(_Trainer):
             )
         with same_random_state():
             loader = self.get_train_dataloader()
-            batch: Any = loader.collate_fn(_first_samples(loader.dataset, 2))
+            batch: Any = loader.collate_fn(first_samples(loader.dataset, 2))
             inputs, model = self._prepare_inputs(batch), self.model
             assert model is not None
-            layers, cached = self.objective.student_layers(), inputs.pop(_CACHED, None)
+            layers, cached = self.objective.student_layers(), inputs.pop(CACHED_TARGETS, None)
             with eval_mode(model), self.accelerator.autocast(), capture(model, layers) as features:
                 model(**self._own_inputs(inputs))
                 student = Outputs(None, features.take())
@@ -369,29 +396,6 @@ class DistillationTrainer(DistillationMixin, Trainer):
     Example:
         >>> DistillationTrainer(student, args, train_dataset=data, teacher=teacher, losses=SoftTargets(2.0)).train()
     """
-
-
-@dataclass(frozen=True)
-class _AddCachedTargets:
-    """Collates a cached teacher's batch into a mapping, which is all that a Trainer can handle.
-
-    Args:
-        collate: Of the loader that ``attach`` returned.
-    """
-
-    collate: Callable[[Any], CachedBatch]
-
-    def __call__(self, samples: Any) -> dict[str, Any]:
-        """The batch with its cached targets as one more entry."""
-        batch, targets = self.collate(samples)
-        return {**batch, _CACHED: targets}
-
-
-def _first_samples(dataset: Any, count: int) -> Any:
-    """The first samples of a data set, as a loader fetches them."""
-    if isinstance(dataset, IterableDataset):
-        return list(islice(dataset, count))
-    return fetch(dataset, range(min(count, len(dataset))))
 
 
 def _over_ranks(means: Means) -> dict[str, float]:

@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from workbench.models.positions import IGNORED, tokens_of, valid_tokens
 from workbench.models.wrappers import unwrap
+from workbench.tasks import OutputType
+from workbench.tasks.outputs import of_problem
 
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+_PER_PIXEL = "ForSemanticSegmentation"
 
 
 class LabelSpec(NamedTuple):
@@ -21,11 +24,13 @@ class LabelSpec(NamedTuple):
         names: The arguments that are labels.
         causal: Whether position i of the output is scored against label i + 1.
         tokens: Whether every token is scored, rather than every sample.
+        ignored: The label of positions that do not count.
     """
 
     names: frozenset[str]
     causal: bool
     tokens: bool
+    ignored: int = IGNORED
 
 
 def label_spec(model: nn.Module, names: Iterable[str] = ("labels",)) -> LabelSpec:
@@ -41,7 +46,31 @@ def label_spec(model: nn.Module, names: Iterable[str] = ("labels",)) -> LabelSpe
     both = getattr(getattr(base, "config", None), "is_encoder_decoder", False) and not classes & decoders
     causal = bool(classes & decoders or by_loss) and not both
     tokens = causal or any(name.endswith(_PER_TOKEN) for name in classes)
-    return LabelSpec(frozenset({*names, "labels", "label", "label_ids", "shift_labels"}), causal, tokens)
+    pixels = any(name.endswith(_PER_PIXEL) for name in classes)
+    ignored = getattr(base.config, "semantic_loss_ignore_index", IGNORED) if pixels else IGNORED
+    return LabelSpec(frozenset({*names, "labels", "label", "label_ids", "shift_labels"}), causal, tokens, ignored)
+
+
+def outputs_for(model: nn.Module, own_loss: bool = True) -> OutputType | None:
+    """What the outputs of a transformers model are, by its class and configuration; None where only labels tell.
+
+    Args:
+        model: The model.
+        own_loss: Whether it is trained on its own loss, which for one output is the squared error.
+    """
+    base: Any = unwrap(model, adapters=True)
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "model_type"):
+        return None
+    if any(each.__name__.endswith(_PER_PIXEL) for each in type(base).__mro__):
+        return OutputType("classes", class_dim=1) if config.num_labels > 1 else OutputType("labels")
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    if label_spec(model).tokens or head is not None:
+        return OutputType("classes")
+    if (known := of_problem(config)) is not None:
+        return known
+    by_labels = LOSS_MAPPING.get(str(getattr(base, "loss_type", None))) is ForSequenceClassificationLoss
+    return OutputType("numbers") if by_labels and own_loss and config.num_labels == 1 else None
 
 
 class Positions(NamedTuple):
@@ -61,12 +90,25 @@ class Positions(NamedTuple):
         """The outputs that are scored, of [B, L, ...] those before the last if ``cut``."""
         return outputs[:, :-1] if self.cut else outputs
 
-    def shaped(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``valid`` and ``targets`` in the shape of scored logits without their classes.
+    def shaped(
+        self, logits: Tensor, outputs: OutputType, labels: Any = None, ignored: int = IGNORED
+    ) -> tuple[Tensor, Tensor | None]:
+        """Valid positions of scored logits, and the labels there.
+
+        Args:
+            logits: Outputs in scored form.
+            outputs: What they are.
+            labels: The labels as the batch has them.
+            ignored: The label of positions that do not count.
 
         Raises:
-            ValueError: If there are not as many.
+            ValueError: If the labels do not fit.
         """
+        if outputs.elementwise or outputs.class_dim != -1:
+            own = labels if isinstance(labels, Tensor) else None
+            if own is not None and outputs.elementwise and own.ndim == 3 and logits.ndim == 4:
+                own = own.unsqueeze(1)  # of a segmentation in two
+            return outputs.positions(logits, own, ignored)
         shape = logits.shape[:-1]
         if self.valid.numel() != shape.numel():
             raise ValueError(
@@ -87,7 +129,7 @@ def scored_positions(inputs: Mapping[str, Any], label_spec: LabelSpec) -> Positi
     if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):
         cut = label_spec.causal and ready is None and targets.ndim == 2
         targets = targets[:, 1:] if cut else targets
-        return Positions(targets != IGNORED, targets.long(), cut)
+        return Positions(targets != label_spec.ignored, targets.long(), cut)
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     tokens = inputs.get("input_ids")
     if targets is None and label_spec.tokens and isinstance(tokens, Tensor) and tokens.ndim == 2:

@@ -268,6 +268,7 @@ TESTED_IN: dict[str, str] = {
     "workbench.training.resume": "workbench/training/test_loop.py",
     "workbench.training.save": "workbench/distributed/test_sharding.py",
     "distill.hf_labels": "distill/test_hf.py",
+    "distill.hf_loader": "distill/test_hf.py",
     "distill.losses.reduction": "distill/losses/test_logits.py",
     "distill.student.units": "distill/student/test_cut_student.py",
     "prune.accounting.running": "prune/accounting/test_costs.py",

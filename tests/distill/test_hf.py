@@ -22,6 +22,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -34,7 +36,7 @@ from transformers import (
 
 from distill import DistillationCallback, DistillationMixin, DistillationTrainer, DistillModule
 from distill.cache import CachedTeacher, cache_teacher
-from distill.hf_labels import label_spec, scored_positions
+from distill.hf_labels import label_spec, outputs_for, scored_positions
 from distill.losses import (
     DKD,
     BernoulliTarget,
@@ -51,7 +53,7 @@ from tests.helpers.projectors import draw_alike
 from tests.helpers.ranks import on_ranks
 from tests.helpers.transformers_training import VOCABULARY
 from workbench.duration import Duration
-from workbench.tasks import Classification
+from workbench.tasks import Classification, OutputType
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +128,7 @@ def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> An
 
 def trained(folder: Path, student: Any, teacher: Any, rows: Any, cls: Any = DistillationTrainer, **options: Any) -> Any:
     """The Trainer after training; options that the distillation does not know are those of TrainingArguments."""
-    own = {"losses", "compute_loss_func", "eval_dataset", "data_collator"}
+    own = {"losses", "compute_loss_func", "eval_dataset", "data_collator", "outputs", "logits", "teacher_logits"}
     given = {name: options.pop(name) for name in own & set(options)}
     trainer = cls(student, arguments(folder, **options), train_dataset=rows, teacher=teacher, **given)
     trainer.train()
@@ -579,6 +581,133 @@ def test_a_cache_has_the_columns_of_its_teacher(tmp_path: Path) -> None:
     assert largest(weights(live.model), weights(without.model)) > 1e-3
 
 
+def segformer(labels: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_sizes": [4, 4, 4, 4], "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 4}
+    silent = {"hidden_dropout_prob": 0.0, "classifier_dropout_prob": 0.0, "drop_path_rate": 0.0}
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=labels, **sizes, **silent))
+    return model.eval()  # the head has batch normalisation
+
+
+def bernoulli(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+    p, q = (torch.sigmoid(z / t) for z in (teacher, student))
+    return t**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("numbers", 1), ("classes", 3), ("labels", 4), ("labels", 1)])
+def test_what_the_outputs_are_decides_the_soft_loss(kind: str, labels: int, tmp_path: Path) -> None:
+    """By transformers' own rule, or where a loss is given, by the argument."""
+    rows = sentences(4)
+    for index, row in enumerate(rows):
+        if kind != "classes":
+            row["labels"] = (
+                torch.rand(1) if kind == "numbers" else torch.tensor([float(index % 2 == n % 2) for n in range(labels)])
+            )
+    student, teacher = classifier(num_labels=labels), expert(num_labels=labels)
+    batch = collated([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows])
+    one, other = student.eval()(**batch).logits.detach(), teacher.eval()(**batch).logits.detach()
+    expected = {
+        "numbers": lambda: (one - other).square().mean(),
+        "classes": lambda: soft_target(one, other, 2.0),
+        "labels": lambda: bernoulli(one, other, 2.0),
+    }[kind]()
+    own = {}
+    if labels == 1 and kind == "labels":
+
+        def entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            return nn.functional.binary_cross_entropy_with_logits(outputs.logits, labels)
+
+        own = {"compute_loss_func": entropy}
+        with pytest.raises(ValueError, match="Say it by the argument outputs"):
+            trained(tmp_path, student, teacher, rows, losses=SoftTargets(2.0, 0.5), **own)
+        own["outputs"] = "labels"
+    losses = SoftTargets(alpha=0.5) if kind == "numbers" else SoftTargets(2.0, 0.5)
+    trainer = trained(tmp_path, student, teacher, rows, losses=losses, max_steps=1, **own)
+    assert trainer.state.log_history[0]["soft"] == pytest.approx(expected.item(), rel=1e-3)
+    assert trainer.objective.outputs == OutputType(kind)  # type: ignore[arg-type]
+
+
+def test_pixels_have_their_classes_on_axis_1_and_their_own_ignored_label(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 8, 8))
+    labels[0, :4] = 255
+    rows = [
+        {"pixel_values": i, "labels": y.repeat_interleave(4, 0).repeat_interleave(4, 1)} for i, y in zip(images, labels)
+    ]
+    student, teacher = segformer(3, 1), segformer(3, 2)
+    one, other = (model(pixel_values=images).logits.movedim(1, -1).detach() for model in (student, teacher))
+    expected = soft_target(one, other, 2.0, labels != 255)
+    # In evaluation mode for one step, since batch normalisation would give other logits.
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), train_dataset=rows, teacher=teacher, losses=SoftTargets(2.0, 1.0)
+    )
+    student.train()
+    for part in student.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+    loss = trainer.compute_loss(
+        student, {"pixel_values": images, "labels": torch.stack([row["labels"] for row in rows])}
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert trainer.objective.outputs == OutputType("classes", class_dim=1)
+
+
+def test_pixels_in_two_classes_are_labels(tmp_path: Path) -> None:
+    labels = torch.randint(0, 2, (2, 32, 32))
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": each} for each in labels]
+    trainer = trained(tmp_path, segformer(1, 1), segformer(1, 2), rows, losses=SoftTargets(2.0, 0.5), max_steps=1)
+    assert trainer.objective.outputs == OutputType("labels")
+    assert trainer.state.log_history[0]["soft"] > 0
+
+
+class Headed(nn.Module):
+    """Several outputs, none of which is called logits."""
+
+    def __init__(self, model: Any, form: str) -> None:
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        raw = self.model(input_ids, attention_mask, labels=labels)
+        if self.form == "tuple":
+            return (raw.loss, raw.logits.detach(), raw.logits)
+        return {"loss": raw.loss, "scores": raw.logits}
+
+
+def test_outputs_of_another_form(tmp_path: Path) -> None:
+    losses = SoftTargets(2.0, 0.5)
+    plain = trained(tmp_path, classifier(), expert(), sentences(), losses=losses)
+    student, teacher = Headed(classifier(), "tuple"), Headed(expert(), "dict")
+    options = {"logits": 2, "teacher_logits": "scores", "losses": losses}
+    found = trained(tmp_path, student, teacher, sentences(), **options)
+    assert largest(weights(plain.model), weights(found.model)) < 1e-6
+    with pytest.raises(ValueError, match="logits of the model are 'absent'"):
+        trained(tmp_path, student, teacher, sentences(), losses=losses, logits="absent")
+
+
+def test_a_teacher_of_another_kind_is_refused(tmp_path: Path) -> None:
+    teacher = expert(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="student's outputs are .*classes.* and the teacher's .*labels"):
+        trained(tmp_path, classifier(), teacher, sentences())
+    with pytest.raises(ValueError, match="term 'soft' is SoftTarget.*the outputs are labels"):
+        student = classifier(problem_type="multi_label_classification")
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher, losses={"soft": Term(SoftTarget(2.0))})
+    trained(tmp_path, classifier(), teacher, sentences(4), outputs="classes", max_steps=1)
+
+
+def test_outputs_by_class_and_configuration() -> None:
+    classes = OutputType("classes")
+    assert [outputs_for(each) for each in (gpt2(4), bert(BertForMaskedLM, 4))] == [classes, classes]
+    assert outputs_for(bert(BertForTokenClassification, 4)) == classes
+    assert outputs_for(classifier()) is None
+    assert outputs_for(classifier(num_labels=1)) == OutputType("numbers")
+    assert outputs_for(classifier(num_labels=1), own_loss=False) is None
+    assert outputs_for(classifier(problem_type="multi_label_classification")) == OutputType("labels")
+    assert outputs_for(segformer(3, 1)) == OutputType("classes", class_dim=1)
+    assert outputs_for(nn.Linear(1, 1)) is None
+    assert label_spec(segformer(3, 1)).ignored == 255
+
+
 def test_text_without_labels_is_enough_for_soft_targets(tmp_path: Path) -> None:
     rows = sentences(label=lambda tokens: tokens.clone())
     bare = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
@@ -681,7 +810,7 @@ def test_positions() -> None:
     assert scored_positions(ready, causal).valid.tolist() == [[True, True, False]]
     assert not scored_positions(ready, causal).cut
     with pytest.raises(ValueError, match=r"\[2, 2\] positions and the scored logits \[2, 9, 5\]"):
-        found.shaped(torch.zeros(2, 9, 5))
+        found.shaped(torch.zeros(2, 9, 5), OutputType("classes"))
 
 
 def test_a_bare_loop() -> None:

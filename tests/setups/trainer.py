@@ -211,6 +211,70 @@ def unlike_tokenizers() -> None:
             DistillationTrainer(student, args, train_dataset=rows, teacher=folder, processing_class=tokenizer(*WORDS))
 
 
+def encoder(width: int, **options: Any) -> BertForSequenceClassification:
+    torch.manual_seed(width)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.5}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=23, max_position_embeddings=8, **{**sizes, **silent, **options})
+    )
+
+
+def distilled(student: Any, teacher: Any, labels: Tensor, losses: Any, **options: Any) -> tuple[float, Tensor, Tensor]:
+    """The soft loss that a Trainer logs at its first step, and the logits of both before it."""
+    tokens = torch.randint(1, 23, (4, 6))
+    rows = [{"input_ids": tokens[i], "labels": labels[i]} for i in range(4)]
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=tokens).logits for model in (student, teacher))
+    with arguments(per_device_train_batch_size=4) as args:
+        trainer = DistillationTrainer(student, args, train_dataset=rows, teacher=teacher, losses=losses, **options)
+        trainer.train()
+    return trainer.state.log_history[0]["soft"], one, other
+
+
+def binary_divergence(student: Tensor, teacher: Tensor, t: float) -> float:
+    p, q = (torch.sigmoid(z / t) for z in (teacher, student))
+    return float(t**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean())
+
+
+def one_label_is_a_number() -> None:
+    """Similarity of sentences, as transformers trains num_labels=1: by the squared error."""
+    soft, one, other = distilled(
+        encoder(4, num_labels=1), encoder(8, num_labels=1), torch.rand(4), SoftTargets(alpha=0.9)
+    )
+    assert math.isclose(soft, float((one - other).square().mean()), rel_tol=1e-3)
+    assert soft > 1e-3
+
+
+def a_cross_encoder_under_bce() -> None:
+    """Relevant or not: one logit, with the loss that cross-encoders are trained with."""
+
+    def entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs.logits.squeeze(-1), labels)
+
+    student, teacher, labels = encoder(4, num_labels=1), encoder(8, num_labels=1), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    own = {"compute_loss_func": entropy}
+    with pytest.raises(ValueError, match="Say it by the argument outputs"):
+        distilled(student, teacher, labels, SoftTargets(2.0), **own)
+    soft, one, other = distilled(student, teacher, labels, SoftTargets(2.0), outputs="labels", **own)
+    assert math.isclose(soft, binary_divergence(one, other, 2.0), rel_tol=1e-3)
+    assert soft > 1e-3
+
+
+def several_topics_at_once() -> None:
+    kind = {"num_labels": 5, "problem_type": "multi_label_classification"}
+    labels = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).float()
+    student, teacher = encoder(4, **kind), encoder(8, **kind)
+    soft, one, other = distilled(student, teacher, labels, SoftTargets(4.0))
+    assert math.isclose(soft, binary_divergence(one, other, 4.0), rel_tol=1e-3)
+    # A softmax would not notice that every label of the teacher is more likely by far.
+    with torch.no_grad():
+        teacher.classifier.bias += 5
+    more, one, other = distilled(student, teacher, labels, SoftTargets(4.0))
+    assert math.isclose(more, binary_divergence(one, other, 4.0), rel_tol=1e-3)
+    assert more > soft + 1
+
+
 class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -252,6 +316,9 @@ def compiled_fitted_and_distilled() -> None:
 
 
 SETUPS = [
+    Setup("one logit", "transformers with num_labels=1", one_label_is_a_number),
+    Setup("one logit", "the trainer on a binary model", a_cross_encoder_under_bce),
+    Setup("independent labels", "multi_label_classification in a trainer", several_topics_at_once),
     Setup("a compiled module", "fitted once, then distilled", compiled_fitted_and_distilled),
     Setup("teacher features in a wider dtype", "7e4 beside an fp16 student", large_features_beside_fp16),
     Setup("teacher features in a wider dtype", "1.003 beside a bf16 student", fine_features_beside_bf16),
