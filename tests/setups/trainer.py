@@ -239,9 +239,8 @@ def binary_divergence(student: Tensor, teacher: Tensor, t: float) -> float:
 
 def one_label_is_a_number() -> None:
     """Similarity of sentences, as transformers trains num_labels=1: by the squared error."""
-    soft, one, other = distilled(
-        encoder(4, num_labels=1), encoder(8, num_labels=1), torch.rand(4), SoftTargets(alpha=0.9)
-    )
+    student, teacher = encoder(4, num_labels=1), encoder(8, num_labels=1)
+    soft, one, other = distilled(student, teacher, torch.rand(4), SoftTargets(alpha=0.9))
     assert math.isclose(soft, float((one - other).square().mean()), rel_tol=1e-3)
     assert soft > 1e-3
 
