@@ -39,6 +39,7 @@ def test_every_kind_of_example_is_there() -> None:
         "distillation": [3, 1],
         "extending": [5, 0],
         "guides/ship": [0, 2],
+        "guides/tasks": [1, 1],
         "guides/trainer": [3, 0],
         "guides/transformer": [1, 1],
         "how/records": [1, 0],

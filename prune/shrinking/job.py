@@ -64,7 +64,8 @@ def shrink(
     smaller.model.eval()
     one = example_call(network, {name: value[:1] for name, value in inputs.items()})
     before, after = account(network, one, masks), account(smaller.model, one, smaller.masks)
-    save_network(smaller.model, None, out, result, smaller.masks)
+    outputs = compact.read_index(source)["provenance"].get("outputs")
+    save_network(smaller.model, None, out, result, smaller.masks, outputs=outputs)
     with atomic_file(out / "example.safetensors") as temporary:
         save_file(inputs, temporary)
     return {

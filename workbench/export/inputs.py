@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from workbench import records
+from workbench.tasks import find_logits
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -93,8 +94,8 @@ def first_tensor(raw: Any) -> Tensor:
     """The logits of a model's output, else its first tensor."""
     if isinstance(raw, Tensor):
         return raw
-    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)
-    return logits if isinstance(logits, Tensor) else next(iter(raw.values() if isinstance(raw, Mapping) else raw))
+    logits = find_logits(raw)
+    return next(iter(raw.values() if isinstance(raw, Mapping) else raw)) if logits is None else logits
 
 
 @torch.no_grad()

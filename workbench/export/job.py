@@ -5,6 +5,8 @@
 the type that transformers chooses, not the type that the network was trained in.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +21,7 @@ from workbench.export.onnx import require_onnx, write_onnx
 from workbench.export.torch import write_torch
 from workbench.records import Export, ExportResult
 from workbench.records.source import Source
+from workbench.tasks import OutputType
 
 Format = Literal["compact", "torch", "onnx"]
 
@@ -80,7 +83,8 @@ def export(
     exports = []
     for name in requested:
         exported, size = writers[name]()
-        entry = Export(name, name, size, *_compared(expected, exported, out / name))
+        outputs_are = _outputs_of(subject.index["provenance"], expected)
+        entry = Export(name, name, size, *_compared(expected, exported, out / name, outputs_are))
         if name == "compact" and values == "float32" and entry.largest_difference:
             raise ValueError(f"{out / name} differs from the trained network: this is a defect, please report it")
         exports.append(entry)
@@ -88,7 +92,32 @@ def export(
     return records.encode(ExportResult(exports, record.get("level"), values)) | copied
 
 
-def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> tuple[float | None, bool | None]:
+def _outputs_of(provenance: Mapping[str, Any], expected: Tensor | None) -> OutputType:
+    """What the outputs are: by the checkpoint, else by their shape, of images along axis 1 as torch has classes."""
+    with suppress(TypeError, ValueError):
+        return OutputType(**provenance["outputs"]) if "outputs" in provenance else _by_shape(expected)
+    return _by_shape(expected)
+
+
+def _by_shape(expected: Tensor | None) -> OutputType:
+    if expected is None or expected.ndim < 2 or expected.shape[-1] == 1:
+        return OutputType("numbers")
+    return OutputType("classes", 1 if expected.ndim > 3 else -1)
+
+
+def _same_predictions(expected: Tensor, exported: Tensor, outputs: OutputType) -> bool:
+    """The same class, the same yes or no of every label, or numbers within 1% of the largest."""
+    if outputs.kind == "classes":
+        return bool((outputs.scored(expected).argmax(-1) == outputs.scored(exported).argmax(-1)).all())
+    if outputs.kind == "labels":
+        return bool(((expected > 0) == (exported > 0)).all())
+    scale = expected.abs().nan_to_num().max()
+    return torch.allclose(expected, exported, rtol=0.0, atol=float(scale) / 100, equal_nan=True)
+
+
+def _compared(
+    expected: Tensor | None, exported: Tensor | None, path: Path, outputs: OutputType
+) -> tuple[float | None, bool | None]:
     """The largest difference of outputs, and whether predictions are the same; None where there is no output."""
     if expected is None or exported is None:
         return None, None
@@ -98,8 +127,7 @@ def _compared(expected: Tensor | None, exported: Tensor | None, path: Path) -> t
     # Equal infinities, and NaNs in the same positions, do not differ.
     equal = (one == other) | (one.isnan() & other.isnan())
     difference = torch.where(equal, 0.0, (one - other).abs()).nan_to_num(float("inf")).max()
-    same = bool((one.argmax(-1) == other.argmax(-1)).all())
-    return float(difference), same
+    return float(difference), _same_predictions(one, other, outputs)
 
 
 def _compact(subject: TrainedNetwork, values: str, folder: Path) -> tuple[Tensor | None, int]:

@@ -12,7 +12,8 @@ class Export:
         path: In the stage's folder.
         bytes: On disk.
         largest_difference: Of its outputs and the trained network's, on inputs that the stage kept.
-        same_predictions: Whether the largest output is the same for all of these.
+        same_predictions: Whether it predicts the same for all of these: the largest class, a yes or no of each label,
+            or numbers within 1% of the largest.
     """
 
     format: str | None = None

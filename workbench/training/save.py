@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def save_network(
     masks: Mapping[str, Tensor] | None = None,
     example: bool = True,
     member: str = "",
+    outputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the network to ``out/compact`` and example inputs to ``out/example.safetensors``.
 
-    Adds ``size`` to ``result``. Of a family it is the network called ``member``. Ranks above zero write no files.
+    The checkpoint's provenance says what its outputs are: the module's task knows, or ``outputs`` says it. Adds
+    ``size`` to ``result``. Of a family it is the network called ``member``. Ranks above zero write no files.
     """
     network = network_of(module).get_submodule(member)
     folder = out / compact.FOLDER
@@ -46,7 +49,10 @@ def save_network(
                 "call save_hyperparameters() in a LightningModule",
                 stacklevel=2,
             )
-        compact.save(network, folder, masks, provenance={"metrics": result["metrics"]}, state=state)
+        if isinstance(task := getattr(module, "task", None), Task):
+            outputs = asdict(task.outputs)
+        provenance = {"metrics": result["metrics"]} | ({"outputs": dict(outputs)} if outputs else {})
+        compact.save(network, folder, masks, provenance=provenance, state=state)
         if example and data is not None and (inputs := example_inputs(module, data)):
             with atomic_file(out / "example.safetensors") as temporary:
                 save_file(inputs, temporary)

@@ -561,3 +561,46 @@ def test_a_language_model_is_exported_for_any_batch_and_length(tmp_path: Path) -
         asked = inputs(batch, length)
         [answer] = session.run(None, {name: value.numpy() for name, value in asked.items()})
         torch.testing.assert_close(torch.from_numpy(answer), model(**asked), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "network", "weights", "example", "same"),
+    [
+        ({"kind": "labels", "class_dim": -1}, nn.Linear(2, 1), [1e-9], (3, 2), False),
+        ({"kind": "labels", "class_dim": -1}, nn.Linear(2, 3), [1.0, 1e-9, -1.0], (3, 2), False),
+        ({"kind": "labels", "class_dim": -1}, nn.Linear(2, 3), [1.0, 1e-3, -1.0], (3, 2), True),
+        ({"kind": "classes", "class_dim": 1}, nn.Conv2d(2, 2, 1), [1.0, 1.000001], (3, 2, 4, 5), False),
+        (None, nn.Conv2d(2, 2, 1), [1.0, 1.000001], (3, 2, 4, 5), False),
+        ({"kind": "numbers", "class_dim": -1}, nn.Linear(2, 2), [1.0, 1.000001], (3, 2), True),
+    ],
+)
+def test_predictions_are_what_the_outputs_are(
+    outputs: Any, network: Any, weights: list[float], example: tuple[int, ...], same: bool, tmp_path: Path
+) -> None:
+    """The largest entry of the last axis is none of a binary network, of independent labels or of an image."""
+    network.bias.data.zero_()
+    for row, value in zip(network.weight.data, weights):
+        row.fill_(value)
+    save(_one_layer(network), tmp_path / "compact", provenance={} if outputs is None else {"outputs": outputs})
+    save_file({"input_0": torch.ones(example)}, tmp_path / "example.safetensors")
+    compact_entry, dense = export(Source(tmp_path), formats=["torch"], out=tmp_path / "out")["exports"]
+    assert compact_entry["same_predictions"] is True
+    assert dense["same_predictions"] is same
+
+
+def _one_layer(layer: nn.Module) -> nn.Module:
+    """A network that a checkpoint can rebuild, of this layer alone."""
+    kind, sizes = type(layer).__name__, layer.weight.shape[:2]
+    model = OneLayer(kind, int(sizes[1]), int(sizes[0]))
+    model.layer.load_state_dict(layer.state_dict())
+    return model
+
+
+class OneLayer(nn.Module):
+    def __init__(self, kind: str, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.init_args = {"kind": kind, "inputs": inputs, "outputs": outputs}
+        self.layer: Any = nn.Linear(inputs, outputs) if kind == "Linear" else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
