@@ -6,7 +6,7 @@ so half precision would leave the choice to ties); float64 weights keep float64.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from prune.criteria.weights import magnitude, random, seeded
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "Group",
     "grasp",
     "magnitude",
     "movement",
@@ -31,6 +32,8 @@ __all__ = [
     "taylor_step",
     "wanda",
 ]
+
+Group = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class Criterion:
             the score is no such sum.
         check: ``check(model, names)`` refuses parameters that it cannot score, before anything is trained; None if it
             scores all.
+        group: how a unit of several weights is scored, such as a channel or a head, unless the pruner says otherwise:
+            "mean" of its weights' scores, or "sum". With ``gates`` "sum" is the score of a gate that multiplies all
+            weights of the unit, a weight of 1 whose gradient is the sum over the unit of gradient times weight;
+            without it, the sum of its weights' scores.
+        gates: whether ``score`` takes ``units=``, a function that sums values of weights over units, and then returns
+            scores of gates by the names that the function returns; ``online(1, sum)`` is then that of a step.
     """
 
     name: str
@@ -62,6 +71,8 @@ class Criterion:
     rounds: int = 1
     online: Callable[[Tensor, Tensor], Tensor] | None = None
     check: Callable[[nn.Module, Collection[str]], None] | None = None
+    group: Group = "mean"
+    gates: bool = False
 
 
 CRITERIA = {
@@ -69,11 +80,13 @@ CRITERIA = {
     for criterion in (
         Criterion("magnitude", magnitude),
         Criterion("random", random, needs_generator=True),
-        Criterion("snip", snip, needs_loader=True, needs_loss=True, online=snip_step),
+        Criterion("snip", snip, needs_loader=True, needs_loss=True, online=snip_step, group="sum", gates=True),
         Criterion("grasp", grasp, needs_loader=True, needs_loss=True),
         Criterion("synflow", synflow, needs_loader=True, rounds=100, check=check_products),
-        Criterion("taylor", taylor, needs_loader=True, needs_loss=True, online=taylor_step),
-        Criterion("movement", movement, needs_loader=True, needs_loss=True, online=movement_step),
+        Criterion("taylor", taylor, needs_loader=True, needs_loss=True, online=taylor_step, group="sum", gates=True),
+        Criterion(
+            "movement", movement, needs_loader=True, needs_loss=True, online=movement_step, group="sum", gates=True
+        ),
         Criterion("wanda", wanda, needs_loader=True, check=check_inputs),
     )
 }

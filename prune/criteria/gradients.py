@@ -7,7 +7,9 @@ restored, so a second call gives the same scores.
 Every batch has the same weight, of any size and rank. Gradients are those of ``torch.autograd.grad``: ``.grad`` is
 neither read nor written. A weight that the loss does not use has gradient 0.
 
-Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one batch, w = weight; per element.
+Legend: g = mean of the loss's gradient over batches, g_b = the gradient of one batch, w = weight; per element. Sum_S is
+the sum over the weights of a unit S, such as a channel: g_b times w summed over S is the derivative of the loss by a
+gate of 1 that multiplies the unit, which is what the papers score where they prune units.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,15 +26,20 @@ from workbench.models.forward import all_reduce_sum, batches, preserve_state, sc
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weights = Mapping[str, nn.Parameter]
+Units = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+def snip(
+    model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss, units: Units | None = None
+) -> dict[str, Tensor]:
     """Connection sensitivity: how fast the loss changes when the connection is scaled down.
 
-    Formula: ``|g * w|``. The paper divides by the sum over all weights, which changes no order.
+    Formula: ``|g * w|``; of a unit ``|Sum_S g * w|``. The paper divides by the sum over all weights, which changes no
+    order.
 
     Source: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340,
-    equations 4 and 5.
+    equations 4 and 5; of units Michel et al., Are Sixteen Heads Really Better than One?, 2019, arXiv:1905.10650,
+    equation 2 (there the absolute value is of every sample; here it is of the batches together, as in SNIP).
 
     When to use: before training, in one shot, on one batch as in the paper or on more.
 
@@ -41,6 +48,7 @@ def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) 
         weights: parameters of it by name.
         loader: batches, read once and not kept.
         loss: ``loss(model, batch)``, on the model's device.
+        units: sums values of weights over units, name -> [units]; the units are scored then, under these names.
 
     Returns:
         Scores by name, 0 or more, in fp32 or float64.
@@ -50,37 +58,44 @@ def snip(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) 
             scalar that depends on the weights.
     """
     mean = _mean(model, weights, loader, loss, lambda weight, grad: precise(grad))
-    return {name: snip_step(weight, mean[name]) for name, weight in weights.items()}
+    products = {name: mean[name] * precise(weight) for name, weight in weights.items()}
+    return {name: product.abs() for name, product in (units(products) if units else products).items()}
 
 
-def taylor(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """The squared change of the loss without the weight, to first order.
+def taylor(
+    model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss, units: Units | None = None
+) -> dict[str, Tensor]:
+    """The squared change of the loss without the weight, or without the unit, to first order.
 
-    Formula: mean over batches of (g_b * w)^2.
+    Formula: mean over batches of (g_b * w)^2; of a unit the mean over batches of (Sum_S g_b * w)^2.
 
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771, I^(1)_m,
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771, section 3:
+    I^(1)_m, and of units the group contribution I^(1)_S, which is that of a gate; squared in every minibatch, then
     averaged over minibatches.
 
     When to use: on trained networks, above all with structures such as ``channel`` and ``coupled``.
 
     Arguments and errors are those of ``snip``; scores are 0 or more.
     """
-    return _mean(model, weights, loader, loss, taylor_step)
+    return _mean(model, weights, loader, loss, taylor_step, units=units)
 
 
-def movement(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+def movement(
+    model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss, units: Units | None = None
+) -> dict[str, Tensor]:
     """How far gradient descent moves the weight away from zero.
 
-    Formula: mean over batches of -g_b * w. In the paper the weights are trained meanwhile: sum ``movement_step`` over
-    the steps, as ``GradualPruning`` does.
+    Formula: mean over batches of -g_b * w; of a unit of -Sum_S g_b * w. In the paper the weights are trained meanwhile:
+    sum ``movement_step`` over the steps, as ``GradualPruning`` does.
 
-    Source: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1.
+    Source: Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, Table 1; of units
+    Lagunas et al., Block Pruning For Faster Transformers, 2021, arXiv:2109.04838, section 3 (one score for a block).
 
     When to use: while a pretrained model is fine-tuned, at high sparsity.
 
     Arguments and errors are those of ``snip``; scores have either sign.
     """
-    return _mean(model, weights, loader, loss, movement_step)
+    return _mean(model, weights, loader, loss, movement_step, units=units)
 
 
 def grasp(model: nn.Module, weights: Weights, loader: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
@@ -144,8 +159,9 @@ def _mean(
     loss: Loss,
     addend: Callable[[Tensor, Tensor], Tensor],
     derive: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
+    units: Units | None = None,
 ) -> dict[str, Tensor]:
-    """Mean over the batches of all ranks of ``addend(weight, derivative)``."""
+    """Mean over the batches of all ranks of ``addend(weight, derivative)``; of ``units`` that of their gates."""
     check(model, weights)
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
     if frozen:
@@ -155,16 +171,32 @@ def _mean(
     device, count = next(iter(weights.values())).device, 0
     with preserve_state(model, training=True):
         sums = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items()}
+        homes: dict[str, torch.device] = {}
+        if units is not None:  # they may be on the CPU, but ranks add up on their own device; MPS has no float64
+            sums = units(sums)
+            homes = {name: zeros.device for name, zeros in sums.items()}
+            sums = {n: zeros if device.type == "mps" else zeros.to(device) for n, zeros in sums.items()}
         for batch in batches(loader, device):
             value = scalar(loss(model, batch))
             gradients = _gradients(value, weights) if derive is None else derive(value)
-            for (name, weight), grad in zip(weights.items(), gradients):
-                if grad is not None:
-                    sums[name] += addend(weight, grad)
+            found = {name: grad for name, grad in zip(weights, gradients) if grad is not None}
+            if units is None:
+                for name, grad in found.items():
+                    sums[name] += addend(weights[name], grad)
+            else:
+                for name, grad in _gates(weights, found, units).items():
+                    sums[name] += addend(torch.ones_like(grad), grad).to(sums[name].device)
             count += 1
         batches_of_all_ranks = total_batches(count, device)
         all_reduce_sum(sums.values())
-        return {name: each / batches_of_all_ranks for name, each in sums.items()}
+        means = {name: each / batches_of_all_ranks for name, each in sums.items()}
+        return {name: mean.to(homes.get(name, mean.device)) for name, mean in means.items()}
+
+
+def _gates(weights: Weights, gradients: Mapping[str, Tensor], units: Units) -> dict[str, Tensor]:
+    """The derivative of the loss by a gate of every unit: the sum over its weights of gradient times weight."""
+    zeros = {name: torch.zeros_like(precise(weight)) for name, weight in weights.items() if name not in gradients}
+    return units(zeros | {name: precise(grad) * precise(weights[name]) for name, grad in gradients.items()})
 
 
 def _gradients(value: Tensor, weights: Weights, create_graph: bool = False) -> Sequence[Tensor | None]:

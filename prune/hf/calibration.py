@@ -61,8 +61,9 @@ def _shuffled(args: TrainingArguments, loader: Any, seed: int) -> DataLoader:
     if isinstance(dataset, IterableDataset):
         stream = copy.deepcopy(dataset)
         if args.world_size > 1 and not isinstance(stream, IterableDatasetShard):
-            ranks = {"num_processes": args.world_size, "process_index": args.process_index}
-            stream = IterableDatasetShard(stream, args.train_batch_size, **ranks)
+            stream = IterableDatasetShard(
+                stream, args.train_batch_size, num_processes=args.world_size, process_index=args.process_index
+            )
         return DataLoader(stream, args.train_batch_size, collate_fn=collate)
     if loader.batch_sampler is None:
         size, sampler = None, loader.sampler

@@ -1,6 +1,7 @@
 """Parameters in memory: tied weights are one weight under several names, a DTensor is divided over ranks."""
 
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -84,6 +85,25 @@ def owners(tensor: Any) -> tuple[Any, ...]:
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"a DTensor of placements {placements} holds partial sums: redistribute it first")
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether the sum of squares of each of this rank's parts is finite: then nothing is infinite or NaN.
+
+    One pass, without a copy, a fraction of the time of ``isfinite``. Values above 1e19 count as not finite.
+    """
+    parts = [part for tensor in tensors if (part := local(tensor)).numel()]
+    if not parts:
+        return True
+    norms = torch._foreach_norm(parts)  # pyright: ignore[reportPrivateImportUsage]
+    return bool(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all())
+
+
+def finite_on_ranks(tensors: Collection[Tensor]) -> bool:
+    """:func:`all_finite` on every rank that has a part of one of them. Called on all of these ranks."""
+    bad = int(not all_finite(tensors))
+    homes = dict.fromkeys((local(tensor).device, owners(tensor)) for tensor in tensors)
+    return not any(int(summed(torch.tensor(bad, device=device), groups)) for device, groups in homes)
 
 
 def summed(numbers: Tensor, groups: tuple[Any, ...]) -> Tensor:

@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from prune.masks.memory import gathered, local, shard
 from prune.policies.history import axes_of, named
+from prune.policies.online import OnlineScores
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp, check_times
 from prune.pruner import Pruner
@@ -92,7 +91,9 @@ class Gradual(Policy):
         assert self._model is not None, "attached"
         self.pruner.check(self._model, self.density)
         self._densest = self.pruner.densest(self._model)
-        self._scores |= {name: shard(score, self._weights[name]) for name, score in self._stored.items()}
+        if self._online is not None:
+            units = self.pruner.gates(self._model)
+            self._scores = OnlineScores(self._online, self._weights, units, self._stored)
         self._stored = {}
         if time.step == 0:
             self._after_update(time)
@@ -101,14 +102,9 @@ class Gradual(Policy):
         return False
 
     def _read_gradients(self, time: Timestamp) -> None:
-        if self._online is None or self._target <= self.density:
-            return
-        for name, grad in self._gradients(of_pruned=False).items():
-            weight = self._weights[name]
-            added = self._online(local(weight), local(grad))
-            if self.masks is not None:  # a penalty such as sqrt|w| has no finite gradient at a pruned weight
-                added = added.masked_fill(~shard(self.masks[name], weight), 0)
-            self._scores[name] = self._scores[name] + added if name in self._scores else added
+        if self._scores is not None and self._target > self.density:
+            # A penalty such as sqrt|w| has no finite gradient at a pruned weight.
+            self._scores.add(self._weights, self._gradients(of_pruned=False))
 
     def _after_update(self, time: Timestamp) -> None:
         progress = time.progress(self.begin, self.end)
@@ -124,27 +120,18 @@ class Gradual(Policy):
             return
         self._target = target
         if target < 1:
-            self._enforce(self._select(self.pruner, target, self._summed()))
+            scores = {} if self._scores is None else self._scores.arguments(self._weights)
+            self._enforce(self._select(self.pruner, target, scores))
         if target <= self.density:
-            self._scores = {}
-
-    def _summed(self) -> dict[str, Tensor] | None:
-        if not self._scores:
-            return None
-        # A weight without any gradient has no sum; it competes with a score of 0.
-        zeros = {n: torch.zeros(w.shape, device=w.device) for n, w in self._weights.items() if n not in self._scores}
-        return zeros | self._gathered()
-
-    def _gathered(self) -> dict[str, Tensor]:
-        return {name: gathered(part, self._weights.get(name)) for name, part in self._scores.items()}
+            self._scores = None
 
     def _state(self) -> dict[str, Any]:
-        scores = {name: score.cpu() for name, score in (self._stored | self._gathered()).items()}
+        scores = self._stored | ({} if self._scores is None else self._scores.state(self._weights))
         return {"target": self._target, "passed": self._passed, "scores": scores}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self._target, self._passed = state.get("target", math.inf), state.get("passed", -1.0)
-        self._scores: dict[str, Tensor] = {}  # this rank's shards
+        self._scores: OnlineScores | None = None
         self._stored: dict[str, Tensor] = dict(state.get("scores", {}))  # whole, as in the checkpoint, until attached
 
     def check_budget(self, updates: float, epochs: float) -> None:

@@ -33,13 +33,14 @@ from torch.optim import Optimizer
 
 from prune.masks import Masks
 from prune.masks.enforce import Handle, mask_multiplier, unwrap_optimizer
-from prune.masks.memory import local, owners, shard, summed
+from prune.masks.memory import finite_on_ranks, local, owners, shard, summed
 from prune.policies.calibration import Calibration, calibrated, check_frozen
 from prune.policies.history import Watch, check_new, check_same_settings, say_strayed, warn_pruned
 from prune.policies.optimizers import first_holding, skips_step
 from prune.policies.ownership import claim, release
 from prune.policies.timestamp import START, Timestamp
 from prune.pruner import Pruner
+from prune.pruner.pruner import Scores
 from workbench.distributed.ranks import all_gather, world_size
 from workbench.duration import Duration
 from workbench.messages import some
@@ -403,11 +404,12 @@ class Policy(ABC):
         calibrated(pruner.axes.criterion, self._batches, self._calibration)
 
     @final
-    def _select(self, pruner: Pruner, density: float, scores: Mapping[str, Tensor] | None = None) -> Masks:
-        """Masks of that density within those in force, by ``scores`` if given."""
+    def _select(self, pruner: Pruner, density: float, scores: Mapping[str, Scores] | None = None) -> Masks:
+        """Masks of that density within those in force; by ``scores``, arguments of a pruner's call, if given."""
         assert self._model is not None, "attached"
-        if scores is not None:
-            return pruner(self._model, density, self.masks, scores=scores)
+        if scores:
+            given, units = scores.get("scores"), scores.get("unit_scores")
+            return pruner(self._model, density, self.masks, scores=given, unit_scores=units)
         data = calibrated(pruner.axes.criterion, self._batches, self._calibration)
         return pruner(self._model, density, self.masks, **data)
 
@@ -433,15 +435,19 @@ class Policy(ABC):
     def _gradients(self, of_pruned: bool = True) -> dict[str, Tensor]:
         """Gradients in scope, without a scaler's factor; empty if one is not finite, so that the update is skipped.
 
-        Without ``of_pruned`` those of pruned weights may be infinite or NaN, as that of sqrt|w| is at 0.
+        Without ``of_pruned`` those of pruned weights may be infinite or NaN, as that of sqrt|w| is at 0; then they are
+        0 in what is returned, which are this rank's parts.
         """
         grads = {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
-        kept = {} if of_pruned or self.masks is None else {n: shard(self.masks[n], grad) for n, grad in grads.items()}
-        bad = {n: local(grad).isfinite().logical_not() & kept.get(n, True) for n, grad in grads.items()}
-        counts = [summed(bad[name].sum(), owners(grad)) for name, grad in grads.items()]
-        if counts and bool(torch.stack([count.to(counts[0].device) for count in counts]).any()):
-            self._gradients_read = False  # the next update's gradients are read in their place
-            return {}
+        if not finite_on_ranks(grads.values()):
+            masks = {} if of_pruned or self.masks is None else self.masks
+            kept = {name: shard(masks[name], grad) for name, grad in grads.items() if name in masks}
+            bad = {n: local(grad).isfinite().logical_not() & kept.get(n, True) for n, grad in grads.items()}
+            counts = [summed(bad[name].sum(), owners(grad)) for name, grad in grads.items()]
+            if bool(torch.stack([count.to(counts[0].device) for count in counts]).any()):
+                self._gradients_read = False  # the next update's gradients are read in their place
+                return {}
+            grads = {name: local(grad).masked_fill(~kept[name], 0) for name, grad in grads.items()}
         # Set by GradScaler while a fused optimizer steps, which unscales gradients inside its kernel.
         scale = getattr(self._counted, "grad_scale", None)
         return grads if scale is None else {name: grad / scale.to(grad.device) for name, grad in grads.items()}

@@ -4,14 +4,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from prune.allocation import ALLOCATIONS, Allocation, Global, Layers
-from prune.criteria import CRITERIA, Criterion, seeded
+from prune.criteria import CRITERIA, Criterion, Group, seeded
 from prune.masks import Masks
 from prune.masks.enforce import masked_parameters
 from prune.pruner.dense import tell
@@ -70,6 +70,10 @@ class Pruner:
             Conv layer in definition order, if that is pruned (a head tied to an embedding is not).
         seed: Seed of the criterion "random", 0 or more; the scores depend on it and on the parameter's name only.
         smallest: Weight tensors with fewer entries than this are not pruned. 1 excludes none.
+        group: How a unit of several weights is scored. None is the criterion's own: of "snip", "taylor" and "movement"
+            "sum", as their papers prune units, the score of a gate on the whole unit, (sum of g * w)^2 for "taylor";
+            of all others "mean", the mean of its weights' scores. Of a criterion without gradients "sum" is the sum of
+            its weights' scores: of magnitudes their L1 norm.
 
     Raises:
         TypeError: If an axis is neither a name nor an instance.
@@ -87,10 +91,13 @@ class Pruner:
     output: str | None = None
     seed: int = 0
     smallest: int = 1
+    group: Group | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "include", patterns_of(self.include))
         object.__setattr__(self, "exclude", patterns_of(self.exclude))
+        if self.group not in (None, *get_args(Group)):
+            raise ValueError(f"group is {self.group!r}: give one of {list(get_args(Group))}, or None")
         _ = self.axes  # refuses unknown names here rather than after hours of training
 
     @cached_property
@@ -115,6 +122,7 @@ class Pruner:
         loader: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         scores: Scores | None = None,
+        unit_scores: Scores | None = None,
     ) -> Masks:
         """Masks that keep the share ``density`` of the prunable units.
 
@@ -132,7 +140,8 @@ class Pruner:
             loader: batches, for a criterion that looks at data; read once a round.
             loss: ``loss(model, batch)``, a scalar, the mean over the batch, for a criterion that needs one.
             scores: replace the criterion's: parameter name -> scores of its shape, such as those summed up while
-                training.
+                training. A unit has their mean, or with ``group="sum"`` their sum.
+            unit_scores: replace them: key of :meth:`gates` -> scores of its units.
 
         Returns:
             Masks by parameter name in definition order, on the parameters' devices, of the weights that ``scope``
@@ -155,24 +164,32 @@ class Pruner:
             return Masks.ones(scope.weights) if within is None else within
         outputs = self._outputs(model, scope)
 
-        def select(scores: Scores, density: float, within: Masks | None) -> Masks:
-            return self._select(scope, outputs, scores, density, within)
+        def select(units: Scores, density: float, within: Masks | None) -> Masks:
+            return self._select(scope, outputs, units, density, within)
 
         criterion = self.axes.criterion
+        if unit_scores is not None:
+            given = {key: each.numel() for key, each in unit_scores.items()}
+            if given != scope.layout.units:
+                raise ValueError(
+                    f"`unit_scores` are of {given}, but the units of {self.structure} are {scope.layout.units}"
+                )
+            return _agreed(select(unit_scores, density, within))
         if scores is not None:
             check_fits("scores", scores, scope.weights)
-            return _agreed(select(scores, density, within))
+            return _agreed(select(scope.layout.pool(scores, within, self.group or "mean"), density, within))
         if not criterion.needs_loader:
-            return select(self._score_weights(scope.matrices), density, within)
+            units = scope.layout.pool(self._score_weights(scope.matrices), within, self._group)
+            return select(units, density, within)
         data = self._check_data(loader, loss)
         start = 1.0 if within is None else max(density, _unit_density(scope.layout, within))
         for step in range(1, criterion.rounds):
             target = float(min(exponential(step / criterion.rounds, density, start), scope.layout.densest))
-            scores = self._score_model(model, scope.weights, within, data)
+            scores = self._score_model(model, scope, within, data)
             with warnings.catch_warnings(), suppress(ValueError):  # a density that cannot be met on the way is skipped
                 warnings.simplefilter("ignore")
                 within = _agreed(select(scores, target, within))
-        return _agreed(select(self._score_model(model, scope.weights, within, data), density, within))
+        return _agreed(select(self._score_model(model, scope, within, data), density, within))
 
     def scope(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that masks of this pruner are for, by first name, in definition order.
@@ -201,6 +218,14 @@ class Pruner:
     def densest(self, model: nn.Module) -> float:
         """The highest density below 1 that the structure allows, n/m for N:M; 1 where every density is allowed."""
         return float(self._scope(model).layout.densest)
+
+    def gates(self, model: nn.Module) -> Layout | None:
+        """The units, if they are scored by gates: to sum up ``criterion.online`` of them over training steps.
+
+        None if units are single weights, or their scores are made of their weights' scores.
+        """
+        layout = self._scope(model).layout
+        return layout if self._scores_gates(layout) else None
 
     def _scope(self, model: nn.Module) -> Scope:
         include, exclude = patterns_of(self.include), patterns_of(self.exclude)
@@ -239,21 +264,33 @@ class Pruner:
             return {n: criterion.score(each.product(), seeded(self.seed, n)) for n, each in weights.items()}
         return {name: criterion.score(each.product()) for name, each in weights.items()}
 
+    @property
+    def _group(self) -> Group:
+        return self.axes.criterion.group if self.group is None else self.group
+
     def _score_model(
-        self, model: nn.Module, weights: Mapping[str, nn.Parameter], within: Masks | None, data: tuple[Any, ...]
+        self, model: nn.Module, scope: Scope, within: Masks | None, data: tuple[Any, ...]
     ) -> dict[str, Tensor]:
+        """Scores of units."""
+        layout, weights, criterion = scope.layout, scope.weights, self.axes.criterion
+        gates = self._scores_gates(layout)
         with _masked(model, within):
-            scores = self.axes.criterion.score(model, weights, *data)
+            if gates:
+                return criterion.score(model, weights, *data, units=partial(layout.pool, form="sum"))
+            scores = criterion.score(model, weights, *data)
         check_fits("scores", scores, weights)
-        return scores
+        return layout.pool(scores, within, self._group)
+
+    def _scores_gates(self, layout: Layout) -> bool:
+        return self._group == "sum" and self.axes.criterion.gates and layout.groups_weights
 
     def _select(
-        self, scope: Scope, outputs: Collection[str], scores: Scores, density: float, within: Masks | None
+        self, scope: Scope, outputs: Collection[str], units: Scores, density: float, within: Masks | None
     ) -> Masks:
         scope.check_density(density)
         layout = scope.layout
         unpruned = layout.unpruned(within)
-        units = keep_norms(scope.matrices, layout, layout.pool(scores, within), unpruned)
+        units = keep_norms(scope.matrices, layout, units, unpruned)
         candidates = layout.candidates(units, unpruned)
         layers, allocation = Layers(units, density, candidates, outputs, scope.shapes), self.axes.allocation
         if isinstance(allocation, Global) and layout.select is best_of_each:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,15 @@ class Layout:
                     sizes[key] = here
         return sizes
 
-    def pool(self, scores: Tensors, within: Tensors | None = None) -> dict[str, Tensor]:
-        """Scores of units: the mean over a unit's weights, those pruned in ``within`` counting as 0.
+    @property
+    def groups_weights(self) -> bool:
+        """Whether there are units of several weights."""
+        return bool(self._sizes)
+
+    def pool(
+        self, scores: Tensors, within: Tensors | None = None, form: Literal["mean", "sum"] = "mean"
+    ) -> dict[str, Tensor]:
+        """Scores of units: the mean or the sum over a unit's weights, those pruned in ``within`` counting as 0.
 
         Units of many weights are pooled in float64 on the CPU, for which a sharded tensor is gathered. Single weights
         keep their scores.
@@ -116,6 +123,7 @@ class Layout:
         Args:
             scores: parameter name -> scores of its shape; other names are ignored.
             within: masks of the level before; scores where they are False are ignored.
+            form: "mean" or "sum".
 
         Returns:
             Key -> scores, [units] or, of single weights, of the parameter's shape.
@@ -131,6 +139,8 @@ class Layout:
                     score = score.masked_fill(~within[name].to(score.device), 0)
                 total = pooled.setdefault(key, torch.zeros(self.units[key], dtype=torch.float64))
                 total.index_add_(0, index.flatten(), _summed(score, index).flatten())
+        if form == "sum":
+            return pooled
         return {key: total / self._sizes[key] if key in self._sizes else total for key, total in pooled.items()}
 
     def unpruned(self, within: Tensors | None) -> dict[str, Tensor] | None:

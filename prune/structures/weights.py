@@ -108,24 +108,34 @@ class Balanced:
         return fitting.divided(dict.fromkeys(fitting.matrices), select=partial(_best_of_outputs, fitting.matrices))
 
 
-def ranks(scores: Tensor, unpruned: Tensor | None = None) -> Tensor:
-    """The rank of every score in its row, from 0, the highest first, ties by index; pruned ones come last.
+def best_of_rows(scores: Tensor, unpruned: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest scores of every row, and the one that comes next in each; ties by index.
+
+    A row with fewer left keeps them all. Nothing is sorted but the best ``k + 1`` of a row.
 
     Args:
-        scores: floating, [*, n].
-        unpruned: bool, [*, n]; None for all.
+        scores: floating and not NaN, [rows, n].
+        unpruned: bool, [rows, n].
+        k: from 0 to n.
 
     Returns:
-        int64, [*, n].
+        Two bool tensors, [rows, n].
     """
-    if unpruned is not None:
-        scores = scores.masked_fill(~unpruned, -torch.inf)
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    # A score of -inf that is not pruned must still come before those that are.
-    if unpruned is not None and bool((scores.isneginf() & unpruned).any()):
-        order = order.gather(-1, torch.argsort((~unpruned).gather(-1, order).byte(), dim=-1, stable=True))
-    positions = torch.arange(scores.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, positions)
+    scores = scores.masked_fill(~unpruned, -torch.inf)
+    thresholds = scores.topk(min(k + 1, scores.shape[1]), dim=1).values
+    best = torch.zeros_like(unpruned) if k == 0 else _from(scores, unpruned, thresholds[:, k - 1 : k], k)
+    if k == scores.shape[1]:
+        return best, torch.zeros_like(best)
+    return best, _from(scores, unpruned, thresholds[:, k:], k + 1) & ~best
+
+
+def _from(scores: Tensor, unpruned: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """The ``k`` unpruned of every row from the k-th highest score on, [rows, 1], ties by index."""
+    above, tied = scores > threshold, (scores == threshold) & unpruned
+    wanted = k - above.sum(1, keepdim=True)
+    if bool((tied.sum(1, keepdim=True) > wanted).any()):
+        tied &= tied.cumsum(1) <= wanted
+    return above | tied
 
 
 def _better(scores: Tensor, unpruned: Tensor) -> Tensor:
@@ -146,16 +156,25 @@ def _best_of_outputs(
         score, k = whole(scores[name]), counts[name]
         allowed = _allowed(score, None if candidates is None else candidates[name])
         rows = [matrix.turned(tensor).flatten(1) for tensor in (score, allowed)]
-        rank = matrix.back(ranks(*rows).unflatten(1, matrix.turned_shape()[1:]))
-        # up_to[r]: weights of rank r or better, over all outputs. Whole ranks are kept while they fit, then the best
-        # weights of the next rank: so no output keeps two more than another.
-        up_to = rank[allowed].bincount().cumsum(0)
-        full = int((up_to <= k).sum())
-        rest = k - (int(up_to[full - 1]) if full else 0)
-        masks[name] = allowed & (rank < full)
+        if bool((score.isnan() & allowed).any()):
+            keep_top_k({name: score}, k, {name: allowed})  # refuses it
+        # Whole ranks are kept while they fit, then the best weights of the next rank: so no output keeps two more than
+        # another.
+        full, rest = _whole_ranks(rows[1].sum(1), k)
+        inputs = matrix.turned_shape()[1:]
+        best, following = (matrix.back(each.unflatten(1, inputs)) for each in best_of_rows(*rows, full))
+        masks[name] = best
         if rest:
-            masks[name] |= keep_top_k({name: score}, rest, {name: allowed & (rank == full)})[name]
+            masks[name] = best | keep_top_k({name: score}, rest, {name: following})[name]
     return masks
+
+
+def _whole_ranks(left: Tensor, k: int) -> tuple[int, int]:
+    """How many of every row fit into ``k`` where rows have so many ``left``, and how many more do."""
+    rows_at_rank = len(left) - left.bincount().cumsum(0)[:-1]  # rows that have a weight of rank 0, 1, ...
+    up_to = rows_at_rank.cumsum(0)
+    full = int((up_to <= k).sum())
+    return full, k - (int(up_to[full - 1]) if full else 0)
 
 
 def _allowed(score: Tensor, mask: Tensor | None) -> Tensor:

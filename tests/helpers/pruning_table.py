@@ -185,8 +185,22 @@ def places(total: int, density: float) -> int:
     return int((Decimal(total) * Decimal(repr(density))).to_integral_value(ROUND_HALF_UP))
 
 
-def pooled(units: Units, scores: Mapping[str, list[float]], kept: set[Weight] | None) -> Scores:
-    """The mean over a unit, in which a pruned weight counts as 0."""
+GATES: dict[str, Callable[[float], float]] = {
+    "snip": abs,  # Michel et al. 2019, equation 2
+    "taylor": lambda total: total**2,  # Molchanov et al. 2019, section 3, I^(1)_S
+    "movement": lambda total: -total,
+}
+"""Criterion -> the score of a unit, of the sum over its weights of gradient times weight."""
+
+
+def pooled(
+    units: Units, scores: Mapping[str, list[float]], kept: set[Weight] | None, gate: Callable[[float], float] | None
+) -> Scores:
+    """The mean over a unit, in which a pruned weight counts as 0; of products of gradient and weight that of a gate."""
+    if gate is not None:
+        return {
+            key: [gate(math.fsum(scores[n][i] for n, i in unit)) for unit in members] for key, members in units.items()
+        }
     return {
         key: [
             math.fsum(scores[n][i] for n, i in unit if kept is None or (n, i) in kept) / len(unit) for unit in members
@@ -300,13 +314,18 @@ def selected(row: Row, scores: Scores, alive: Alive, given: Mapping[str, int]) -
 
 
 def expected(
-    structure: str, allocation: str, scores: Mapping[str, Tensor], density: float, within: set[Weight] | None
+    structure: str,
+    allocation: str,
+    scores: Mapping[str, Tensor],
+    density: float,
+    within: set[Weight] | None,
+    gate: Callable[[float], float] | None = None,
 ) -> tuple[set[Weight], dict[str, int]] | None:
     """The weights kept, and the units kept of each key; None if the layers have not as many as they should keep."""
     row = STRUCTURES[structure]
     units = row.units(row.model())
     values = {name: score.flatten().tolist() for name, score in scores.items()}
-    worth = pooled(units, values, within)
+    worth = pooled(units, values, within, gate)
     alive = {
         key: [within is None or any(weight in within for weight in unit) for unit in members]
         for key, members in units.items()
@@ -358,8 +377,11 @@ def levels(criterion: str, structure: str, allocation: str) -> list[Level]:
     row = STRUCTURES[structure]
     model = row.model()
     seen: list[Mapping[str, Tensor]] = []
-    pruner = Pruner(_listened(criteria.CRITERIA[criterion], seen, model), structure, allocation, seed=3)
     units = row.units(model)
+    grouped = any(len(unit) > 1 for members in units.values() for unit in members)
+    gate = GATES.get(criterion) if grouped else None
+    listened = _listened(criteria.CRITERIA[criterion], seen, model, gate is not None)
+    pruner = Pruner(listened, structure, allocation, seed=3)
     given = {"loader": data(model), "loss": cross_entropy} if criteria.CRITERIA[criterion].needs_loader else {}
     found: list[Level] = []
     masks: Masks | None = None
@@ -376,7 +398,7 @@ def levels(criterion: str, structure: str, allocation: str) -> list[Level]:
         for step, score in enumerate(scores, start=1):
             target = density if step == rounds else share * (density / share) ** (step / rounds)
             target = target if row.limit is None else min(target, row.limit[0] / row.limit[1])
-            oracle = expected(structure, allocation, score, target, left)
+            oracle = expected(structure, allocation, score, target, left, gate)
             assert oracle or step < rounds, "a density of the table can be met"
             left, number = oracle or (left, number)
         assert left is not None, "there was a score"
@@ -401,11 +423,20 @@ def nested(found: list[Level]) -> bool:
     return all(deep.masks.is_subset(shallow.masks) for shallow, deep in pairwise(found))
 
 
-def _listened(criterion: criteria.Criterion, seen: list[Mapping[str, Tensor]], model: nn.Module) -> criteria.Criterion:
-    """The criterion, of few rounds, whose scores are noted; those of single weights by name."""
+def _listened(
+    criterion: criteria.Criterion, seen: list[Mapping[str, Tensor]], model: nn.Module, gates: bool
+) -> criteria.Criterion:
+    """The criterion, of few rounds, whose scores are noted; those of single weights by name.
+
+    Of ``gates`` the products of gradient and weight are noted: minus the movement on the table's only batch.
+    """
     if criterion.needs_loader:
 
-        def score(*args: Any) -> Mapping[str, Tensor]:
+        def score(*args: Any, units: Any = None) -> Mapping[str, Tensor]:
+            assert (units is not None) == gates
+            if gates:
+                seen.append({name: -score for name, score in criteria.movement(*args).items()})
+                return criterion.score(*args, units=units)
             seen.append(criterion.score(*args))
             return seen[-1]
 

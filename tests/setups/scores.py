@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prune import Controls, Masks, Pruner, Rewind, hunt
+from prune.criteria import CRITERIA
 from prune.tickets.controls import Interpolation
 from tests.setups.base import Setup
 from workbench import load, records
@@ -166,7 +167,43 @@ def _sorted_data() -> None:
     assert (model(x)["logits"].argmax(1) == y).float().mean() > 0.8, ".64 where it sees the first rows, of one class"
 
 
+def _gates(criterion: str) -> None:
+    """Channels of a convolutional network, scored on two batches by a gate on each channel's output.
+
+    The gate of a channel without a bias multiplies its filter, so its gradient is the sum of gradient times weight.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    batches = [(torch.randn(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(2)]
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    slopes = []
+    for x, y in batches:
+        gates = torch.ones(8, requires_grad=True)
+        hook = model[0].register_forward_hook(lambda _, __, output, gates=gates: output * gates[:, None, None])
+        (slope,) = torch.autograd.grad(loss(model, (x, y)), gates)
+        hook.remove()
+        slopes.append(slope)
+    slope = torch.stack(slopes)
+    expected = {"taylor": slope.square().mean(0), "snip": slope.mean(0).abs()}[criterion]
+    masks = Pruner(criterion, "channel", exclude=nn.Linear)(model, 0.5, loader=batches, loss=loss)
+    kept = masks["0.weight"].flatten(1).all(1)
+    assert set(kept.nonzero().flatten().tolist()) == set(expected.topk(4).indices.tolist())
+
+    scores = CRITERIA[criterion].score(model, {"0.weight": model[0].weight}, batches, loss)["0.weight"]
+    means = Pruner(criterion, "channel", exclude=nn.Linear, group="mean")(model, 0.5, loader=batches, loss=loss)
+    kept_by_means = means["0.weight"].flatten(1).all(1)
+    assert set(kept_by_means.nonzero().flatten().tolist()) == set(scores.flatten(1).mean(1).topk(4).indices.tolist())
+    assert not torch.equal(kept, kept_by_means), "another choice, which stays there by name"
+
+
 SETUPS = [
+    Setup("scores of groups", "Taylor", lambda: _gates("taylor")),
+    Setup("scores of groups", "SNIP", lambda: _gates("snip")),
     Setup("data of a criterion", "a trainer's data sorted by label", _sorted_data),
     Setup("floor of the global allocation", "turned off by an argument", _floor),
     Setup("barriers", "points and split of a hunt", _barriers),

@@ -215,3 +215,64 @@ def test_scores_that_are_nan_are_named_by_selection(criterion: Criterion):
     batches = [(x.log(), y) for x, y in points(1)]  # of negative numbers
     with pytest.raises(ValueError, match=r"scores of '0.weight' are NaN.*the data"):
         keep_top_k(scores_of(criterion, small(), batches), 3)
+
+
+# Units of several weights
+
+
+def rows_of(values: Any) -> dict[str, Tensor]:
+    """The sums of the rows of every matrix, as the structure ``channel`` has them."""
+    return {name: value.sum(1) for name, value in values.items()}
+
+
+@torch.no_grad()
+def gate_slope(model: nn.Module, name: str, row: int, value: Callable[[], float]) -> float:
+    """The derivative of ``value`` by a gate z of the unit z * w_S, at z = 1, by central differences."""
+    weight, found = model.get_parameter(name), []
+    before = weight[row].clone()
+    for scale in (1 + EPSILON, 1 - EPSILON):
+        weight[row] = before * scale
+        found.append(value())
+    weight[row] = before
+    return (found[0] - found[1]) / (2 * EPSILON)
+
+
+def test_a_unit_is_scored_by_its_gate():
+    """Molchanov et al., section 3: I^(1)_S = (sum_S g w)^2 = (dL/dz)^2, mean over minibatches; Michel et al., equation
+    2: |dL/dz|, of the loss over all data as in SNIP; movement: -dL/dz."""
+    model, batches = small(), points(3)
+    found = {
+        name: CRITERIA[name].score(model, matrices(model), batches, cross_entropy, units=rows_of)
+        for name in ("snip", "taylor", "movement")
+    }
+    for name, weight in matrices(model).items():
+        for row in range(len(weight)):
+            at = [gate_slope(model, name, row, lambda: cross_entropy(model, each).item()) for each in batches]  # noqa: B023
+            expected = {"snip": abs(sum(at)) / 3, "taylor": sum(a * a for a in at) / 3, "movement": -sum(at) / 3}
+            for criterion, scores in found.items():
+                assert scores[name].shape == (len(weight),)
+                assert scores[name][row].item() == pytest.approx(expected[criterion], rel=1e-4, abs=1e-9), criterion
+    assert all(score.dtype == torch.float64 for scores in found.values() for score in scores.values())
+
+
+def test_the_square_of_a_sum_is_no_sum_of_squares():
+    """What two weights of a unit do may cancel, or add up: neither the mean nor the sum of their scores tells."""
+    model = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, -3.0], [1.0, 1.0]]))
+    batches = [(torch.ones(1, 2).double(), None)]
+    loss = lambda model, batch: model(batch[0]).sum()  # noqa: E731
+    for name, alone, together in (("taylor", [18.0, 2.0], [0.0, 4.0]), ("snip", [6.0, 2.0], [0.0, 2.0])):
+        score = CRITERIA[name].score
+        weights = matrices(model)
+        assert score(model, weights, batches, loss)["weight"].sum(1).tolist() == alone
+        assert score(model, weights, batches, loss, units=rows_of)["weight"].tolist() == together
+
+
+def test_the_gate_of_a_unit_that_the_loss_does_not_use_is_worth_nothing():
+    model = SharedWeight().double()
+    weights = {name: model.get_parameter(name) for name in ("first.weight", "idle.weight")}
+    for criterion in (CRITERIA["snip"], CRITERIA["taylor"], CRITERIA["movement"]):
+        scores = criterion.score(model, weights, points(1), cross_entropy, units=rows_of)
+        assert scores["first.weight"].any()
+        assert not scores["idle.weight"].any()

@@ -175,6 +175,37 @@ def test_every_combination(criterion: str, structure: str, allocation: str):
         assert peer is None or peer[1]
 
 
+@pytest.mark.parametrize("group", ["sum", "mean", None])
+def test_a_unit_of_magnitudes_has_their_sum_or_their_mean(group: Any):
+    """Over layers of unlike widths they are of unlike order: by sums the wide rows are kept."""
+    model = nn.Sequential(nn.Linear(20, 4, bias=False), nn.Linear(4, 4, bias=False))
+    nn.init.constant_(model[0].weight, 0.1)
+    nn.init.constant_(model[1].weight, 0.2)
+    masks = Pruner(structure="channel", allocation=Global(floor=1), group=group)
+    kept = {name: int(mask.any(1).sum()) for name, mask in quiet(masks, model, 0.5).items()}
+    assert kept == ({"0.weight": 3, "1.weight": 1} if group == "sum" else {"0.weight": 1, "1.weight": 3})
+
+
+def test_scores_of_ones_own_are_pooled_and_unit_scores_are_taken_as_they_are():
+    model = nn.Linear(2, 3, bias=False)
+    scores = {"weight": torch.tensor([[9.0, -9.0], [1.0, 1.0], [2.0, 2.0]])}
+    pruner = Pruner("taylor", "channel")
+    assert pruner(model, 1 / 3, scores=scores)["weight"].any(1).tolist() == [False, False, True]
+    units = {"weight": torch.tensor([1.0, 3.0, 2.0])}
+    assert pruner(model, 1 / 3, unit_scores=units)["weight"].any(1).tolist() == [False, True, False]
+    assert pruner.gates(model) is not None
+    assert Pruner("taylor").gates(model) is Pruner("taylor", "channel", group="mean").gates(model) is None
+    assert Pruner("magnitude", "channel", group="sum").gates(model) is None
+    for wrong in ({}, {"weight": torch.ones(2)}, {"weight": torch.ones(3), "x": torch.ones(1)}):
+        with pytest.raises(ValueError, match=r"`unit_scores` are of .*weight.: 3"):
+            pruner(model, 1 / 3, unit_scores=wrong)
+
+
+def test_a_group_is_one_of_two():
+    with pytest.raises(ValueError, match=r"group is 'max': give one of \['mean', 'sum'\], or None"):
+        Pruner(group="max")  # type: ignore[arg-type]
+
+
 def test_no_row_is_missing_from_the_table():
     assert set(pruning_table.CRITERIA) == set(CRITERIA)
     assert set(pruning_table.ALLOCATIONS) == set(ALLOCATIONS)

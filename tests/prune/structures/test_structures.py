@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune.masks import Masks
 from prune.pruner import Pruner, prunable
 from prune.structures import FFN, NM, STRUCTURES, Balanced, Block, Channel, Head, Unstructured, structure_named
-from prune.structures.weights import ranks
+from prune.structures.weights import best_of_rows
 from tests.helpers.ranks import on_ranks
 
 
@@ -189,14 +189,25 @@ values = st.sampled_from([0.0, 1.0, 2.0, -1.0, math.inf, -math.inf, math.nan])
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.tuples(values, st.booleans()), min_size=5, max_size=5), min_size=1, max_size=3))
-def test_ranks_are_a_stable_sort(rows: list[list[tuple[float, bool]]]) -> None:
-    """Whatever is not alive comes last, NaN included; of NaN alive nothing is promised but that it is not lost."""
+def test_the_best_of_rows_are_those_of_a_stable_sort(rows: list[list[tuple[float, bool]]]) -> None:
+    """Whatever is not alive is never among them, NaN included."""
     rows = [[(0.0 if alive and math.isnan(value) else value, alive) for value, alive in row] for row in rows]
     scores, alive = (torch.tensor([[pair[i] for pair in row] for row in rows]) for i in (0, 1))
-    for row, found in zip(rows, ranks(scores.float(), alive).tolist()):
-        living = sorted((-value, i) for i, (value, on) in enumerate(row) if on)
-        assert [found[i] for _, i in living] == list(range(len(living)))
-        assert sorted(found) == list(range(5))
+    for k in range(6):
+        best, following = best_of_rows(scores.float(), alive, k)
+        for row, *found in zip(rows, best.tolist(), following.tolist()):
+            living = [i for _, i in sorted((-value, i) for i, (value, on) in enumerate(row) if on)]
+            assert [[i for i, on in enumerate(flags) if on] for flags in found] == [
+                sorted(living[:k]),
+                living[k : k + 1],
+            ]
+
+
+def test_balanced_refuses_scores_without_an_order() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    scores = {"0.weight": torch.full((3, 4), math.nan)}
+    with pytest.raises(ValueError, match=r"12 of 12 scores of '0\.weight' are NaN"):
+        Pruner(structure="balanced")(model, 0.5, scores=scores)
 
 
 # Names, and what cannot be
