@@ -43,6 +43,7 @@ from workbench.launcher.runs import LOG, Runs
 from workbench.messages import difference
 from workbench.records.lock import locked
 from workbench.records.source import Source
+from workbench.report.format import metric
 
 _POLL = 0.2
 _RESERVED = ("stage", "job", "status", "fingerprint", "given", "arguments", "parents")
@@ -289,8 +290,8 @@ def score(record: Mapping[str, Any]) -> str:
     """The main test metric of a record as text, or its number of runs; empty if it has neither."""
     if runs := record.get("runs"):
         return f"{len(runs)} runs"
-    name = (record.get("monitor") or ["loss"])[0]
+    name, mode = record.get("monitor") or ("loss", "min")
     value = (record.get("metrics") or {}).get(f"test/{name}")
     if value is None:
         return ""
-    return f"test {name} {value:.1%}" if name == "accuracy" else f"test {name} {value:.4g}"
+    return f"test {name} {value:.1%}" if metric(name, mode, [value]).share else f"test {name} {value:.4g}"

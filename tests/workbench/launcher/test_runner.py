@@ -18,7 +18,7 @@ from workbench import records
 from workbench.launcher import recipe
 from workbench.launcher import runner as running
 from workbench.launcher.recipe import RecipeError
-from workbench.launcher.runner import StageError, run
+from workbench.launcher.runner import StageError, run, score
 
 PLUGIN = """
 from pathlib import Path
@@ -459,3 +459,18 @@ def test_ctrl_c_in_a_training_is_ctrl_c_and_the_training_goes_on(out: Path, monk
     assert record["status"] == "finished"
     assert record["arguments"]["trainer"]["max_steps"] == 2
     sys.modules.pop("stopper_of_training")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "value", "text"),
+    [
+        (["accuracy", "max"], 0.98056, "test accuracy 98.1%"),
+        (["mean_iou", "max"], 0.885, "test mean_iou 88.5%"),
+        (["nll", "min"], 0.0691, "test nll 0.0691"),
+        (["cosine", "max"], 0.5, "test cosine 0.5"),
+        (["accuracy", "max"], float("nan"), "test accuracy nan%"),
+    ],
+)
+def test_the_score_of_a_stage_reads_as_in_its_report(monitor: list[str], value: float, text: str) -> None:
+    name = monitor[0]
+    assert score({"monitor": monitor, "metrics": {f"test/{name}": value}}) == text

@@ -199,6 +199,8 @@ def test_fit_writes_a_checkpoint_of_what_it_trained(tmp_path: Path) -> None:
     assert torch.equal(back(x), model.eval()(x))
     assert set(result["metrics"]) >= {"val/accuracy", "val/loss", "test/accuracy", "test/loss"}
     assert result["monitor"] == ["accuracy", "max"]
+    outputs = compact.read_index(compact.find(tmp_path))["provenance"]["outputs"]
+    assert outputs == {"kind": "classes", "class_dim": -1}
     assert result["size"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert "kept" not in result["size"], "nothing was pruned, so nothing was kept"
     assert result["size"]["checkpoint_bytes"] == sum(f.stat().st_size for f in compact.find(tmp_path).iterdir())
