@@ -278,7 +278,7 @@ def _check_chunked(terms: Mapping[str, Term], task: Task, teacher: Any) -> None:
         raise ValueError(f"chunked is for language models, and the task is {type(task).__name__}: leave it out")
     soft = terms["soft"].loss if "soft" in terms else None
     hard = terms["hard"].loss if "hard" in terms else None
-    plain = isinstance(soft, SoftTarget) and not (soft.standardize or terms["soft"].on_layers)
+    plain = isinstance(soft, SoftTarget) and not (soft.standardize or soft.class_weights or terms["soft"].on_layers)
     if set(terms) - {"soft", "hard"} or not plain or hard is not None:
         losses = ", ".join(f"{name}: {term.loss or 'own'}" for name, term in terms.items())
         raise ValueError(f"chunked computes soft, a plain SoftTarget, and hard, the task's own loss, and not {losses}")

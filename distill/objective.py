@@ -342,7 +342,7 @@ def _sampled_loss(
     loss: LogitLoss, logits: Tensor, sample: tuple[Tensor, Tensor, Tensor], valid: Tensor | None
 ) -> Tensor:
     # The ids were drawn from the teacher's probabilities at temperature 1: they estimate no other distribution.
-    if not isinstance(loss, SoftTarget) or loss.temperature != 1 or loss.standardize:
+    if not isinstance(loss, SoftTarget) or loss.temperature != 1 or loss.standardize or loss.class_weights:
         raise ValueError(
             f"{loss} needs all of the teacher's logits, and the cache holds a sample of them: use SoftTarget at "
             "temperature 1, or cache with store: full"

@@ -1,6 +1,7 @@
 """Losses on logits [..., classes]: sum over classes, mean over positions."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from distill.losses.reduction import (
     INF,
     average,
+    by_class,
     check_alpha,
     check_beta,
     check_classes,
@@ -22,12 +24,20 @@ from distill.losses.reduction import (
     soften,
     unit,
     upcast,
+    valid_rows,
     varies,
     zero_invalid,
 )
 
 
-def soft_target(student: Tensor, teacher: Tensor, temperature: float = 4.0, valid: Tensor | None = None) -> Tensor:
+def soft_target(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    valid: Tensor | None = None,
+    *,
+    class_weights: Sequence[float] | None = None,
+) -> Tensor:
     r"""Soft-target loss: the divergence of the student from the teacher, both softened by a temperature.
 
     .. math:: T^2 \, \mathrm{KL}\bigl(\sigma(z^t / T) \,\|\, \sigma(z^s / T)\bigr)
@@ -40,6 +50,10 @@ def soft_target(student: Tensor, teacher: Tensor, temperature: float = 4.0, vali
         temperature: T > 0; the same for both.
         valid: Bool [...], True at valid positions; all if None. Values at other positions, NaN included, change neither
             the loss nor its gradient.
+        class_weights: w, one a class, at least 0: a position counts :math:`\sum_c w_c \, \sigma(z^t)_c` times, the
+            weight that the teacher expects there; equal if None. The mean stays one over positions, as that of torch's
+            cross-entropy on probabilities, which this is if the teacher is certain. Inside the sum over classes, where
+            Chen et al. 2017 (NeurIPS, section 3.2) have them, they would move the optimum away from the teacher.
 
     Returns:
         A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
@@ -53,9 +67,10 @@ def soft_target(student: Tensor, teacher: Tensor, temperature: float = 4.0, vali
     """
     check_temperature(temperature)
     check_logits(student, teacher, valid)
+    (student, teacher), valid = valid_rows(valid, student, teacher)
     with full_precision(student):
         log_q, log_p = soften(student, teacher, temperature, valid)
-        return average(divergence(log_p, log_q), valid, temperature)
+        return average(by_class(divergence(log_p, log_q), teacher, class_weights, valid), valid, temperature)
 
 
 def mix(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
@@ -77,7 +92,14 @@ def mix(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
     return alpha * soft + (1 - alpha) * hard
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    valid: Tensor | None = None,
+    *,
+    class_weights: Sequence[float] | None = None,
+) -> Tensor:
     r"""Reverse KL: seeks one mode of the teacher, where soft targets cover all modes.
 
     .. math:: T^2 \, \mathrm{KL}\bigl(\sigma(z^s / T) \,\|\, \sigma(z^t / T)\bigr)
@@ -88,6 +110,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
             probability that a student gave it would cost infinitely much.
         temperature: T > 0; the same for both.
         valid: Bool [...], True at valid positions; all if None.
+        class_weights: One a class, at least 0, as for :func:`soft_target`; equal if None.
 
     Returns:
         A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
@@ -101,13 +124,20 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
     """
     check_temperature(temperature)
     check_logits(student, teacher, valid)
+    (student, teacher), valid = valid_rows(valid, student, teacher)
     with full_precision(student):
         log_q, log_p = soften(student.masked_fill(teacher == -INF, -INF), teacher, temperature, valid)
-        return average(divergence(log_q, log_p), valid, temperature)
+        return average(by_class(divergence(log_q, log_p), teacher, class_weights, valid), valid, temperature)
 
 
 def jsd(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None, *, beta: float = 0.5
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    valid: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence: between covering the teacher's modes and seeking one of them.
 
@@ -125,6 +155,7 @@ def jsd(
         temperature: T > 0; the same for both.
         valid: Bool [...], True at valid positions; all if None.
         beta: Weight of the teacher in the mixture, in [0, 1].
+        class_weights: One a class, at least 0, as for :func:`soft_target`; equal if None.
 
     Returns:
         A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
@@ -138,9 +169,10 @@ def jsd(
     """
     check_beta(beta)
     if beta in (0, 1):
-        return (reverse_kl if beta else soft_target)(student, teacher, temperature, valid)
+        return (reverse_kl if beta else soft_target)(student, teacher, temperature, valid, class_weights=class_weights)
     check_temperature(temperature)
     check_logits(student, teacher, valid)
+    (student, teacher), valid = valid_rows(valid, student, teacher)
     with full_precision(student):
         log_q, log_p = soften(student, teacher, temperature, valid)
         # A class that neither takes has no mixture: the gradient of logaddexp(-inf, -inf) is NaN.
@@ -149,7 +181,7 @@ def jsd(
             log_p.masked_fill(nowhere, 0.0) + math.log(beta), log_q.masked_fill(nowhere, 0.0) + math.log1p(-beta)
         )
         values = beta * divergence(log_p, log_m) + (1 - beta) * divergence(log_q, log_m)
-        return average(values, valid, temperature)
+        return average(by_class(values, teacher, class_weights, valid), valid, temperature)
 
 
 def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -177,6 +209,7 @@ def logit_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> 
     arXiv:2105.08919, equation 2.
     """
     check_pair(student, teacher, valid)
+    (student, teacher), valid = valid_rows(valid, student, teacher)
     with full_precision(student):
         zs, zt = zero_invalid(upcast(student), valid), zero_invalid(upcast(teacher.detach()), valid)
         return average(torch.where(zt == -INF, 0.0, zs - zt).square().sum(-1), valid)
@@ -191,6 +224,7 @@ def dkd(
     labels: Tensor,
     alpha: float = 1.0,
     beta: float = 8.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Decoupled distillation: separate weights for the label's probability and for those of the other classes.
 
@@ -208,6 +242,7 @@ def dkd(
         labels: int64 [...], a class at each valid position; anything elsewhere.
         alpha: Weight of the labelled class against the rest (TCKD), at least 0.
         beta: Weight of the rest among themselves (NCKD), at least 0.
+        class_weights: One a class, at least 0, as for :func:`soft_target`; equal if None.
 
     Returns:
         A scalar in nats: sum over classes, mean over valid positions; 0 with its graph if no position is valid.
@@ -233,7 +268,8 @@ def dkd(
         no_others = (others_t == -INF).all(-1, keepdim=True)
         others_s, others_t = others_s.masked_fill(no_others, 0.0), others_t.masked_fill(no_others, 0.0)
         shares = divergence(torch.log_softmax(others_t, -1), torch.log_softmax(others_s, -1))
-        return average(alpha * sure + beta * shares, valid, temperature)
+        values = by_class(alpha * sure + beta * shares, teacher, class_weights, valid)
+        return average(values, valid, temperature)
 
 
 def _label_or_not(logits: Tensor, others: Tensor, label: Tensor) -> Tensor:
@@ -283,6 +319,7 @@ def dist(
     check_temperature(temperature)
     check_weights(inter=inter, intra=intra)
     check_logits(student, teacher, valid)
+    (student, teacher), valid = valid_rows(valid, student, teacher)
     with full_precision(student):
         log_q, log_p = soften(student, teacher, temperature, valid)
         classes = student.shape[-1]

@@ -1,6 +1,7 @@
 """The losses as modules: numbers are set and checked once, ``forward`` is the same for all and calls the function."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -17,7 +18,14 @@ from distill.losses.features import (
     similarity_preserving,
 )
 from distill.losses.logits import dist, dkd, jsd, logit_mse, reverse_kl, soft_target, standardize
-from distill.losses.reduction import check_beta, check_logits, check_smoothing, check_temperature, check_weights
+from distill.losses.reduction import (
+    check_beta,
+    check_class_weights,
+    check_logits,
+    check_smoothing,
+    check_temperature,
+    check_weights,
+)
 
 
 class LogitLoss(nn.Module, ABC):
@@ -74,19 +82,23 @@ class SoftTarget(LogitLoss):
     Args:
         temperature: T > 0.
         standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`.
+        class_weights: Weight of each class, see :func:`distill.losses.soft_target`; equal if None.
     """
 
-    def __init__(self, temperature: float = 4.0, standardize: bool = False) -> None:
+    def __init__(
+        self, temperature: float = 4.0, standardize: bool = False, class_weights: Sequence[float] | None = None
+    ) -> None:
         check_temperature(temperature)
         super().__init__()
         self.temperature, self.standardize = temperature, standardize
+        self.class_weights = check_class_weights(class_weights)
 
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are not used."""
         student, teacher = _standardized(self, student, teacher, valid)
-        return soft_target(student, teacher, self.temperature, valid)
+        return soft_target(student, teacher, self.temperature, valid, class_weights=self.class_weights)
 
 
 @final
@@ -96,19 +108,23 @@ class ReverseKL(LogitLoss):
     Args:
         temperature: T > 0.
         standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`.
+        class_weights: Weight of each class, see :func:`distill.losses.soft_target`; equal if None.
     """
 
-    def __init__(self, temperature: float = 1.0, standardize: bool = False) -> None:
+    def __init__(
+        self, temperature: float = 1.0, standardize: bool = False, class_weights: Sequence[float] | None = None
+    ) -> None:
         check_temperature(temperature)
         super().__init__()
         self.temperature, self.standardize = temperature, standardize
+        self.class_weights = check_class_weights(class_weights)
 
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are not used."""
         student, teacher = _standardized(self, student, teacher, valid)
-        return reverse_kl(student, teacher, self.temperature, valid)
+        return reverse_kl(student, teacher, self.temperature, valid, class_weights=self.class_weights)
 
 
 @final
@@ -119,20 +135,28 @@ class JSD(LogitLoss):
         temperature: T > 0.
         beta: Weight of the teacher in the mixture, in [0, 1].
         standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`.
+        class_weights: Weight of each class, see :func:`distill.losses.soft_target`; equal if None.
     """
 
-    def __init__(self, temperature: float = 1.0, beta: float = 0.5, standardize: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        standardize: bool = False,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         check_temperature(temperature)
         check_beta(beta)
         super().__init__()
         self.temperature, self.beta, self.standardize = temperature, beta, standardize
+        self.class_weights = check_class_weights(class_weights)
 
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss; labels are not used."""
         student, teacher = _standardized(self, student, teacher, valid)
-        return jsd(student, teacher, self.temperature, valid, beta=self.beta)
+        return jsd(student, teacher, self.temperature, valid, beta=self.beta, class_weights=self.class_weights)
 
 
 @final
@@ -166,17 +190,24 @@ class DKD(LogitLoss):
         alpha: Weight of the labelled class against the rest, at least 0.
         beta: Weight of the rest among themselves, at least 0.
         standardize: Whether logits become z-scores first, see :func:`distill.losses.standardize`.
+        class_weights: Weight of each class, see :func:`distill.losses.soft_target`; equal if None.
     """
 
     needs_labels = True
 
     def __init__(
-        self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0, standardize: bool = False
+        self,
+        temperature: float = 4.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        standardize: bool = False,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         check_temperature(temperature)
         check_weights(alpha=alpha, beta=beta)
         super().__init__()
         self.temperature, self.alpha, self.beta, self.standardize = temperature, alpha, beta, standardize
+        self.class_weights = check_class_weights(class_weights)
 
     def forward(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, labels: Tensor | None = None
@@ -191,6 +222,7 @@ class DKD(LogitLoss):
             labels=needed_labels(self, labels),
             alpha=self.alpha,
             beta=self.beta,
+            class_weights=self.class_weights,
         )
 
 

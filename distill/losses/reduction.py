@@ -1,5 +1,8 @@
 """What the losses share: checks, precision, masks, sums."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,34 @@ def check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         if not 0 <= weight < INF:
             raise ValueError(f"{name} is {weight}: a weight is finite and at least 0")
+
+
+def check_class_weights(class_weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The weights as a tuple.
+
+    Raises:
+        ValueError: Unless each is finite and at least 0, and one above.
+    """
+    if class_weights is None:
+        return None
+    weights = tuple(float(weight) for weight in class_weights)
+    if not all(0 <= weight < INF for weight in weights) or not any(weights):
+        raise ValueError(f"class_weights are {list(weights)}: give finite numbers of at least 0, one of them above")
+    return weights
+
+
+def by_class(values: Tensor, teacher: Tensor, class_weights: Sequence[float] | None, valid: Tensor | None) -> Tensor:
+    """The values of positions, each times the weight that the teacher expects of its class.
+
+    Raises:
+        ValueError: If there is not one weight a class.
+    """
+    if (weights := check_class_weights(class_weights)) is None:
+        return values
+    if len(weights) != teacher.shape[-1]:
+        raise ValueError(f"class_weights are {len(weights)} for {teacher.shape[-1]} classes: give one each")
+    p = torch.softmax(zero_invalid(upcast(teacher.detach()), valid), -1)
+    return values * (p * p.new_tensor(weights)).sum(-1)
 
 
 def check_classes(logits: Tensor) -> None:
@@ -95,6 +126,38 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def valid_rows(valid: Tensor | None, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The rows [n, ...] of tensors [..., ...] that count, and a mask of these where that is not all of them.
+
+    On a CPU the others are dropped, which costs no copy if all count. Elsewhere that would wait for the device, so the
+    tensors and the mask stay as they are.
+
+    Args:
+        valid: Bool [...], checked before; None if all count.
+        tensors: Of these leading axes.
+    """
+    if valid is None or not valid.ndim or not _readable(valid):
+        return list(tensors), valid
+    if bool(valid.all()):
+        return list(tensors), None
+    # Not by the mask itself, whose gradient is added up entry by entry.
+    rows = valid.flatten().nonzero().squeeze(-1)
+    return [tensor.flatten(0, valid.ndim - 1).index_select(0, rows) for tensor in tensors], None
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether a branch may depend on a tensor's values, at no cost: on a CPU, outside of a compiler and of vmap."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    internals: Any = torch._C
+    return not internals._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def softened(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature, without a copy at 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
 def zero_invalid(tensor: Tensor, valid: Tensor | None) -> Tensor:
     """Zeros along the last axis wherever a position does not count.
 
@@ -106,11 +169,14 @@ def zero_invalid(tensor: Tensor, valid: Tensor | None) -> Tensor:
 def soften(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher at a temperature; uniform where a position does not count."""
     zs, zt = zero_invalid(upcast(student), valid), zero_invalid(upcast(teacher.detach()), valid)
-    return torch.log_softmax(zs / temperature, -1), torch.log_softmax(zt / temperature, -1)
+    return torch.log_softmax(softened(zs, temperature), -1), torch.log_softmax(softened(zt, temperature), -1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats, summed over the last axis."""
+    if log_p.numel() and _readable(log_p) and _readable(log_q) and min(log_p.min(), log_q.min()) > -INF:
+        # The same in one pass.
+        return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     p = log_p.exp()
     # 0 log 0 = 0, also where q gives such a class no probability either.
     return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)

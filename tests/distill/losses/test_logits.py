@@ -484,3 +484,61 @@ def test_standardize_with_masked_junk() -> None:
     assert grad.isfinite().all()
     kept = [losses.standardize(z.detach()[valid]) for z in (student, teacher)]
     assert torch.allclose(value, losses.soft_target(*kept, 2.0))
+
+
+WEIGHTED = {
+    "soft_target": lambda s, t, v, y, w: losses.soft_target(s, t, 2.0, v, class_weights=w),
+    "reverse_kl": lambda s, t, v, y, w: losses.reverse_kl(s, t, 2.0, v, class_weights=w),
+    "jsd": lambda s, t, v, y, w: losses.jsd(s, t, 2.0, v, beta=0.3, class_weights=w),
+    "forward jsd": lambda s, t, v, y, w: losses.jsd(s, t, 2.0, v, beta=0.0, class_weights=w),
+    "dkd": lambda s, t, v, y, w: losses.dkd(s, t, 2.0, v, labels=y, class_weights=w),
+}
+
+
+@pytest.mark.parametrize("call", WEIGHTED.values(), ids=WEIGHTED)
+def test_class_weights_count_positions_by_what_the_teacher_expects(call: Any) -> None:
+    student, teacher, y = logits(5, 4), logits(5, 4), torch.randint(4, (5,))
+    weights, valid = [0.5, 1.0, 3.0, 0.0], torch.tensor([True, False, True, True, True])
+    values = [call(student[i : i + 1], teacher[i : i + 1], None, y[i : i + 1], None) for i in range(5)]
+    expected = [sum(w * p for w, p in zip(weights, teacher[i].softmax(0).tolist())) * values[i] for i in range(5)]
+    torch.testing.assert_close(call(student, teacher, None, y, weights), sum(expected) / 5)
+    torch.testing.assert_close(call(student, teacher, valid, y, weights), (sum(expected) - expected[1]) / 4)
+    equal = call(student.requires_grad_(), student.detach(), None, y, weights)  # the optimum is where it was
+    assert torch.allclose(torch.autograd.grad(equal, student)[0], torch.zeros(5, 4, dtype=student.dtype), atol=1e-12)
+
+
+def test_class_weights_of_a_certain_teacher_are_those_of_cross_entropy() -> None:
+    student, y, weights = logits(5, 4), torch.tensor([0, 2, 2, 1, 3]), [0.5, 1.0, 3.0, 0.1]
+    certain = torch.full((5, 4), -INF, dtype=student.dtype).scatter(1, y[:, None], 0.0)
+    expected = F.cross_entropy(student, certain.exp(), weight=torch.tensor(weights, dtype=student.dtype))
+    torch.testing.assert_close(losses.soft_target(student, certain, 1.0, class_weights=weights), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([1.0], "class_weights are 1 for 4 classes"), ([-1.0] * 4, "at least 0"), ([0.0] * 4, "one of them above")],
+)
+def test_class_weights_that_do_not_fit(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        losses.SoftTarget(class_weights=weights)(logits(3, 4), logits(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
+def test_a_mask_of_every_position_costs_nothing(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a copy of the logits nor another bit; and of some, only these are looked at."""
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    full, some = torch.ones(shape[:-1], dtype=torch.bool), torch.rand(shape[:-1]) < 0.5
+    found = losses.soft_target(student, teacher, 4.0, full)
+    assert torch.equal(found, losses.soft_target(student, teacher, 4.0))
+    sizes = []
+    softmax = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda z, dim: sizes.append(z.numel()) or softmax(z, dim))
+    losses.soft_target(student, teacher, 4.0, some)
+    assert sizes == [5 * int(some.sum())] * 2
+
+
+def test_soft_targets_under_vmap() -> None:
+    student, teacher, valid = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.rand(3, 4) < 0.6
+    found = torch.func.vmap(lambda s, t, v: losses.soft_target(s, t, 2.0, v))(student, teacher, valid)
+    expected = torch.stack([losses.soft_target(s, t, 2.0, v) for s, t, v in zip(student, teacher, valid)])
+    torch.testing.assert_close(found, expected)
