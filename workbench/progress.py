@@ -41,6 +41,7 @@ class Bars:
     def __init__(self, total: int, width: int, console: Console | None, live: bool):
         self._console, self._width = console, width
         self._note = ""
+        self._took: float | None = None
         self._progress: Progress | None = None
         self._recipe = self._stage = TaskID(0)
         self._runs: dict[str, TaskID] = {}
@@ -64,7 +65,7 @@ class Bars:
         An exception passes through; the line then shows the failure and the bar stops.
         """
         label, start, outcome = printable(name).ljust(self._width), perf_counter(), "failed after "
-        self._note = ""
+        self._note, self._took = "", None
         if self._progress is not None:
             self._progress.reset(self._stage, description=label, message="", visible=True)
             # Neither reset nor update can unset the total, which makes the bar pulse.
@@ -80,7 +81,8 @@ class Bars:
                 self.show_runs({})
                 self._progress.update(self._stage, visible=False)
                 self._progress.update(self._recipe, advance=0 if outcome else 1)
-            self.line(name, f"{outcome}{elapsed(perf_counter() - start)}", self._note)
+            took = perf_counter() - start if self._took is None else self._took
+            self.line(name, f"{outcome}{elapsed(took)}", self._note)
 
     def line(self, name: str, *words: str) -> None:
         """Print a line that stays above the bars, for a stage or a run that has ended; empty words are left out."""
@@ -105,9 +107,9 @@ class Bars:
         if self._progress is not None:
             self._progress.update(self._stage, completed=done, total=total, message=printable(message))
 
-    def note(self, text: str) -> None:
-        """Set the end of the current stage's line, such as ``val accuracy 98.1%``."""
-        self._note = printable(text)
+    def note(self, text: str, took: float | None = None) -> None:
+        """Set the end of the current stage's line, such as ``val accuracy 98.1%``, and the seconds that it shows."""
+        self._note, self._took = printable(text), took
 
 
 @final

@@ -22,7 +22,7 @@ from workbench.training.save import example_inputs, save_network
 
 def shrink(
     of: Source,
-    level: int | Literal["last", "winning"] = "last",
+    level: int | Literal["last", "winning"] | None = None,
     data: LightningDataModule | None = None,
     task: Task | None = None,
     out: Path = Path("runs/shrink"),
@@ -35,8 +35,8 @@ def shrink(
 
     Args:
         of: The stage with the pruned network, or the folder of a compact checkpoint.
-        level: For a hunt: `last`; `winning`, the sparsest level within tolerance on validation data; or the number of a
-            level.
+        level: For a hunt: `winning`, the sparsest level within tolerance on validation data, which the report
+            recommends; `last`; or the number of a level. By default `winning`, or `last` without validation scores.
         data: The data module to score the smaller network on; by default the record keeps the metrics of `of`.
         task: Loss and metrics on `data`; by default the data module's `task`, else classification over `classes`.
         out: The stage's folder, given by the recipe.

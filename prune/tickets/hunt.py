@@ -149,7 +149,7 @@ def hunt(
     seconds = round(sum(record["seconds"] for record in trainings), 3)
     winning = sparsest_winning(done, spec.tolerance)
     found = {"levels": done, "winning": winning, "pruner": settings["pruner"]}
-    return {**last, "seed": of.seed, **found, "seconds": seconds}
+    return {**last, "seed": of.seed, **found, "tolerance": spec.tolerance, "seconds": seconds}
 
 
 def _barriers(

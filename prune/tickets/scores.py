@@ -34,7 +34,8 @@ def sparsest_winning(levels: Sequence[Mapping[str, Any]], tolerance: float) -> i
     dense, *_ = every = scores(levels)
     if not math.isfinite(dense):
         return None
-    return max(level for level, score in enumerate(every) if score >= dense - tolerance or level == 0)
+    # A score that is below by the tolerance exactly, as 0.96 of 0.97 by 0.01, is within it.
+    return max(level for level, score in enumerate(every) if score >= dense - tolerance - 1e-12 or level == 0)
 
 
 def scores(levels: Sequence[Mapping[str, Any]]) -> list[float]:

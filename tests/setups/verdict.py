@@ -1,12 +1,14 @@
 """What people ask of a verdict, of masks that stop moving, and of a recipe whose network they edit."""
 
 import importlib
+import math
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from prune import EarlyBird, Pruner, find_tickets
 from prune.tickets.judge import LevelScores, judged
 from prune.tickets.level import Level
+from prune.tickets.sections.hunt import hunt_of
+from prune.tickets.sections.verdict import sentence
 from tests.setups.base import Setup
+from workbench import load
+from workbench.checkpoints import compact
+from workbench.data import Digits
+from workbench.evaluation.compare import compare
 from workbench.launcher import recipe
 from workbench.launcher.recipe import RecipeError
 from workbench.launcher.runner import run
+from workbench.models import MLP
+from workbench.records import Verdict, read_run
+from workbench.records.source import Source
+from workbench.report.summary import gather
+from workbench.training.fit import fit, module_for
+from workbench.training.loop import evaluate
 
 NAN = [float("nan")] * 5
 
@@ -224,6 +238,65 @@ def _train(model: nn.Module, level: Level) -> dict[str, float]:
     return {"val/accuracy": 0.5}
 
 
+def half_precision() -> None:
+    """A network trained in bf16, and the same one scored again: before, up to a point apart."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        trainer = {"max_epochs": 1, "accelerator": "cpu", "precision": "bf16-mixed"}
+        net = MLP(64, (8,), 10)
+        trained = fit(net, Digits(batch_size=64), trainer=trainer, out=Path(name) / "a")["metrics"]
+        plain = module_for(load(Path(name) / "a"), Digits(batch_size=64))
+        assert evaluate(plain, Digits(batch_size=64), Path(name)) == trained
+        half = load(Path(name) / "a").to(torch.bfloat16)
+        compact.save(half, Path(name) / "half" / "compact")
+        sources = [Source(Path(name) / each) for each in ("a", "half")]
+        found = compare(sources[0], sources, Digits(batch_size=64))["comparison"]["students"]
+        wide = module_for(load(Path(name) / "half").float(), Digits(batch_size=64))
+        expected = evaluate(wide, Digits(batch_size=64), Path(name))
+        assert math.isclose(found[str(sources[1])]["accuracy"], expected["test/accuracy"], abs_tol=1e-6)
+        assert math.isclose(found[str(sources[1])]["nll"], expected["test/loss"], abs_tol=1e-5)
+
+
+def recommended_is_exported() -> None:
+    """The page recommends a level and the export takes it: before, the last one."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (Path(name) / "r.yaml").write_text(HUNT)
+        _, exported = run(recipe.read(Path(name) / "r.yaml"), Path(name) / "out")
+        (hunt, _) = read_run(Path(name) / "out")
+        summary = gather(read_run(Path(name) / "out"))
+        pick = hunt_of(hunt, summary.metrics[hunt.monitor]).pick
+        assert pick is not None
+        assert exported["level"] == pick.level.level == 1
+        assert exported["metrics"] == pick.level.metrics
+
+
+HUNT = """
+data: {class_path: workbench.data.Digits, init_args: {batch_size: 128}}
+trainer: {max_epochs: 2, accelerator: cpu}
+hunt:
+  job: hunt
+  model: {class_path: workbench.models.MLP, init_args: {in_features: 64, hidden: [16], classes: 10}}
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-2}}
+  levels: {density: [0.9, 0.002], tolerance: 0.05}
+  rewind: {at: 1it}
+  controls: {diagnose: false}
+file: {job: export, of: hunt}
+"""
+
+
+def reason() -> None:
+    """A level at half the dense network's accuracy: the sentence says against what, and how far."""
+    ticket, reinit = [0.50, 0.51, 0.49, 0.50], [0.45, 0.46, 0.44, 0.46]
+    ((level,),) = judged([[LevelScores(ticket, {"level 0": [0.97, 0.96, 0.97, 0.98]}, {"reinit": reinit})]], delta=0.01)
+    levels = [replace(level, level=1, density=0.05)]
+    verdict = Verdict("", ["a"], [None], [0, 1, 2, 3], "test/accuracy", True, 0.01, levels)
+    said = sentence(verdict).replace("\N{MINUS SIGN}", "-")
+    assert "it is more than delta below level 0 (against level 0 -47.00 points, " in said
+    assert said.endswith("delta 1 point).")
+
+
 SETUPS = [
     Setup("better by less than delta", "an advantage of .003 at delta .02", a_small_advantage),
     Setup("diverged arms", "dense in every seed", dense_diverged),
@@ -233,4 +306,7 @@ SETUPS = [
     Setup("early bird", "unrelated masks at a low density", unrelated_masks),
     Setup("an edited network", "forward edited under a recipe", forward_edited),
     Setup("an edited network", "a helper beside it edited", helper_edited),
+    Setup("one scoring", "half precision against full", half_precision),
+    Setup("one scoring", "the recommended level is exported", recommended_is_exported),
+    Setup("one scoring", "why a level is no ticket", reason),
 ]

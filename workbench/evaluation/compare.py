@@ -20,6 +20,7 @@ from workbench.records import AccuracyDifference, ClassScores, Comparison, Compa
 from workbench.records.source import Source
 from workbench.tasks import Task, scored
 from workbench.training.fit import task_for
+from workbench.training.scoring import widen
 
 _SCORED = ("accuracy", "nll")
 _NO_YES = ["no", "yes"]
@@ -39,11 +40,11 @@ def compare(
 ) -> dict[str, Any]:
     """Score a teacher and its students on one split, and compare each student's accuracy with a baseline's.
 
-    Every network is read from its compact checkpoint, and all networks get the same batches. The networks must return
-    logits over classes, or of independent labels, each a yes or no. The scores are accuracy, NLL, Brier score,
-    calibration error, and each student's agreement with the teacher and KL divergence from it; beside them the task's
-    main metric, such as mean IoU. Accuracy is compared with the baseline's sample by sample; if a sample has many
-    labels, such as the tokens of a text or the pixels of an image, text by text and image by image. The intervals
+    Every network is read from its compact checkpoint, all get the same batches, and all compute in float32. The
+    networks must return logits over classes, or of independent labels, each a yes or no. The scores are accuracy, NLL,
+    Brier score, calibration error, and each student's agreement with the teacher and KL divergence from it; beside them
+    the task's main metric, such as mean IoU. Accuracy is compared with the baseline's sample by sample; if a sample has
+    many labels, such as the tokens of a text or the pixels of an image, text by text and image by image. The intervals
     cover the choice of the test set, but not the choice of the seed: train several seeds for that.
 
     Args:
@@ -78,8 +79,8 @@ def compare(
             "the metrics of the stages, or make a sweep over seeds"
         )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    teacher_network = compact.load(teacher, map_location=place)
-    networks = {name: compact.load(source, map_location=place) for name, source in named.items()}
+    teacher_network = _loaded(teacher, place)
+    networks = {name: _loaded(source, place) for name, source in named.items()}
     tally = _Tally(_name(teacher, out), list(networks), baseline, task, place)
     loaders = _loaders(data, split)
     total, done = _length(loaders), 0
@@ -252,6 +253,13 @@ def _name(source: Source, out: Path) -> str:
     with suppress(ValueError):
         return Path(source).resolve().relative_to(out.resolve().parent).as_posix()
     return str(source)
+
+
+def _loaded(source: Source, device: torch.device) -> nn.Module:
+    """The network, in at least float32."""
+    network = compact.load(source, map_location=device)
+    widen(network)
+    return network
 
 
 def _loaders(data: LightningDataModule, split: str) -> list[Any]:

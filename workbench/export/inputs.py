@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench import records
 from workbench.tasks import find_logits
+from workbench.training.scoring import in_float32
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,8 +34,10 @@ class TrainedNetwork:
     inputs: Mapping[str, Tensor]
 
 
-def select_level(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]]:
+def select_level(stage: Path, level: int | str | None) -> tuple[Path, Mapping[str, Any]]:
     """The folder of a finished stage's network and its record: the stage's own, or one of its levels'.
+
+    None is the level that a report recommends: the winning one; the last where no validation score tells.
 
     Raises:
         ValueError: If the stage is not finished, or has no such level.
@@ -44,9 +47,11 @@ def select_level(stage: Path, level: int | str) -> tuple[Path, Mapping[str, Any]
         raise ValueError(f"{stage} is {record['status']}: wait until it is finished")
     levels = record.get("levels") or []
     if not levels:
-        if level != "last":
+        if level not in ("last", None):
             raise ValueError(f"level is {level!r}, but {stage} has no levels: leave level out, or name a hunt")
         return stage, record
+    if level is None:
+        level = "last" if record.get("winning") is None else "winning"
     number = {"last": levels[-1]["level"], "winning": record.get("winning")}.get(str(level), level)
     if number is None:
         raise ValueError(f"{stage} has no validation score to choose a winning level by: give a number, or 'last'")
@@ -100,11 +105,12 @@ def first_tensor(raw: Any) -> Tensor:
 
 @torch.no_grad()
 def outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The network's output for the inputs, in its own floating-point type; None without inputs."""
+    """The network's output for the inputs, computed in float32 if it is in half precision; None without inputs."""
     if not inputs:
         return None
-    args, kwargs = arguments_for(network, inputs)
-    return first_tensor(network(*args, **kwargs))
+    with in_float32(network):
+        args, kwargs = arguments_for(network, inputs)
+        return first_tensor(network(*args, **kwargs))
 
 
 def folder_bytes(folder: Path) -> int:

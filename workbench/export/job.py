@@ -28,7 +28,7 @@ Format = Literal["compact", "torch", "onnx"]
 
 def export(
     of: Source,
-    level: int | Literal["last", "winning"] = "last",
+    level: int | Literal["last", "winning"] | None = None,
     formats: list[Format] | None = None,
     values: Literal["float32", "float16", "bfloat16"] = "float32",
     out: Path = Path("runs/export"),
@@ -39,8 +39,8 @@ def export(
 
     Args:
         of: The stage to export, or the folder of a compact checkpoint.
-        level: For a hunt: `last`; `winning`, the sparsest level within tolerance on validation data; or the number of a
-            level.
+        level: For a hunt: `winning`, the sparsest level within tolerance on validation data, which the report
+            recommends; `last`; or the number of a level. By default `winning`, or `last` without validation scores.
         formats: Some of compact, torch and onnx; compact is always written.
         values: Type of the compact checkpoint's values; float32 is exact.
         out: The stage's folder, given by the recipe.

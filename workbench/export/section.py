@@ -19,11 +19,24 @@ def outcome(stage: Stage) -> Outcome:
     """On disk is the smallest format; those that have the predictions of what was exported are worth picking."""
     exports = exports_of(stage)
     verified = all(export.same_predictions for export in exports)
-    every = [Checkpoint(export.bytes, export.format or "") for export in exports if export.bytes is not None]
+    # A level of a hunt has metrics of its own, which are not those of the hunt's row.
+    level = stage.result.level if isinstance(stage.result, ExportResult) and stage.metrics else None
+    own = None if level is None else stage.metrics
+    every = [Checkpoint(export.bytes, export.format or "", own) for export in exports if export.bytes is not None]
     smallest = min(every, key=lambda each: each.bytes or 0, default=None)
     checkpoints = every if verified else []
+    label = "" if level is None else f"level {level}"
+    source = next((name for name, _ in stage.parents.values()), "")
     return Outcome(
-        stage.metrics, stage.size or Size(), stage.history, "", None, smallest, checkpoints, verified=verified
+        stage.metrics,
+        stage.size or Size(),
+        stage.history,
+        label,
+        None,
+        smallest,
+        checkpoints,
+        compared=None if own is None else (f"{source}, {label}" if source else label, own),
+        verified=verified,
     )
 
 

@@ -47,7 +47,7 @@ from workbench.report.format import metric
 
 _POLL = 0.2
 _RESERVED = ("stage", "job", "status", "fingerprint", "given", "arguments", "parents")
-_RESERVED += ("code", "versions", "environment", "started")
+_RESERVED += ("code", "versions", "environment", "started", "took")
 _PROCESS_STARTED = records.now()
 
 
@@ -88,7 +88,7 @@ def run(recipe: Recipe, out: Path, replace: bool = False) -> list[dict[str, Any]
                 record = _finished_stage(arguments, out, lineage)
                 if record is None:
                     record = run_stage(arguments, out, lineage)
-                    bars.note(score(record))
+                    bars.note(score(record), record.get("took"))
                 else:
                     bars.note(", ".join(filter(None, ("kept", score(record)))))
             finished.append(record)
@@ -143,8 +143,8 @@ def run_stage(arguments: Arguments, out: Path, lineage: Mapping[str, tuple[str, 
         if arguments.runs:
             built[RUN] = Runs(arguments.runs, out, lineage)
         result = _result(arguments.stage.job.function(**built, out=folder))
-        seconds = round(time.monotonic() - start, 3)
-        finished = {**record, "seconds": seconds, **result, "status": "finished", "ended": records.now()}
+        took = round(time.monotonic() - start, 3)
+        finished = {**record, "seconds": took, **result, "took": took, "status": "finished", "ended": records.now()}
         _write(folder, finished)
     except SIGTERMException as error:
         # SIGTERM: the stage is unfinished, not failed. Lightning itself would exit with 0, as if all were well.

@@ -155,12 +155,14 @@ class HuntResult:
     Attributes:
         levels: From the dense one on.
         winning: The sparsest level within tolerance of level 0 on validation data; None without validation scores.
+        tolerance: How far its score may be below level 0's, in the unit of the metric.
         pruner: What selected the weights, with the arguments of its allocation.
         world_size: Processes that trained together.
     """
 
     levels: list[Level] = field(default_factory=list)
     winning: int | None = None
+    tolerance: float | None = None
     pruner: dict[str, Any] = field(default_factory=dict)
     world_size: int | None = None
 

@@ -40,11 +40,13 @@ class Envelope(Network):
         arguments: The same, with every default.
         seed: Of everything random; None of a job that draws nothing.
         parents: Role -> the stage it came from.
+        code: Module -> definition -> hash of the code that is not installed.
         versions: Of Python and packages.
         environment: The machine.
         started: When, ISO 8601 in UTC.
         ended: When, ISO 8601 in UTC.
-        seconds: That it took.
+        seconds: Of its trainings, also in earlier sessions; of a job that trains nothing, that it took.
+        took: Seconds of the session that finished it.
         error: The traceback of one that failed.
     """
 
@@ -57,11 +59,13 @@ class Envelope(Network):
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int | None = None
     parents: dict[str, Parent] = dataclasses.field(default_factory=dict)
+    code: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     started: str | None = None
     ended: str | None = None
     seconds: float | None = None
+    took: float | None = None
     error: str | None = None
 
 

@@ -30,7 +30,8 @@ class Stage(Network):
         versions: Of Python and packages.
         environment: The machine.
         started: When.
-        seconds: That it took.
+        seconds: Of its trainings, also in earlier sessions; of a job that trains nothing, that it took.
+        took: Seconds of the session that finished it, as its line in the terminal has them.
         folder: Where its record is.
         result: An object of the dataclass that its job states; None if it states none.
         family: Of a member of a family, the stage that trained it.
@@ -47,9 +48,15 @@ class Stage(Network):
     environment: Mapping[str, Any] = field(default_factory=dict)
     started: datetime | None = None
     seconds: float | None = None
+    took: float | None = None
     folder: Path = Path()
     result: Any = None
     family: str | None = None
+
+    @property
+    def spent(self) -> float | None:
+        """Seconds that the stage took; of a record that has only those of its trainings, these."""
+        return self.seconds if self.took is None else self.took
 
     @property
     def finished(self) -> bool:
@@ -169,6 +176,7 @@ def _stage(path: Path, record: dict[str, Any]) -> Stage:
         environment=as_object(record.get("environment"), path, "environment"),
         started=_time(record.get("started")),
         seconds=number(record.get("seconds")),
+        took=number(record.get("took")),
         folder=path.parent,
         result=None if kind is None else decode(kind, record, path),
     )

@@ -68,6 +68,11 @@ class Metric:
         loss = reference - value if self.mode == "max" else value - reference
         return loss <= (tolerance if self.share else tolerance * abs(reference)) + 1e-12
 
+    def margin(self, value: float) -> str:
+        """An absolute difference that is allowed, in words: ``1 point``, ``0.02``."""
+        text = f"{100 * value if self.share else value:g}"
+        return f"{text} point{'' if text == '1' else 's'}" if self.share else text
+
     def tolerance(self, value: float) -> str:
         """The tolerance in words: ``1 point`` or ``1%``."""
         points = f"{100 * value:g}"

@@ -82,7 +82,7 @@ def others(summary: Summary) -> str:
     texts = []
     for stage in summary.others:
         if stage not in shown:
-            left = [*remarks.get(stage.name, ()), "" if stage.seconds is None else f"took {duration(stage.seconds)}"]
+            left = [*remarks.get(stage.name, ()), "" if stage.spent is None else f"took {duration(stage.spent)}"]
             job = "" if stage.job == stage.name else f" ({stage.job})"
             texts.append(f"{stage.name}{job}: {', '.join(filter(None, left)) or 'nothing to tell'}")
     return f"Also finished: {'; '.join(texts)}." if texts else ""

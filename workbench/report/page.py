@@ -105,7 +105,7 @@ def _costs(summary: Summary) -> tuple[dict[str, str], list[str]]:
     images = {}
     # A family was trained together, and is one bar.
     every = (*(row.stage for row in summary.rows), *summary.others)
-    spent = {stage.family or stage.name: stage.seconds for stage in every}
+    spent = {stage.family or stage.name: stage.spent for stage in every}
     spent = [(name, value, duration(value)) for name, value in spent.items() if value is not None]
     if spent:
         images["seconds"] = draw.bars("seconds", "time spent", spent, summary.colours, duration)

@@ -35,6 +35,7 @@ class Outcome:
             that is the parent.
         stored: What the column "on disk" shows; by default the checkpoint of ``size``.
         checkpoints: All to pick the smallest good one from; by default ``stored``.
+        compared: Name and metrics of what its test metric is compared with, where that is neither of these.
         verified: Whether all of them were verified to reproduce the parent's predictions.
         measured: Metrics of other networks of the stage: whether a metric is a share is decided by all its values.
     """
@@ -46,6 +47,7 @@ class Outcome:
     dense: tuple[str, Mapping[str, float]] | None = None
     stored: Checkpoint | None = None
     checkpoints: Sequence[Checkpoint] | None = None
+    compared: tuple[str, Mapping[str, float]] | None = None
     verified: bool = False
     measured: Sequence[Mapping[str, float]] = ()
 

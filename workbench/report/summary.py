@@ -134,8 +134,8 @@ def _row(
     parent = next(((role, name) for role, (name, _) in _by_role(stage)), None)
     test = outcome.metrics.get(key)
     against, base = None, None
-    if outcome.dense is not None:
-        against, base = outcome.dense[0], outcome.dense[1].get(key)
+    if (compared := outcome.compared or outcome.dense) is not None:
+        against, base = compared[0], compared[1].get(key)
     elif (begun := _measured(parent and parent[1], named, outcomes)) and begun.monitor == stage.monitor:
         against, base = begun.name, outcomes[begun.name].metrics.get(key) if begun.name in outcomes else None
     change = None if test is None or base is None else test - base

@@ -105,8 +105,12 @@ def _headings(summary: Summary) -> tuple[bool, str, str]:
 
 
 def _took(row: Row) -> Cell:
-    together = "all together" if row.stage.family and row.stage.seconds is not None else ""
-    return Cell(duration(row.stage.seconds), together, seconds(row.stage.seconds))
+    """As the terminal has it; beside it the time of its trainings, which leaves out loading, saving and scoring."""
+    stage, took = row.stage, row.stage.spent
+    notes = ["all together"] if stage.family and took is not None else []
+    if stage.seconds is not None and duration(stage.seconds) != duration(took):
+        notes.append(f"training {duration(stage.seconds)}")
+    return Cell(duration(took), ", ".join(notes), seconds(took))
 
 
 def _parent(row: Row) -> Cell:

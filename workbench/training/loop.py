@@ -31,6 +31,7 @@ from workbench.training.module import (
 from workbench.training.order import with_epoch_order
 from workbench.training.resume import ResumeCheckpoint, ResumeState, check_checkpoint, restore_finished
 from workbench.training.save import save_family, save_network
+from workbench.training.scoring import scored_in_float32
 
 _DEFAULTS: dict[str, Any] = {
     "logger": False,
@@ -99,8 +100,8 @@ def train(
         part: Index and number of the stage's trainings, and a label, for the progress bar.
 
     Returns:
-        ``metrics`` of the last epoch's weights on the validation and test splits, ``history`` (a row an epoch),
-        ``monitor`` (the main metric and its direction), ``world_size``, ``seconds``; and ``masks`` of a
+        ``metrics`` of the last epoch's weights on the validation and test splits, computed in float32, ``history`` (a
+        row an epoch), ``monitor`` (the main metric and its direction), ``world_size``, ``seconds``; and ``masks`` of a
         callback, or None.
 
     Raises:
@@ -194,13 +195,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _metrics(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Metrics of the current weights on the splits that the data module and the module both have."""
+    """Metrics of the current weights, in float32, on the splits that the data module and the module both have."""
     metrics: dict[str, float] = {}
     for split, run in (("val", trainer.validate), ("test", trainer.test)):
         step = "validation_step" if split == "val" else "test_step"
         if is_overridden(f"{split}_dataloader", data, LightningDataModule) and is_overridden(step, module):
-            for row in run(module, datamodule=data, verbose=False):
-                metrics.update({name: float(value) for name, value in row.items()})
+            with scored_in_float32(trainer, module):
+                rows = run(module, datamodule=data, verbose=False)
+            metrics.update({name: float(value) for row in rows for name, value in row.items()})
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         warnings.warn(f"{', '.join(bad)}: not finite after training", stacklevel=3)
     return metrics

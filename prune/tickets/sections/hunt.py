@@ -27,13 +27,14 @@ class LevelRow:
 
 @dataclass(frozen=True)
 class Hunt:
-    """A hunt's levels, its dense one, and the sparsest within the tolerance of it on validation data."""
+    """A hunt's levels, its dense one, and the sparsest within ``margin`` of it on validation data, as ``1 point``."""
 
     stage: Stage
     metric: Metric
     levels: list[LevelRow]
     dense: LevelRow | None
     pick: LevelRow | None
+    margin: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def levels_of(stage: Stage) -> list[Level]:
 
 
 def outcome(stage: Stage) -> Outcome:
-    """The hunt's own metrics and size, or its last level's; every level is a checkpoint to pick from."""
+    """The hunt's own metrics and size, or its last level's; the level that it recommends is the one to pick."""
     every = levels_of(stage)
     last, dense = every[-1], _dense(stage)
     metrics = stage.metrics or last.metrics
@@ -71,6 +72,10 @@ def outcome(stage: Stage) -> Outcome:
     same = [lv.level for lv in every if lv.metrics == metrics and _size(lv).kept == size.kept]
     label = _name(same[0]) if len(same) == 1 else ""
     own = Checkpoint(size.checkpoint_bytes, label, metrics)
+    # What is picked from a hunt is what it recommends and what exports take, where that is known.
+    chosen = recommended(stage)
+    offered = every if chosen is None else [level for level in every if level.level == chosen[0]]
+    checkpoints = [Checkpoint(_size(lv).checkpoint_bytes, _name(lv.level), lv.metrics) for lv in offered]
     return Outcome(
         metrics,
         size,
@@ -78,7 +83,7 @@ def outcome(stage: Stage) -> Outcome:
         label,
         dense=("level 0", dense.metrics if dense else {}),
         stored=replace(own, label=""),
-        checkpoints=[own, *(Checkpoint(_size(lv).checkpoint_bytes, _name(lv.level), lv.metrics) for lv in every)],
+        checkpoints=[own, *checkpoints] if chosen is None or own.label == _name(chosen[0]) else checkpoints,
         measured=[each.metrics for level in every for each in (level, *level.controls.values())],
     )
 
@@ -93,9 +98,22 @@ def hunt_of(stage: Stage, measured: Metric) -> Hunt:
         change = None if test is None or base is None else test - base
         rows.append(LevelRow(level, level.metrics.get(f"val/{name}"), test, change))
     dense = next((row for row in rows if row.level is first), None)
+    if (chosen := recommended(stage)) is not None:
+        winning, tolerance = chosen
+        pick = next((row for row in rows if row.level.level == winning and row is not dense), None)
+        return Hunt(stage, measured, rows, dense, pick, measured.margin(tolerance))
     good = [r for r in rows if dense and near(r.validation, dense.validation, measured)]
     good = [r for r in good if r.level.density is not None and r is not dense]
-    return Hunt(stage, measured, rows, dense, min(good, key=lambda r: r.level.density or 0, default=None))
+    pick = min(good, key=lambda r: r.level.density or 0, default=None)
+    return Hunt(stage, measured, rows, dense, pick, measured.tolerance(TOLERANCE))
+
+
+def recommended(stage: Stage) -> tuple[int, float] | None:
+    """The level that the hunt itself found to be the sparsest within its tolerance, which exports take; and that."""
+    result = stage.result
+    if not isinstance(result, HuntResult) or result.winning is None or result.tolerance is None:
+        return None
+    return result.winning, result.tolerance
 
 
 def hunts_of(stages: Sequence[Stage], summary: Summary) -> list[Hunt]:
@@ -210,20 +228,32 @@ def barrier_columns(hunt: Hunt) -> list[tuple[str, str, str]]:
 
 def sparsest(hunt: Hunt) -> str:
     """A hunt's pick in a sentence."""
-    measured, margin = hunt.metric, hunt.metric.tolerance(TOLERANCE)
+    measured, margin = hunt.metric, hunt.margin
     if hunt.dense is None or hunt.dense.validation is None:
         return "No validation figure of level 0 is recorded, so no level is picked."
     if hunt.pick is None:
-        return f"No sparser level stays within {margin} of level 0 on validation data."
+        return f"No sparser level stays within {margin} of level 0 on validation data{_missed(hunt)}."
     pick = hunt.pick
     text = (
         f"Sparsest level within {margin} of level 0 on validation data: level {count(pick.level.level)}, "
         f"density {percent(pick.level.density)}"
     )
-    if pick.test is None or pick.change is None:
-        return f"{text}."
-    text += f"; its test {measured.name} is {measured.show(pick.test)}"
-    return f"{text}, {measured.distance(pick.change)} level 0's."
+    if pick.test is not None and pick.change is not None:
+        text += f"; its test {measured.name} is {measured.show(pick.test)}"
+        text += f", {measured.distance(pick.change)} level 0's"
+    return f"{text}{_missed(hunt)}."
+
+
+def _missed(hunt: Hunt) -> str:
+    """Why the next level is not picked: by how much its validation score misses; empty if there is none."""
+    last = hunt.pick or hunt.dense
+    row = None if last is None else next(iter(hunt.levels[hunt.levels.index(last) + 1 :]), None)
+    if row is None or row.validation is None or hunt.dense is None or hunt.dense.validation is None:
+        return ""
+    if hunt.metric.within(row.validation, hunt.dense.validation, 0):
+        return ""
+    change = hunt.metric.distance(row.validation - hunt.dense.validation)
+    return f"; level {count(row.level.level)} is {change} level 0 on validation data"
 
 
 def draw_sparsity(name: str, title: str, curves: Sequence[Curve], colours: Mapping[str, int]) -> str:

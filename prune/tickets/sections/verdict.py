@@ -352,9 +352,7 @@ def _all(words: Sequence[str]) -> str:
 
 
 def _margin(verdict: Verdict) -> str:
-    share = measure(verdict).share
-    text = f"{100 * verdict.delta if share else verdict.delta:g}"
-    return f"{text} point{'' if text == '1' else 's'}" if share else text
+    return measure(verdict).margin(verdict.delta)
 
 
 def _split(verdict: Verdict) -> str:

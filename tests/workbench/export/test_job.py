@@ -456,7 +456,7 @@ def hunt(tmp_path: Path) -> Source:
     return stage(tmp_path / "hunt", MLP(64, (8,), 10), inputs, levels=levels, winning=1)
 
 
-@pytest.mark.parametrize(("level", "expected"), [("last", 2), ("winning", 1), (0, 0), (2, 2)])
+@pytest.mark.parametrize(("level", "expected"), [("last", 2), ("winning", 1), (None, 1), (0, 0), (2, 2)])
 def test_a_level_of_a_hunt(hunt: Source, tmp_path: Path, level: Any, expected: int) -> None:
     result = export(hunt, level=level, out=tmp_path / "out")
     assert result["level"] == expected
@@ -466,6 +466,19 @@ def test_a_level_of_a_hunt(hunt: Source, tmp_path: Path, level: Any, expected: i
     source = load(Path(hunt) / f"level_{expected:02d}").state_dict()
     assert all(torch.equal(tensor, back[name]) for name, tensor in source.items())
     assert compact.masks(tmp_path / "out" / "compact").keys() == compact.masks(Path(hunt)).keys()
+
+
+def test_without_validation_scores_it_is_the_last_level(hunt: Source, tmp_path: Path) -> None:
+    record = records.read(Path(hunt)) or {}
+    records.write(Path(hunt), {**record, "winning": None})
+    assert export(hunt, out=tmp_path / "out")["level"] == 2
+
+
+def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
+    """A network that was trained in bf16 is not said to differ from its own dense export by what bf16 rounds."""
+    of = stage(tmp_path / "stage", MLP(64, (8,), 10).to(torch.bfloat16), NETWORKS["mlp"][1](4))
+    result = export(of, formats=["torch"], out=tmp_path / "out")
+    assert [each["largest_difference"] for each in result["exports"]] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("level", [3, -1, "best", True, 1.0])

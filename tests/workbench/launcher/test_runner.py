@@ -88,6 +88,17 @@ def test_stages_run_in_order_and_leave_records(plugin: Any, out: Path) -> None:
     assert first["ended"] >= first["started"]
 
 
+def test_the_line_of_a_stage_has_the_time_of_its_record(
+    plugin: Any, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a job tells the time of its trainings, which is another."""
+    monkeypatch.setattr(plugin, "answer", {"seconds": 24.6})
+    monkeypatch.setattr(running.time, "monotonic", iter([0.0, 48.8]).__next__)
+    (record,) = execute(out, "first: {job: make}\n")
+    assert (record["seconds"], record["took"]) == (24.6, 48.8)
+    assert capsys.readouterr().err.split() == ["first", "48.8", "s"]
+
+
 def test_a_part_of_a_stage_is_named_by_a_slash(plugin: Any, out: Path) -> None:
     """As one student of a family: the folder inside the stage's own."""
     execute(out, "first: {job: make}\n")

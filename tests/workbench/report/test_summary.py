@@ -76,7 +76,8 @@ def test_pick_looks_at_validation_and_not_at_test(tmp_path):
         "teacher's 1.3 MB in dense fp32; its test accuracy is 90.00%, 8.06 points below teacher's 98.06%."
     )
     assert hunt.sparsest(hunts_of(found)[0]).endswith(
-        "density 20%; its test accuracy is 90.00%, 8.00 points below level 0's."
+        "density 20%; its test accuracy is 90.00%, 8.00 points below level 0's; level 3 is 8.00 points below level 0 "
+        "on validation data."
     )
 
 

@@ -43,6 +43,13 @@ def test_every_number_of_the_main_table_is_in_a_record(tmp_path):
     assert rows[3][1] == "hunt level 7"
 
 
+def test_the_time_is_that_of_the_stage_and_that_of_its_trainings_is_named(tmp_path):
+    entry = {**realistic()[0], "seconds": 24.6, "took": 48.8}
+    found = gathered(tmp_path, [entry, {**realistic()[1], "seconds": 24.6, "took": 24.61}])
+    cells = [line.cells[11] for line in tables.main(found).lines]
+    assert [(cell.text, cell.note) for cell in cells] == [("48.8 s", "training 24.6 s"), ("24.6 s", "")]
+
+
 def test_missing_keys_are_dashes(tmp_path):
     bare = {"format": FORMAT, "status": "finished"}
     page = page_of(tmp_path, [realistic()[0], bare])

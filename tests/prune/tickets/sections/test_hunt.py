@@ -8,7 +8,7 @@ import pytest
 from prune.tickets.sections import hunt as section
 from prune.tickets.sections.hunt import Hunt
 from tests.helpers.lottery_records import FEW, hunt_record, write_records
-from tests.helpers.report_records import cells, page_of, realistic
+from tests.helpers.report_records import cells, page_of, realistic, record
 from workbench.records import read_run
 from workbench.report import headline
 from workbench.report.format import percent
@@ -72,6 +72,38 @@ def test_a_hunt_by_itself_is_compared_with_its_dense_level(tmp_path):
     assert f"Within 1 point of the dense seed-0's {100 * validation:.2f}% validation accuracy, the smallest" in said
     assert f"is seed-0 (level {last['level']})" in said
     assert f"its test accuracy is {100 * sparse:.2f}%, {100 * (dense - sparse):.2f} points below the dense" in said
+
+
+def winning(level: int, tolerance: float = 0.005) -> dict:
+    """A hunt that recommends a level; its own network is that of the last level."""
+    return {**hunt_record(0, FEW), "winning": level, "tolerance": tolerance}
+
+
+def test_the_page_recommends_the_level_that_exports_take(tmp_path):
+    entry = winning(2)
+    entry["levels"][3]["metrics"]["val/accuracy"] = 0.96
+    files = [{"format": "compact", "bytes": 900, "largest_difference": 0.0, "same_predictions": True}]
+    chosen = {name: entry["levels"][2][name] for name in ("metrics", "size")}
+    exported = record("small", "export", 900, [("of", "seed-0")], exports=files, level=2, **chosen)
+    run = write_records(tmp_path, entry, exported)
+    (hunt,) = hunts_of(run)
+    said = section.sparsest(hunt)
+    assert said.startswith("Sparsest level within 0.5 points of level 0 on validation data: level 2, density 16.8%")
+    lost = 100 * (entry["levels"][0]["metrics"]["val/accuracy"] - entry["levels"][3]["metrics"]["val/accuracy"])
+    assert said.endswith(f"; level 3 is {lost:.2f} points below level 0 on validation data.")
+    assert [line.marked for line in section.levels(hunt).lines] == [False, False, True, False, False]
+    found = gather(read_run(run))
+    assert [each.label for each in found.rows[0].outcome.checkpoints] == ["level 2"], "no other level is picked"
+    row = found.row("small")
+    assert (row.outcome.label, row.against, row.change) == ("level 2", "seed-0, level 2", 0), (
+        "not the last level's score"
+    )
+    assert "the smallest checkpoint is small (compact)" in headline.headline(found)
+
+
+def test_a_hunt_that_recommends_its_dense_level_recommends_nothing(tmp_path):
+    (hunt,) = hunts_of(write_records(tmp_path, winning(0)))
+    assert section.sparsest(hunt).startswith("No sparser level stays within 0.5 points of level 0 on validation data")
 
 
 def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
