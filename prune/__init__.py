@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prune.callbacks import DynamicSparsity, EarlyBird, GradualPruning, KeepMasked, LotteryTicket
     from prune.levels import Levels
     from prune.masks import Masks
+    from prune.masks.adapters import merge_adapters
     from prune.pruner import Pruner
     from prune.rewinding.lightning import RewindPoint
     from prune.rewinding.modes import Rewind
@@ -39,6 +40,7 @@ __all__ = [
     "account",
     "find_tickets",
     "hunt",
+    "merge_adapters",
     "shrink",
 ]
 
@@ -62,6 +64,7 @@ __getattr__, __dir__ = lazy.attach(
         "account": "prune.accounting",
         "find_tickets": "prune.tickets.find",
         "hunt": "prune.tickets.hunt",
+        "merge_adapters": "prune.masks.adapters",
         "shrink": "prune.shrinking",
     },
 )

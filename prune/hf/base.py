@@ -41,7 +41,8 @@ from transformers.utils import logging
 
 from prune.hf.calibration import trainer_calibration
 from prune.masks import Masks
-from prune.masks.enforce import Handle, unwrap_optimizer
+from prune.masks.enforce import Handle
+from prune.masks.stepping import unwrap_optimizer
 from prune.policies import Policy, Timestamp
 from prune.policies.optimizers import unscaled
 from prune.policies.timestamp import START

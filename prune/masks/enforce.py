@@ -10,6 +10,7 @@ number is -0.0, but 0 times the bits of any float is +0.0.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prune.masks.memory import distributed, local, memory_span, owners, shard, shared_memory, summed
+from prune.masks.stepping import hook_steps, unwrap_optimizer
 from workbench.messages import nearest, some
 from workbench.models.wrappers import Place, places, without_prefixes
 
@@ -71,13 +73,15 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
     """From now on, multiply the weights by their masks after every step of ``optimizer``, in any loop.
 
     Call ``apply`` first; this acts only after a step. A masked weight is +0.0 after it, even if the step made it
-    negative, infinite or NaN (complex128 excepted). Masks follow a model that changes device or dtype, or is sharded.
+    negative, infinite or NaN (complex128 excepted). Where the optimizer evaluates a closure inside its step (L-BFGS,
+    SAM), weights and gradients are masked at every evaluation (:mod:`prune.masks.stepping`). Masks follow a model that
+    changes device or dtype, or is sharded.
     The model and its state dict get no new keys or hooks; a copy of the optimizer does not have this hook.
 
     Args:
         masks: the masks.
         optimizer: one optimizer, or a list of them; a wrapper with an ``optimizer`` attribute (accelerate's,
-            Lightning's) is unwrapped.
+            Lightning's), or a ``base_optimizer`` (SAM), is unwrapped.
         model: the model whose weights are masked. Its parameters are looked up at every step.
 
     Returns:
@@ -97,8 +101,9 @@ def keep(masks: Mapping[str, Tensor], optimizer: Any, model: nn.Module) -> Handl
             f"the optimizer holds none of the masked weights ({some(masks)}), so its steps do not move "
             "them: give the optimizer that trains this model"
         )
-    mask_weights = mask_multiplier(masks, model)
-    return Handle([each.register_step_post_hook(mask_weights).remove for each in optimizers])
+    given = optimizer if several else [optimizer]
+    mask_weights, gradients = mask_multiplier(masks, model), partial(mask_gradients, masks, model)
+    return Handle([remove for each in given for remove in hook_steps(each, mask_weights, gradients)])
 
 
 def mask_multiplier(masks: Mapping[str, Tensor], model: nn.Module) -> Callable[..., None]:
@@ -171,20 +176,6 @@ def is_applied_to(masks: Mapping[str, Tensor], model: nn.Module) -> bool:
 def masked_parameters(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, nn.Parameter]:
     """The masked parameters of ``model`` by the masks' names, after checking names and shapes."""
     return {name: place.parameter for name, place in _resolve(masks, model).items()}
-
-
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers that have it as their ``optimizer``.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    inner = optimizer
-    while (wrapped := getattr(inner, "optimizer", None)) is not None:
-        inner = wrapped
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an optimizer: give a torch.optim.Optimizer or its wrapper")
-    return inner
 
 
 def _resolve(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Place]:

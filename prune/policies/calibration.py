@@ -14,8 +14,10 @@ Calibration = Callable[[Criterion, int], Mapping[str, Any]]
 """(criterion, number of batches) -> those of ``loader`` and ``loss`` of a pruner's call that the criterion needs."""
 
 
-def check_frozen(pruner: Pruner, weights: Mapping[str, nn.Parameter]) -> None:
+def check_frozen(pruner: Pruner, weights: Mapping[str, nn.Parameter], adapted: bool = False) -> None:
     """Refuse frozen ``weights`` where the criterion needs gradients; warn of others that ``include`` does not name.
+
+    With ``adapted`` there is no warning: adapters that train make up for what is pruned.
 
     Raises:
         ValueError: If a weight is frozen and the criterion needs its gradient.
@@ -28,7 +30,7 @@ def check_frozen(pruner: Pruner, weights: Mapping[str, nn.Parameter]) -> None:
         raise ValueError(
             f"{some(frozen)}: frozen, so criterion '{pruner.axes.criterion.name}' finds no gradient there; exclude it"
         )
-    if frozen and not pruner.include:
+    if frozen and not (pruner.include or adapted):
         warnings.warn(
             f"{some(frozen)}: frozen, and pruned like the others, which no training makes up for: exclude it, or name "
             "it in include",

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune.masks import Masks
-from prune.masks.enforce import Handle, mask_multiplier, unwrap_optimizer
+from prune.masks.enforce import Handle, mask_multiplier
 from prune.masks.memory import finite_on_ranks, local, owners, shard, summed
+from prune.masks.stepping import hook_steps, unwrap_optimizer
 from prune.policies.calibration import Calibration, calibrated, check_frozen
 from prune.policies.history import Watch, check_new, check_same_settings, say_strayed, warn_pruned
 from prune.policies.optimizers import first_holding, skips_step
@@ -44,7 +45,7 @@ from prune.pruner.pruner import Scores
 from workbench.distributed.ranks import all_gather, world_size
 from workbench.duration import Duration
 from workbench.messages import some
-from workbench.models.wrappers import unwrap
+from workbench.models.wrappers import adapters, unwrap
 
 
 class Policy(ABC):
@@ -210,9 +211,9 @@ class Policy(ABC):
                     f"{some(frozen)}: frozen, so this {type(self).__name__} finds no gradient there; exclude it"
                 )
             claim(self, self._weights)
-            hooks = [optimizer.register_step_post_hook(self._mask_weights) for optimizer in self._optimizers]
-            self._masking = Handle([hook.remove for hook in hooks])
-            self._counted = first_holding(self._optimizers, self._weights)
+            hooks = [hook_steps(optimizer, self._mask_weights, self._mask_gradients) for optimizer in several]
+            self._masking = Handle([remove for removers in hooks for remove in removers])
+            self._counted = first_holding(self._optimizers, {**self._weights, **adapters(self._model)})
             if resumed and self.masks is not None:
                 self._enforce(self.masks, clear_state=False)
             elif self.starts_dense and not self._restored:
@@ -400,7 +401,8 @@ class Policy(ABC):
     @final
     def _check_pruner(self, pruner: Pruner) -> None:
         """Check before training that ``pruner`` can select later: its data is there, its weights are not frozen."""
-        check_frozen(pruner, self._weights)
+        assert self._model is not None, "attached"
+        check_frozen(pruner, self._weights, adapted=any(each.requires_grad for each in adapters(self._model).values()))
         calibrated(pruner.axes.criterion, self._batches, self._calibration)
 
     @final

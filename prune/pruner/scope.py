@@ -15,7 +15,7 @@ from prune.schedule import kept
 from prune.structures import Layout, Structure
 from workbench.messages import nearest
 from workbench.models.matrices import Matrix, matrices, refusal
-from workbench.models.wrappers import places, submodule
+from workbench.models.wrappers import adapters, places, submodule
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Sequence[Pattern] | None
@@ -104,6 +104,8 @@ class Scope:
 
     def _why(self, group: Sequence[tuple[str, nn.Parameter]], names: "_Names") -> str | None:
         name = group[0][0]
+        if name in names.adapters:
+            return "adapters, which are added to a pruned layer: merge them by prune.merge_adapters, or name them"
         other = next((alias for alias, _ in group if alias not in names.matrices), None)
         if other is None:
             return self.layout.left.get(name, f"not covered by {self.structure}")
@@ -145,7 +147,9 @@ def prunable(
     They are the matrices of Linear, Conv, Bilinear, recurrent and attention layers (transposed convolutions and
     transformers' ``Conv1D`` too) and of fused experts; under ``weight_norm`` and ``spectral_norm`` what the weight is
     computed from (:mod:`workbench.models.matrices`). Never norms, biases or embeddings. A weight shared by several such
-    layers appears once; one shared with anything else (a decoder tied to its embedding) not at all.
+    layers appears once; one shared with anything else (a decoder tied to its embedding) not at all. Adapters (LoRA and
+    others of PEFT), and copies that PEFT trains in place of a layer's weights and are out of use, are left out unless a
+    pattern of ``include`` matches nothing else.
 
     Args:
         model: anything.
@@ -161,12 +165,16 @@ def prunable(
     names = _Names(model)
     scope = [group for group in names.groups if all(name in names.matrices for name, _ in group)]
     chosen = {group[0][0] for group in scope}
+    adapting = chosen & names.adapters
+    chosen = (chosen - adapting) if include is None else chosen
     if not chosen:
         raise ValueError(f"this {type(model).__name__} has no matrix of a layer that is known: nothing can be pruned")
     if include is not None:
         patterns = patterns_of(include) or ()
         names.check_include(patterns, scope)
-        chosen &= set(matching("include", patterns, names.of(scope), names.layers))
+        # One that names adapters alone selects them; a wider one means the network's own weights.
+        hits = [set(matching("include", (pattern,), names.of(scope), names.layers)) for pattern in patterns]
+        chosen &= set().union(*(found - adapting or found for found in hits))
     if exclude is not None:
         chosen -= set(matching("exclude", patterns_of(exclude) or (), names.of(names.groups), names.layers))
     if smallest > 1:
@@ -194,12 +202,14 @@ class _Names:
     Attributes:
         groups: parameters with all their names, those that share memory together.
         matrices: name -> matrix, of those that can be pruned.
+        adapters: names of adapters, which are pruned only where a pattern names nothing else.
         layers: name -> the layer that has it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.groups, self.matrices = model, shared_memory(model), matrices(model)
         self.layers = {name: place.owner for name, place in places(model).items()}
+        self.adapters = adapters(model).keys()
         self._products: dict[str, str] = {}
         for name in list(self.layers):
             path, _, product = name.rpartition(".")[0].rpartition(".")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from prune.masks.enforce import unwrap_optimizer
+from prune.masks.stepping import unwrap_optimizer
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.start import Start
 from workbench.duration import Duration

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from prune.masks.enforce import unwrap_optimizer
+from prune.masks.stepping import unwrap_optimizer
 from prune.rewinding.snapshot import Snapshot, several
 from prune.rewinding.start import Start
 from workbench.duration import Duration

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prune.masks.enforce import unwrap_optimizer
 from prune.masks.memory import distributed, local
+from prune.masks.stepping import unwrap_optimizer
 from workbench.messages import closest
 from workbench.models.wrappers import named_buffers, named_parameters
 from workbench.randomness import random_state, set_random_state

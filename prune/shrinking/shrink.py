@@ -111,7 +111,7 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
     if parts := wrapped_parts(model):
         raise ValueError(
             f"{some(parts)} of this {type(model).__name__} are wrapped, by torch.compile, checkpointing or adapters: "
-            "shrink the plain model (with its adapters merged), and wrap what comes out"
+            "shrink the plain model (adapters merged by prune.merge_adapters), and wrap what comes out"
         )
     call = Call.of(example_inputs).on_device_of(model)
     masked = copy.deepcopy(model).eval()

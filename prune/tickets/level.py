@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import nn
 
-from prune.masks.enforce import Handle, unwrap_optimizer
+from prune.masks.enforce import Handle
+from prune.masks.stepping import unwrap_optimizer
 from prune.rewinding.modes import Groups, groups_of, hold
 from prune.rewinding.snapshot import Snapshot, several
 from prune.tickets.trainee import Arm

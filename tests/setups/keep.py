@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lp
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -15,9 +16,9 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer
 
-from prune import GradualPruning, Masks, Pruner, hf
+from prune import GradualPruning, Masks, Pruner, hf, merge_adapters
 from prune.policies import Gradual
 from tests.helpers.adapters import adapted
 from tests.helpers.ranks import on_ranks
@@ -167,8 +168,6 @@ def _fully_shard() -> None:
 
 def _peft() -> None:
     """A sparse encoder gets adapters: the masks of the encoder are those of what is inside."""
-    import peft
-
     network = bert()
     masks = Pruner()(network, 0.5)
     masks.apply(network)
@@ -362,7 +361,75 @@ def _ended_early() -> None:
         _train(network, optimizer, torch.Tensor.backward, 5)
 
 
+# Adapters
+
+
+def _with_adapters() -> Any:
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"])
+    return adapted(bert(num_hidden_layers=2), config)
+
+
+def _lora() -> None:
+    model = _with_adapters()
+    with pytest.warns(UserWarning, match="matrices that stay dense: .*lora_A.* adapters, which are added"):
+        masks = Pruner()(model, 0.25)
+    assert not [name for name in masks if "lora" in name or "original_module" in name]
+    assert list(masks) == list(Pruner()(bert(num_hidden_layers=2), 0.25))
+    assert masks.density == 0.25
+
+
+def _merged() -> None:
+    model, pruning = _with_adapters(), hf.GradualPruning(0.25, "1it", "4it", "1it")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*matrices that stay dense")
+        warnings.filterwarnings("ignore", "No label_names provided")
+        args = arguments(Path(folder), max_steps=6)
+        Trainer(model, args, train_dataset=sentences(8), callbacks=[pruning]).train()
+    assert pruning.masks is not None
+    assert pruning.masks.is_applied_to(model)
+    filled = copy.deepcopy(model)
+    assert not pruning.masks.is_applied_to(filled.merge_and_unload())
+    merged = merge_adapters(model, pruning.masks)
+    assert type(merged) is BertForSequenceClassification
+    assert pruning.masks.is_applied_to(merged)
+    matrices = {name: weight for name, weight in merged.named_parameters() if name in pruning.masks}
+    assert sum(int(each.count_nonzero()) for each in matrices.values()) == sum(
+        kept for kept, _ in pruning.masks.counts().values()
+    )
+
+
+# Optimizers that evaluate inside their step
+
+
+def _lbfgs() -> None:
+    network = _network()
+    targets = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=20, line_search_fn="strong_wolfe")
+    masks = Pruner()(network, 0.5)
+    masks.apply(network)
+    inside: list[float] = []
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        assert masks.is_applied_to(network)
+        loss = nn.functional.mse_loss(network(INPUTS), targets)
+        loss.backward()
+        inside.append(loss.item())
+        return loss
+
+    with masks.keep(optimizer, network):
+        for _ in range(3):
+            optimizer.step(closure)
+    assert masks.is_applied_to(network)
+    after = nn.functional.mse_loss(network(INPUTS), targets).item()
+    assert after == pytest.approx(min(inside), rel=1e-3)
+    assert after < 0.05 * inside[0]
+
+
 SETUPS = [
+    Setup("optimizers that evaluate inside their step", "L-BFGS", _lbfgs),
+    Setup("adapters", "LoRA beside a pruned base", _lora),
+    Setup("adapters", "a merge that keeps the base's mask", _merged),
     Setup("best checkpoints", "ModelCheckpoint beside GradualPruning", _model_checkpoint),
     Setup("best checkpoints", "EarlyStopping beside GradualPruning", _early_stopping),
     Setup("best checkpoints", "load_best_model_at_end", _best_of_a_trainer),

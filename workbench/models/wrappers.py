@@ -105,6 +105,21 @@ def wrapped_parts(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if _inner(module, adapters=True) is not None]
 
 
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that are adapters, by name, and copies of layers that are out of use.
+
+    Those of PEFT are what stands beside the layer, or the model, that it wraps. Those of other packages, and of one's
+    own, are known where they are called ``lora_...``.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for at in _walk(_Visit(model)):
+        for attribute, parameter in at.module._parameters.items():
+            name = _join(at.name, attribute)
+            if parameter is not None and (at.beside or any(step.startswith("lora_") for step in name.split("."))):
+                found.setdefault(name, parameter)
+    return found
+
+
 def named_modules(
     model: nn.Module, remove_duplicate: bool = True, adapted: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -144,12 +159,18 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     Raises:
         AttributeError: If there is none.
     """
-    module = unwrap(model, adapters=True)
+    module = model
     for step in path.split(".") if path else ():
-        if not isinstance(child := getattr(module, step, None), nn.Module):
-            raise AttributeError(f"{type(module).__name__} has no submodule '{step}', the model has no '{path}'")
-        module = unwrap(child, adapters=True)
-    return module
+        around = [module]
+        while (inner := _inner(around[-1], adapters=True)) is not None:
+            around.append(inner[1])
+        # The network's own part comes first, then what stands beside it, such as the adapters of a layer.
+        found = (child for each in reversed(around) if isinstance(child := getattr(each, step, None), nn.Module))
+        if (child := next(found, None)) is None:
+            kind = type(around[-1]).__name__
+            raise AttributeError(f"{kind} has no submodule '{step}', the model has no '{path}'")
+        module = child
+    return unwrap(module, adapters=True)
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -159,7 +180,7 @@ def places(model: nn.Module) -> dict[str, Place]:
         ValueError: If FSDP1 has put them into flat pieces.
     """
     found: dict[str, Place] = {}
-    for module, name, path, _ in _walk(_Visit(model)):
+    for module, name, path, *_ in _walk(_Visit(model)):
         if _FSDP1 in _kinds(type(module)):
             _check_fsdp1(module)
         for attribute, parameter in module._parameters.items():
@@ -172,7 +193,7 @@ def places(model: nn.Module) -> dict[str, Place]:
 def plain_names(model: nn.Module) -> dict[str, str]:
     """Name of every parameter and buffer in ``model``, and in its state dict -> its name without wrappers."""
     names: dict[str, str] = {}
-    for module, name, *paths in _walk(_Visit(model)):
+    for module, name, *paths, _ in _walk(_Visit(model)):
         for attribute in (*module._parameters, *module._buffers):
             names |= {_join(path, attribute): _join(name, attribute) for path in paths}
     return names
@@ -227,15 +248,18 @@ class _Visit(NamedTuple):
         name: Its path without wrappers.
         path: Its path in the model.
         key: Its path in the model's state dict, from which some wrappers take themselves out.
+        beside: Whether it stands beside what a wrapper wraps, as adapters do.
     """
 
     module: nn.Module
     name: str = ""
     path: str = ""
     key: str = ""
+    beside: bool = False
 
-    def child(self, attribute: str, module: nn.Module) -> "_Visit":
-        return _Visit(module, *(_join(path, attribute) for path in self[1:]))
+    def child(self, attribute: str, module: nn.Module, beside: bool = False) -> "_Visit":
+        name, path, key = (_join(each, attribute) for each in self[1:4])
+        return _Visit(module, name, path, key, self.beside or beside)
 
 
 def _walk(at: _Visit) -> Iterator[_Visit]:
@@ -252,17 +276,17 @@ def _walk(at: _Visit) -> Iterator[_Visit]:
         return
     attribute, wrapped = inner
     key = at.key if attribute in _NOT_IN_STATE else _join(at.key, attribute)
-    yield from _walk(_Visit(wrapped, at.name, _join(at.path, attribute), key))
+    yield from _walk(_Visit(wrapped, at.name, _join(at.path, attribute), key, at.beside))
     for name, child in children:
         if attribute.startswith(f"{name}."):  # the other copies beside the one in use
             beside = at.child(name, child)
             copies = ((other, copy) for other, copy in child._modules.items() if copy not in (None, wrapped))
             for other, copy in copies:
                 assert copy is not None
-                yield from _walk(beside.child(other, copy))
+                yield from _walk(beside.child(other, copy, beside=True))
         # Fabric has the model a second time beside its wrapper.
         elif name != attribute and unwrap(child) is not unwrap(wrapped):
-            yield from _walk(at.child(name, child))
+            yield from _walk(at.child(name, child, beside=True))
 
 
 def _join(path: str, name: str) -> str:
