@@ -282,6 +282,7 @@ TESTED_IN: dict[str, str] = {
     "prune.rewinding.lightning": "prune/callbacks/test_base.py",
     "prune.rewinding.start": "prune/tickets/test_arms.py",
     "prune.shrinking.architecture": "prune/shrinking/test_shrink.py",
+    "prune.shrinking.explain": "prune/shrinking/test_shrink.py",
     "prune.shrinking.equivalence": "prune/shrinking/test_shrink.py",
     "prune.shrinking.find": "prune/shrinking/test_shrink.py",
     "prune.shrinking.producers": "prune/shrinking/test_shrink.py",

@@ -43,9 +43,10 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
     """Attaches a policy to the module's ``network``, or to all of the module if it has none, while ``fit`` runs.
 
     An update is counted as ``trainer.global_step`` does: each step of each of several optimizers is one. The state of
-    the policy is part of the trainer's checkpoints. Logged per epoch, with ``log``: ``density``, kept over prunable
-    weights, and ``density/<parameter>`` of every layer. Averages of the weights that callbacks keep (WeightAveraging,
-    StochasticWeightAveraging, any with an ``AveragedModel``) are masked with them.
+    the policy is part of the trainer's checkpoints. Logged per epoch, with ``log``: ``density``, kept over pruned
+    weights, ``model_density``, of all parameters of the network, and ``density/<parameter>`` of every layer. Averages
+    of the weights that callbacks keep (WeightAveraging, StochasticWeightAveraging, any with an ``AveragedModel``) are
+    masked with them.
 
     A criterion that needs data is calibrated on the first batches of the training loader, and the loss that
     ``training_step`` returns.
@@ -139,7 +140,8 @@ class PolicyCallback(Callback, OtherCallback):  # type: ignore[misc] - twins; a 
         logging = [each for each in trainer.callbacks if isinstance(each, PolicyCallback) and each._log]
         if logging and logging[0] is self:
             counts = {name: count for each in logging for name, count in each.policy.counts().items()}
-            pl_module.log_dict(densities(counts), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            found = densities(counts, max(each.policy.parameters for each in logging))
+            pl_module.log_dict(found, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     @final
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -149,7 +149,9 @@ class Dynamic(Policy):
                 scores = grads[name].detach().abs()
             else:
                 continue
-            moved[name] = rewired(self.masks[name], self._dropped_by(name, weight), scores, share)
+            values = self._dropped_by(name, weight)
+            fixed = 0 if self._matrices[name].norm is None else int(values.isinf().sum())
+            moved[name] = rewired(self.masks[name], values, scores, share, fixed)
         self._enforce(Masks(moved))
 
     def _dropped_by(self, name: str, weight: nn.Parameter) -> Tensor:
@@ -192,19 +194,20 @@ class Dynamic(Policy):
         return None
 
 
-def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float) -> Tensor:
+def rewired(mask: Tensor, weight: Tensor, scores: Tensor, share: float, fixed: int = 0) -> Tensor:
     """``mask`` after a drop of n = floor(k * ``share``) of its k active weights and a growth of n inactive ones.
 
-    Dropped are those of the smallest ``|weight|``, never infinite ones, which may make n less; grown those of the
-    highest ``scores`` among all inactive then. Ties go by index.
+    Dropped are those of the smallest ``|weight|``; grown those of the highest ``scores`` among all inactive then. Ties
+    go by index.
 
     Args:
         mask: bool, any shape.
         weight: Of the same shape.
         scores: Of the same shape.
         share: In [0, 1].
+        fixed: How many of the largest weights stay, which may make n less.
     """
     active = int(mask.sum())
-    moving = min(math.floor(active * share), active - int(weight[mask].isinf().sum()))
+    moving = min(math.floor(active * share), active - fixed)
     kept = keep_top_k({"": weight.abs()}, active - moving, {"": mask})[""]
     return kept | keep_top_k({"": scores}, moving, {"": ~kept})[""]

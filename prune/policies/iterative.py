@@ -47,9 +47,9 @@ class Iterative(Policy):
         position: What the callback needs besides to go back there.
         resumed: Whether a state has been loaded since it was last attached.
         stopped: Whether that was the state of a level that was asked to end early.
-        rows: Of every level that has ended, ``level``, ``density``, ``mask_hash``, ``steps`` (updates, from 0 at
-            the beginning of level 0), the ``metrics`` at its end, the ``lowest`` and ``highest`` of each over its
-            epochs, and what the callback adds.
+        rows: Of every level that has ended, ``level``, ``density`` of the pruned weights, ``model_density``,
+            ``mask_hash``, ``steps`` (updates, from 0 at the beginning of level 0), the ``metrics`` at its end, the
+            ``lowest`` and ``highest`` of each over its epochs, and what the callback adds.
 
     Raises:
         ValueError: If arguments are out of range; when training starts, if the rewind point is not before the end of a
@@ -127,6 +127,7 @@ class Iterative(Policy):
         row = {
             "level": self.level,
             "density": self.masks.density,
+            "model_density": self.densities()["model_density"],
             "mask_hash": self.masks.hash(),
             "steps": self._updates,
             "metrics": self._last,

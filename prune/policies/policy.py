@@ -72,7 +72,7 @@ class Policy(ABC):
         self.reads_gradients, self.starts_dense = False, True
         self._batches = batches
         self._in_epochs = any(time.unit == "ep" for time in times)
-        self._restored, self._updates = False, 0
+        self._restored, self._updates, self._parameters = False, 0, 0
         self._clear_attachment()
 
     def _clear_attachment(self) -> None:
@@ -205,6 +205,7 @@ class Policy(ABC):
                 self.masks = None
                 self._load_state({})
             self._weights = self._scope(self._model)
+            self._parameters = sum(parameter.numel() for parameter in self._model.parameters())
             frozen = [name for name, weight in self._weights.items() if not weight.requires_grad]
             if frozen and self.reads_gradients:
                 raise ValueError(
@@ -391,10 +392,16 @@ class Policy(ABC):
             return self.masks.counts()
         return {name: (weight.numel(), weight.numel()) for name, weight in self._weights.items()}
 
+    @property
+    @final
+    def parameters(self) -> int:
+        """Number of all parameters of the model that it is, or was last, attached to."""
+        return self._parameters
+
     @final
     def densities(self) -> dict[str, float]:
-        """``density``, and ``density/<parameter>`` of every weight in scope: what callbacks log."""
-        return densities(self.counts())
+        """``density``, ``model_density`` and ``density/<parameter>`` of every weight in scope: what callbacks log."""
+        return densities(self.counts(), self._parameters)
 
     # What subclasses use
 
@@ -468,10 +475,20 @@ class Policy(ABC):
             self._multiply()
 
 
-def densities(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """``density``, kept over total, and ``density/<parameter>``; 1 where there is nothing to count."""
+def densities(counts: Mapping[str, tuple[int, int]], parameters: int) -> dict[str, float]:
+    """Densities by name, each 1 where there is nothing to count.
+
+    Args:
+        counts: Weight -> kept and total.
+        parameters: Number of all parameters of the model; those that are not among the weights are kept.
+
+    Returns:
+        ``density``, kept over total; ``model_density``, of all parameters; and ``density/<parameter>``.
+    """
     layers = {f"density/{name}": kept / total for name, (kept, total) in counts.items()}
-    return {"density": sum(kept for kept, _ in counts.values()) / (sum(t for _, t in counts.values()) or 1), **layers}
+    kept, total = (sum(pair[side] for pair in counts.values()) for side in (0, 1))
+    whole = max(parameters, total) or 1
+    return {"density": kept / (total or 1), "model_density": (whole - total + kept) / whole, **layers}
 
 
 def _check_same_on_ranks(masks: Masks) -> None:

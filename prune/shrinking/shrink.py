@@ -14,6 +14,7 @@ makes the network strictly smaller or rejects a group, so it ends.
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from prune.shrinking.equivalence import (
     tolerances,
     within_tolerances,
 )
+from prune.shrinking.explain import why_unchanged
 from prune.shrinking.find import find_groups
 from prune.shrinking.surgery import is_zero, keep_one, remove, zero_columns, zero_rows
 from prune.shrinking.units import Selection, removed_outputs
@@ -103,6 +105,9 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         ValueError: if a mask does not fit, the network cannot be called or traced with ``example_inputs``, or its
             precision is too coarse for what constants add up to.
 
+    Warns:
+        UserWarning: if nothing could be removed, saying why.
+
     References:
         Fang et al., DepGraph: Towards any structural pruning, 2023, arXiv:2301.12900 (which channels go together);
         Michel et al., Are sixteen heads really better than one?, 2019, arXiv:1905.10650 (heads).
@@ -138,6 +143,8 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
         shrinker = _Shrinker(exact, kept, calls, expected, tolerances(expected, coarsest.eps), folding)
         while shrinker.step():
             pass
+        prunes = not shrinker.removed and not all(bool(mask.all()) for mask in kept.values())
+        why = why_unchanged(exact, kept, find_groups(exact, calls[0])) if prunes else ""
         smaller = _with_dtypes_of(model, shrinker.model)
         record_sizes(smaller, shrinker.touched)
         apart = differences(before, outputs_of(smaller, own_calls))
@@ -148,6 +155,8 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
             f"{type(model).__name__} shrunk differs by {max(apart):.3g} in its own precision, though not in float64: "
             "give it in a wider type"
         )
+    if why:
+        warnings.warn(f"shrink took nothing out of these masks, because {why}", stacklevel=2)
     for path, module in model.named_modules():
         smaller.get_submodule(path).training = module.training
     return Shrunk(

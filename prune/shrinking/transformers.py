@@ -21,6 +21,8 @@ def _feed_forward(layer: Layer) -> Group:
     producers = [anatomy.up, *([] if anatomy.gate is None else [anatomy.gate])]
     indices = tuple((unit,) for unit in range(_outputs(layer, anatomy.up)))
     slots = [Slot(_path(layer, part), "outputs", indices) for part in producers]
+    if anatomy.between is not None:
+        slots.append(Slot(_path(layer, anatomy.between), "channels", indices))
     slots.append(Slot(_path(layer, anatomy.down), "inputs", indices))
     return Group(_path(layer, anatomy.up), tuple(slots))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prune.structures.layout import Layout, Member, Tensors
 from workbench.models.anatomy import KINDS, Layer, layers_of
 from workbench.models.matrices import matrix_named
-from workbench.models.wrappers import submodule
+from workbench.models.wrappers import named_modules, submodule
 
 
 class Share(NamedTuple):
@@ -52,8 +52,8 @@ class Head:
 class FFN:
     """A hidden unit of a feed-forward net.
 
-    Formula: unit = its row of the first matrix, and of the gate if there is one, and its column of the second. Other
-    weights are not covered.
+    Formula: unit = its row of the first matrix, and of the gate or its filter of the depthwise convolution if there is
+    one, and its column of the second. Other weights are not covered.
 
     Source: McCarley et al., Structured pruning of a BERT-based question answering model, 2019, arXiv:1910.06360,
     section 3.
@@ -77,7 +77,9 @@ def _layout(kind: str, model: nn.Module, weights: Tensors, shares: Callable[[Lay
         for part, outputs, units in shares(layer):
             name = f"{prefix}{part}.weight"
             if name in weights:
-                index = matrix_named(model, name).back(units[:, None] if outputs else units[None])
+                matrix = matrix_named(model, name)
+                kernel = (None,) * (matrix.parameter.dim() - 2)
+                index = matrix.back(units[(slice(None), None, *kernel)] if outputs else units[None])
                 members[name] = [(f"{prefix}{kind}", index)]
     if not members:
         raise ValueError(
@@ -106,10 +108,30 @@ def _heads(layer: Layer) -> Iterator[Share]:
 def _units(layer: Layer) -> Iterator[Share]:
     anatomy = layer.anatomy
     units = torch.arange(_outputs(layer, anatomy.up))
+    _check_between(layer, len(units))
     yield Share(anatomy.up, True, units)
-    if anatomy.gate is not None:
-        yield Share(anatomy.gate, True, units)
+    for part in filter(None, (anatomy.gate, anatomy.between)):
+        yield Share(part, True, units)
     yield Share(anatomy.down, False, units)
+
+
+def _check_between(layer: Layer, width: int) -> None:
+    """Refuse a feed-forward net that has more layers over its hidden units: they would stay when units are removed."""
+    parent = layer.anatomy.up.rpartition(".")[0]
+    if not parent or parent != layer.anatomy.down.rpartition(".")[0]:
+        return
+    for path, module in named_modules(submodule(layer.module, parent)):
+        inside = f"{parent}.{path}"
+        known = any(f"{inside}.".startswith(f"{part}.") for part in layer.anatomy.parts)
+        if path and not known and not isinstance(module, nn.PReLU):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() and len(parameter) == width:
+                    where = ".".join(filter(None, (layer.path, inside, name)))
+                    raise ValueError(
+                        f"'{where}' works on the {width} hidden units between '{layer.anatomy.up}' and "
+                        f"'{layer.anatomy.down}', so shrink could not remove any: choose another structure, such as "
+                        "unstructured or channel"
+                    )
 
 
 def _outputs(layer: Layer, part: str) -> int:

@@ -14,6 +14,7 @@ from workbench import records
 from workbench.checkpoints import compact
 from workbench.distributed.ranks import barrier, rank
 from workbench.files import write_json
+from workbench.records import Size
 
 TICKET = "ticket"
 _PARTS = {
@@ -87,6 +88,7 @@ class Store:
             "fingerprint": self.key,
             "settings": self.settings,
             "density": masks.density,
+            "model_density": Size(**result["size"]).model_density if "size" in result else None,
             "layers": {name: list(count) for name, count in masks.counts().items()},
             "mask_hash": masks.hash(),
             "checkpoint": compact.read_index(compact.find(folder))["sha256"],

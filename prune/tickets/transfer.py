@@ -38,7 +38,10 @@ from workbench.training.module import (
 )
 from workbench.training.save import save_network
 
-_KEPT = ("metrics", "monitor", "history", "world_size", "best", "stopped", "density", "layers", "mask_hash")
+_KEPT = (
+    *("metrics", "monitor", "history", "world_size", "best", "stopped"),
+    *("density", "model_density", "layers", "mask_hash"),
+)
 
 
 def transfer(

@@ -208,7 +208,10 @@ class _Group:
         # Judged the higher the better, recorded in the metric's own direction.
         means = {arm: estimate if self.sign > 0 else negated(estimate) for arm, estimate in level.means.items()}
         overlap = _overlap([folder / f"level_{number:02d}" for folder in self.hunts])
-        return replace(level, level=number, density=density, means=means, best_step=best, overlap=overlap)
+        whole = tickets[0].get("model_density")
+        return replace(
+            level, level=number, density=density, model_density=whole, means=means, best_step=best, overlap=overlap
+        )
 
 
 def _controls(tickets: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -264,14 +267,14 @@ def _compared(
     groups: Mapping[str, Mapping[Path, Mapping[str, Any]]],
     judged_first: Verdict,
     chosen: Sequence[int] | None,
-) -> tuple[list[Any], list[tuple[int, float, Paired, Equivalence]]]:
+) -> tuple[list[Any], list[tuple[int, tuple[float, float | None], Paired, Equivalence]]]:
     """The seeds that two groups share; and of every level that both have, or is chosen, its density and differences."""
     group, base = ({each["seed"]: each["levels"] for each in groups[key].values()} for key in (name, first))
     seeds = sorted(group.keys() & base.keys())
     if not seeds:
         raise ValueError(f"{name!r} and {first!r} have no seed in common: give hunts of the same seeds")
     key, sign = judged_first.metric, 1 if judged_first.higher_is_better else -1
-    compared: list[tuple[int, float, Paired, Equivalence]] = []
+    compared: list[tuple[int, tuple[float, float | None], Paired, Equivalence]] = []
     for level in range(min(len(levels[seed]) for levels in (group, base) for seed in seeds)):
         if chosen is not None and level not in chosen:
             continue
@@ -279,14 +282,15 @@ def _compared(
         pairs = [pair for pair in zip(*rows) if all(map(math.isfinite, pair))]
         if pairs:  # else all diverged
             a, b = zip(*pairs)
-            density = base[seeds[0]][level]["density"]
-            compared.append((level, density, paired(a, b), equivalence(a, b, judged_first.delta)))
+            record = base[seeds[0]][level]
+            densities = (record["density"], record.get("model_density"))
+            compared.append((level, densities, paired(a, b), equivalence(a, b, judged_first.delta)))
     return seeds, compared
 
 
 def _difference(
     level: int,
-    density: float,
+    densities: tuple[float, float | None],
     pairs: Paired,
     equal: Equivalence,
     p: float | None,
@@ -296,7 +300,7 @@ def _difference(
     word: Contrast = "equivalent" if p_equivalent is not None and p_equivalent <= ALPHA else "inconclusive"
     if p is not None and p <= ALPHA:
         word = "above" if pairs.mean > 0 else "below"
-    return LevelDifference(level, density, pairs, equal, p, p_equivalent, word)
+    return LevelDifference(level, densities[0], pairs, equal, p, p_equivalent, word, densities[1])
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[float]:

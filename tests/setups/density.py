@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from prune import Masks, Pruner
-from prune.policies import Gradual
+from prune import Masks, Pruner, shrink
+from prune.policies import Fixed, Gradual
+from prune.tickets.sections.hunt import hunts_of, sparsest
+from prune.tickets.sections.hunt import levels as hunt_levels
 from tests.setups.base import Setup
 from workbench import load, save
+from workbench.records import read_run, write
+from workbench.report.summary import gather
+from workbench.report.tables import main
 
 
 class Sequence(nn.Module):
@@ -197,6 +203,62 @@ def own_layer() -> None:
     assert "cannot be pruned: '0.mixing' is of Mixer" in _refusal(lambda: Pruner(include="0.*")(model, 0.1))
 
 
+def headline() -> None:
+    """80 of 1,280 masked weights, of 1,493 parameters: 6.25 % of the weights, and 19.6 % of the model."""
+
+    def level(number: int, kept: int) -> dict[str, Any]:
+        size = {
+            "parameters": 1493,
+            "prunable": 1280,
+            "kept": kept,
+            "dense_fp32_bytes": 5972,
+            "checkpoint_bytes": 4 * kept,
+        }
+        return {"level": number, "metrics": {"val/accuracy": 0.9, "test/accuracy": 0.9}, "size": size}
+
+    levels = [level(0, 1280), level(1, 80)]
+    record = {"stage": "ticket", "job": "hunt", "status": "finished", "monitor": ["accuracy", "max"], "levels": levels}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "ticket", {**record, "metrics": levels[1]["metrics"], "size": levels[1]["size"]})
+        stages = read_run(Path(folder))
+    found = gather(stages)
+    (hunt,) = hunts_of(stages, found)
+    assert "level 1, 19.6% of the model, density 6.25%" in sparsest(hunt)
+    for table in (main(found), main(found, brief=True), hunt_levels(hunt)):
+        (column, of_pruned) = (table.headers.index(name) for name in ("model density", "density"))
+        assert column < of_pruned
+        assert (table.lines[-1].cells[column].text, table.lines[-1].cells[of_pruned].text) == ("19.6%", "6.25%")
+    model = nn.Sequential(nn.Embedding(30, 10), nn.Linear(10, 10, bias=False))
+    policy = Fixed(Pruner()(model, 0.1))
+    policy.follow(model, torch.optim.SGD(model.parameters(), lr=0.1)).remove()
+    logged = policy.densities()
+    assert (logged["density"], logged["model_density"]) == (0.1, (300 + 10) / 400)
+
+
+def segformer() -> None:
+    """Its feed-forward net has a depthwise convolution between its two layers."""
+    torch.manual_seed(0)
+    config = hf.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+    )
+    model, image = hf.SegformerModel(config).eval(), torch.randn(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* not covered by FFN")
+        masks = Pruner(structure="ffn", allocation="uniform")(model, 0.5)
+    small = shrink(model, image, masks)
+    assert [len(rows) for rows in small.removed.values()] == [8, 16]
+    assert small.model.stages[1].blocks[0].mlp.dwconv.dwconv.weight.shape == (16, 1, 3, 3)
+    masks.apply(model)
+    torch.testing.assert_close(small.model(image).last_hidden_state, model(image).last_hidden_state)
+
+
 def _refusal(act: Callable[[], Any]) -> str:
     try:
         act()
@@ -231,4 +293,6 @@ SETUPS = [
     Setup("density", "transposed convolutions", is_served(upsampling, 0.14)),
     Setup("density", "a bilinear layer", is_served(Pairs, 0.12)),
     Setup("density", "matrices of a layer of one's own stay dense", own_layer),
+    Setup("density", "the page's headline is the model's density", headline),
+    Setup("feed-forward units", "Segformer", segformer),
 ]

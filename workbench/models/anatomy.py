@@ -9,8 +9,8 @@ from torch import nn
 from workbench.models.wrappers import named_modules, submodule, unwrap
 
 KINDS = (
-    "BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama of transformers, workbench.models.Transformer, and what is laid "
-    "out as they are"
+    "BERT, RoBERTa, DistilBERT, GPT-2, ViT, Segformer and Llama of transformers, workbench.models.Transformer, and "
+    "what is laid out as they are"
 )
 
 
@@ -26,6 +26,7 @@ class Anatomy:
         down: Second layer of it.
         ffn: The configuration's field for its width.
         gate: What multiplies the outputs of ``up``, unit by unit, in a gated net.
+        between: A depthwise convolution between ``up`` and ``down``.
     """
 
     layers: str
@@ -35,11 +36,12 @@ class Anatomy:
     down: str
     ffn: str = "intermediate_size"
     gate: str | None = None
+    between: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """All of a layer's, by their paths in it."""
-        return (*self.inputs, self.output, self.up, self.down, *([] if self.gate is None else [self.gate]))
+        return (*self.inputs, self.output, self.up, self.down, *filter(None, (self.gate, self.between)))
 
 
 def _three(pattern: str, names: str = "query key value") -> tuple[str, ...]:
@@ -58,6 +60,15 @@ ANATOMIES = (
         "attention.output.dense",
         "intermediate.dense",
         "output.dense",
+    ),
+    # Segformer: before ViT, which has the same parts but for the convolution
+    Anatomy(
+        "blocks",
+        _three("attention.{}_proj", "q k v"),
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+        between="mlp.dwconv.dwconv",
     ),
     # ViT
     Anatomy("layers", _three("attention.{}_proj", "q k v"), "attention.o_proj", "mlp.fc1", "mlp.fc2"),

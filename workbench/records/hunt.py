@@ -89,6 +89,7 @@ class Training:
         arm: ``ticket``, or the control's name.
         level: From 0, the dense one.
         density: Kept / prunable weights, in [0, 1].
+        model_density: Kept / all parameters, in [0, 1].
         metrics: After training, by name with split.
         monitor: The main metric.
         history: A row an epoch.
@@ -112,6 +113,7 @@ class Training:
     arm: str | None = None
     level: int | None = None
     density: float | None = None
+    model_density: float | None = None
     metrics: Metrics = field(default_factory=dict)
     monitor: Monitor = LOSS
     history: list[Metrics] = field(default_factory=list)
@@ -133,6 +135,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.density is None and self.size is not None:
             object.__setattr__(self, "density", self.size.density)
+        if self.model_density is None and self.size is not None:
+            object.__setattr__(self, "model_density", self.size.model_density)
 
 
 @dataclass(frozen=True)
@@ -184,5 +188,6 @@ class TransferResult:
     best: Best | None = None
     stopped: dict[str, Any] = field(default_factory=dict)
     density: float | None = None
+    model_density: float | None = None
     layers: dict[str, Any] = field(default_factory=dict)
     mask_hash: str | None = None

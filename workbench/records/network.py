@@ -33,6 +33,13 @@ class Size:
         """Kept / prunable weights, in [0, 1]."""
         return self.kept / self.prunable if self.kept is not None and self.prunable else None
 
+    @property
+    def model_density(self) -> float | None:
+        """Kept / all parameters, in [0, 1]; those without a mask are kept."""
+        if self.kept is None or self.prunable is None or not self.parameters:
+            return None
+        return (self.parameters - self.prunable + self.kept) / self.parameters
+
 
 @dataclass(frozen=True)
 class Network:

@@ -58,6 +58,7 @@ class LevelVerdict:
         p: Of being a ticket: the largest p of its comparisons. None if one is missing.
         alpha: The level at which that was tested; None if the sequence ended before.
         decided_by: The arms whose comparison keeps it from being a ticket.
+        model_density: Kept / all parameters, in [0, 1].
     """
 
     level: int | None
@@ -72,6 +73,7 @@ class LevelVerdict:
     p: float | None = None
     alpha: float | None = None
     decided_by: list[str] = field(default_factory=list)
+    model_density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class LevelDifference:
         p_equivalent: Of being within delta, adjusted alike.
         verdict: ``above`` or ``below`` where p_adjusted is at most 5 %, else ``equivalent`` where p_equivalent is, else
             ``inconclusive``.
+        model_density: Kept / all parameters, in [0, 1].
     """
 
     level: int | None
@@ -146,6 +149,7 @@ class LevelDifference:
     p_adjusted: float | None
     p_equivalent: float | None
     verdict: Contrast
+    model_density: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ def main(summary: Summary, brief: bool = False) -> Table:
         ("from", False, _parent),
         ("parameters", True, lambda r: Cell(count(r.outcome.size.parameters))),
         ("kept", True, lambda r: Cell(count(r.outcome.size.kept))),
+        ("model density", True, lambda r: Cell(percent(r.outcome.size.model_density))),
         ("density", True, lambda r: Cell(percent(r.outcome.size.density))),
         (f"test {name}", True, lambda r: _test(r, alike)),
         (heading, True, lambda r: _change(r, alike)),
@@ -42,7 +43,8 @@ def legend(summary: Summary) -> str:
     _, name, heading = _headings(summary)
     text = (
         f"{heading.capitalize()}: test {name} less that of the stage or level named. "
-        "Density: kept / prunable weights; parameters that cannot be pruned are not in it."
+        "Model density: kept / all parameters. Density: kept / prunable weights; parameters that are not "
+        "pruned are not in it."
     )
     if summary.reference is None:
         return text

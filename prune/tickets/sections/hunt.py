@@ -184,6 +184,7 @@ def levels(hunt: Hunt) -> Table:
 
     columns: list[tuple[str, Callable[[LevelRow], Cell]]] = [
         ("level", lambda r: Cell(count(r.level.level))),
+        ("model density", lambda r: Cell(percent(r.level.model_density))),
         ("density", lambda r: Cell(percent(r.level.density))),
         ("kept", lambda r: Cell(count(_size(r.level).kept))),
         (f"val {measured.name}", lambda r: Cell(measured.show(r.validation))),
@@ -236,7 +237,7 @@ def sparsest(hunt: Hunt) -> str:
     pick = hunt.pick
     text = (
         f"Sparsest level within {margin} of level 0 on validation data: level {count(pick.level.level)}, "
-        f"density {percent(pick.level.density)}"
+        f"{densities(pick.level)}"
     )
     if pick.test is not None and pick.change is not None:
         text += f"; its test {measured.name} is {measured.show(pick.test)}"
@@ -254,6 +255,12 @@ def _missed(hunt: Hunt) -> str:
         return ""
     change = hunt.metric.distance(row.validation - hunt.dense.validation)
     return f"; level {count(row.level.level)} is {change} level 0 on validation data"
+
+
+def densities(level: Level) -> str:
+    """Both densities of a level, the model's first: ``14% of the model, density 10%``."""
+    whole = "" if level.model_density is None else f"{percent(level.model_density)} of the model, "
+    return f"{whole}density {percent(level.density)}"
 
 
 def draw_sparsity(name: str, title: str, curves: Sequence[Curve], colours: Mapping[str, int]) -> str:

@@ -121,7 +121,7 @@ def sentence(verdict: Verdict) -> str:
     n, failed = _n(verdict), _first_failed(verdict)
     why = "" if failed is None else _why(failed, verdict)
     if not (tickets := _spans(verdict.levels, TICKET)):
-        where = f"at {percent(failed.density)} " if failed and not _alike(verdict) else ""
+        where = f"at {percent(_shown(failed))} " if failed and not _alike(verdict) else ""
         return f"No level is judged a ticket ({n}){f': {where}{why}' if why else ''}."
     first = next(level for level in verdict.levels if level.verdict == TICKET)
     dense = _all([_KNOWN.get(arm, arm) for arm in first.matches])
@@ -130,7 +130,7 @@ def sentence(verdict: Verdict) -> str:
     text = f"Tickets at {_all(tickets)}: they {' and '.join(answers) or 'are judged so'} ({n})."
     if failed is None or not why:
         return text
-    return f"{text} {_LEADS[failed.verdict]} at {percent(failed.density)}: {why}."
+    return f"{text} {_LEADS[failed.verdict]} at {percent(_shown(failed))}: {why}."
 
 
 def rest(verdict: Verdict) -> str:
@@ -142,7 +142,7 @@ def rest(verdict: Verdict) -> str:
     texts = []
     for kind, lead in _LEADS.items():
         reasons = list(dict.fromkeys(lv.why for lv in verdict.levels if lv.verdict == kind and lv is not told))
-        spans = _ranges([(lv.density, lv.verdict == kind and lv is not told) for lv in verdict.levels])
+        spans = _ranges([(_shown(lv), lv.verdict == kind and lv is not told) for lv in verdict.levels])
         if spans:
             why = f": {reasons[0]}" if len(reasons) == 1 and reasons[0] else ""
             texts.append(f"{lead} at {_all(spans)}{why}.")
@@ -178,6 +178,7 @@ def levels(verdict: Verdict, brief: bool = False) -> Table:
         Line(
             [
                 Cell(count(level.level)),
+                Cell(percent(level.model_density)),
                 Cell(percent(level.density)),
                 _mean(level.means.get(TICKET), measured),
                 *(_difference({**level.matches, **level.beats}.get(arm), measured, brief) for arm in against),
@@ -188,9 +189,9 @@ def levels(verdict: Verdict, brief: bool = False) -> Table:
         )
         for level in verdict.levels
     ]
-    headers = ["level", "density", f"ticket, {_split(verdict)}{measured.name}"]
+    headers = ["level", "model density", "density", f"ticket, {_split(verdict)}{measured.name}"]
     headers += [*(f"{measured.heading} vs {arm}" for arm in against), "verdict", "mask overlap"]
-    return without_empty(Table(headers, [*[True] * (3 + len(against)), False, True], lines))
+    return without_empty(Table(headers, [*[True] * (4 + len(against)), False, True], lines))
 
 
 def legend(verdict: Verdict) -> str:
@@ -260,6 +261,7 @@ def differences(difference: GroupDifference, measured: Metric) -> Table:
         Line(
             [
                 Cell(count(level.level)),
+                Cell(percent(level.model_density)),
                 Cell(percent(level.density)),
                 _change(level.paired, measured),
                 *(
@@ -272,8 +274,9 @@ def differences(difference: GroupDifference, measured: Metric) -> Table:
         )
         for level in difference.levels
     ]
-    headers = ["level", "density", f"{measured.heading}, {pair(difference)}", "p", "p, equivalent", "verdict"]
-    return without_empty(Table(headers, [True] * 5 + [False], lines))
+    headers = ["level", "model density", "density", f"{measured.heading}, {pair(difference)}"]
+    headers += ["p", "p, equivalent", "verdict"]
+    return without_empty(Table(headers, [True] * 6 + [False], lines))
 
 
 def difference_family(difference: GroupDifference) -> str:
@@ -296,7 +299,7 @@ def contrast(difference: GroupDifference, verdict: Verdict) -> str:
     """Where one group's tickets are better or worse than the other's."""
     texts = []
     for word in dict.fromkeys(("better", "worse", *map(_word, difference.levels))):
-        spans = _ranges([(level.density, _word(level) == word) for level in difference.levels])
+        spans = _ranges([(_shown(level), _word(level) == word) for level in difference.levels])
         within = f" within {_margin(verdict)}" if word == "equivalent" else ""
         texts += [f"{word}{within} at {_all(spans)}"] if spans and word else []
     n = number([len(difference.seeds)])
@@ -330,8 +333,13 @@ def _word(level: LevelDifference) -> str:
     return _WORDS.get(level.verdict, level.verdict)
 
 
+def _shown(level: LevelVerdict | LevelDifference) -> float | None:
+    """The density in a sentence: the model's, where it is recorded."""
+    return level.density if level.model_density is None else level.model_density
+
+
 def _spans(levels: Sequence[LevelVerdict], verdict: str) -> list[str]:
-    return _ranges([(level.density, level.verdict == verdict) for level in levels])
+    return _ranges([(_shown(level), level.verdict == verdict) for level in levels])
 
 
 def _ranges(levels: Sequence[tuple[float | None, bool]]) -> list[str]:

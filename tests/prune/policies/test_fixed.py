@@ -21,4 +21,6 @@ def test_an_empty_layer_is_named_once() -> None:
     with pytest.warns(UserWarning, match=r"layer collapse: '2\.weight' keeps none of its 30") as caught:
         nothing.follow(model, SGD(model.parameters())).remove()
     assert len(caught) == 1
-    assert nothing.densities() == {"density": 60 / 90, "density/0.weight": 1.0, "density/2.weight": 0.0}
+    layers = {"density/0.weight": 1.0, "density/2.weight": 0.0}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert nothing.densities() == {"density": 60 / 90, "model_density": 1 - 30 / parameters, **layers}

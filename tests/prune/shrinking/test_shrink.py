@@ -23,6 +23,7 @@ from workbench.models import MLP
 # Every family
 
 
+@pytest.mark.filterwarnings("ignore:shrink took nothing")
 @pytest.mark.parametrize(
     ("name", "density"), [*((name, 0.02) for name in NETWORKS), ("mlp", 0.2), ("resnet_group", 0.2), ("mobile", 0.2)]
 )
@@ -102,6 +103,7 @@ def naive_widths(model: MLP) -> list[int]:
     return [len(layer) for layer in layers[:-1]]
 
 
+@pytest.mark.filterwarnings("ignore:shrink took nothing")
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.0, 0.5))
 def test_what_goes_is_what_a_naive_search_finds(seed: int, density: float) -> None:
@@ -589,3 +591,17 @@ def test_channels_numbered_anew_stay() -> None:
     assert shrink(model, torch.randn(2, 3, 8, 8)).removed == {}
     with pytest.raises(ValueError, match="no channel of Sequential"):
         Coupled(torch.randn(2, 3, 8, 8)).layout(model, weights(model))
+
+
+def test_why_nothing_could_be_taken_out_is_said() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4)
+    single = {"0.weight": (torch.arange(6)[:, None] + torch.arange(4)) % 2 == 0}
+    with pytest.warns(UserWarning, match="took nothing out of these masks, because no output and no input"):
+        assert shrink(model, x, single).removed == {}
+    last = {"2.weight": torch.tensor([[True] * 6, [False] * 6, [True] * 6])}
+    with pytest.warns(UserWarning, match=r"because '2.weight': its units are inputs or outputs of the network"):
+        shrink(model, x, last)
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), nn.Linear(6, 3))
+    rows = {"0.parametrizations.weight.original": (torch.arange(6) > 1)[:, None].expand(6, 4)}
+    with pytest.warns(UserWarning, match="under spectral_norm: remove the parametrization first"):
+        shrink(normed, x, rows)

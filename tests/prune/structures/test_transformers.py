@@ -88,7 +88,7 @@ def test_models_that_hold_a_transformer_are_looked_into() -> None:
 
 @pytest.mark.parametrize("structure", [Head(), FFN()], ids=str)
 def test_a_network_without_attention_is_refused(structure: Any) -> None:
-    with pytest.raises(ValueError, match=r"of a transformer \(BERT, RoBERTa, DistilBERT, GPT-2, ViT and Llama"):
+    with pytest.raises(ValueError, match=r"of a transformer \(BERT, RoBERTa, DistilBERT, GPT-2, ViT, Segformer"):
         Pruner(structure=structure)(nn.Linear(4, 4), 0.5)
 
 
@@ -99,3 +99,10 @@ def test_the_output_layer_of_the_paper_is_no_attention() -> None:
     assert {kept / total for kept, total in heads.counts().values()} == {0.5}
     slow = Pruner(structure="channel", allocation="layerwise")(model, 0.5)
     assert slow.counts()["classifier.weight"] == (7 * 16, 160)
+
+
+def test_layers_over_the_hidden_units_that_shrink_cannot_follow_are_refused() -> None:
+    model = FAMILIES["ViT"]()
+    model.layers[0].mlp.norm = nn.LayerNorm(24)
+    with pytest.raises(ValueError, match=r"mlp.norm.weight' works on the 24 hidden units between 'mlp.fc1' and"):
+        Pruner(structure="ffn").check(model, 0.5)

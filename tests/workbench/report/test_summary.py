@@ -146,7 +146,7 @@ def test_figures_that_are_not_numbers_are_shown_and_never_picked(tmp_path):
     found = gathered(tmp_path, records)
     assert found.pick is None
     row = cells(page_of(tmp_path / "b", records), "stages")[1]
-    assert row[7] == "inf"
+    assert row[8] == "inf"
     assert row[-1] == "—"
 
 

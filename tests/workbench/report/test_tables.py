@@ -14,19 +14,21 @@ def test_every_number_of_the_main_table_is_in_a_record(tmp_path):
     for entry, row in zip(records, rows):
         if entry["job"] == "export":
             smallest = min(entry["exports"], key=lambda e: e["bytes"])
-            assert row[4:9] == ["—", "—", "—", f"same as {entry['arguments']['of']}", "—"]
-            assert row[9] == f"{size(smallest['bytes'])} {smallest['format']}"
+            assert row[4:10] == ["—", "—", "—", "—", f"same as {entry['arguments']['of']}", "—"]
+            assert row[10] == f"{size(smallest['bytes'])} {smallest['format']}"
             stored = smallest["bytes"]
         else:
             assert row[4] == f"{entry['size']['parameters']:,}"
             assert row[5] == f"{entry['size']['kept']:,}"
-            assert row[6] == f"{100 * entry['size']['kept'] / entry['size']['prunable']:.3g}%"
-            assert row[7] == f"{100 * entry['metrics']['test/accuracy']:.2f}%"
+            pruned = entry["size"]["prunable"] - entry["size"]["kept"]
+            assert row[6] == f"{100 - 100 * pruned / entry['size']['parameters']:.3g}%"
+            assert row[7] == f"{100 * entry['size']['kept'] / entry['size']['prunable']:.3g}%"
+            assert row[8] == f"{100 * entry['metrics']['test/accuracy']:.2f}%"
             stored = entry["size"]["checkpoint_bytes"]
-            assert row[9] == size(stored)
-        assert row[10] == f"{DENSE / stored:.1f}\N{MULTIPLICATION SIGN}"
-        assert row[11] == duration(entry["seconds"])
-    assert [row[8] for row in rows[:5]] == [
+            assert row[10] == size(stored)
+        assert row[11] == f"{DENSE / stored:.1f}\N{MULTIPLICATION SIGN}"
+        assert row[12] == duration(entry["seconds"])
+    assert [row[9] for row in rows[:5]] == [
         "—",
         "\N{MINUS SIGN}0.28 vs teacher",
         "\N{MINUS SIGN}0.84 vs teacher",
@@ -53,7 +55,7 @@ def test_the_time_is_that_of_the_stage_and_that_of_its_trainings_is_named(tmp_pa
 def test_missing_keys_are_dashes(tmp_path):
     bare = {"format": FORMAT, "status": "finished"}
     page = page_of(tmp_path, [realistic()[0], bare])
-    assert cells(page, "stages")[1] == ["01", *["—"] * 9], "the column that nobody fills is not there"
+    assert cells(page, "stages")[1] == ["01", *["—"] * 10], "the column that nobody fills is not there"
     assert "01" in terminal(summary(tmp_path / "run"))
 
 

@@ -28,21 +28,21 @@ def test_every_control_and_measurement_is_in_the_records(tmp_path):
     report(run / "report")
     page = (run / "report/index.html").read_text(encoding="utf-8")
     headers = re.findall(r"<th[^>]*>([^<]*)</th>", page.partition('class="levels"')[2].partition("</thead>")[0])
-    assert headers[6:] == [
+    assert headers[7:] == [
         "test reinit", "test shuffled", "dead units", "gradient flow", "val barrier, other order",
         "val barrier, last level", "mask distance", "took", "mask",
     ]  # fmt: skip
     for level, row in zip(entry["levels"], cells(page, "levels"), strict=True):
-        for cell, arm in zip(row[6:8], ("reinit", "shuffled")):
+        for cell, arm in zip(row[7:9], ("reinit", "shuffled")):
             control = level.get("controls", {}).get(arm)
             assert cell == (f"{100 * control['metrics']['test/accuracy']:.2f}%" if control else "—")
         told, barriers = level["diagnosis"], level["connectivity"]
-        assert row[8] == f"{100 * told['dead'] / told['units']:.3g}%"
-        assert row[9] == f"{told['gradient_flow']:.3g}"
+        assert row[9] == f"{100 * told['dead'] / told['units']:.3g}%"
+        assert row[10] == f"{told['gradient_flow']:.3g}"
         orders = barriers["orders"]["val"]
-        assert row[10] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
-        assert row[11] == ("0.40 stable" if level["level"] else "—")
-        assert row[12] == f"{level['mask_distances'][-1]:.3g}"
+        assert row[11] == f"{100 * orders['barrier']:.2f}" + (" stable" if orders["stable"] else "")
+        assert row[12] == ("0.40 stable" if level["level"] else "—")
+        assert row[13] == f"{level['mask_distances'][-1]:.3g}"
     legend = section.columns(hunts_of(run)[0])
     assert legend.startswith("Test reinit, shuffled: the accuracy of what was trained beside the ticket; dead units")
     assert legend in re.sub(r"<[^>]*>", "", page)
@@ -110,7 +110,8 @@ def test_hunts_without_any_of_it_are_told_as_before(tmp_path):
     run = write_records(tmp_path, *realistic()[:4])
     (hunt,) = hunts_of(run)
     told = section.levels(hunt)
-    assert told.headers == ["level", "density", "kept", "val accuracy", "test accuracy", "points", "took", "mask"]
+    assert told.headers[:4] == ["level", "model density", "density", "kept"]
+    assert told.headers[4:] == ["val accuracy", "test accuracy", "points", "took", "mask"]
     assert section.columns(hunt) == ""
     assert section.sparsity([hunt])[0].controls == {}
 
@@ -190,6 +191,7 @@ def test_every_number_of_a_level_table_is_in_a_record(tmp_path):
         change = 100 * (measured["test/accuracy"] - dense)
         assert row == [
             str(lv["level"]),
+            percent(1 - (lv["size"]["prunable"] - lv["size"]["kept"]) / lv["size"]["parameters"]),
             percent(lv["density"]),
             f"{lv['size']['kept']:,}",
             f"{100 * measured['val/accuracy']:.2f}%",
