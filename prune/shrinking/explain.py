@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from prune.shrinking.units import Group
@@ -25,21 +24,24 @@ def why_unchanged(model: nn.Module, masks: Mapping[str, Tensor], groups: Collect
         groups: units that may be removed, as :func:`prune.shrinking.find.find_groups` gives them.
     """
     every = matrices(model)
-    pruned = [name for name, mask in masks.items() if name in every and _has_lost_units(every[name], mask)]
-    if not pruned:
+    lost = {name: _lost(every[name], mask) for name, mask in masks.items() if name in every}
+    if not any(any(sides) for sides in lost.values()):
         return _ONE_BY_ONE
-    traced = {slot.layer for group in groups for slot in group.slots}
+    traced = {(slot.layer, slot.side == "inputs") for group in groups for slot in group.slots}
     reasons: dict[str, list[str]] = {}
-    for name in pruned:
-        reasons.setdefault(_why(every[name], name.rpartition(".")[0] in traced), []).append(name)
+    for name, sides in lost.items():
+        if any(sides):
+            path = name.rpartition(".")[0]
+            can_go = any(here and (path, side) in traced for side, here in zip((False, True), sides))
+            reasons.setdefault(_why(every[name], can_go), []).append(name)
     return "; ".join(f"{some(names)}: {why}" for why, names in reasons.items())
 
 
-def _has_lost_units(matrix: Matrix, mask: Tensor) -> bool:
-    """Whether a whole output or input is pruned."""
+def _lost(matrix: Matrix, mask: Tensor) -> tuple[bool, bool]:
+    """Whether a whole output, and whether a whole input, is pruned."""
     turned = matrix.turned(mask)
     outputs, inputs = turned.flatten(1).any(1), turned.transpose(0, 1).flatten(1).any(1)
-    return not bool(torch.cat([outputs, inputs]).all())
+    return not bool(outputs.all()), not bool(inputs.all())
 
 
 def _why(matrix: Matrix, traced: bool) -> str:
