@@ -38,6 +38,7 @@ FLOORS = {
         "cache student",
         "teacher objective language",
         "losses features hf_labels terms",
+        "fused",
     ),
 }
 """From the top floor down: a room imports only what stands below it, or beside it without a circle."""

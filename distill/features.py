@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from distill.fused import PARTS, splitter
 from workbench.models.wrappers import named_modules, unwrap, without_prefixes
 
+_SHARE = re.compile(r"1/1|[1-2]/2|[1-3]/3|[1-4]/4")
 _TOKENS = re.compile(r"\*\*|\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
 
 
@@ -121,9 +123,12 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
             loss = hint(features["encoder.layer.3"], ...) + model(**batch).loss
 
     A name is a submodule's path, as in ``model.named_modules()``, with ``:output`` (the default) or ``:input`` behind
-    it. In a pattern ``*``, ``?`` and ``[...]`` stand for anything but a dot, ``**`` also for dots: ``layers.*`` is each
-    layer and nothing in it. Of a tuple, mapping or transformers output the first tensor counts; of inputs the first
-    positional one, else ``hidden_states``, else the first one given by keyword.
+    it. Of a layer that makes queries, keys and values at once, such as GPT-2's ``c_attn`` or torch's
+    ``MultiheadAttention``, ``:query``, ``:key`` and ``:value`` are one of them, [B, L, heads * width]; where its class
+    is not known, ``:1/3`` is the first of three equal parts. In a pattern ``*``, ``?`` and ``[...]`` stand for anything
+    but a dot, ``**`` also for dots: ``layers.*`` is each layer and nothing in it. Of a tuple, mapping or transformers
+    output the first tensor counts; of inputs the first positional one, else ``hidden_states``, else the first one given
+    by keyword.
 
     The features are those of the model's last forward, with their graph where there was one; recomputation in the
     backward pass of activation checkpointing changes nothing. Wrappers are looked through: names of a compiled, DDP,
@@ -158,9 +163,14 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(model.register_forward_pre_hook(features._begin, prepend=True).remove)
         for name, module in sites.items():
-            if name.endswith(":input"):
+            path, _, side = name.partition(":")
+            if side == "input":
                 hook = functools.partial(_put_input, features, name)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            elif side:
+                part = splitter(_owner(model, path), module, path, side)
+                hook = functools.partial(_put_part, features, name, part)
+                handle = module.register_forward_hook(hook, with_kwargs=True)
             else:
                 handle = module.register_forward_hook(functools.partial(_put_output, features, name))
             stack.callback(handle.remove)
@@ -235,6 +245,16 @@ def _put_output(features: Features, name: str, module: nn.Module, args: Any, out
     features._put(name, output)
 
 
+def _put_part(features: Features, name: str, part: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    features._put(name, part(args, kwargs, output))
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """The module that a layer belongs to."""
+    above = path.rpartition(".")[0]
+    return dict(named_modules(model, remove_duplicate=False, adapted=True))[above] if above else model
+
+
 def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a nest of sequences and mappings."""
     if isinstance(value, Tensor):
@@ -270,15 +290,27 @@ def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     # A layer with adapters returns the sum of both.
     modules = {path: module for path, module in named_modules(model, remove_duplicate=False, adapted=True) if path}
     wanted: set[str] = set()
+    sides: dict[str, None] = {}
     for name in names:
         path, _, side = name.partition(":")
-        if side not in ("", "input", "output"):
-            raise ValueError(f"{name!r} ends in ':{side}': ':input' or ':output' can be captured")
+        if side not in ("", "input", "output", *PARTS) and not _SHARE.fullmatch(side):
+            raise ValueError(
+                f"{name!r} ends in ':{side}': ':input' or ':output' can be captured, of fused attention layers also "
+                "':query', ':key' and ':value', or ':1/3' and the like of equal parts"
+            )
         matching = [module_path for module_path in modules if _regex(path).fullmatch(module_path)]
         if not matching:
             raise ValueError(f"{name!r} matches no submodule of {type(model).__name__}: {_near(path, list(modules))}")
-        wanted |= {module_path + (":input" if side == "input" else "") for module_path in matching}
-    return {name: module for path, module in modules.items() for name in (f"{path}:input", path) if name in wanted}
+        sides[side] = None
+        wanted |= {module_path + (f":{side}" if side not in ("", "output") else "") for module_path in matching}
+    last = [f":{side}" for side in sorted(sides, key=_place) if side not in ("", "input", "output")]
+    return {
+        path + end: module for path, module in modules.items() for end in (":input", "", *last) if path + end in wanted
+    }
+
+
+def _place(side: str) -> tuple[int, str]:
+    return (PARTS.index(side) if side in PARTS else len(PARTS), side)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

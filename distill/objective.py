@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.features import make_projector, matches
-from distill.losses import FeatureLoss, LogitLoss, SoftTarget, check_classes, sampled_soft_target
+from distill.fused import check_relation
+from distill.losses import AttentionRelation, FeatureLoss, LogitLoss, SoftTarget, check_classes, sampled_soft_target
 from distill.terms import Layers, Losses, Progress, SoftTargets, Term, check_kind
 from workbench.distributed.ranks import world_size
 from workbench.randomness import same_random_state
@@ -276,6 +277,9 @@ class Objective(nn.Module):
                 f"with {len(of_teacher)} of the teacher ({', '.join(of_teacher) or 'none'}): name as many of each, in "
                 "order"
             )
+        if isinstance(term.loss, AttentionRelation):
+            for path in (*of_student, *of_teacher):
+                check_relation(path)  # a pattern may stand for a fused layer
         return [(student[one], teacher[other]) for one, other in zip(of_student, of_teacher)]
 
     def _layers(self, layers_of: Callable[[Term], list[str]], weights: Mapping[str, float] | None) -> list[str]:

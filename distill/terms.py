@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from distill.fused import check_relation
 from distill.losses import (
+    AttentionRelation,
     BernoulliTarget,
     EmbeddingCosine,
     FeatureLoss,
@@ -63,6 +65,11 @@ class Term:
         if self.decay is not None and self.decay.value < 1:
             raise ValueError(f"decay is {self.decay}: give at least 1it, or leave it out")
         named = self.student is not None or self.teacher is not None
+        if isinstance(self.loss, AttentionRelation):
+            for layers in (self.student.values() if isinstance(self.student, dict) else [self.student], [self.teacher]):
+                for each in layers:
+                    for path in [each] if isinstance(each, str) else each or ():
+                        check_relation(path)
         if isinstance(self.loss, FeatureLoss) and self.student is None:
             raise ValueError(f"{type(self.loss).__name__} compares features: name them, student: layers.1")
         if self.loss is None and (named or self.outputs is not None):

@@ -104,7 +104,8 @@ def attention_relation(student: Tensor, teacher: Tensor, valid: Tensor | None = 
     need agree. One of the paper's three terms: call it with queries, with keys and with values, and add.
 
     Args:
-        student: Queries, keys or values [B, L, D], their heads side by side.
+        student: Queries, keys or values [B, L, D], their heads side by side: the output of a layer ``query``, or of one
+            that makes all three at once a part of it, which :func:`distill.features.capture` names ``c_attn:query``.
         teacher: The same kind, [B, L, D'].
         valid: Bool [B] or [B, L]: the positions that count, as those that relate and those that are related to; all if
             None.

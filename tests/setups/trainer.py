@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from distill import DistillationCallback, DistillationTrainer, DistillModule
-from distill.losses import Hint, soft_target
+from distill.losses import AttentionRelation, Hint, attention_relation, soft_target
 from distill.objective import Objective, Outputs, SoftTargets, Term
 from tests.setups.base import Setup
 from workbench.tasks import LanguageModelling
@@ -274,6 +274,27 @@ def several_topics_at_once() -> None:
     assert more > soft + 1
 
 
+def relations_of_gpt2() -> None:
+    """The queries in c_attn, beside all of it, which is none of queries, keys and values."""
+    student, teacher, tokens = gpt2(8), gpt2(16), torch.randint(1, 23, (2, 6))
+    rows = [{"input_ids": each, "labels": each} for each in tokens]
+    with torch.no_grad():
+        queries = [
+            model.transformer.h[0].attn.c_attn(model.transformer.h[0].ln_1(model.transformer.wte(tokens) + at))
+            for model in (student, teacher)
+            for at in [model.transformer.wpe.weight[:6]]
+        ]
+    one, other = (each[..., : each.shape[-1] // 3] for each in queries)
+    name = "transformer.h.0.attn.c_attn"
+    with arguments(max_steps=1) as args:
+        losses = {"queries": Term(AttentionRelation(2), student=f"{name}:query")}
+        trainer = DistillationTrainer(student, args, train_dataset=rows, teacher=teacher, losses=losses)
+        trainer.train()
+    assert math.isclose(trainer.state.log_history[0]["queries"], attention_relation(one, other, heads=2), rel_tol=1e-3)
+    with pytest.raises(ValueError, match=r"name it, 'transformer.*c_attn:query'"):
+        Term(AttentionRelation(2), student=name)
+
+
 class Net(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -315,6 +336,7 @@ def compiled_fitted_and_distilled() -> None:
 
 
 SETUPS = [
+    Setup("fused attention", "attention relations of GPT-2", relations_of_gpt2),
     Setup("one logit", "transformers with num_labels=1", one_label_is_a_number),
     Setup("one logit", "the trainer on a binary model", a_cross_encoder_under_bce),
     Setup("independent labels", "multi_label_classification in a trainer", several_topics_at_once),
