@@ -21,7 +21,7 @@ TORCH_ONLY = {
         "levels",
         *("rewinding.snapshot", "rewinding.modes", "rewinding.start"),
     ),
-    "distill": ("losses", "features", "language"),
+    "distill": ("losses", "features", "fused", "language"),
 }
 TORCH_ONLY_GROUND = (
     *("models.anatomy", "models.forward", "models.matrices", "models.positions", "models.wrappers"),
