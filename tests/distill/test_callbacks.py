@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from distill import DistillationCallback, DistillModule, Teacher
 from distill.cache import CachedTeacher, cache_teacher
-from distill.losses import DKD, RKD, Hint, SoftTarget, soft_target
+from distill.losses import DKD, RKD, BernoulliTarget, Hint, SoftTarget, soft_target
 from distill.objective import SoftTargets, Term
 from tests.helpers.projectors import draw_alike
 from tests.helpers.ranks import on_ranks
@@ -25,7 +25,7 @@ from tests.helpers.trainers import BOTH, QUIET
 from workbench.checkpoints import compact
 from workbench.duration import Duration
 from workbench.models import MLP
-from workbench.tasks import Classification
+from workbench.tasks import Classification, OutputType
 from workbench.training.module import TaskModule
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -710,3 +710,45 @@ def test_a_parser_takes_it_in_either_namespace(tmp_path: Path) -> None:
         assert isinstance(made, DistillationCallback)
         assert made.objective.weights(lambda _: 0.0) == {"soft": 0.5, "hard": 0.5}
         assert isinstance(made.teacher.module, MLP)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"valid": lambda batch: batch[1] > 0},
+            "valid is given, and the TaskModule knows it, by its task Classification",
+        ),
+        ({"labels": lambda batch: batch[1]}, "labels is given, and the TaskModule knows it"),
+        ({"logits": 0}, "logits is given, and the TaskModule knows it"),
+        ({"outputs": "labels"}, "outputs are OutputType.*labels.*and those of Classification"),
+        ({"losses": {"z": Term(BernoulliTarget())}}, "which compares labels, and the outputs are classes"),
+    ],
+)
+def test_a_task_says_what_is_scored(options: dict[str, Any], message: str) -> None:
+    module = TaskModule(network(), Classification(3), SGD)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    before = weights(module)
+    with pytest.raises(ValueError, match=message):
+        fit(module, DistillationCallback(teacher(), **options))
+    assert equal(weights(module), before)
+
+
+def test_a_second_fit_may_have_other_outputs() -> None:
+    callback = DistillationCallback(teacher())
+    fit(theirs(), callback)
+    assert callback.objective.outputs == OutputType("classes")
+    module = theirs()
+    module.training_step = lambda batch, batch_idx: nn.functional.mse_loss(module(batch[0]), batch[1])
+    x, y = torch.randn(8, 6), 3 * torch.randn(8, 3)
+    fit(module, callback, loader=DataLoader(TensorDataset(x, y), 4))
+    assert callback.objective.outputs == OutputType("numbers")
+
+
+def test_labels_that_do_not_go_with_the_outputs_are_refused() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 6), torch.randint(3, (8, 2))), 4)
+    module = theirs()
+    module.training_step = lambda batch, batch_idx: module(batch[0]).square().mean()
+    with pytest.raises(ValueError, match=r"labels are torch.int64 \[4, 2\] and the outputs, which are classes"):
+        fit(module, DistillationCallback(teacher(), outputs="classes"), loader=loader)
+    fit(module, DistillationCallback(teacher(), outputs="classes", labels=lambda batch: batch[1][:, 0]), loader=loader)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from distill import DistillationCallback, Teacher, capture, losses
 from distill.losses import Hint, SoftTarget
 from distill.objective import Term
-from distill.targets import targets_of
+from distill.targets import as_teacher, targets_of
 from distill.teacher import eval_mode
 from tests.helpers.ranks import on_ranks
 
@@ -193,3 +193,13 @@ def test_modes_of_all_parts_come_back_also_after_an_exception() -> None:
         fail()
     assert [part.training for part in module.modules()] == before
     assert {True, False} == set(before)
+
+
+def test_where_the_logits_are_is_said_once() -> None:
+    given = Teacher(nn.Linear(3, 2))
+    named = as_teacher(given, "scores")
+    assert isinstance(named, Teacher)
+    assert (named.logits, given.logits) == ("scores", None)
+    assert as_teacher(named, "scores").logits == "scores"  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="teacher_logits is 'other', and the teacher's own logits 'scores': give one"):
+        as_teacher(named, "other")

@@ -22,6 +22,7 @@ from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import Int8Linear, quantize
 from workbench.models import MLP
 from workbench.records.source import Source
+from workbench.tasks import OutputType
 
 
 class Moody(nn.Module):
@@ -555,3 +556,36 @@ def test_teachers_of_unlike_classes_are_refused() -> None:
         Teacher([MLP(6, [5], 3), MLP(6, [5], 4)])(torch.randn(2, 6))
     with pytest.raises(ValueError, match="returned NoneType without logits"):
         Teacher([lambda: None, lambda: None])()
+
+
+class Named(nn.Module):
+    """Returns its logits under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.layer(x)}
+
+
+def test_logits_of_a_form_of_its_own() -> None:
+    one, other, x = Named(), Named(), torch.randn(4, 3)
+    teacher = Teacher(one, logits="scores")
+    assert torch.equal(teacher.select(teacher(x)), one(x)["scores"])
+    both = Teacher([one, other], logits="scores")
+    torch.testing.assert_close(both.select(both(x)), (one(x)["scores"] + other(x)["scores"]) / 2)
+    with pytest.raises(ValueError, match="the teacher returned dict without logits"):
+        Teacher(one).select(one(x))
+    assert len({made.fingerprint() for made in (teacher, Teacher(one), Teacher(one, logits=0))}) == 3
+
+
+def test_probabilities_are_averaged_of_classes_along_the_last_axis_only() -> None:
+    several = Teacher([Named(), Named()], average="probabilities", logits="scores")
+    several.check_outputs(OutputType("classes"))
+    for outputs in (OutputType("labels"), OutputType("classes", 1)):
+        with pytest.raises(ValueError, match="average probabilities of classes along the last axis"):
+            several.check_outputs(outputs)
+        Teacher([Named(), Named()]).check_outputs(outputs)
+    with pytest.raises(ValueError, match="a softmax over one class is always 1"):
+        Teacher([nn.Linear(3, 1), nn.Linear(3, 1)], average="probabilities")(torch.randn(4, 3))

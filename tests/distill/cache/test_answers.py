@@ -14,7 +14,7 @@ from distill.cache.writing import write
 from distill.teacher import Teacher
 from tests.helpers.cache_data import CLASSES, WIDTH, Speaking, Words, loader, pad, pad_left, pad_unlabelled
 from workbench.models import MLP
-from workbench.tasks import LanguageModelling, OutputType
+from workbench.tasks import Binary, LanguageModelling, OutputType
 
 
 def test_samples_of_several_lengths_are_stored_without_padding(tmp_path: Path) -> None:
@@ -154,3 +154,24 @@ def test_outputs_that_cannot_be_kept(tmp_path: Path) -> None:
     growing = iter(range(2, 100))
     with pytest.raises(ValueError, match=r"'logits' is float32 \[\d\] a sample in one batch and float32 \[2\] a"):
         cache_teacher(lambda x: torch.zeros(len(x), next(growing)), loader(), tmp_path)
+
+
+def test_logits_of_a_form_of_its_own_are_stored(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"scores": self.layer(x)}
+
+    network = Named()
+    cache_teacher(Teacher(network, logits="scores"), loader(), tmp_path)
+    for (x, _), targets in CachedTeacher(tmp_path).attach(loader(drop_last=True)):
+        assert torch.equal(targets["logits"], network(x)["scores"])
+
+
+@pytest.mark.parametrize(("outputs", "task"), [(1, None), (5, Binary())])
+def test_only_classes_are_sampled(tmp_path: Path, outputs: int, task: Any) -> None:
+    with pytest.raises(ValueError, match="only classes along the last axis"):
+        cache_teacher(nn.Linear(WIDTH, outputs), loader(), tmp_path, store="sampled", task=task)
