@@ -31,7 +31,7 @@ def main(summary: Summary, brief: bool = False) -> Table:
         (heading, True, lambda r: _change(r, alike)),
         ("on disk", True, lambda r: Cell(size(r.stored.bytes), r.stored.label, exact(r.stored.bytes))),
         ("times smaller", True, lambda r: Cell(times(r.smaller))),
-        ("took", True, _took),
+        ("took", True, lambda r: _took(r, brief)),
     ]
     columns = [column for column in columns if not (brief and column[0] in ("activation", "from", "kept"))]
     lines = [Line([cell(row) for _, _, cell in columns], row.stage.name) for row in summary.rows]
@@ -106,11 +106,11 @@ def _headings(summary: Summary) -> tuple[bool, str, str]:
     return (True, first.name, first.heading) if alike else (False, "metric", "change")
 
 
-def _took(row: Row) -> Cell:
+def _took(row: Row, brief: bool) -> Cell:
     """As the terminal has it; beside it the time of its trainings, which leaves out loading, saving and scoring."""
     stage, took = row.stage, row.stage.spent
     notes = ["all together"] if stage.family and took is not None else []
-    if stage.seconds is not None and duration(stage.seconds) != duration(took):
+    if not brief and stage.seconds is not None and duration(stage.seconds) != duration(took):
         notes.append(f"training {duration(stage.seconds)}")
     return Cell(duration(took), ", ".join(notes), seconds(took))
 
