@@ -369,7 +369,8 @@ class Policy(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Masks, one bit per weight, and how far the policy is; tensors and plain values."""
         masks = {} if self.masks is None else self.masks.state_dict()
-        return {"masks": masks, "updates": self._updates, "settings": self._settings(), **self._state()}
+        common = {"masks": masks, "updates": self._updates, "parameters": self._parameters}
+        return {**common, "settings": self._settings(), **self._state()}
 
     @final
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -380,8 +381,8 @@ class Policy(ABC):
         """
         check_same_settings(type(self).__name__, state_dict["settings"], self._settings())
         self.masks = Masks.from_state_dict(state_dict["masks"]) if state_dict["masks"] else None
-        self._updates = state_dict["updates"]
-        common = ("masks", "updates", "settings")
+        self._updates, self._parameters = state_dict["updates"], state_dict["parameters"]
+        common = ("masks", "updates", "parameters", "settings")
         self._load_state({name: value for name, value in state_dict.items() if name not in common})
         self._restored = True
 
