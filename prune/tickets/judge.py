@@ -61,15 +61,15 @@ class LevelScores:
 
 
 def judged(
-    groups: Sequence[Sequence[LevelScores]], delta: float, correction: Correction = "sequence"
+    groups: Sequence[Sequence[LevelScores]], delta: float, correction: Correction = "holm"
 ) -> list[list[LevelVerdict]]:
     """Judge every level of every group of hunts; at most 5 % of the time one that is no ticket is called one.
 
+    - ``holm``: Holm over all levels of all groups. A level that fails does not end it, so levels that are as easy for
+      the controls as for the ticket, as dense ones are, hide no ticket that is sparser.
     - ``sequence``: from dense to sparse, each level at the full level of the test, until one is not shown to be a
       ticket; sparser ones are not tested. Groups share 5 % equally, and one that is a ticket to its last level leaves
-      its share to the others.
-    - ``holm``: Holm over all levels of all groups. It has less power, and a level that fails does not end it: for
-      levels that are as easy for the controls as for the ticket.
+      its share to the others. It has more power where the ticket beats its controls from the first level on.
 
     A level is no ticket where it is significantly more than delta below a dense arm, or significantly below a control:
     after Holm over all comparisons of all levels and groups. What is neither is inconclusive.

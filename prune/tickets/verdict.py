@@ -44,7 +44,7 @@ def verdict(
     metric: str | None = None,
     split: Literal["test", "val"] = "test",
     levels: list[int] | None = None,
-    correction: Correction = "sequence",
+    correction: Correction = "holm",
     out: Path = Path("runs/verdict"),
 ) -> dict[str, Any]:
     """Judge whether the tickets of hunts over several seeds match the dense network and beat their controls.
@@ -64,8 +64,8 @@ def verdict(
         metric: The metric's name without its split, such as `accuracy`; the main metric by default.
         split: The split on which it is measured.
         levels: The levels to judge, chosen before their scores are seen; by default all that every hunt has.
-        correction: For their number: `sequence` tests from dense to sparse until the first level that is not shown to
-            be a ticket; `holm` tests all of them, each more strictly, for hunts whose dense levels are as easy for the
+        correction: For their number: `holm` tests all of them, each more strictly; `sequence` tests from dense to
+            sparse until the first level that is not shown to be a ticket, for hunts whose first level beats its
             controls.
         out: The stage's folder, given by the recipe.
 

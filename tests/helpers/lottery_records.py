@@ -124,7 +124,7 @@ def verdict(name: str, hunts: list[dict[str, Any]]) -> dict[str, Any]:
                 "overlap": {"jaccard": 0.9**number, "chance": 0.8**number, "pairs": 3} if len(hunts) > 1 else None,
             }
         )
-    family = {"correction": "sequence", "alpha": 0.05, "groups": 1, "levels": [each[0]["level"] for each in every[1:]]}
+    family = {"correction": "holm", "alpha": 0.05, "groups": 1, "levels": [each[0]["level"] for each in every[1:]]}
     return {
         "name": name,
         "hunts": [hunt["stage"] for hunt in hunts],

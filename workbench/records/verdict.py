@@ -81,13 +81,13 @@ class Family:
     """What is tested together: the chance of any false ticket in it is at most ``alpha``.
 
     Attributes:
-        correction: ``sequence``, from dense to sparse until the first that is not shown to be a ticket; or ``holm``.
+        correction: ``holm``; or ``sequence``, from dense to sparse until the first that is not shown to be a ticket.
         alpha: Of the whole family.
         groups: Of hunts, which share it.
         levels: Of this group that are tested, in order.
     """
 
-    correction: str = "sequence"
+    correction: str = "holm"
     alpha: float = 0.05
     groups: int = 1
     levels: list[int] = field(default_factory=list)

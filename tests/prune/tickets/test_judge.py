@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prune.tickets.judge import ALPHA, LevelScores, judged
+from prune.tickets.judge import ALPHA, Correction, LevelScores, judged
 from workbench.evaluation.statistics import fixed_sequences
 from workbench.records import LevelVerdict
 
@@ -157,37 +157,52 @@ def drawn(levels: int, seeds: int, draw: np.random.Generator, arms: Mapping[str,
 def test_a_sequence_ends_at_its_first_failure() -> None:
     good, bad = scores(reinit=WORSE), scores(reinit=[t + d for t, d in zip(TICKET, (0.01, -0.01, 0.02, -0.01))])
     levels = [LevelScores(each.ticket, each.dense, each.controls, n) for n, each in enumerate((good, bad, good), 1)]
-    (found,) = judged([levels], 0.005)
+    (found,) = judged([levels], 0.005, "sequence")
     assert [each.verdict for each in found] == ["ticket", "inconclusive", "inconclusive"]
     assert [each.alpha for each in found] == [ALPHA, ALPHA, None]
     assert found[1].decided_by == ["reinit"]
     assert found[2].why == "not tested, as the sequence from dense to sparse ended at level 2"
     assert found[2].beats["reinit"].holds is None
-    (every,) = judged([levels], 0.005, "holm")
+    (every,) = judged([levels], 0.005)
     assert [each.verdict for each in every] == ["ticket", "inconclusive", "ticket"]
     with pytest.raises(ValueError, match="correction is 'none': choose sequence or holm"):
         judged([levels], 0.005, "none")  # type: ignore[arg-type]
 
 
-def test_twelve_levels_without_a_ticket_seldom_show_one() -> None:
+def test_dense_levels_at_which_controls_are_as_good_hide_no_ticket() -> None:
+    """As in most hunts. A sequence ends at the first of them: it finds a ticket in 1 of 100 such hunts, Holm in 99."""
+    draw, shown = np.random.default_rng(3), {"holm": 0, "sequence": 0}
+    for _ in range(10):
+        levels = drawn(3, 5, draw, {"ticket": 0.0, "reinit": 0.0})
+        levels += drawn(4, 5, draw, {"ticket": 0.0, "reinit": -0.03})
+        for correction in shown:
+            (found,) = judged([levels], 0.02, correction)
+            shown[correction] += any(each.verdict == "ticket" for each in found[3:])
+    assert shown == {"holm": 10, "sequence": 0}
+
+
+@pytest.mark.parametrize("correction", ["holm", "sequence"])
+def test_twelve_levels_without_a_ticket_seldom_show_one(correction: Correction) -> None:
     """46 % of hunts would, each level at 5 %: 12 of 25. More than 4 are seen by chance less than once in a hundred."""
     draw = np.random.default_rng(1)
     shown = 0
     for _ in range(25):
-        (found,) = judged([drawn(12, 5, draw, {"ticket": 0.0, "reinit": 0.0})], 0.02)
+        (found,) = judged([drawn(12, 5, draw, {"ticket": 0.0, "reinit": 0.0})], 0.02, correction)
         shown += any(each.verdict == "ticket" for each in found)
     assert shown <= 4
 
 
+@pytest.mark.parametrize("chained", [True, False])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_family_wise_error_rate_is_nominal(groups: int) -> None:
+def test_the_family_wise_error_rate_is_nominal(groups: int, chained: bool) -> None:
     """The procedure on p values of the same t tests, often enough to see 5 %; 12 levels, 5 seeds, no ticket."""
     draw, hunts = np.random.default_rng(2), 4000
     difference = draw.normal(size=(hunts, groups, 12, 5)) - draw.normal(size=(hunts, groups, 12, 5))
     p = stats.ttest_1samp(difference, 0.0, axis=-1, alternative="greater").pvalue
+    chains = p if chained else p.reshape(hunts, groups * 12, 1)
     false = sum(
         any(p <= at for chain, levels in zip(hunt, fixed_sequences(hunt)) for p, at in zip(chain, levels) if at)
-        for hunt in p.tolist()
+        for hunt in chains.tolist()
     )
     assert 0.04 <= false / hunts <= 0.055, "without it .46 and .84"
     assert (p <= ALPHA).any((1, 2)).mean() > 0.4

@@ -133,13 +133,14 @@ def test_all_levels_of_all_groups_are_one_family(tmp_path: Path) -> None:
             runs.append({"name": f"seed-{seed}", "folder": f"seed-{seed}", "over": {"seed": seed}})
         records.write(tmp_path / group, {"job": "sweep", "status": "finished", "runs": runs})
     sources = [Source(tmp_path / group) for group in ("a", "b")]
-    first, second = verdict(sources)["verdicts"]
+    first, second = verdict(sources, correction="sequence")["verdicts"]
     assert first["family"] == {"correction": "sequence", "alpha": 0.05, "groups": 2, "levels": [1, 2]}
     assert [level.get("alpha") for level in first["levels"]] == [None, 0.025, 0.025]
     assert [level.get("alpha") for level in second["levels"]] == [None, 0.05, None], "the first left it its share"
     assert [level["verdict"] for level in second["levels"]] == ["dense", "inconclusive", "inconclusive"]
     assert second["levels"][1]["decided_by"] == ["reinit"]
-    every = verdict(sources, correction="holm")["verdicts"][1]
+    every = verdict(sources)["verdicts"][1]
+    assert every["family"] == {"correction": "holm", "alpha": 0.05, "groups": 2, "levels": [1, 2]}
     assert [level["verdict"] for level in every["levels"]] == ["dense", "inconclusive", "ticket"]
     (difference,) = verdict(sources)["differences"]
     assert difference["comparisons"] == 3
@@ -150,8 +151,9 @@ def test_levels_are_chosen_beforehand(tmp_path: Path) -> None:
     for seed, source in enumerate(hunts):
         rescored(source, "reinit", {1: 0.95 + 0.001 * seed})
     (found,) = verdict(hunts)["verdicts"]
-    assert [level["verdict"] for level in found["levels"]] == ["dense", "inconclusive", "inconclusive"]
+    assert [level.get("alpha") for level in found["levels"]] == [None, 0.05, 0.025]
     (found,) = verdict(hunts, levels=[2])["verdicts"]
+    assert found["levels"][2]["alpha"] == 0.05
     assert [level["verdict"] for level in found["levels"]] == ["dense", "inconclusive", "ticket"]
     assert found["levels"][1]["why"] == "not chosen to be judged"
     assert found["levels"][1]["means"]["reinit"]["n"] == 4
