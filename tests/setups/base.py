@@ -23,6 +23,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "one logit": (
         "a linear layer to one number under BCE",
         "transformers with num_labels=1",
+        "a cross-encoder with the callback",
         "logits squeezed to [B]",
         "the callback on a binary module",
         "the trainer on a binary model",

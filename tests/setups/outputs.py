@@ -385,7 +385,7 @@ def documented_valid() -> None:
 
 SETUPS = [
     Setup("one logit", "a linear layer to one number under BCE", one_number_under_bce),
-    Setup("one logit", "transformers with num_labels=1", cross_encoder),
+    Setup("one logit", "a cross-encoder with the callback", cross_encoder),
     Setup("one logit", "logits squeezed to [B]", squeezed),
     Setup("one logit", "the callback on a binary module", callback_on_a_binary_module),
     Setup("independent labels", "a multi-label module with the callback", callback_on_a_multi_label_module),

@@ -79,9 +79,9 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["stage 'teacher', key 'model.init_args.in_features'", "is 'many': expected int"],
     ),
     "null for a number": (
-        GOOD.replace("teacher: teacher", "teacher: teacher, temperature: null"),
+        GOOD.replace("teacher: teacher", "teacher: teacher, alpha: null"),
         [],
-        ["stage 'student', key 'temperature'", "is null: expected float"],
+        ["stage 'student', key 'alpha'", "is null: expected float"],
     ),
     "missing argument": (
         job("{job: fit}"),

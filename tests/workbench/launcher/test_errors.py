@@ -279,7 +279,7 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
         "export",
         {"of": "x", "level": "lst"},
         "level",
-        "is 'lst': expected int or 'last' or 'winning'; did you mean 'last'?",
+        "is 'lst': expected int or 'last' or 'winning' or null; did you mean 'last'?",
     ),
     (
         "distill",

@@ -177,6 +177,7 @@ def test_matrices_are_pruned_and_embeddings_are_not(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("structure", ["head", "ffn"])
+@pytest.mark.filterwarnings("ignore:.*matrices that stay dense.* not covered by")
 def test_pruned_heads_and_units_are_taken_out(kind: str, structure: str, tmp_path: Path) -> None:
     model, x = built(kind).float(), inputs_for(kind)
     x = x.float() if x.is_floating_point() else x

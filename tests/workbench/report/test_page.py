@@ -91,7 +91,7 @@ def test_metrics_of_two_kinds_get_a_figure_each(tmp_path):
     page = page_of(tmp_path, records)
     assert (tmp_path / "run/report/figures/learning-2.svg").exists()
     assert "validation loss, lower is better" in page
-    assert cells(page, "stages")[1][7:9] == ["0.0222 loss", "419.1 kB"], "no change between two metrics"
+    assert cells(page, "stages")[1][8:10] == ["0.0222 loss", "419.1 kB"], "no change between two metrics"
 
 
 @pytest.mark.parametrize("key", sorted({*record(""), "metrics", "size", "levels", "history", "exports"} - {"format"}))

@@ -88,7 +88,9 @@ def test_the_page_recommends_the_level_that_exports_take(tmp_path):
     run = write_records(tmp_path, entry, exported)
     (hunt,) = hunts_of(run)
     said = section.sparsest(hunt)
-    assert said.startswith("Sparsest level within 0.5 points of level 0 on validation data: level 2, density 16.8%")
+    assert said.startswith(
+        "Sparsest level within 0.5 points of level 0 on validation data: level 2, 17% of the model, density 16.8%"
+    )
     lost = 100 * (entry["levels"][0]["metrics"]["val/accuracy"] - entry["levels"][3]["metrics"]["val/accuracy"])
     assert said.endswith(f"; level 3 is {lost:.2f} points below level 0 on validation data.")
     assert [line.marked for line in section.levels(hunt).lines] == [False, False, True, False, False]
