@@ -47,7 +47,8 @@ class DistillModule(SupervisedModule):
     torch's global generator, which those of recipes do not: dropout then differs.
 
     A loss on features is a mean over the tokens, or samples, of a micro-batch. Micro-batches are then weighted by their
-    valid positions, so with padding it is not quite the mean over all tokens of an update.
+    valid positions, so with padding it is not quite the mean over all tokens of an update. With class weights of the
+    task they are weighted by the sum of these, the teacher's part too, which then depends on how an update is split.
 
     Args:
         student: The network to train, afterwards ``network``; or several by name.
