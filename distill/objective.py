@@ -169,8 +169,8 @@ class Objective(nn.Module):
             teacher: Those of the teacher.
             weights: From :meth:`weights`.
             task_loss: Outputs -> the task's own loss.
-            valid: Valid positions: bool, of the outputs' shape without the classes or the embedding; of labels and
-                numbers, which count each by itself, of the whole shape or of its leading axes. All if None.
+            valid: Valid positions: bool, of the outputs' shape without the classes or the embedding, of labels and
+                numbers, which count each by itself, of the whole shape; or of its leading axes. All if None.
             labels: Hard labels at these positions, for terms that need them.
             tokens: Bool [B, L], True at tokens that are not padding, also those of a prompt; masks features that have
                 one position a token.
@@ -326,15 +326,15 @@ def _scored_loss(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """A loss of outputs in scored form; ``valid`` of labels and numbers may be of their leading axes."""
+    """A loss of outputs in scored form; ``valid`` may be of the leading axes of what counts by itself."""
     if outputs.kind == "classes":
         check_classes(student)
-    if outputs.elementwise:
-        if valid is not None and valid.shape != student.shape and valid.shape == student.shape[: valid.ndim]:
-            valid = valid.reshape(*valid.shape, *[1] * (student.ndim - valid.ndim)).expand_as(student)
-        if "classes" in loss.kinds:
-            # To a loss over the last axis each is a vector of its own.
-            student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
+    shape = student.shape if outputs.elementwise else student.shape[:-1]
+    if valid is not None and valid.shape != shape and valid.shape == shape[: valid.ndim]:
+        valid = valid.reshape(*valid.shape, *[1] * (len(shape) - valid.ndim)).expand(shape)
+    if outputs.elementwise and "classes" in loss.kinds:
+        # To a loss over the last axis each is a vector of its own.
+        student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
     return loss(student, teacher, valid, labels)
 
 

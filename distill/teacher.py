@@ -201,13 +201,16 @@ def averaged(logits: Sequence[Tensor], weights: Sequence[float], average: Averag
 
     Returns:
         [..., classes], at least float32.
+
+    Raises:
+        ValueError: If probabilities of fewer than two classes are to be averaged.
     """
-    check_classes(logits[0])
     wide = [each if each.dtype == torch.float64 else each.float() for each in logits]
     if average == "logits":
         # A teacher of weight 0 is left out: 0 * inf is NaN.
         parts = [weight * each for weight, each in zip(weights, wide) if weight > 0]
         return torch.stack(parts).sum(0)
+    check_classes(logits[0])
     parts = [math.log(weight) + torch.log_softmax(each, -1) for weight, each in zip(weights, wide) if weight > 0]
     return torch.logsumexp(torch.stack(parts), 0)
 

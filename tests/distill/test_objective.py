@@ -332,6 +332,26 @@ def test_heads_are_compared_by_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [
+        ([4, 3], OutputType("classes")),
+        ([4, 5, 3], OutputType("classes")),
+        ([4, 3, 6, 7], OutputType("classes", 1)),
+        ([4, 5, 3], OutputType("labels")),
+    ],
+)
+def test_samples_that_count_are_those_of_every_position_of_a_head(shape: list[int], outputs: OutputType) -> None:
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    loss = SoftTarget() if outputs.kind == "classes" else BernoulliTarget()
+    objective = Objective({"head": Term(loss, student="a", outputs=outputs)})
+    valid = torch.tensor([True, False, True, True])
+    pair = Outputs(torch.tensor(1.0), {"a": student}), Outputs(None, {"a": teacher})
+    found = objective(*pair, {"head": 1.0}, own, valid=valid)["head"]
+    expected = loss(outputs.scored(student)[valid], outputs.scored(teacher)[valid])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Term(SoftTarget(), student="a"), "SoftTarget on submodules compares the outputs of heads: name them"),

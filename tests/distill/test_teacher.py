@@ -426,6 +426,14 @@ def test_several_are_averaged_by_their_weights(average: Any) -> None:
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_several_of_one_output_are_averaged() -> None:
+    networks, x = [nn.Linear(6, 1), nn.Linear(6, 1)], torch.randn(4, 6)
+    torch.testing.assert_close(Teacher(networks, weights=[3, 1])(x), 0.75 * networks[0](x) + 0.25 * networks[1](x))
+    assert averaged([torch.tensor(2.0), torch.tensor(4.0)], [0.5, 0.5]) == 3
+    with pytest.raises(ValueError, match="over one class is always 1"):
+        averaged([torch.zeros(4, 1)] * 2, [0.5, 0.5], "probabilities")
+
+
 def test_equal_weights_by_default_and_impossible_classes_stay_impossible() -> None:
     one, other = torch.tensor([[0.0, 1.0, -math.inf]]), torch.tensor([[2.0, 1.0, -math.inf]])
     assert Teacher([lambda: one, lambda: other])().tolist() == [[1.0, 1.0, -math.inf]]
