@@ -90,7 +90,9 @@ def axes_of(pruner: Pruner) -> dict[str, Any]:
     """What a pruner goes by, for :func:`check_same_settings`."""
     scope = {"include": patterns_of(pruner.include), "exclude": patterns_of(pruner.exclude)}
     chosen = {word: [named(each) for each in patterns] for word, patterns in scope.items() if patterns is not None}
-    return {**{axis: named(value) for axis, value in pruner.axes._asdict().items()}, **chosen}
+    group = pruner.axes.criterion.group if pruner.group is None else pruner.group
+    rest = {"output": pruner.output, "seed": pruner.seed, "smallest": pruner.smallest, "group": group}
+    return {**{axis: named(value) for axis, value in pruner.axes._asdict().items()}, **chosen, **rest}
 
 
 @final
@@ -141,5 +143,5 @@ def _alive(weight: nn.Parameter, mask: Tensor) -> int:
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:
-    """Whether it has state, or counts a step; plain SGD has neither."""
-    return any(bool(state) for state in optimizer.state.values())
+    """Whether it counts a step, or has state without a count; plain SGD has neither, Adagrad has state from the start."""
+    return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)

@@ -24,6 +24,10 @@ def gradual(**changed: Any) -> Gradual:
         (gradual, {"end": "8it", "every": "1it"}, "end 8it instead of 6it, every 1it instead of 2it"),
         (gradual, {"schedule": "linear"}, "schedule linear instead of cubic"),
         (gradual, {"pruner": Pruner("random", exclude="0.*")}, "criterion random instead of magnitude, exclude"),
+        (gradual, {"pruner": Pruner(group="sum")}, "group sum instead of mean"),
+        (gradual, {"pruner": Pruner(smallest=50)}, "smallest 50 instead of 1"),
+        (gradual, {"pruner": Pruner(seed=1)}, "seed 1 instead of 0"),
+        (gradual, {"pruner": Pruner(output="2.*")}, r"output 2\.\*"),
         (
             lambda **c: Dynamic(**{"density": 0.3, "begin": "1it", "end": "6it", "every": "2it", **c}),
             {"density": 0.2},
@@ -55,6 +59,17 @@ def test_a_policy_without_its_state_does_not_start_in_the_middle(optimizer: Any)
     with gradual().follow(model, stepper, anew=True):
         train(model, stepper, 1, 7)
     assert zeros(Pruner().scope(model)) == 0.8
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.AdamW, torch.optim.Rprop, torch.optim.LBFGS])
+def test_state_from_the_start_is_no_step(make: Any) -> None:
+    model = net()
+    optimizer = make(model.parameters(), lr=0.01)
+    gradual().follow(model, optimizer).remove()
+    model(torch.ones(1, 6)).sum().backward()
+    optimizer.step(lambda: torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"^\w+ has stepped already"):
+        gradual().follow(model, optimizer)
 
 
 def test_layers_of_zeros_are_no_sign() -> None:
