@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune.masks.memory import shared_memory
 from workbench.distributed.ranks import rank
-from workbench.models.matrices import refusal
+from workbench.models.matrices import named_as_no_matrix, refusal
 from workbench.models.wrappers import submodule
 
 _SHOWN = 3
@@ -88,5 +88,6 @@ def _is_exempt(model: nn.Module, name: str) -> bool:
     above, _, marker = owner.rpartition(".")
     path, attribute = (above, tensor) if marker == "parametrizations" else (path, attribute)
     kind = type(submodule(model, path)).__name__.lower()
-    named = any(word in attribute.lower() for word in ("embed", "position", "bias"))
-    return named or "embedding" in kind or re.search(r"norm(\dd)?$", kind) is not None
+    called = next((step for step in reversed(path.lower().split(".")) if not step.isdigit()), "")
+    norm = re.search(r"norm(\dd)?$", kind) or re.search(r"norm(_?\d+|\dd)?$", called)
+    return named_as_no_matrix(attribute) or "embedding" in kind or norm is not None

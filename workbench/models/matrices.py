@@ -209,7 +209,7 @@ def _as_matrix(
             attention = isinstance(module, NonDynamicallyQuantizableLinear)
             kind = "bilinear" if isinstance(module, nn.Bilinear) else "attention" if attention else "linear"
             layout["transposed"] = conv1d
-    elif _is_experts(module) and not _lazy(parameter) and parameter.dim() == 3:
+    elif not _lazy(parameter) and _holds_experts(module, attribute, parameter):
         kind, layout = "experts", {"experts": len(parameter), "transposed": _inputs_first(module, attribute)}
     if kind is not None:
         yield name, Matrix(module, attribute, parameter, kind, **layout, **rest)
@@ -228,9 +228,20 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(each.__name__ == "Conv1D" for each in type(module).__mro__) and not isinstance(module, _ConvNd)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def named_as_no_matrix(attribute: str) -> bool:
+    """Whether a parameter is called a bias, an embedding or a position."""
+    return any(word in attribute.lower() for word in ("embed", "position", "bias"))
+
+
+def _holds_experts(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
+    """Whether the parameter has a matrix of each expert; a network with experts may have 3-D tokens and positions."""
+    if parameter.dim() != 3 or min(parameter.shape[1:]) < 2 or named_as_no_matrix(attribute):
+        return False
+    number = getattr(module, "num_experts", None)
+    if isinstance(number, int):
+        return len(parameter) == number
     name = type(module).__name__.lower()
-    return "expert" in name or "moe" in name or isinstance(getattr(module, "num_experts", None), int)
+    return len(parameter) > 1 and ("expert" in name or "moe" in name)
 
 
 def _inputs_first(module: nn.Module, attribute: str) -> bool | None:

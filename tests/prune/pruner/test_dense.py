@@ -47,6 +47,20 @@ def test_matrices_outside_embeddings_and_norms_are_named_with_their_shares() -> 
         Pruner()(Net(), 0.5)
 
 
+class RMS2d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 5))
+
+
+@pytest.mark.parametrize("name", ["norm", "norm1", "q_norm", "mixer"])
+def test_a_norm_of_ones_own_is_known_by_what_it_is_called(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.add_module(name, RMS2d())
+    told = [each.name for each in Scope(net, Unstructured()).dense]
+    assert told == ([f"{name}.weight"] if name == "mixer" else [])
+
+
 def test_it_is_said_once_a_network() -> None:
     net = Net()
     with pytest.warns(UserWarning, match="stay dense"):

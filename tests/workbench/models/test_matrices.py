@@ -115,6 +115,23 @@ def test_experts_of_ones_own_may_not_tell_which_dimension_is_of_inputs() -> None
     assert not matrices(Experts(is_transposed=False))["up"].transposed
 
 
+class MoEViT(nn.Module):
+    """A network named after its experts, which has other parameters of three dimensions."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.slots, self.prompt = nn.Parameter(torch.randn(1, 6, 8)), nn.Parameter(torch.randn(3, 1, 8))
+        self.up, self.up_bias = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(3, 4, 12))
+        vars(self).update(sizes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_experts": 3}])
+def test_of_a_network_with_experts_only_their_weights_are_matrices(sizes: dict[str, int]) -> None:
+    assert list(matrices(MoEViT(**sizes))) == ["up"]
+    assert not matrices(MoEViT(num_experts=4)), "3 are no matrix for each of 4 experts"
+
+
 # Parametrizations
 
 
