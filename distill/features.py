@@ -150,7 +150,9 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
             called it more than once, gave it no tensor, or changed it in place afterwards.
     """
     model = _without_wrappers(model)
-    sites = _sites(model, [names] if isinstance(names, str) else names)
+    # A layer with adapters returns the sum of both.
+    modules = dict(named_modules(model, remove_duplicate=False, adapted=True))
+    sites = _sites(model, modules, [names] if isinstance(names, str) else names)
     features = Features(sites, clone)
     if not sites:
         yield features
@@ -168,7 +170,7 @@ def capture(model: nn.Module, names: str | Iterable[str], clone: bool = False) -
                 hook = functools.partial(_put_input, features, name)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             elif side:
-                part = splitter(_owner(model, path), module, path, side)
+                part = splitter(modules.get(path.rpartition(".")[0], model), module, path, side)
                 hook = functools.partial(_put_part, features, name, part)
                 handle = module.register_forward_hook(hook, with_kwargs=True)
             else:
@@ -249,12 +251,6 @@ def _put_part(features: Features, name: str, part: Any, module: nn.Module, args:
     features._put(name, part(args, kwargs, output))
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    """The module that a layer belongs to."""
-    above = path.rpartition(".")[0]
-    return dict(named_modules(model, remove_duplicate=False, adapted=True))[above] if above else model
-
-
 def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a nest of sequences and mappings."""
     if isinstance(value, Tensor):
@@ -285,10 +281,9 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
     return unwrap(model)
 
 
-def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The module of every name that is to be captured, in order."""
-    # A layer with adapters returns the sum of both.
-    modules = {path: module for path, module in named_modules(model, remove_duplicate=False, adapted=True) if path}
+def _sites(model: nn.Module, modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, nn.Module]:
+    """The module of every name that is to be captured, in order, of all ``modules`` by path."""
+    modules = {path: module for path, module in modules.items() if path}
     wanted: set[str] = set()
     sides: dict[str, None] = {}
     for name in names:
@@ -298,7 +293,8 @@ def _sites(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
                 f"{name!r} ends in ':{side}': ':input' or ':output' can be captured, of fused attention layers also "
                 "':query', ':key' and ':value', or ':1/3' and the like of equal parts"
             )
-        matching = [module_path for module_path in modules if _regex(path).fullmatch(module_path)]
+        matches_path = _regex(path).fullmatch
+        matching = [module_path for module_path in modules if matches_path(module_path)]
         if not matching:
             raise ValueError(f"{name!r} matches no submodule of {type(model).__name__}: {_near(path, list(modules))}")
         sides[side] = None
@@ -313,6 +309,7 @@ def _place(side: str) -> tuple[int, str]:
     return (PARTS.index(side) if side in PARTS else len(PARTS), side)
 
 
+@functools.lru_cache(maxsize=1024)
 def _regex(pattern: str) -> re.Pattern[str]:
     meaning = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     parts = []

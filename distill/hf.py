@@ -94,7 +94,8 @@ class DistillationMixin(_Trainer):
         outputs: What the outputs are: ``"classes"`` along the last axis, ``"labels"``, ``"numbers"`` or
             ``"embedding"``; for classes along axis 1 ``OutputType("classes", class_dim=1)``. If None, the model's class
             says it, else ``config.problem_type``, else its own loss (one output of a classifier is a number, float
-            labels are independent), else the labels of the first batch (:func:`workbench.tasks.outputs.infer`).
+            labels are independent), else the labels of the first batch (:func:`workbench.tasks.outputs.infer`). Where
+            ``compute_loss_func`` is given or a Trainer has its own ``compute_loss``, the model's loss says nothing.
         logits: Where the logits are in what the model returns: a key, an index or a function, see
             :func:`workbench.tasks.select_logits`; ``logits`` if None.
         teacher_logits: The same for the teacher.
@@ -136,7 +137,7 @@ class DistillationMixin(_Trainer):
             self._set_signature_columns_if_needed()
             check_columns(self.train_dataset, self._signature_columns or (), self.teacher)
         self._vocabulary = vocabulary_for(student, self.teacher, self.processing_class, teacher_tokenizer, vocabulary)
-        known = self.objective.outputs or outputs_for(student, self.compute_loss_func is None)
+        known = self.objective.outputs or outputs_for(student, self._loss_is_the_models)
         if known is not None:
             self._resolve(known, said=outputs is not None)
         # compute_loss divides by the positions of the whole update, so the Trainer must not divide by the number of
@@ -291,6 +292,12 @@ class DistillationMixin(_Trainer):
             self.objective.projectors.load_state_dict(load_file(path))
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    @property
+    def _loss_is_the_models(self) -> bool:
+        """Whether the own loss is what the model returns, rather than that of a function or of another Trainer."""
+        theirs = {each for each in type(self).__mro__ if "compute_loss" in vars(each)} - {DistillationMixin, Trainer}
+        return self.compute_loss_func is None and not theirs
+
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float]) -> tuple[Any, Any]:
         """The loss of the Trainer without a teacher, a mean over this batch, and the model's output.
 
@@ -334,8 +341,8 @@ class DistillationMixin(_Trainer):
         if self.objective.outputs is None:
             labels = inputs.get("labels")
             config = getattr(unwrap(self.accelerator.unwrap_model(self.model), adapters=True), "config", None)
-            # What the configuration says of one output holds for the model's own loss.
-            known = config if self.compute_loss_func is None else None
+            # What the configuration says of one output holds for the loss that the model returns.
+            known = config if self._loss_is_the_models else None
             self._resolve(infer(logits, labels if isinstance(labels, Tensor) else None, known))
         assert self.objective.outputs is not None
         return self.objective.outputs.scored(logits)
@@ -345,7 +352,8 @@ class DistillationMixin(_Trainer):
         if isinstance(self.teacher, Teacher):
             self.teacher.check_outputs(outputs)
             for network in () if said else self.teacher.networks:
-                if (other := outputs_for(network)) not in (None, outputs):
+                # By which loss it was trained is not known.
+                if (other := outputs_for(network, own_loss=False)) not in (None, outputs):
                     raise ValueError(
                         f"the student's outputs are {outputs} and the teacher's {other}, by their classes and "
                         "config.problem_type: distil a model of one kind, or say by the argument outputs what both are"

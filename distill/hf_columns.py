@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from distill.cache import CachedTeacher
 from distill.teacher import Teacher
@@ -28,14 +29,17 @@ def check_columns(dataset: Any, kept: Collection[str], teacher: Teacher | Cached
     """Refuse to drop a column that a teacher may need which takes any argument.
 
     Args:
-        dataset: The training set.
+        dataset: The training set; one without a length is not looked into.
         kept: Columns that are not dropped.
         teacher: The teacher, for which no columns were named.
 
     Raises:
         ValueError: If there is such a column, with numbers in it.
     """
-    if isinstance(teacher, CachedTeacher) or None not in teacher.keywords or not hasattr(dataset, "__getitem__"):
+    if isinstance(teacher, CachedTeacher) or None not in teacher.keywords:
+        return
+    # An iterable one has torch's __getitem__, which raises, and its first sample may be its only one.
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return
     sample = dataset[0] if len(dataset) else {}
     if not hasattr(sample, "items"):

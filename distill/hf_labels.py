@@ -106,6 +106,8 @@ class Positions(NamedTuple):
         """
         if outputs.elementwise or outputs.class_dim != -1:
             own = labels if isinstance(labels, Tensor) else None
+            if own is not None and not own.is_floating_point() and own.dtype != torch.bool:
+                own = own.long()  # small integers have no room for the ignored label
             if own is not None and outputs.elementwise and own.ndim == 3 and logits.ndim == 4:
                 own = own.unsqueeze(1)  # of a segmentation in two
             return outputs.positions(logits, own, ignored)
@@ -128,8 +130,9 @@ def scored_positions(inputs: Mapping[str, Any], label_spec: LabelSpec) -> Positi
     targets = labels if ready is None else ready
     if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):
         cut = label_spec.causal and ready is None and targets.ndim == 2
-        targets = targets[:, 1:] if cut else targets
-        return Positions(targets != label_spec.ignored, targets.long(), cut)
+        # As long first: to uint8 labels -100 would be 156.
+        targets = (targets[:, 1:] if cut else targets).long()
+        return Positions(targets != label_spec.ignored, targets, cut)
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     tokens = inputs.get("input_ids")
     if targets is None and label_spec.tokens and isinstance(tokens, Tensor) and tokens.ndim == 2:

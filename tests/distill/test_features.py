@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.features import Features, capture, is_compiled, make_projector, matches
 from tests.helpers.ranks import on_ranks
+from workbench.models.wrappers import named_modules
 
 
 class Block(nn.Module):
@@ -516,3 +517,21 @@ def test_what_was_compiled_is_known() -> None:
     part[0] = torch.compile(part[0], backend="eager")  # type: ignore[index,operator]
     method.forward = torch.compile(method.forward, backend="eager")  # type: ignore[method-assign]
     assert all(map(is_compiled, (in_place, part, method)))
+
+
+def test_modules_are_listed_once_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts of fused layers are captured."""
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=4, n_head=2, n_positions=4))
+    walks = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        walks.append(args)
+        return named_modules(*args, **kwargs)
+
+    monkeypatch.setattr("distill.features.named_modules", counted)
+    with capture(model, "h.*.attn.c_attn:query") as features:
+        model(torch.tensor([[1, 2, 3]]))
+        assert [features[f"h.{layer}.attn.c_attn:query"].shape for layer in range(4)] == [(1, 3, 4)] * 4
+    assert len(walks) == 1

@@ -627,6 +627,47 @@ def test_what_the_outputs_are_decides_the_soft_loss(kind: str, labels: int, tmp_
     assert trainer.objective.outputs == OutputType(kind)  # type: ignore[arg-type]
 
 
+def binary_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(outputs.logits.squeeze(-1), labels.float())
+
+
+class CrossEncoderTrainer(Trainer):
+    """As people write one for pairs of texts: its own loss on one logit, the labels still given to the model."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = binary_entropy(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("way", ["compute_loss", "compute_loss_func"])
+def test_one_logit_under_another_loss_is_no_regression(way: str, tmp_path: Path) -> None:
+    class Mine(DistillationMixin, CrossEncoderTrainer):
+        pass
+
+    cls, own = (Mine, {}) if way == "compute_loss" else (DistillationTrainer, {"compute_loss_func": binary_entropy})
+    rows = sentences(4)
+    for index, row in enumerate(rows):
+        row["labels"] = torch.tensor(index % 2)
+    student, teacher = classifier(num_labels=1), expert(num_labels=1)
+    batch = collated([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows])
+    one, other = student.eval()(**batch).logits.detach(), teacher.eval()(**batch).logits.detach()
+    trainer = trained(tmp_path, student, teacher, rows, cls, losses=SoftTargets(2.0, 0.5), max_steps=1, **own)
+    assert trainer.objective.outputs == OutputType("labels")
+    assert trainer.state.log_history[0]["soft"] == pytest.approx(bernoulli(one, other, 2.0).item(), rel=1e-3)
+    for row in rows:
+        row["labels"] = row["labels"].float()
+    with pytest.raises(ValueError, match="Say it by the argument outputs"):
+        trained(tmp_path, classifier(num_labels=1), teacher, rows, cls, losses=SoftTargets(2.0, 0.5), **own)
+    regressor = expert(num_labels=1, problem_type="regression")
+    with pytest.raises(ValueError, match=r"student's outputs are .*labels.* and the teacher's .*numbers"):
+        trained(
+            tmp_path, classifier(num_labels=1, problem_type="multi_label_classification"), regressor, rows, cls, **own
+        )
+
+
 def test_pixels_have_their_classes_on_axis_1_and_their_own_ignored_label(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 8, 8))
@@ -805,6 +846,16 @@ def test_positions() -> None:
     assert not scored_positions(ready, causal).cut
     with pytest.raises(ValueError, match=r"\[2, 2\] positions and the scored logits \[2, 9, 5\]"):
         found.shaped(torch.zeros(2, 9, 5), OutputType("classes"))
+
+
+def test_small_integers_are_no_ignored_labels() -> None:
+    spec = label_spec(bert(BertForTokenClassification, 4))
+    labels = torch.tensor([[156, 1, 2]], dtype=torch.uint8)  # 156 is -100 in eight bits
+    assert scored_positions({"labels": labels}, spec).valid.all()
+    images = torch.tensor([[[-1, 1]]], dtype=torch.int8)  # and -1 is 255, which Segformer ignores
+    positions, outputs = scored_positions({"labels": images}, label_spec(segformer(3, 1))), OutputType("classes", 1)
+    assert positions.valid.all()
+    assert positions.shaped(torch.zeros(1, 1, 2, 3), outputs, images, 255)[0].all()
 
 
 def test_a_bare_loop() -> None:

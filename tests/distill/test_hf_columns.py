@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -67,6 +67,19 @@ def test_columns_that_may_be_needed_are_not_dropped_in_silence() -> None:
     check_columns(data, kept, Teacher(bert()))
     check_columns(None, kept, Teacher(Wrapper()))
     check_columns([(1, 2)], kept, Teacher(Wrapper()))
+
+
+def test_a_stream_is_not_looked_into() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("a sample was taken")
+
+    class Table:
+        def __getitem__(self, index: int) -> Any:
+            raise AssertionError("a sample was taken")
+
+    for data in (Stream(), Table()):
+        check_columns(data, (), Teacher(lambda **batch: batch["input_ids"]))
 
 
 def test_a_cache_names_the_columns_that_it_was_made_of(tmp_path: Path) -> None:
