@@ -114,7 +114,11 @@ class Watch:
         """Number of pruned weights that are not zero, by name, among the weights changed since :meth:`note`."""
         changed = {n: w for n, w in weights.items() if self._seen.get(n, (id(w), w._version)) != (id(w), w._version)}
         alive = {name: _alive(weight, masks[name]) for name, weight in changed.items() if name in masks}
-        return {name: count for name, count in alive.items() if count}
+        if not alive:
+            return {}
+        home = next(iter(alive.values())).device
+        counts = torch.stack([count.to(home) for count in alive.values()]).tolist()  # one synchronisation for all
+        return {name: count for name, count in zip(alive, counts) if count}
 
 
 def say_strayed(strays: Mapping[str, int], masks: Masks, when: str) -> None:
@@ -138,8 +142,8 @@ def _made(value: Any) -> str:
     return text if text and len(text) < 100 else type(value).__name__
 
 
-def _alive(weight: nn.Parameter, mask: Tensor) -> int:
-    return int(summed(local(weight)[~shard(mask, weight)].count_nonzero(), owners(weight)))
+def _alive(weight: nn.Parameter, mask: Tensor) -> Tensor:
+    return summed(local(weight).masked_fill(shard(mask, weight), 0).count_nonzero(), owners(weight))
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:

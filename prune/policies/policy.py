@@ -85,6 +85,7 @@ class Policy(ABC):
         self._masking: Handle | None = None
         self._following: Handle | None = None
         self._counted: Optimizer | None = None
+        self._watch: Watch | None = None
         self._time, self._gradients_read = START, False
 
     @final
@@ -343,6 +344,7 @@ class Policy(ABC):
                 check_new(kind, weights, self._optimizers)
 
         self._attach(model, optimizers, time(), averages, calibration, look_back)
+        self._watch = watch
         watch.note(self._weights)
         counted = self._counted
         assert counted is not None, "attached"
@@ -474,6 +476,8 @@ class Policy(ABC):
     def _mask_weights(self, *_: Any) -> None:
         if self._multiply is not None:
             self._multiply()
+        if self._watch is not None:
+            self._watch.note(self._weights)  # also after the steps of optimizers that are not counted
 
 
 def densities(counts: Mapping[str, tuple[int, int]], parameters: int) -> dict[str, float]:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune import Masks, Pruner
 from prune.policies import Dynamic, Fixed, Gradual, Iterative
 from prune.policies.history import Watch, zeros
-from tests.helpers.bare_loop import ADAMW, SGD, net, train
+from tests.helpers.bare_loop import ADAMW, SGD, grads, net, train
 
 
 def gradual(**changed: Any) -> Gradual:
@@ -138,3 +139,48 @@ def test_only_what_changed_is_looked_at() -> None:
     with torch.no_grad():
         model[2].weight.mul_(1)
     assert watch.strays(weights, masks) == {"2.weight": 30}
+
+
+class Counting(TorchDispatchMode):
+    """Counts what looks at all weights, and what waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.called[name] = self.called.get(name, 0) + 1
+        return func(*args, **kwargs or {})
+
+
+def test_steps_of_another_optimizer_are_no_foreign_changes() -> None:
+    model, policy = net(), Fixed(Pruner()(net(), 0.5))
+    one, two = SGD(model[0].parameters()), SGD(model[2].parameters())
+    with policy.follow(model, [one, two]):
+        for index in range(2):
+            grads(model, index)
+            with Counting() as counting:
+                two.step()
+                one.step()
+            assert "count_nonzero" not in counting.called
+        model.load_state_dict(net().state_dict())
+        grads(model, 2)
+        with pytest.warns(UserWarning, match=r"not zero before update 3, in '0\.weight', '2\.weight'"):
+            one.step()
+
+
+def test_changed_weights_are_counted_with_one_synchronisation() -> None:
+    model, watch = net(), Watch()
+    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
+    masks = Pruner()(model, 0.5)
+    masks.apply(model)
+    watch.note(weights)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.clamp_(-1, 1)
+        weights["2.weight"][~masks["2.weight"]] = float("nan")
+    with Counting() as counting:
+        found = watch.strays(weights, masks)
+    assert found == {"2.weight": int((~masks["2.weight"]).sum())}
+    assert not {"nonzero", "index", "_local_scalar_dense"} & counting.called.keys()
