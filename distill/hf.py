@@ -89,7 +89,8 @@ class DistillationMixin(_Trainer):
         teacher_columns: Columns of the data sets that the teacher takes, beside those that its ``forward`` names. Only
             needed for a function or a wrapper that takes ``**kwargs``; an empty list says that there are none.
         teacher_tokenizer: The teacher's tokenizer, to be compared with ``processing_class``; by default the one beside
-            the weights that the teacher was loaded from, if it is on this disk.
+            the weights that the teacher was loaded from, if it is on this disk, which cuts no rows off heads of equal
+            size.
         vocabulary: How many ids both language models share, in place of comparing tokenizers.
         outputs: What the outputs are: ``"classes"`` along the last axis, ``"labels"``, ``"numbers"`` or
             ``"embedding"``; for classes along axis 1 ``OutputType("classes", class_dim=1)``. If None, the model's class

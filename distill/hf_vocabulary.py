@@ -21,7 +21,8 @@ def vocabulary_for(
     """How many rows of the heads of student and teacher are compared; None if they are no language models.
 
     The tokenizers are compared where both are at hand: a given one, or the one beside the weights that a model was
-    loaded from, on this disk.
+    loaded from, on this disk. One on disk may be older than its model, whose tokens were added since: it says which ids
+    are other tokens, but cuts no rows off heads of equal size.
 
     Args:
         student: The student.
@@ -35,8 +36,11 @@ def vocabulary_for(
             have unequal numbers of rows and nothing says how many are tokens, or fewer rows than there are tokens.
     """
     networks = teacher.networks if isinstance(teacher, Teacher) else []
+    rows = {"student": _rows(student), **_teacher_rows(teacher)}
+    counts = {role: count for role, count in rows.items() if count is not None}
     if vocabulary is None:
-        own = _tokens(tokenizer) or _tokens(_beside(student))
+        given = _tokens(tokenizer)
+        own = given or _tokens(_beside(student))
         if teacher_tokenizer is not None and not own:
             raise ValueError(
                 "teacher_tokenizer is given, and there is no tokenizer of the student to compare it with: give the "
@@ -44,11 +48,27 @@ def vocabulary_for(
             )
         for other in [teacher_tokenizer] if teacher_tokenizer is not None else networks if own else []:
             tokens = _tokens(other) or (None if teacher_tokenizer is not None else _tokens(_beside(other)))
-            if own and tokens:
-                shared = shared_vocabulary(own, tokens, padding=getattr(tokenizer, "pad_token", None))
+            if not own or not tokens:
+                continue
+            padding = getattr(tokenizer, "pad_token", None)
+            known, certain = own, True
+            if teacher_tokenizer is None:
+                # A tokenizer on disk may be older than the model: tokens added since have rows beyond it. Against a
+                # given tokenizer it is no evidence there, and of heads of one size it cuts nothing.
+                if given is not None:
+                    known = _without_rows_beyond(own, tokens, _rows(other) or 0, padding)
+                certain = len(set(counts.values())) > 1 and len(known) == len(own)
+            elif given is None:
+                certain = len(set(counts.values())) > 1
+            try:
+                shared = shared_vocabulary(known, tokens, padding=padding)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; if both read the same ids, say so: teacher_tokenizer, in place of the one beside the "
+                    "teacher's weights, or how many ids both share, vocabulary=N"
+                ) from None
+            if certain:
                 vocabulary = shared if vocabulary is None else min(shared, vocabulary)
-    rows = {"student": _rows(student), **_teacher_rows(teacher)}
-    counts = {role: count for role, count in rows.items() if count is not None}
     if rows["student"] is None:
         return None
     if vocabulary is None:
@@ -82,6 +102,14 @@ def _teacher_rows(teacher: Teacher | CachedTeacher) -> dict[str, int | None]:
     if entry is None:
         return {}
     return {"cached teacher": entry["classes"] or entry["shape"][-1]}
+
+
+def _without_rows_beyond(
+    own: dict[str, int], tokens: Mapping[str, int], rows: int, padding: str | None
+) -> dict[str, int]:
+    """``own`` without ids for which the teacher's head has rows and its tokenizer on disk no tokens."""
+    named = set(tokens.values())
+    return {token: number for token, number in own.items() if token == padding or number in named or number >= rows}
 
 
 def _rows(model: Any) -> int | None:

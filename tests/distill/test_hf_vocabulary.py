@@ -61,8 +61,35 @@ def test_tokenizers_beside_the_weights_are_found(tmp_path: Path) -> None:
     student = GPT2LMHeadModel.from_pretrained(tmp_path / "student")
     with pytest.raises(ValueError, match="2 ids are other tokens to the teacher, the first 2: 'a' to the student"):
         vocabulary_for(student, Teacher(tmp_path / "teacher"))
-    assert vocabulary_for(student, Teacher(tmp_path / "student")) == 5
-    assert vocabulary_for(student, Teacher(tmp_path / "teacher"), teacher_tokenizer=tokenizer()) == 5
+    assert vocabulary_for(student, Teacher(tmp_path / "student")) is None
+    assert vocabulary_for(student, Teacher(tmp_path / "teacher"), teacher_tokenizer=tokenizer()) is None
+    model(6).save_pretrained(tmp_path / "student")
+    narrow = GPT2LMHeadModel.from_pretrained(tmp_path / "student")
+    assert vocabulary_for(student, Teacher(narrow)) == 5
+    with pytest.raises(ValueError, match=r"teacher_tokenizer, in place of .* vocabulary=N"):
+        vocabulary_for(narrow, Teacher(tmp_path / "teacher"))
+
+
+def test_tokens_added_since_a_tokenizer_was_saved_are_compared(tmp_path: Path) -> None:
+    model(5).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    student, teacher = (GPT2LMHeadModel.from_pretrained(tmp_path) for _ in range(2))
+    extended = tokenizer()
+    extended.add_tokens(["new", "newer"])
+    for each in (student, teacher):
+        each.resize_token_embeddings(len(extended))
+    assert vocabulary_for(student, Teacher(teacher)) is None  # all seven rows
+    assert vocabulary_for(student, Teacher(teacher), extended) is None
+    assert vocabulary_for(student, Teacher(teacher), extended, extended) == 7
+    old = Teacher(GPT2LMHeadModel.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"does not know 2 of the student's tokens.*teacher_tokenizer.*vocabulary=N"):
+        vocabulary_for(student, old, extended)
+    teacher.resize_token_embeddings(8)
+    with pytest.raises(ValueError, match=r"nothing says which are tokens.*teacher_tokenizer.*vocabulary=N"):
+        vocabulary_for(student, Teacher(teacher), extended)
+    swapped = tokenizer({**WORDS, "a": 3, "b": 2})
+    with pytest.raises(ValueError, match="2 ids are other tokens"):
+        vocabulary_for(student, Teacher(teacher), swapped)
 
 
 def test_classifiers_are_compared_and_not_cut() -> None:
