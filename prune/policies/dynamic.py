@@ -18,7 +18,7 @@ from prune.schedule import check_density
 from prune.structures import Layout
 from prune.topk import keep_top_k
 from workbench.duration import Duration
-from workbench.models.matrices import matrices
+from workbench.models.matrices import Matrix, matrices
 
 Growth = Literal["rigl", "set"]
 Decay = Callable[[float], float]
@@ -120,7 +120,6 @@ class Dynamic(Policy):
         self._check_pruner(self.pruner)
         self._passed = min(self._passed, time.passed(self.every))  # a second training begins at 0 again
         assert self._model is not None, "attached"
-        self._matrices = matrices(self._model)
         if not resumed:
             self._enforce(self.pruner(self._model, self.density))
 
@@ -141,7 +140,8 @@ class Dynamic(Policy):
         self._passed = time.passed(self.every)
         assert self.masks is not None, "attached"
         share = self.fraction * self.decay(time.progress(self.begin, self.end))
-        moved = dict(self.masks)
+        assert self._model is not None, "attached"
+        moved, of_layers = dict(self.masks), matrices(self._model)
         for name, weight in self._weights.items():
             if not self.reads_gradients:
                 scores = random(weight.detach(), seeded(self.seed, f"{name}@{time.step}"))
@@ -149,18 +149,18 @@ class Dynamic(Policy):
                 scores = grads[name].detach().abs()
             else:
                 continue
-            values = self._dropped_by(name, weight)
-            fixed = 0 if self._matrices[name].norm is None else int(values.isinf().sum())
+            matrix = of_layers[name]
+            values = self._dropped_by(name, matrix)
+            fixed = 0 if matrix.norm is None else int(values.isinf().sum())
             moved[name] = rewired(self.masks[name], values, scores, share, fixed)
         self._enforce(Masks(moved))
 
-    def _dropped_by(self, name: str, weight: nn.Parameter) -> Tensor:
+    def _dropped_by(self, name: str, matrix: Matrix) -> Tensor:
         """What the layer multiplies by; infinite where a norm would be left without weights."""
-        matrix = self._matrices[name]
         if matrix.made_by is None:
-            return weight.detach()
+            return matrix.parameter.detach()
         assert self.masks is not None, "attached"
-        layout = Layout({name: weight.shape}, {name: [(name, None)]})
+        layout = Layout({name: matrix.parameter.shape}, {name: [(name, None)]})
         return keep_norms({name: matrix}, layout, {name: matrix.product().abs()}, {name: self.masks[name]})[name]
 
     def _after_update(self, time: Timestamp) -> None:

@@ -11,6 +11,8 @@ from prune.masks.enforce import masked_parameters
 from prune.masks.load import masks_of
 from prune.policies.policy import Policy
 from prune.policies.timestamp import Timestamp
+from prune.pruner.norms import check_kept
+from workbench.models.matrices import matrices
 
 
 @final
@@ -22,8 +24,8 @@ class Fixed(Policy):
             wrote, or of a compact checkpoint.
 
     Raises:
-        ValueError: If the masks are not valid; when attached, if they do not fit; when a state is loaded, if other
-            masks are in it.
+        ValueError: If the masks are not valid; when attached, if they do not fit, or leave an output of a layer under
+            ``weight_norm`` without weights, which makes it NaN; when a state is loaded, if other masks are in it.
 
     Warns:
         UserWarning: By name, when attached, if a mask keeps nothing of a layer.
@@ -38,6 +40,11 @@ class Fixed(Policy):
         return masked_parameters(self._fixed, model)
 
     def _start(self, time: Timestamp, resumed: bool) -> None:
+        assert self._model is not None, "attached"
+        # By parameter: masks may be named after a model in another wrapper.
+        of_layers = {id(matrix.parameter): matrix for matrix in matrices(self._model).values()}
+        found = {name: of_layers[id(weight)] for name, weight in self._weights.items() if id(weight) in of_layers}
+        check_kept(found, self._fixed)
         for name, (kept, total) in self._fixed.counts().items():
             if not kept:
                 warnings.warn(f"layer collapse: '{name}' keeps none of its {total} weights", stacklevel=4)

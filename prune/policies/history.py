@@ -147,5 +147,5 @@ def _alive(weight: nn.Parameter, mask: Tensor) -> Tensor:
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:
-    """Whether it counts a step, or has state without a count; plain SGD has neither, Adagrad has state from the start."""
+    """Whether it counts a step, or has state without a count. Plain SGD has neither; Adagrad begins at 0."""
     return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)

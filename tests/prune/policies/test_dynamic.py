@@ -1,4 +1,7 @@
+import gc
 import math
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -141,3 +144,17 @@ def test_a_layer_without_gradients_stays() -> None:
         assert policy.masks is not None
         assert torch.equal(policy.masks["0.weight"], first["0.weight"])
         assert not torch.equal(policy.masks["2.weight"], first["2.weight"])
+
+
+def test_after_the_training_nothing_holds_the_model() -> None:
+    model, policy = net(), Dynamic(0.5, "0it", "9it", "2it")
+    optimizer = SGD(model.parameters())
+    with policy.follow(model, optimizer):
+        train(model, optimizer, 0, 3)
+        while_at_work = pickle.dumps(policy)
+    held = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert held() is None
+    assert b"nn.modules" not in while_at_work
+    assert b"nn.modules" not in pickle.dumps(policy)
