@@ -47,6 +47,8 @@ from workbench.duration import Duration
 from workbench.messages import some
 from workbench.models.wrappers import adapters, unwrap
 
+_COMMON = ("masks", "updates", "parameters", "settings")
+
 
 class Policy(ABC):
     """Decides which weights of a model are kept while it trains, and keeps the others at zero.
@@ -379,13 +381,18 @@ class Policy(ABC):
         """Go on from there when attached.
 
         Raises:
-            ValueError: If it is the state of a policy of other settings.
+            ValueError: If it is the state of a policy of other settings, or no policy's state.
         """
+        if missing := [name for name in _COMMON if name not in state_dict]:
+            raise ValueError(
+                f"this is no state of a {type(self).__name__}: it has no {missing}, but "
+                f"{some(state_dict) or 'nothing'}. Give what state_dict() of the policy returned; of a training that "
+                "was saved without, start anew with follow(..., anew=True)"
+            )
         check_same_settings(type(self).__name__, state_dict["settings"], self._settings())
         self.masks = Masks.from_state_dict(state_dict["masks"]) if state_dict["masks"] else None
         self._updates, self._parameters = state_dict["updates"], state_dict["parameters"]
-        common = ("masks", "updates", "parameters", "settings")
-        self._load_state({name: value for name, value in state_dict.items() if name not in common})
+        self._load_state({name: value for name, value in state_dict.items() if name not in _COMMON})
         self._restored = True
 
     @final

@@ -96,6 +96,17 @@ def test_a_copy_of_one_at_work_is_free(name: str) -> None:
     assert alive(model) == kept(TOTAL, POLICIES[name][1])
 
 
+@EVERY
+def test_what_is_no_state_is_refused_by_a_sentence(name: str) -> None:
+    policy = POLICIES[name][0]()
+    state = policy.state_dict()
+    old = {key: value for key, value in state.items() if key not in ("settings", "parameters")}
+    for given, missing in ((old, r"no \['parameters', 'settings'\], but 'masks'"), ({}, "no .*, but nothing")):
+        with pytest.raises(ValueError, match=f"this is no state of a {type(policy).__name__}: it has {missing}"):
+            policy.load_state_dict(given)
+    policy.load_state_dict(state)
+
+
 def test_following_anew_ends_what_was_followed() -> None:
     model, other, policy = net(), net(), POLICIES["gradual"][0]()
     first, second = SGD(model.parameters()), SGD(other.parameters())
