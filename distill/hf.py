@@ -164,10 +164,7 @@ class DistillationMixin(_Trainer):
         cached = inputs.pop(CACHED_TARGETS, None)
         positions = scored_positions(inputs, self._label_spec)
         with capture(model, self.objective.student_layers(weights=weights)) as features:
-            if positions.valid.any():
-                own, raw = self._own_loss(model, inputs, weights)
-            else:  # cross-entropy over no position is NaN, and its share of the update 0
-                own, raw = None, model(**self._own_inputs(inputs))
+            own, raw = self._own_loss(model, inputs, weights, positions)
             logits = self._scored(select_logits(raw, self._logits), positions, inputs)
             outputs = Outputs(logits, features.take())
         valid, labels = positions.valid, positions.targets
@@ -299,16 +296,26 @@ class DistillationMixin(_Trainer):
         theirs = {each for each in type(self).__mro__ if "compute_loss" in vars(each)} - {DistillationMixin, Trainer}
         return self.compute_loss_func is None and not theirs
 
-    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float]) -> tuple[Any, Any]:
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], weights: Mapping[str, float], positions: Positions
+    ) -> tuple[Any, Any]:
         """The loss of the Trainer without a teacher, a mean over this batch, and the model's output.
 
-        None for a batch without labels where no term needs that loss.
+        None for a batch without labels where no term needs that loss; 0 for one where no position is valid.
         """
         needed = any(weight and self.objective.terms[name].loss is None for name, weight in weights.items())
         if needed or any(name in inputs for name in self._label_spec.names):
             # A copy: the Trainer takes labels out of it.
-            loss_and_output: Any = super().compute_loss(model, self._own_inputs(inputs), return_outputs=True)
-            return loss_and_output
+            own, some = self._own_inputs(inputs), positions.valid.any()
+            if positions.targets is not None:
+                # A mean over no position is NaN, and so may its gradient be: such a batch gets class 0 instead, and its
+                # loss does not count. Asking whether it is one would wait for the device at every micro-batch.
+                for name in self._label_spec.names & own.keys():
+                    if isinstance(own[name], Tensor) and not own[name].is_floating_point():
+                        own[name] = own[name].masked_fill(~some, 0)
+            loss_and_output: Any = super().compute_loss(model, own, return_outputs=True)
+            loss, raw = loss_and_output
+            return torch.where(some.to(loss.device), loss, torch.zeros_like(loss)), raw
         return None, model(**self._own_inputs(inputs))
 
     def _own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class Positions(NamedTuple):
                 own = own.unsqueeze(1)  # of a segmentation in two
             return outputs.positions(logits, own, ignored)
         shape = logits.shape[:-1]
+        if self.valid.numel() != shape.numel() and outputs.kind == "embedding":
+            raise ValueError(
+                f"the outputs are embeddings {list(logits.shape)}, and one of each sample is compared, [B, D]: pool "
+                "them, such as logits=lambda output: output.last_hidden_state.mean(1)"
+            )
         if self.valid.numel() != shape.numel():
             raise ValueError(
                 f"labels or masks have {list(self.valid.shape)} positions and the scored logits {list(logits.shape)}: "

@@ -1,6 +1,7 @@
 import copy
 import functools
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,35 @@ def test_any_number_of_micro_batches_is_the_same_gradient(pieces: int, tmp_path:
     [logged] = [row for row in trainer.state.log_history if "loss" in row]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert 0.7 * logged["soft"] + 0.3 * logged["hard"] == pytest.approx(logged["loss"], rel=1e-4)
+
+
+def test_a_micro_batch_without_a_valid_position_has_no_loss_and_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No Python value of a tensor is read, which would wait for the device, and no NaN is left."""
+
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        known = (labels[:, 1:] != -100).float()
+        return (outputs.logits[:, :-1].square().mean(-1) * known).sum() / known.sum()
+
+    asked, read = [], Tensor.__bool__
+
+    def recorded(tensor: Tensor) -> bool:
+        asked.append(sys._getframe(1).f_code.co_filename)
+        return read(tensor)
+
+    for own in ({}, {"compute_loss_func": mean}):
+        student = gpt2(4).train()
+        trainer = DistillationTrainer(student, arguments(tmp_path), teacher=gpt2(8, seed=2), losses=PLAIN, **own)
+        batch = collated(causal_rows())
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__bool__", recorded)
+            loss = trainer.compute_loss(student, batch)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not parameter.grad.any() for parameter in student.parameters())
+    assert not [name for name in asked if Path(name).name.startswith("hf")]
 
 
 def _on_ranks(folder: Path, rows: Any, losses: Any, average: bool = True) -> Any:
@@ -856,6 +886,13 @@ def test_small_integers_are_no_ignored_labels() -> None:
     positions, outputs = scored_positions({"labels": images}, label_spec(segformer(3, 1))), OutputType("classes", 1)
     assert positions.valid.all()
     assert positions.shaped(torch.zeros(1, 1, 2, 3), outputs, images, 255)[0].all()
+
+
+def test_embeddings_of_tokens_are_to_be_pooled() -> None:
+    positions = scored_positions({"input_ids": torch.ones(2, 6).long()}, label_spec(classifier()))
+    with pytest.raises(ValueError, match=r"embeddings \[2, 6, 4\], and one of each sample is compared, \[B, D\]: pool"):
+        positions.shaped(torch.zeros(2, 6, 4), OutputType("embedding"))
+    assert positions.shaped(torch.zeros(2, 4), OutputType("embedding"))[0].all()
 
 
 def test_a_bare_loop() -> None:
