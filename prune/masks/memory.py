@@ -1,12 +1,12 @@
 """Parameters in memory: tied weights are one weight under several names, a DTensor is divided over ranks."""
 
-import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.distributed.ranks import distributed as distributed  # of tensors, as all here
 from workbench.models.wrappers import places
 
 
@@ -37,12 +37,6 @@ def memory_span(parameter: Tensor) -> tuple[str, int, int, int]:
     size, start = parameter.element_size(), int(parameter.storage_offset())
     last = start + sum((int(n) - 1) * int(step) for n, step in zip(parameter.shape, parameter.stride()))
     return (str(parameter.device), parameter.untyped_storage().data_ptr(), start * size, (last + 1) * size)
-
-
-def distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Imports nothing: ``torch.distributed.tensor`` takes most of a second to import."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

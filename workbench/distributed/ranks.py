@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,12 @@ def digest(state: Mapping[str, Any]) -> str:
 def full_tensor(tensor: Any) -> Tensor:
     """The full tensor of a DTensor, called on every rank of its mesh; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Imports nothing: ``torch.distributed.tensor`` takes most of a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def barrier() -> None:

@@ -7,7 +7,7 @@ same places, and there only.
 """
 
 import copy
-import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from workbench.distributed.ranks import distributed
 from workbench.models.wrappers import named_modules, submodule
 
 Kind = Literal["linear", "convolution", "bilinear", "recurrent", "attention", "experts"]
@@ -30,6 +31,17 @@ _WEIGHT_NORM = parametrizations._WeightNorm  # pyright: ignore[reportPrivateUsag
 _SPECTRAL_NORM = parametrizations._SpectralNorm  # pyright: ignore[reportPrivateUsage]
 _GATES = {"LSTM": 4, "GRU": 3}
 _BACK = ("down", "w2", "out", "fc2", "c_proj")  # what maps an expert's hidden units back
+_WORDS = {
+    _WEIGHT_NORM: "weight_norm",
+    _SPECTRAL_NORM: "spectral_norm",
+    WeightNorm: "weight_norm",
+    SpectralNorm: "spectral_norm",
+}
+_DIVIDED = (
+    "which FSDP2 (fully_shard) divides, so that what the layer multiplies by cannot be computed from it: exclude it, "
+    "or train it with DDP or without fully_shard"
+)
+_TRIED: "weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], bool]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +162,12 @@ def refusal(model: nn.Module, name: str) -> str:
     """Why a parameter is none of :func:`matrices`, in words."""
     path, _, attribute = name.rpartition(".")
     module = submodule(model, path)
+    if (hook := _hook(module, attribute)) is not None and distributed(module.get_parameter(attribute)):
+        return f"under {_words(hook)}, {_DIVIDED}"
     if isinstance(module, ParametrizationList):
-        made_by = " and ".join(type(each).__name__ for each in module)
+        made_by = " and ".join(map(_words, module))
+        if any(map(distributed, module.parameters())):
+            return f"made by {made_by}, {_DIVIDED}"
         return f"made by {made_by}, whose result is not zero where this is"
     if _hook_refused(module, attribute):
         return "under torch.nn.utils.prune: call its remove() first"
@@ -166,24 +182,16 @@ def _of_layer(module: nn.Module) -> Iterator[tuple[str, Matrix]]:
         if (hook := _hook(module, name)) is None:
             if name.removesuffix("_orig") == name or not _hook_refused(module, name):
                 yield from _as_matrix(module, name, name, parameter)
-        elif name == f"{hook.name}_{'v' if isinstance(hook, WeightNorm) else 'orig'}":
+        elif name == f"{hook.name}_{'v' if isinstance(hook, WeightNorm) else 'orig'}" and not distributed(parameter):
             norm = None if isinstance(hook, SpectralNorm) else _norm_dimension(hook.dim, parameter)
-            made_by = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-            yield from _as_matrix(module, hook.name, name, parameter, norm=norm, made_by=made_by)
+            yield from _as_matrix(module, hook.name, name, parameter, norm=norm, made_by=_words(hook))
     for attribute, chain in _parametrizations(module).items():
         if (original := _maskable_original(chain)) is None:
             continue
         parameter, first = getattr(chain, original), chain[0]
         norm = _norm_dimension(first.dim, parameter) if isinstance(first, _WEIGHT_NORM) else None
-        words = {_WEIGHT_NORM: "weight_norm", _SPECTRAL_NORM: "spectral_norm"}
-        yield from _as_matrix(
-            module,
-            attribute,
-            f"parametrizations.{attribute}.{original}",
-            parameter,
-            norm=norm,
-            made_by=words.get(type(first), type(first).__name__),
-        )
+        name = f"parametrizations.{attribute}.{original}"
+        yield from _as_matrix(module, attribute, name, parameter, norm=norm, made_by=_words(first))
 
 
 def _as_matrix(
@@ -267,6 +275,10 @@ def _norm_dimension(dim: int | None, parameter: Tensor) -> int:
     return -1 if dim is None or dim == -1 else dim % parameter.dim()
 
 
+def _words(parametrization: Any) -> str:
+    return _WORDS.get(type(parametrization), type(parametrization).__name__)
+
+
 def _lazy(parameter: Any) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)
 
@@ -303,6 +315,8 @@ def _parametrizations(module: nn.Module) -> dict[str, Any]:
 
 def _maskable_original(chain: Any) -> str | None:
     """The parameter to mask so that the product is zero in the same places; None if there is none."""
+    if any(map(distributed, chain.parameters())):
+        return None
     if len(chain) == 1 and isinstance(chain[0], _WEIGHT_NORM):
         return "original1"
     if len(chain) == 1 and isinstance(chain[0], _SPECTRAL_NORM):
@@ -316,20 +330,27 @@ def _product(chain: Any) -> Tensor:
 
 
 def _keeps_zeros(chain: Any) -> bool:
-    """Whether the product is zero where the original is, and there only: tried with random masks."""
+    """Whether the product is zero where the original is, and there only: tried with random masks, once a layer."""
     original = chain.original
-    if not original.is_floating_point() or original.is_meta or not original.numel():
+    if not original.is_floating_point() or original.is_meta or original.numel() < 2:
         return False
-    generator = torch.Generator().manual_seed(0)
+    tried = (original.shape, original.dtype, *map(type, chain))
+    if (known := _TRIED.get(chain)) is None or known[0] != tried:
+        try:
+            _TRIED[chain] = known = (tried, _try_zeros(chain))
+        except Exception:  # anything that a parametrization of someone's own raises, copied or called
+            _TRIED[chain] = known = (tried, False)
+    return known[1]
+
+
+@torch.no_grad()
+def _try_zeros(chain: Any) -> bool:
+    original, generator = chain.original, torch.Generator().manual_seed(0)
     trial = copy.deepcopy(chain).eval()
     for _ in range(2):
         mask = (torch.rand(original.shape, generator=generator) < 0.5).to(original.device)
-        with torch.no_grad():
-            trial.original.copy_(torch.where(mask, 1 + original.abs(), 0))
-            try:
-                product = trial()
-            except Exception:  # anything that a parametrization of someone's own raises
-                return False
+        trial.original.copy_(torch.where(mask, 1 + original.abs(), 0))
+        product = trial()
         if product.shape != original.shape or bool(((product == 0) & mask).any()) or bool(product[~mask].any()):
             return False
-    return math.prod(original.shape) > 1
+    return True

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from prune.pruner import Pruner
 from prune.pruner.scope import Scope
 from prune.structures import Unstructured, structure_named
+from tests.helpers.ranks import on_ranks
 
 
 class Mine(nn.Module):
@@ -133,3 +134,34 @@ def test_a_weight_shared_with_something_else_is_named() -> None:
     model[2].mixing = model[0].weight
     (each,) = Scope(model, Unstructured()).dense
     assert (each.name, each.why) == ("0.weight", "shared with '2.mixing'")
+
+
+def _divided() -> tuple[dict[str, str], list[str], str]:
+    torch.distributed.init_process_group("gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm of old says that it is
+        old = nn.utils.weight_norm(nn.Linear(4, 4))
+    norms = (parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal)
+    net = fully_shard(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), *(norm(nn.Linear(4, 4)) for norm in norms), old))
+    with pytest.warns(UserWarning, match="matrices that stay dense"):
+        masks = Pruner()(net, 0.5)
+    with pytest.raises(ValueError, match=r"include pattern '2\.weight'") as refused:
+        Pruner(include="2.weight")(net, 0.5)
+    return {each.name: each.why for each in Scope(net, Unstructured()).dense}, list(masks), str(refused.value)
+
+
+def test_a_parametrized_layer_that_fsdp2_divides_stays_dense_by_name() -> None:
+    ((why, masked, refused),) = on_ranks(_divided, ranks=1)
+    assert masked == ["0.weight", "1.weight"]
+    assert why.keys() == {
+        "2.parametrizations.weight.original1",
+        "3.parametrizations.weight.original",
+        "4.parametrizations.weight.original",
+        "5.weight_v",
+    }
+    assert all("which FSDP2 (fully_shard) divides" in each for each in why.values())
+    assert why["5.weight_v"].startswith("under weight_norm, which")
+    assert "made by weight_norm, which FSDP2" in refused
+    assert "exclude it, or train it with DDP" in refused

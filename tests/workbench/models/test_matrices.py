@@ -200,6 +200,24 @@ def test_an_unknown_parametrization_is_tried() -> None:
         assert "whose result is not zero where this is" in refusal(refused, "parametrizations.weight.original")
 
 
+def test_an_unknown_parametrization_is_tried_once_a_layer() -> None:
+    calls = []
+
+    class Counted(Signed):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(weight.shape)
+            return super().forward(weight)
+
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", Counted())
+    only(layer)
+    calls.clear()
+    only(layer)
+    assert not calls
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    assert matrices(layer) == {}, "what was added since is tried"
+
+
 def test_a_layer_under_the_pruning_of_torch_is_refused() -> None:
     layer = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
     assert matrices(layer) == {}
