@@ -1,6 +1,5 @@
 """Teacher: a trained network, or several, frozen and in eval mode."""
 
-import copy
 import functools
 import hashlib
 import inspect
@@ -21,6 +20,7 @@ from workbench.checkpoints import compact
 from workbench.checkpoints.int8 import quantize
 from workbench.definitions import code_of, definitions_of
 from workbench.models.architecture import describe
+from workbench.models.copying import copied
 from workbench.models.forward import keywords_of
 from workbench.models.wrappers import class_of, plain_state, unwrap
 from workbench.tasks import LogitsSpec, OutputType, select_logits
@@ -235,7 +235,7 @@ class _Member:
                 "learn from several out of a cache, cache them together, cache_teacher([one, other], ...)"
             )
         # The copy keeps freezing from reaching into the caller's network; a network just loaded has no other user.
-        network = copy.deepcopy(unwrap(source)) if isinstance(source, nn.Module) else _load(source)
+        network = copied(unwrap(source)) if isinstance(source, nn.Module) else _load(source)
         if precision == "bf16":
             network = network.to(torch.bfloat16)
         elif precision == "int8":

@@ -1,6 +1,5 @@
 """cut_student: a student made of its teacher's weights, with fewer or narrower layers or another activation."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from distill.teacher import Teacher
 from workbench.models import MLP, SentenceEncoder
 from workbench.models.activations import swap_activation
 from workbench.models.anatomy import anatomy_of
+from workbench.models.copying import copied
 from workbench.models.wrappers import unwrap
 from workbench.records.source import Source
 
@@ -88,7 +88,7 @@ def cut_student(
     else:
         sizes = {"layers": layers, "every": every, "hidden": hidden, "heads": heads, "ffn": ffn}
         _refuse(teacher, sizes, "activation; others of BERT, RoBERTa, DistilBERT, GPT-2, ViT and workbench.models.MLP")
-        student = copy.deepcopy(teacher)
+        student = copied(teacher)
     if activation is not None:
         swap_activation(student, activation)
     for parameter in student.parameters():

@@ -1,6 +1,5 @@
 """The structure whose units can be removed from a network whole."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from prune.shrinking.surgery import keep_one, remove, zero_columns
 from prune.shrinking.units import Group, Selection, Side, Slot
 from prune.shrinking.unused import randomized
 from prune.structures.layout import Layout, Member, Tensors
+from workbench.models.copying import copied
 from workbench.models.resize import axes
 from workbench.models.wrappers import submodule
 
@@ -44,7 +44,7 @@ class Coupled:
         Raises:
             ValueError: if the model cannot be called or traced with the example inputs, or no weight is in a unit.
         """
-        traced = copy.deepcopy(model).eval()
+        traced = copied(model).eval()
         for parameter in traced.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         call = Call.of(_as_tensors(self.example_inputs)).on_device_of(model)
@@ -74,7 +74,7 @@ def _removable(model: nn.Module, groups: list[Group], calls: Sequence[Call]) -> 
 
     def removable(some: Sequence[Group]) -> bool:
         selections = [Selection(group, torch.arange(len(group)) % 2 == 0) for group in some]
-        unread = copy.deepcopy(model)
+        unread = copied(model)
         for group, mask in selections:
             for slot in group.consumers:
                 zero_columns(unread, slot, mask)

@@ -1,6 +1,5 @@
 """Whether two networks compute the same: calls to try them with, their outputs, and what counts as rounding."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from workbench.export.inputs import arguments_for
+from workbench.models.copying import copied
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def accepts_in_training(model: nn.Module, call: Call) -> bool:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         try:
-            call.outputs(copy.deepcopy(model).train())
+            call.outputs(copied(model).train())
         except Exception:  # a forward pass may raise anything
             return False
     return True

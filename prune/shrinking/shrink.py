@@ -12,7 +12,6 @@ Removing a layer's last reader makes that layer unused in turn, so the loop runs
 makes the network strictly smaller or rejects a group, so it ends.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,7 @@ from prune.shrinking.surgery import is_zero, keep_one, remove, zero_columns, zer
 from prune.shrinking.units import Selection, removed_outputs
 from prune.shrinking.unused import bias_update, constant, input_ranges, randomized, unused
 from workbench.messages import some
+from workbench.models.copying import copied
 from workbench.models.resize import add_bias
 from workbench.models.wrappers import unwrap, wrapped_parts
 
@@ -119,13 +119,13 @@ def shrink(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor] | 
             "shrink the plain model (adapters merged by prune.merge_adapters), and wrap what comes out"
         )
     call = Call.of(example_inputs).on_device_of(model)
-    masked = copy.deepcopy(model).eval()
+    masked = copied(model).eval()
     kept = {} if masks is None else dict(Masks(masks))
     if masks is not None:
         Masks(masks).apply(masked)
     own_calls = [call, call.randomized()]
     before = outputs_of(masked, own_calls)
-    exact = copy.deepcopy(masked).double()
+    exact = copied(masked).double()
     for parameter in exact.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     calls = [each.double() for each in own_calls]
@@ -238,7 +238,7 @@ class _Shrinker:
 
     def _without(self, selections: Sequence[Selection]) -> tuple[nn.Module, dict[str, Tensor]] | None:
         """Network and masks without these units; None if outputs depend on their values or on their number."""
-        trial, masks = copy.deepcopy(self.model), dict(self.masks)
+        trial, masks = copied(self.model), dict(self.masks)
         _fold_constants(trial, masks, selections, self.calls)
         try:
             # Same outputs with random producers: nothing reads the units, by any way that tracing may have missed.

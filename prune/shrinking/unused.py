@@ -19,7 +19,6 @@ be off for every input.
 not change, so nothing reads them.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from prune.shrinking.equivalence import Call
 from prune.shrinking.producers import Producers, producers_of
 from prune.shrinking.surgery import columns
 from prune.shrinking.units import Group, Selection, Slot
+from workbench.models.copying import copied
 from workbench.models.resize import axes, is_conv1d
 
 _TOLERANCE = 1e-12  # relative, in float64
@@ -160,7 +160,7 @@ def randomized(
             of a unit after the norm is that of the layer before it.
         nonzero_only: leave rows that are zero as they are, with their biases.
     """
-    other = copy.deepcopy(model)
+    other = copied(model)
     random = torch.Generator().manual_seed(0)
     for group, mask in selections:
         for slot in group.producers:

@@ -5,7 +5,6 @@ depends on nothing but the hunt's seed and what is on disk, and is the same on e
 ticket of its level: the same order of the data, the same random numbers in training, the same end.
 """
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from prune.tickets.store import TICKET, Store
 from prune.tickets.trainee import Arm, Trainee
 from workbench import records
 from workbench.checkpoints import compact
+from workbench.models.copying import copied
 from workbench.models.matrices import matrices
 
 
@@ -71,7 +71,7 @@ class Hunt:
 
     def __post_init__(self) -> None:
         if "reinit" in self.controls.names:
-            object.__setattr__(self, "untrained", copy.deepcopy(self.trainee.network))
+            object.__setattr__(self, "untrained", copied(self.trainee.network))
 
     def arms(self, level: int) -> tuple[str, ...]:
         """Names of what is trained at a level, in order."""

@@ -1,6 +1,5 @@
 """New initial weights for a network, as its constructor would draw them."""
 
-import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.models.architecture import build, describe
+from workbench.models.copying import copied
 from workbench.models.resize import axes
 from workbench.randomness import same_random_state
 
@@ -44,7 +44,7 @@ def reinitialised(network: nn.Module, seed: int) -> dict[str, Tensor]:
 
     Source: Frankle & Carbin 2019, arXiv:1803.03635, section 2 (the control of a winning ticket).
     """
-    drawn = copy.deepcopy(network).cpu()
+    drawn = copied(network).cpu()
     with torch.no_grad(), torch.device("cpu"), same_random_state(seed):
         trained = {name: each for name, each in drawn.named_parameters() if each.requires_grad}
         for parameter in drawn.parameters():

@@ -597,3 +597,10 @@ def test_probabilities_are_averaged_of_classes_along_the_last_axis_only() -> Non
         Teacher([Named(), Named()]).check_outputs(outputs)
     with pytest.raises(ValueError, match="a softmax over one class is always 1"):
         Teacher([nn.Linear(3, 1), nn.Linear(3, 1)], average="probabilities")(torch.randn(4, 3))
+
+
+def test_a_network_is_a_teacher_after_a_call_that_left_a_weight_with_a_history() -> None:
+    network = nn.utils.spectral_norm(nn.Linear(4, 3)).eval()
+    inputs = torch.randn(2, 4)
+    expected = network(inputs)
+    assert torch.equal(Teacher(network)(inputs), expected)

@@ -1,6 +1,5 @@
 """The ``onnx`` format: one file that stock ONNX Runtime runs."""
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from workbench.export.inputs import TrainedNetwork, arguments_of, cast_inputs, folder_bytes
 from workbench.export.tracing import tracing
 from workbench.files import atomic_files
+from workbench.models.copying import copied
 
 
 def require_onnx() -> None:
@@ -30,7 +30,7 @@ def write_onnx(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, in
     """Write ``model.onnx`` into ``folder``; the output of ONNX Runtime, and its size in bytes."""
     import onnxruntime
 
-    wide = copy.deepcopy(subject.network).float()
+    wide = copied(subject.network).float()
     inputs = cast_inputs(subject.inputs, torch.float32)
     args, kwargs = arguments_of(inputs)
     names = [*(f"input_{i}" for i in range(len(args))), *kwargs]

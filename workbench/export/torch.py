@@ -1,6 +1,5 @@
 """The ``torch`` format: a dense 16-bit folder that plain torch, or plain transformers for its own models, loads."""
 
-import copy
 import runpy
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from workbench.export.inputs import TrainedNetwork, cast_inputs, folder_bytes, outputs
 from workbench.export.tracing import tracing
 from workbench.files import atomic_files
+from workbench.models.copying import copied
 
 _LOADER = '''"""Loads the network in this folder with torch and safetensors alone: model = load(folder)."""
 
@@ -45,7 +45,7 @@ def write_torch(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, i
                 again = type(half).from_pretrained(part)  # type: ignore[attr-defined]
             loaded_outputs = outputs(again.eval(), subject.inputs)
         else:
-            wide = copy.deepcopy(subject.network).float()
+            wide = copied(subject.network).float()
             save_file({name: value.clone() for name, value in half.state_dict().items()}, part / "weights.safetensors")
             _save_graph(wide, cast_inputs(subject.inputs, torch.float32), part / "graph.pt2")
             (part / "load.py").write_text(_LOADER, encoding="utf-8")
@@ -56,7 +56,7 @@ def write_torch(subject: TrainedNetwork, folder: Path) -> tuple[Tensor | None, i
 
 def _halved(network: nn.Module) -> nn.Module:
     """A copy with parameters of more than 16 bits in float16; bfloat16 ones and all buffers stay what they are."""
-    half = copy.deepcopy(network)
+    half = copied(network)
     for name, parameter in half.named_parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize > 2:
             narrow = parameter.data.half()

@@ -605,3 +605,12 @@ def test_why_nothing_could_be_taken_out_is_said() -> None:
     rows = {"0.parametrizations.weight.original": (torch.arange(6) > 1)[:, None].expand(6, 4)}
     with pytest.warns(UserWarning, match="under spectral_norm: remove the parametrization first"):
         shrink(normed, x, rows)
+
+
+@pytest.mark.filterwarnings("ignore:shrink took nothing")
+def test_a_network_is_shrunk_after_a_call_that_left_a_weight_with_a_history() -> None:
+    network = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3))
+    network(torch.randn(2, 4))
+    shrunk = shrink(network, torch.randn(2, 4))
+    assert isinstance(network[0].weight, torch.Tensor)
+    assert sum(each.numel() for each in shrunk.model.parameters()) == sum(each.numel() for each in network.parameters())

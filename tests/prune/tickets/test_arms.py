@@ -401,3 +401,12 @@ def test_another_hunt_is_looked_at_before_training_and_again(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"theirs/level_02 is no finished level"):
         check_other(ours)
     check_other(replace(ours, max_drop=0.1))
+
+
+def test_a_hunt_may_begin_after_a_call_that_left_a_weight_with_a_history(tmp_path: Path) -> None:
+    net = Net()
+    net.head = nn.utils.spectral_norm(nn.Linear(2, 2))
+    net.head(torch.randn(1, 2))
+    hunt = Hunt(Drifting(net), Pruner(), DENSITIES, Store(tmp_path, "key"), controls=Controls(arms=("reinit",)))
+    assert hunt.untrained is not None
+    assert hunt.untrained is not net

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from workbench import load, records, save, swap_activation
 from workbench.checkpoints import compact
+from workbench.export.inputs import TrainedNetwork
 from workbench.export.job import export
+from workbench.export.torch import write_torch
 from workbench.models import MLP, Conv, DenseNet, LeNet5, RecurrentTokens, Transformer
 from workbench.records.source import Source
 
@@ -617,3 +619,13 @@ class OneLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # by torch, of the weight that the hook computes
+def test_a_network_is_exported_after_a_call_that_left_a_weight_with_a_history(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 6))).eval()
+    inputs = torch.randn(2, 4)
+    expected = network(inputs)
+    written, _ = write_torch(TrainedNetwork(network, {}, {"architecture": None}, {"input": inputs}), tmp_path / "torch")
+    assert written is not None
+    assert torch.allclose(written, expected, atol=1e-2)
