@@ -15,7 +15,7 @@ from distill.cache import CachedBatch, CachedTeacher
 from distill.features import Features, capture, is_compiled
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors
 from distill.scored import Scores, aligned_labels, by_labels, by_task
-from distill.targets import TeacherLike, as_teacher, targets_of, task_targets, training_progress
+from distill.targets import TeacherLike, as_teacher, decoder_inputs, targets_of, task_targets, training_progress
 from distill.teacher import Teacher
 from workbench.models.forward import LABELS
 from workbench.models.positions import IGNORED, tokens_of
@@ -92,15 +92,16 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             ``lambda batch: torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))``. If None, positions whose
             label is neither ``ignore_index`` nor NaN, after the shift of a causal transformers model, and that no
             ``attention_mask`` of the batch calls padding; all without labels. Not for a TaskModule.
-        labels: Batch -> hard labels at these positions. If None, ``labels``, ``label`` or ``label_ids`` of a mapping,
-            or the last entry of a tuple; for a causal transformers model shifted. Not for a TaskModule.
+        labels: Batch -> hard labels at these positions. If None, ``labels``, ``label``, ``label_ids``, ``targets``,
+            ``target`` or ``y`` of a mapping, or the last entry of a tuple; for a causal transformers model shifted. Not
+            for a TaskModule.
         outputs: What the outputs are: ``"classes"`` along the last axis, ``"labels"``, ``"numbers"`` or
             ``"embedding"``; for classes along axis 1, as in segmentation, ``OutputType("classes", class_dim=1)``.
         logits: Where the logits are in what the student returns: a key, an index or a function, see
             :func:`workbench.tasks.select_logits`; None for a tensor, or an output with ``logits``. A TaskModule has its
             own.
         teacher_logits: The same for the teacher.
-        ignore_index: Label of positions that do not count. Not for a TaskModule.
+        ignore_index: Label of positions that do not count; -100 if None. Not for a TaskModule.
 
     Raises:
         ValueError: If a term is out of range; when training starts, if the module has no such submodule or steps its
@@ -122,7 +123,7 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
         outputs: OutputType | Kind | None = None,
         logits: LogitsSpec | None = None,
         teacher_logits: LogitsSpec | None = None,
-        ignore_index: int = IGNORED,
+        ignore_index: int | None = None,
     ) -> None:
         self.losses = SoftTargets() if losses is None else losses
         self.outputs = None if outputs is None else output_type(outputs)
@@ -318,19 +319,20 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             return by_task(module, call.output, batch)
         student = self._student_of(module)
         logits = select_logits(call.output, self.logits, "the student")
+        ignored = IGNORED if self.ignore_index is None else self.ignore_index
         tokens = tokens_of(call.kwargs)
         tokens = tokens_of(batch) if tokens is None else tokens
         if self.labels is None:
-            labels = aligned_labels(unwrap(student, adapters=True), batch, tokens, self.ignore_index)
+            labels = aligned_labels(unwrap(student, adapters=True), batch, tokens, ignored)
         else:
             labels = self.labels(batch)
         if self.objective.outputs is None:
             config = getattr(unwrap(student, adapters=True), "config", None)
-            self._resolve(infer(logits, labels, config, self.ignore_index))
+            self._resolve(infer(logits, labels, config, ignored))
         assert self.objective.outputs is not None
         if self.valid is not None:
             return Scores(self.objective.outputs.scored(logits), self.valid(batch), labels, tokens)
-        return by_labels(self.objective.outputs, logits, labels, tokens, self.ignore_index)
+        return by_labels(self.objective.outputs, logits, labels, tokens, ignored)
 
     def _samples(self, own: Tensor, batch: Any, call: _Call) -> Scores:
         """Every sample, for terms that compare layers only: whatever the student returns, it is not looked at."""
@@ -346,13 +348,14 @@ class DistillationCallback(Callback, PLCallback):  # type: ignore[misc] - twins;
             )
         outputs = self.objective.outputs
         score = (lambda logits: logits) if outputs is None else outputs.scored
-        kwargs = {**self._columns(call, batch.batch), **call.kwargs}
+        kwargs = {**decoder_inputs(self._student_of(module), call.kwargs), **self._columns(call, batch.batch)}
+        kwargs |= call.kwargs
         return targets_of(self.teacher, call.args, kwargs, batch.cached_targets, layers, logits, score)
 
     def _check_task(self, module: SupervisedModule) -> None:
         """Raises: ValueError: if an argument says what the module's task says already, or something else."""
         name, task = type(module).__name__, type(module.task).__name__
-        for argument in ("valid", "labels", "logits"):
+        for argument in ("valid", "labels", "logits", "ignore_index"):
             if getattr(self, argument) is not None:
                 raise ValueError(f"{argument} is given, and the {name} knows it, by its task {task}: leave it out")
         if self.outputs not in (None, module.task.outputs):

@@ -17,7 +17,7 @@ from distill.hf_labels import Positions, label_spec, outputs_for, scored_positio
 from distill.hf_loader import CACHED_TARGETS, AddCachedTargets, first_samples
 from distill.hf_vocabulary import vocabulary_for
 from distill.objective import Losses, Objective, Outputs, SoftTargets, average_gradients, make_projectors, zero_of
-from distill.targets import TeacherLike, as_teacher, targets_of
+from distill.targets import TeacherLike, as_teacher, decoder_inputs, targets_of
 from distill.teacher import Teacher, eval_mode
 from workbench.distributed.ranks import all_gather
 from workbench.files import atomic_file
@@ -327,10 +327,8 @@ class DistillationMixin(_Trainer):
     ) -> Outputs:
         """The teacher's outputs at the scored positions; without ``weights`` its features only."""
         kwargs = {name: value for name, value in inputs.items() if name not in self._label_spec.names}
-        shift_right: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shift_right is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
-            # An encoder-decoder makes its decoder's inputs from the labels, which the teacher does not get.
-            kwargs["decoder_input_ids"] = shift_right(labels=inputs["labels"])
+        if self.model is not None:
+            kwargs |= decoder_inputs(self.model, inputs)
         logits = weights is not None and self.objective.needs_logits(weights)
         layers = self.objective.teacher_layers(weights)
 
@@ -351,7 +349,8 @@ class DistillationMixin(_Trainer):
             config = getattr(unwrap(self.accelerator.unwrap_model(self.model), adapters=True), "config", None)
             # What the configuration says of one output holds for the loss that the model returns.
             known = config if self._loss_is_the_models else None
-            self._resolve(infer(logits, labels if isinstance(labels, Tensor) else None, known))
+            labels = labels if isinstance(labels, Tensor) else None
+            self._resolve(infer(logits, labels, known, self._label_spec.ignored))
         assert self.objective.outputs is not None
         return self.objective.outputs.scored(logits)
 

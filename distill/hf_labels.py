@@ -1,5 +1,6 @@
 """Where models of transformers are scored: which of their inputs are labels, the causal shift, what counts."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def label_spec(model: nn.Module, names: Iterable[str] = ("labels",)) -> LabelSpe
     """
     base = unwrap(model, adapters=True)
     classes = {each.__name__ for each in type(base).__mro__}
-    decoders = {name for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(each)}
+    decoders = _causal_classes()
     by_loss = LOSS_MAPPING.get(str(getattr(base, "loss_type", None))) is ForCausalLMLoss
     both = getattr(getattr(base, "config", None), "is_encoder_decoder", False) and not classes & decoders
     causal = bool(classes & decoders or by_loss) and not both
@@ -144,6 +145,12 @@ def scored_positions(inputs: Mapping[str, Any], label_spec: LabelSpec) -> Positi
         valid = valid_tokens(tokens, tokens_of(inputs), causal=label_spec.causal)
         return Positions(valid, tokens[:, 1:] if label_spec.causal else None, label_spec.causal)
     return Positions(torch.ones(len(first), dtype=torch.bool, device=first.device))
+
+
+@functools.cache
+def _causal_classes() -> frozenset[str]:
+    """Names of the classes for causal language modelling."""
+    return frozenset(name for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(each))
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

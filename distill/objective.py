@@ -332,10 +332,16 @@ def _scored_loss(
     shape = student.shape if outputs.elementwise else student.shape[:-1]
     if valid is not None and valid.shape != shape and valid.shape == shape[: valid.ndim]:
         valid = valid.reshape(*valid.shape, *[1] * (len(shape) - valid.ndim)).expand(shape)
+    if outputs.elementwise and teacher.shape != student.shape and _without_ones(teacher) == _without_ones(student):
+        teacher = teacher.reshape(student.shape)  # [B, 1] beside [B]
     if outputs.elementwise and "classes" in loss.kinds:
         # To a loss over the last axis each is a vector of its own.
         student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
     return loss(student, teacher, valid, labels)
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def _losses_of(terms: Mapping[str, Term]) -> nn.ModuleDict:

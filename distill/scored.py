@@ -10,6 +10,8 @@ from workbench.models.positions import IGNORED, tokens_of, valid_tokens
 from workbench.tasks import OutputType, Task, scored
 from workbench.training.module import SupervisedModule
 
+_NAMES = (*sorted(LABELS, key="labels".__ne__), "targets", "target", "y")
+
 
 class Scores(NamedTuple):
     """The scored part of a batch.
@@ -37,7 +39,7 @@ def by_task(module: SupervisedModule, raw: Any, batch: Any) -> Scores:
 def find_labels(batch: Any) -> Tensor | None:
     """The labels of a batch, by their usual names in a mapping, or last in a tuple; None if there are none."""
     if isinstance(batch, Mapping):
-        labels = next((batch[name] for name in sorted(LABELS, key="labels".__ne__) if name in batch), None)
+        labels = next((batch[name] for name in _NAMES if name in batch), None)
     else:
         labels = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     return labels if isinstance(labels, Tensor) else None
@@ -56,6 +58,7 @@ def aligned_labels(student: nn.Module, batch: Any, tokens: Tensor | None, ignore
     own = batch.get("input_ids") if labels is None else labels
     if not isinstance(own, Tensor) or own.ndim != 2:
         return labels
+    own = own.long()  # bytes would take -100 for 156
     valid = valid_tokens(own, tokens, ignore_index=ignore_index)
     return nn.functional.pad(own[:, 1:].masked_fill(~valid, ignore_index), (0, 1), value=ignore_index)
 

@@ -12,6 +12,7 @@ from distill.cache import CachedTeacher, open_teacher
 from distill.features import matches
 from distill.objective import Outputs
 from distill.teacher import Teacher
+from workbench.models.wrappers import unwrap
 from workbench.records.source import Source
 from workbench.tasks import LanguageModelling, LogitsSpec, Task, scored
 
@@ -107,6 +108,23 @@ def targets_of(
     inputs = {name: value for name, value in kwargs.items() if name != "labels"}
     raw, features = teacher.outputs(args, inputs, layers, match)
     return Outputs(score(teacher.select(raw)) if logits else None, features)
+
+
+def decoder_inputs(student: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The decoder's inputs that an encoder-decoder of transformers makes of its labels, which a teacher does not get.
+
+    Args:
+        student: The network.
+        inputs: Its keyword arguments.
+
+    Returns:
+        ``decoder_input_ids``; nothing if they are given, there are no labels, or it is another network.
+    """
+    shift_right: Any = getattr(unwrap(student, adapters=True), "prepare_decoder_input_ids_from_labels", None)
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & {n for n, value in inputs.items() if value is not None}
+    if shift_right is None or given or not isinstance(inputs.get("labels"), Tensor):
+        return {}
+    return {"decoder_input_ids": shift_right(labels=inputs["labels"])}
 
 
 def _check_cached(cached: Mapping[str, Any], features: Mapping[str, Any], layers: Sequence[str], logits: bool) -> None:

@@ -325,6 +325,63 @@ def test_the_teacher_gets_what_of_a_batch_it_names_besides(by_name: bool) -> Non
     assert trainer.callback_metrics["train/soft"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def by_columns(names: tuple[str, ...], **columns: Tensor) -> tuple[Any, DataLoader]:
+    """A module that trains on mappings, whose labels are called what they are."""
+    module = theirs()
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.model(batch["x"])
+        return nn.functional.cross_entropy(logits, batch[names[0]]) if names else logits.square().mean()
+
+    type(module).training_step = step
+    columns = {"x": torch.randn(6, 6), **columns}
+    return module, DataLoader([{name: value[i] for name, value in columns.items()} for i in range(6)], 6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "label_ids", "targets", "target", "y"])
+def test_labels_are_found_by_their_usual_names(name: str) -> None:
+    module, loader = by_columns((name,), **{name: torch.tensor([0, 1, 2, -100, 1, 0])})
+    callback = DistillationCallback(teacher())
+    with torch.no_grad():
+        module.eval()
+        x = next(iter(loader))["x"]
+        expected = soft_target(module.model(x), callback.teacher(x), 4.0, torch.arange(6) != 3)  # type: ignore[operator]
+    module.train().model.layers[2].p = 0.0
+    trainer = fit(module, callback, loader=loader)
+    assert trainer.callback_metrics["train/soft"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_classifier_without_labels_needs_no_argument() -> None:
+    module, loader = by_columns(())
+    with pytest.warns(UserWarning, match="without labels and are taken for logits of classes"):
+        trainer = fit(module, DistillationCallback(teacher(), SoftTargets(alpha=1.0)), loader=loader)
+    assert trainer.callback_metrics["train/soft"] > 0
+
+
+def test_the_ignored_label_of_a_task_is_not_said_twice() -> None:
+    module = TaskModule(network(), Classification(3), SGD)
+    module.validation_step = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(ValueError, match="ignore_index is given, and the TaskModule knows it"):
+        fit(module, DistillationCallback(teacher(), ignore_index=255))
+
+
+def test_the_teacher_s_decoder_reads_what_the_student_s_does() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 20, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    module = theirs()
+    module.model = T5ForConditionalGeneration(T5Config(d_model=8, dropout_rate=0.0, **sizes)).train()
+    type(module).training_step = lambda self, batch, batch_idx: self.model(**batch).loss
+    expert = T5ForConditionalGeneration(T5Config(d_model=12, **sizes)).eval()
+    batch = {"input_ids": torch.randint(2, 20, (4, 5)), "labels": torch.tensor([[3, 4, 1], [5, 1, -100]] * 2)}
+    with torch.no_grad():
+        student, target = module.model(**batch).logits, expert(**batch).logits
+    loader = DataLoader([{name: value[i] for name, value in batch.items()} for i in range(4)], 4)  # type: ignore[arg-type]
+    trainer = fit(module, DistillationCallback(expert), loader=loader)
+    expected = soft_target(student, target, 4.0, batch["labels"] != -100)
+    assert trainer.callback_metrics["train/soft"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_classes_of_another_number_are_named() -> None:
     with pytest.raises(ValueError, match="student scores 3 classes and the teacher 4"):
         fit(theirs(), DistillationCallback(teacher(classes=4)))
@@ -685,8 +742,8 @@ def test_losses_that_need_labels_find_them() -> None:
     given = theirs()
     fit(given, DistillationCallback(teacher(), losses=losses, labels=lambda batch: batch[1] * 1))
     assert equal(weights(given), weights(module))
-    with pytest.raises(ValueError, match="without labels it cannot be told what they are"):
-        fit(theirs(), DistillationCallback(teacher(), losses=losses, labels=lambda batch: None))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="labels"):
+        fit(theirs(), DistillationCallback(teacher(), losses=losses, labels=lambda batch: None, outputs="classes"))  # type: ignore[arg-type, return-value]
 
 
 def test_the_teacher_is_asked_only_when_a_term_needs_it() -> None:

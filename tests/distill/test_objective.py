@@ -302,6 +302,17 @@ def test_a_loss_on_vectors_takes_each_number_as_one() -> None:
     torch.testing.assert_close(found["z"], squared_error(student, teacher, valid))
 
 
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_one_output_may_have_an_axis_or_none(kind: Any) -> None:
+    student, teacher = torch.randn(4, requires_grad=True), torch.randn(4, 1)
+    objective = Objective(SoftTargets(alpha=1.0), outputs=kind)
+    found, expected = (
+        objective(Outputs(student), Outputs(each), objective.weights(never), zero_of)["soft"]
+        for each in (teacher, teacher.squeeze(1))
+    )
+    assert found == expected
+
+
 def test_one_class_is_refused_by_every_loss_on_classes() -> None:
     logits = torch.randn(4, 1)
     for loss in (SoftTarget(), LogitMSE()):

@@ -265,7 +265,8 @@ class RankedScore(Metric):
         if yes == 0 or (self.needs_no and yes == len(labels)):
             return logits.new_tensor(math.nan)
         # Ranks instead of probabilities: a sigmoid rounds large logits to 1, which makes them equal.
-        ranks = logits.unique(return_inverse=True)[1].double()
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        ranks = logits.unique(return_inverse=True)[1].to(wide)
         return self.score(ranks / ranks.max().clamp(min=1), labels).to(logits.dtype)
 
 

@@ -50,7 +50,8 @@ def cross_entropy(
     weights = None if class_weights is None else class_weights.to(logits)
     dense = logits.movedim(-1, 1) if logits.ndim > 2 else logits
     # A network that has its classes at axis 1 is scored as it stands, without a copy that has them last.
-    flat = not (logits.ndim > 2 and dense.is_contiguous())
+    # On a GPU that way is not deterministic, and torch refuses it where it has to be.
+    flat = not (logits.ndim > 2 and dense.is_contiguous()) or torch.are_deterministic_algorithms_enabled()
     try:
         total = F.cross_entropy(
             logits.flatten(0, -2) if flat else dense,

@@ -1,7 +1,11 @@
 """What the outputs of a network are: the one place that tasks, distillation modules, callbacks and trainers ask."""
 
+import math
+import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,7 +78,8 @@ class OutputType:
 
         Args:
             scored: Outputs in scored form.
-            labels: The batch's labels, flattened or with axes of size 1 more or less; None if there are none.
+            labels: The batch's labels, with neighbouring axes flattened, in them or in the outputs, or with axes of
+                size 1 more or less; None if there are none.
             ignore_index: Label of positions that do not count, except among numbers; None if there is none.
 
         Returns:
@@ -91,11 +96,10 @@ class OutputType:
         if (fitted := _fitted(labels, shape)) is None:
             raise ValueError(
                 f"labels are {labels.dtype} {list(labels.shape)} and the outputs, which are {self.kind}, "
-                f"{list(scored.shape)} in scored form: labels {list(shape)} are needed"
+                f"{list(scored.shape)} in scored form: labels {list(shape)} are needed; DistillationCallback "
+                "takes them by labels=lambda batch: ..."
             )
-        valid = ~fitted.isnan() if fitted.is_floating_point() else torch.ones_like(fitted, dtype=torch.bool)
-        if self.kind != "numbers" and ignore_index is not None and fitted.dtype != torch.bool:
-            valid &= fitted != ignore_index
+        valid = _counts(fitted, None if self.kind == "numbers" else ignore_index)
         return valid.to(scored.device), fitted.long() if self.kind == "classes" else fitted
 
 
@@ -110,7 +114,9 @@ def of_problem(config: Any) -> OutputType | None:
     return None if kind is None else OutputType(kind)
 
 
-def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, ignore_index: int = IGNORED) -> OutputType:
+def infer(
+    logits: Tensor, labels: Tensor | None = None, config: Any = None, ignore_index: int | None = IGNORED
+) -> OutputType:
     """What outputs are, from a first batch: by ``config.problem_type``, else by the labels' shape and dtype.
 
     A transformers model that was given labels has set ``problem_type`` itself: to regression with ``num_labels=1``.
@@ -118,26 +124,29 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
     ============================================== ====================== ==========================================
     labels                                         logits                 outputs
     ============================================== ====================== ==========================================
-    integers [B], [B, L]                           [B, C], [B, L, C]      classes along the last axis
+    integers [B], [B, L]; flattened, or with axes  [B, C], [B, L, C]      classes along the last axis
+    of size 1, as the other may be
     integers [B, T], [B, H, W]                     [B, C, T], [B, C, H,   classes along axis 1, also where images of
                                                    W]                     labels are larger
-    0 or 1, integers or bool                       the same shape, or one labels
-                                                   logit more
-    0 or 1, floats, rows not all of sum 1          the same shape         labels
-    other floats, not all in [0, 1]                the same shape, or one numbers
-                                                   logit more
+    0 or 1, one logit for each, integers or bool   the same shape, or an  labels
+                                                   axis of size 1 more
+    0 or 1, rows not all of one 1                  the same shape         labels
+    other floats, not all in [0, 1], and not just  the same shape, or an  numbers
+    -1, 0 and 1                                    axis of size 1 more
     none                                           [B, C], [B, L, C] of   classes along the last axis
                                                    transformers
+    none                                           [B, C] of another      classes, with a warning
+                                                   network, C > 1
     ============================================== ====================== ==========================================
 
     Args:
         logits: What the network returned.
         labels: The labels of its batch.
         config: The configuration of a transformers model; None for any other network.
-        ignore_index: Label of positions that do not count.
+        ignore_index: Label of positions that do not count; None if there is none.
 
     Raises:
-        ValueError: Everything else, such as floats that are one-hot or independent labels, or axes of equal size.
+        ValueError: Everything else, such as rows that are one-hot or independent labels, or axes of equal size.
     """
     if (known := of_problem(config)) is not None:
         return known
@@ -145,19 +154,21 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
     if labels is None:
         if transformers and logits.ndim in (2, 3) and logits.shape[-1] > 1:
             return OutputType("classes")
+        if not transformers and logits.ndim == 2 and logits.shape[-1] > 1:
+            warnings.warn(
+                f"the outputs {list(logits.shape)} come without labels and are taken for logits of classes: say it by "
+                "the argument outputs, 'classes', or else 'labels', 'numbers' or 'embedding'",
+                stacklevel=2,
+            )
+            return OutputType("classes")
         raise _question(logits, labels, "without labels it cannot be told what they are")
     same = _fitted(labels, logits.shape, resolution=False) is not None
-    if labels.is_floating_point():
-        return _of_floats(logits, labels, same)
-    if same:
-        values = labels if labels.dtype == torch.bool else labels[labels != ignore_index]
-        if bool(((values == 0) | (values == 1)).all()):
-            return OutputType("labels")
-        raise _question(logits, labels, "integers of the outputs' own shape are labels only if each is 0 or 1")
+    if same or labels.is_floating_point():
+        return _of_same_shape(logits, labels, same, ignore_index)
     axes = [
         axis
         for axis in sorted({1, logits.ndim - 1})
-        if logits.ndim > max(axis, 1) and labels.dtype != torch.bool and _without(logits, axis) == tuple(labels.shape)
+        if logits.ndim > max(axis, 1) and labels.dtype != torch.bool and _nested(labels.shape, _without(logits, axis))
     ]
     if len(axes) == 2 and transformers:
         axes = axes[1:]
@@ -169,20 +180,43 @@ def infer(logits: Tensor, labels: Tensor | None = None, config: Any = None, igno
     raise _question(logits, labels, "classes may stand along several axes" if axes else "the shapes do not go together")
 
 
-def _of_floats(logits: Tensor, labels: Tensor, same: bool) -> OutputType:
-    values = labels[~labels.isnan()]
-    single = labels.numel() == len(labels) or (labels.ndim > 1 and logits.shape[1:2] == (1,))
+def _of_same_shape(logits: Tensor, labels: Tensor, same: bool, ignore_index: int | None) -> OutputType:
+    counts = _counts(labels, ignore_index)
+    values = labels[counts]
+    floats = labels.is_floating_point()
     if not same:
         raise _question(logits, labels, "the shapes do not go together")
-    if bool(((values < 0) | (values > 1)).any()):
-        return OutputType("numbers")
     binary = bool(((values == 0) | (values == 1)).all())
+    if not floats and not binary:
+        raise _question(logits, labels, "integers of the outputs' own shape are labels only if each is 0 or 1")
+    if bool(((values < 0) | (values > 1)).any()):
+        if bool(((values == -1) | (values == 0) | (values == 1)).all()):
+            why = "floats of -1, 0 and 1 are numbers, or labels of which -1 does not count (ignore_index=-1)"
+            raise _question(logits, labels, why)
+        return OutputType("numbers")
+    single = labels.numel() == len(labels) or (labels.ndim > 1 and logits.shape[1:2] == (1,))
     if binary and not single:
-        rows = [labels.nansum(axis) for axis in {1, labels.ndim - 1}]
-        if not any(bool((row == 1).all()) for row in rows):
+        ones, known = ((labels == 1) & counts).reshape(logits.shape), counts.reshape(logits.shape)
+        if not any(_one_hot(ones, known, axis) for axis in {1, logits.ndim - 1} if axis < logits.ndim):
             return OutputType("labels")
         raise _question(logits, labels, "rows of 0 and 1 that sum to 1 are one class each or independent labels")
+    if not floats:
+        return OutputType("labels")
     raise _question(logits, labels, "floats between 0 and 1 are labels, probabilities or numbers")
+
+
+def _one_hot(ones: Tensor, known: Tensor, axis: int) -> bool:
+    """Whether each row has exactly one 1; one of which only a part is known is no class, and one without any may be."""
+    return bool(((ones.sum(axis) == 1) & known.all(axis) | ~known.any(axis)).all())
+
+
+def _counts(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Bool, of the labels' shape: which are neither ``ignore_index`` nor NaN."""
+    if labels.dtype == torch.bool:
+        return torch.ones_like(labels)
+    # Bytes would take -100 for 156.
+    labels = labels if labels.is_floating_point() else labels.long()
+    return ~labels.isnan() if ignore_index is None else ~labels.isnan() & (labels != ignore_index)
 
 
 def _without(tensor: Tensor, axis: int) -> tuple[int, ...]:
@@ -199,17 +233,23 @@ def _fitted(labels: Tensor, shape: Sequence[int], resolution: bool = True) -> Te
     """Labels in this shape; None if they do not fit."""
     if labels.shape == tuple(shape):
         return labels
-    flat = labels.ndim == 1 and labels.numel() == torch.Size(shape).numel()
-    if flat or [size for size in labels.shape if size != 1] == [size for size in shape if size != 1]:
+    if _nested(labels.shape, shape):
         return labels.reshape(shape)
     if not resolution or labels.ndim != len(shape) or labels.ndim < 3 or len(labels) != shape[0]:
         return None
     for axis, (old, new) in enumerate(zip(labels.shape, shape)):
         if old != new:
             # The nearest pixel to the centre of each output's, as torch's nearest-exact.
-            centres = (torch.arange(new, device=labels.device, dtype=torch.float64) + 0.5) * (old / new)
-            labels = labels.index_select(axis, centres.long().clamp(max=old - 1))
+            # In integers: floats would round, and MPS has no wide ones.
+            centres = (2 * torch.arange(new, device=labels.device) + 1) * old // (2 * new)
+            labels = labels.index_select(axis, centres)
     return labels
+
+
+def _nested(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one shape is the other with neighbouring axes flattened, or with axes of size 1 more or less."""
+    strides, others = ({1, *accumulate(shape, operator.mul)} for shape in (one, other))
+    return math.prod(one) == math.prod(other) and (strides <= others or others <= strides)
 
 
 def _question(logits: Tensor, labels: Tensor | None, why: str) -> ValueError:
@@ -217,5 +257,6 @@ def _question(logits: Tensor, labels: Tensor | None, why: str) -> ValueError:
     return ValueError(
         f"the outputs are {list(logits.shape)} with {given}: {why}. Say it by the argument outputs: 'classes' (softmax "
         "along the last axis; OutputType('classes', class_dim=1) along axis 1), 'labels' (a sigmoid each, binary or "
-        "multi-label), 'numbers' (regression) or 'embedding'"
+        "multi-label), 'numbers' (regression) or 'embedding'. Where these are not the labels of the outputs, "
+        "DistillationCallback takes them by labels=lambda batch: ..."
     )

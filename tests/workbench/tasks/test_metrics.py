@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from tests.helpers.tasks import naive
@@ -109,3 +110,17 @@ def test_what_stands_at_ignored_positions_does_not_matter(bad: float) -> None:
 def test_a_label_that_is_no_class_is_named():
     with pytest.raises(ValueError, match="labels go from 0 to 6 and logits score 3 classes"):
         cross_entropy(torch.randn(3, 3), torch.tensor([0, 6, -1]), ignore_index=-1)
+
+
+def test_dense_logits_are_scored_in_rows_where_it_must_be_deterministic(monkeypatch):
+    """On a GPU torch has no deterministic cross-entropy of [B, C, H, W]."""
+    seen, plain = [], nn.functional.cross_entropy
+    logits, targets = torch.randn(2, 3, 4, 5).movedim(1, -1), torch.randint(3, (2, 4, 5))
+    expected = cross_entropy(logits, targets)
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda z, *a, **k: seen.append(z.ndim) or plain(z, *a, **k))
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(cross_entropy(logits, targets), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [2]

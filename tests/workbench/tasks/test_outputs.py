@@ -51,6 +51,10 @@ def ints(*shape: int, top: int = 5) -> torch.Tensor:
     return values
 
 
+BITS = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]])
+ODD = torch.tensor([[True, False, False]] * 4)
+
+
 def floats(*shape: int) -> torch.Tensor:
     return torch.linspace(-2, 3, torch.Size(shape).numel()).view(shape)
 
@@ -68,8 +72,16 @@ def floats(*shape: int) -> torch.Tensor:
         ([2, 5, 4, 6], ints(2, 16, 24), None, OutputType("classes", 1)),
         ([2, 5, 4, 6], ints(2, 15, 23), BERT, OutputType("classes", 1)),
         ([4, 5, 5], ints(4, 5), BERT, CLASSES),
-        ([4, 3], ints(4, 3, top=2), None, LABELS),
-        ([4, 3], ints(4, 3, top=2).bool(), None, LABELS),
+        ([4, 3], BITS, None, LABELS),
+        ([4, 3], BITS.bool(), None, LABELS),
+        ([4, 3], BITS.flatten(), None, LABELS),
+        ([4, 3], BITS.float().masked_fill(ODD, -100), None, LABELS),
+        ([4, 5], ints(4, 1), None, CLASSES),
+        ([4, 1, 5], ints(4), None, CLASSES),
+        ([6, 5], ints(2, 3), None, CLASSES),
+        ([2, 3, 5], ints(6), None, CLASSES),
+        ([2, 12, 5], ints(2, 3, 4), None, CLASSES),
+        ([4, 5, 6, 7], ints(4, 1, 6, 7), None, OutputType("classes", 1)),
         ([4, 3], torch.tensor([[0, 1, -100]] * 4), None, LABELS),
         ([4], ints(4, top=2), None, LABELS),
         ([4, 1], ints(4, top=2), None, LABELS),
@@ -94,6 +106,10 @@ def test_a_first_batch_tells_what_outputs_are(logits, labels, config, expected):
     [
         ([4, 5, 5], ints(4, 5), None, "classes may stand along several axes"),
         ([4, 3], torch.eye(3)[[0, 1, 2, 0]], None, "one class each or independent labels"),
+        ([4, 3], torch.eye(3).long()[[0, 1, 2, 0]], None, "one class each or independent labels"),
+        ([4, 3], torch.eye(3).bool()[[0, 1, 2, 0]], None, "one class each or independent labels"),
+        ([4, 3], BITS.float().masked_fill(ODD, -1), None, r"-1 does not count \(ignore_index=-1\)"),
+        ([4, 3, 2], ints(4, 2, 3), None, "do not go together"),
         ([4, 3], torch.full((4, 3), 1 / 3), None, "labels, probabilities or numbers"),
         ([4, 1], torch.tensor([0.0, 1, 1, 0]), None, "labels, probabilities or numbers"),
         ([4, 1], torch.tensor([0.0, 1, 1, 0]), BERT, "labels, probabilities or numbers"),
@@ -103,13 +119,42 @@ def test_a_first_batch_tells_what_outputs_are(logits, labels, config, expected):
         ([4, 5], ints(4, 2), None, "do not go together"),
         ([4, 5], floats(4), None, "do not go together"),
         ([2, 6, 4, 5], ints(2, 12, 32), None, "do not go together"),
-        ([4, 5], None, None, "without labels it cannot be told what they are"),
+        ([4, 5, 3], None, None, "without labels it cannot be told what they are"),
+        ([4], None, None, "without labels it cannot be told what they are"),
         ([4, 1], None, BERT, "without labels it cannot be told what they are"),
     ],
 )
 def test_what_it_does_not_tell_is_asked(logits, labels, config, why):
     with pytest.raises(ValueError, match=rf"{why}\. Say it by the argument outputs: 'classes'"):
         infer(torch.randn(logits), labels, config)
+
+
+def test_missing_float_labels_are_named_by_their_index():
+    labels = BITS.float().masked_fill(ODD, -1)
+    assert infer(torch.randn(4, 3), labels, ignore_index=-1) == LABELS
+    assert torch.equal(LABELS.positions(torch.randn(4, 3), labels, -1)[0], ~ODD)
+    assert infer(torch.randn(4, 3), floats(4, 3), ignore_index=None) == NUMBERS
+
+
+def test_a_plain_network_without_labels_is_taken_for_a_classifier_and_told():
+    with pytest.warns(UserWarning, match=r"outputs \[4, 5\] come without labels and are taken for logits of classes"):
+        assert infer(torch.randn(4, 5)) == CLASSES
+
+
+def test_bytes_are_not_taken_for_what_does_not_count():
+    labels = torch.tensor([156, 3], dtype=torch.uint8)
+    valid, found = CLASSES.positions(torch.randn(2, 200), labels)
+    assert valid.all()
+    assert found.tolist() == [156, 3]
+    with pytest.raises(ValueError, match="labels only if each is 0 or 1"):
+        infer(torch.randn(2), labels)
+
+
+def test_labels_of_flattened_outputs_stand_in_their_order():
+    labels = ints(2, 3)
+    assert torch.equal(CLASSES.positions(torch.randn(6, 5), labels)[1], labels.flatten())
+    with pytest.raises(ValueError, match=r"takes them by labels=lambda batch"):
+        CLASSES.positions(torch.randn(6, 4, 5), ints(4, 6))
 
 
 def test_labels_of_a_larger_image_are_taken_at_the_nearest_pixel():
