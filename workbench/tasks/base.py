@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -171,3 +172,15 @@ def labels_of(batch: Any) -> Tensor:
     if isinstance(labels, Tensor):
         return labels
     raise ValueError(f"the batch is {form}, without a tensor of labels: give (x, y) or a mapping with 'labels'.")
+
+
+def class_labels_of(batch: Any) -> Tensor:
+    """The labels of a batch that are class numbers, as int64.
+
+    Raises:
+        ValueError: If there are none, or they are no integers.
+    """
+    labels = labels_of(batch)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
+    return labels.long()

@@ -16,6 +16,7 @@ from workbench.tasks.labels import (
     check_pos_weight,
     valid_labels,
 )
+from workbench.tasks.metrics import check_label_smoothing
 from workbench.tasks.outputs import OutputType
 
 
@@ -47,8 +48,7 @@ class Binary(Task):
         self, pos_weight: float | None = None, label_smoothing: float = 0.0, ignore_index: int | None = None
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
+        check_label_smoothing(label_smoothing)
         self.register_buffer("pos_weight", check_pos_weight(pos_weight), persistent=False)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index

@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 
 from workbench.models.positions import IGNORED, valid_tokens
 from workbench.tasks.base import Task, logits_of
-from workbench.tasks.metrics import NLL, Accuracy, Perplexity, cross_entropy
+from workbench.tasks.metrics import NLL, Accuracy, Perplexity, check_label_smoothing, cross_entropy
 from workbench.tasks.outputs import OutputType
 
 _NOT_FOR_THE_MODEL = ("labels", "prompt_lengths")
@@ -42,8 +42,7 @@ class LanguageModelling(Task):
         super().__init__()
         if vocabulary < 2:
             raise ValueError(f"vocabulary={vocabulary}: give at least 2.")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
+        check_label_smoothing(label_smoothing)
         self.vocabulary = vocabulary
         self.causal = causal
         self.label_smoothing = label_smoothing

@@ -72,11 +72,22 @@ def cross_entropy(
     return total / weight_sum(targets, weights, ignore_index).clamp(min=torch.finfo(total.dtype).tiny)
 
 
-def weight_sum(targets: Tensor, class_weights: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Sum of the weights [C] of the targets' classes, int64 [...], over positions that are not ignored; a scalar."""
+def weight_sum(targets: Tensor, class_weights: Tensor | None, ignore_index: int | None = None) -> Tensor:
+    """Sum of the weights [C] of the targets' classes, int64 [...], over positions that are not ignored; a scalar.
+
+    Without weights the number of these positions.
+    """
     valid = valid_mask(targets, ignore_index)
+    if class_weights is None:
+        return valid.sum()
     weights = class_weights.to(targets.device)[targets.masked_fill(~valid, 0)]
     return weights.masked_fill(~valid, 0).sum()
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises: ValueError: unless it is in [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
 
 
 def check_class_weights(class_weights: Sequence[float] | None, classes: int) -> Tensor | None:

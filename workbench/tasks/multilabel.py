@@ -16,6 +16,7 @@ from workbench.tasks.labels import (
     check_pos_weight,
     valid_labels,
 )
+from workbench.tasks.metrics import check_label_smoothing
 from workbench.tasks.outputs import OutputType
 
 
@@ -56,8 +57,7 @@ class MultiLabel(Task):
         super().__init__()
         if labels < 1:
             raise ValueError(f"labels={labels}: give at least 1.")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
+        check_label_smoothing(label_smoothing)
         if label_dim not in (-1, 1):
             raise ValueError(f"label_dim={label_dim}: give -1 or 1.")
         self.register_buffer("pos_weight", check_pos_weight(pos_weight, labels), persistent=False)

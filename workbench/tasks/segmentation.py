@@ -9,11 +9,12 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from workbench.models.forward import inputs_of
-from workbench.tasks.base import Resized, Weighted, labels_of, logits_of
+from workbench.tasks.base import Resized, Weighted, class_labels_of, logits_of
 from workbench.tasks.metrics import (
     NLL,
     Accuracy,
     check_class_weights,
+    check_label_smoothing,
     cross_entropy,
     valid_mask,
     weight_sum,
@@ -58,8 +59,7 @@ class Segmentation(Weighted, Resized):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes={classes}: give at least 2; one logit a pixel is for Binary.")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: give at least 0 and less than 1.")
+        check_label_smoothing(label_smoothing)
         self.classes = classes
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -82,10 +82,7 @@ class Segmentation(Weighted, Resized):
 
     def targets(self, batch: Any) -> Tensor:
         """Labels, int64 [B, H, W]."""
-        labels = labels_of(batch)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"labels are {labels.dtype}: give class numbers as int64.")
-        return labels.long()
+        return class_labels_of(batch)
 
     def valid(self, batch: Any) -> Tensor:
         """[B, H, W]: the label is not ``ignore_index``."""
@@ -93,8 +90,6 @@ class Segmentation(Weighted, Resized):
 
     def weight(self, batch: Any) -> Tensor:
         """Number of valid pixels, or the sum of the weights of their classes."""
-        if self.class_weights is None:
-            return self.valid(batch).sum()
         return weight_sum(self.targets(batch), self.class_weights, self.ignore_index)
 
     def output(self, raw: Any) -> Tensor:
